@@ -1,0 +1,42 @@
+"""Differentiable diffusion sampler search in TensorFlow and Keras.
+
+The public names are imported on first use, so that `import ddss_tf` is quick.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Coefficients": "coefficients",
+    "DDIM": "samplers",
+    "Denoiser": "denoisers",
+    "FeatureNetwork": "features",
+    "FixedSampler": "samplers",
+    "GGDM": "samplers",
+    "NoiseSchedule": "schedules",
+    "UserError": "errors",
+    "draw_noise": "chain",
+    "evaluate": "evaluate",
+    "export": "export",
+    "gaussian_denoiser": "denoisers",
+    "load_dataset": "data",
+    "load_denoiser": "denoisers",
+    "load_features": "features",
+    "make_sampler": "samplers",
+    "run_chain": "chain",
+    "sample": "export",
+    "search": "search",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name):
+  if name not in _PUBLIC:
+    raise AttributeError(f"module 'ddss_tf' has no attribute {name!r}")
+  return getattr(importlib.import_module(f"ddss_tf.{_PUBLIC[name]}"), name)
+
+
+def __dir__():
+  return sorted([*globals(), *_PUBLIC])

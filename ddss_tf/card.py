@@ -1,0 +1,78 @@
+"""`sampler.json`: a found sampler as a small, portable, versioned file."""
+
+import dataclasses
+import json
+import os
+
+from ddss_tf import storage
+from ddss_tf.coefficients import Coefficients
+from ddss_tf.errors import UserError
+
+FILE = "sampler.json"
+_FORMAT = "ddss_tf.sampler"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerCard:
+  """A sampler and where it comes from.
+
+  Attributes:
+    label: what tables and pictures call it.
+    coefficients: NumPy, float32.
+    denoiser: {"name", "sha256"} of the model it was found for.
+    search: how it was found.
+  """
+
+  label: str
+  coefficients: Coefficients
+  denoiser: dict
+  search: dict
+
+
+def write(path: str, card: SamplerCard) -> None:
+  """Writes a card, atomically."""
+  storage.write_json(path, {
+      "format": _FORMAT,
+      "version": _VERSION,
+      "label": card.label,
+      "num_steps": card.coefficients.num_steps,
+      "equations": [
+          "x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])",
+          "x_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] "
+          "x_u + noise_scales[k] z_k; the image is x_K",
+      ],
+      "coefficients": card.coefficients.to_dict(),
+      "denoiser": card.denoiser,
+      "search": card.search,
+  })
+
+
+def read(path: str) -> SamplerCard:
+  """Reads a card.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    The card, validated.
+
+  Raises:
+    UserError: missing, damaged, or of another format or version.
+  """
+  if not os.path.exists(path):
+    raise UserError(f"{path} must exist: run --mode=search first")
+  try:
+    with open(path) as f:
+      values = json.load(f)
+    if values.get("format") != _FORMAT or values.get("version") != _VERSION:
+      raise ValueError(
+          f"format must be {_FORMAT} version {_VERSION}. Received: "
+          f"{values.get('format')} version {values.get('version')}")
+    return SamplerCard(
+        label=values["label"],
+        coefficients=Coefficients.from_dict(values["coefficients"]),
+        denoiser=values["denoiser"],
+        search=values["search"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,124 @@
+"""The K-step sampling chain: the only loop over sampling steps there is.
+
+                        coefficients (a family's, differentiable)
+                              |
+  x_T --> x_k --+--> eps(x_k, t_k) --> x0_hat_k --+--> x_{k+1} --> ... --> image
+           |    |     [rematerialised]            |      ^
+           |    +---- every visited state --------+      |
+           +-------------------------------------------- noise_scales[k] z_k
+
+The loop is unrolled in Python: `tf.recompute_grad` does not work inside a
+`tf.while_loop`, and every step reads another number of states.
+"""
+
+from typing import Callable
+
+import tensorflow as tf
+
+from ddss_tf.coefficients import Coefficients
+
+EpsFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def rematerialise(eps_fn: EpsFn, jit_compile: bool = False) -> EpsFn:
+  """Wraps a network call so that backpropagation recomputes its activations.
+
+  Section 3.2 of the paper: all K states are kept (a non-Markovian sampler needs
+  them anyway), but of the network nothing survives its call, so memory grows by
+  one image per step instead of by one set of activations.
+
+  The function inside is traced once and called K times; a bare Python call
+  would be traced anew at every step, forwards and backwards. `x_t` and `t` must
+  be passed by position: `tf.recompute_grad` silently gives no gradient to
+  tensors it does not see as arguments, and the learned times would stand still.
+
+  Args:
+    eps_fn: (x_t [B, H, W, C], t [B]) -> [B, H, W, C].
+    jit_compile: compile the call with XLA.
+
+  Returns:
+    A function of the same signature, values and gradients.
+  """
+  return tf.recompute_grad(tf.function(eps_fn, jit_compile=jit_compile))
+
+
+def run_chain(
+    eps_fn: EpsFn,
+    coefficients: Coefficients,
+    x_T: tf.Tensor,
+    step_noise: tf.Tensor | None = None,
+    trajectory: bool = False,
+):
+  """Samples: from pure noise to images, through K network calls.
+
+  Differentiable in every coefficient, the times included, through all states.
+
+  Args:
+    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
+    coefficients: of the K steps, float32.
+    x_T: float32 [B, H, W, C], standard normal.
+    step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
+      but the last add. None adds none, which is right only for a sampler whose
+      noise scales are all zero.
+    trajectory: also return the way.
+
+  Returns:
+    Images, float32 [B, H, W, C], nominally in [-1, 1] but not clipped. With
+    `trajectory`, a tuple (images, states, x0_hats) of the images and two lists
+    of K tensors [B, H, W, C].
+  """
+  num_steps = coefficients.num_steps
+  batch = tf.shape(x_T)[0]
+  states, x0_hats = [x_T], []
+  for k in range(num_steps):
+    x_t = states[-1]
+    t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
+    eps = eps_fn(x_t, t)
+    x0_hat = (coefficients.x0_from_state[k] * x_t
+              + coefficients.x0_from_eps[k] * eps)
+    x0_hats.append(x0_hat)
+    x_s = coefficients.x0_weights[k] * x0_hat
+    for u in range(k + 1):
+      x_s += coefficients.state_weights[k, u] * states[u]
+    if step_noise is not None and k < num_steps - 1:
+      x_s += coefficients.noise_scales[k] * step_noise[:, k]
+    states.append(x_s)
+  images = states.pop()
+  return (images, states, x0_hats) if trajectory else images
+
+
+def draw_noise(
+    seed: tf.Tensor,
+    indices: tf.Tensor,
+    image_shape: tuple[int, int, int],
+    num_steps: int,
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Draws all the noise of a batch of chains, each sample from its own seed.
+
+  Sample i of a seed is the same image whatever the batch, the replica or the
+  order it is drawn in, and its `x_T` is the same for every K and family, so
+  that samplers can be compared on the same noise.
+
+  Args:
+    seed: int32 [2].
+    indices: int32 [B], the global indices of the samples.
+    image_shape: (H, W, C).
+    num_steps: K.
+
+  Returns:
+    `x_T` [B, H, W, C] and `step_noise` [B, K - 1, H, W, C], float32 standard
+    normal.
+  """
+  seed = tf.cast(seed, tf.int32)
+
+  def one(index):
+    # Philox by name: the default generator differs between device types.
+    own = tf.random.experimental.stateless_fold_in(seed, index, alg="philox")
+    x_T = tf.random.stateless_normal(image_shape, own, alg="philox")
+    steps = tf.random.experimental.stateless_fold_in(own, 1, alg="philox")
+    step_noise = tf.random.stateless_normal(
+        (num_steps - 1, *image_shape), steps, alg="philox")
+    return x_T, step_noise
+
+  return tf.map_fn(one, tf.cast(indices, tf.int32),
+                   fn_output_signature=(tf.float32, tf.float32))

@@ -1,0 +1,108 @@
+"""The one structure that every sampler family produces.
+
+With x_0 ... x_{K-1} the visited states (x_0 here the noisiest, k counting the
+steps taken; the paper counts the other way), a K-step sampler is
+
+  x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])
+  x_{k+1}  = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k, u] x_u
+             + noise_scales[k] z_k,    z_k ~ N(0, I)
+
+and the image is x_K. The last step adds no noise. Everything downstream of the
+families - the chain, TensorBoard, pictures, `sampler.json`, the export - reads
+only this structure.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Coefficients(NamedTuple):
+  """Coefficients of a K-step sampler: float32 tensors or arrays.
+
+  Attributes:
+    times: [K], fed to the network; noisiest first, fractional allowed, in
+      [0, T - 1].
+    x0_from_state: [K].
+    x0_from_eps: [K].
+    state_weights: [K, K], lower triangular.
+    x0_weights: [K].
+    noise_scales: [K], non-negative, the last one 0.
+  """
+
+  times: Any
+  x0_from_state: Any
+  x0_from_eps: Any
+  state_weights: Any
+  x0_weights: Any
+  noise_scales: Any
+
+  @property
+  def num_steps(self) -> int:
+    """K, which is also the number of network calls (NFE)."""
+    return int(self.times.shape[0])
+
+  def numpy(self) -> "Coefficients":
+    """The same as float32 NumPy arrays."""
+    return Coefficients(*(np.asarray(value, np.float32) for value in self))
+
+  def to_dict(self) -> dict[str, list]:
+    """Plain lists, exact: every float32 is a float64 is a JSON number."""
+    return {name: np.asarray(value, np.float32).astype(float).tolist()
+            for name, value in self._asdict().items()}
+
+  @classmethod
+  def from_dict(cls, values: dict[str, list]) -> "Coefficients":
+    """The inverse of `to_dict`, validated.
+
+    Raises:
+      ValueError: a name is missing or unknown, a shape or a value is not
+        allowed.
+    """
+    if set(values) != set(cls._fields):
+      raise ValueError(
+          f"coefficients must be {sorted(cls._fields)}. "
+          f"Received: {sorted(values)}")
+    arrays = cls(*(np.asarray(values[name], np.float32)
+                   for name in cls._fields))
+    arrays.validate()
+    return arrays
+
+  def named_scalars(self) -> dict[str, float]:
+    """Every entry under a name of its own, such as `state_weights/2_1`."""
+    scalars = {}
+    for name, value in self.numpy()._asdict().items():
+      for index in np.ndindex(value.shape):
+        if name == "state_weights" and index[1] > index[0]:
+          continue
+        scalars[f"{name}/{'_'.join(map(str, index))}"] = float(value[index])
+    return scalars
+
+  def validate(self) -> None:
+    """Checks shapes and ranges.
+
+    Raises:
+      ValueError: says what was expected and what was received.
+    """
+    arrays = self.numpy()
+    steps = arrays.times.shape[0] if arrays.times.ndim == 1 else 0
+    if steps < 1:
+      raise ValueError("coefficients must have at least one step. "
+                       f"Received: times of shape {arrays.times.shape}")
+    for name, value in arrays._asdict().items():
+      expected = (steps, steps) if name == "state_weights" else (steps,)
+      if value.shape != expected:
+        raise ValueError(
+            f"{name} must have shape {expected}. Received: {value.shape}")
+      if not np.all(np.isfinite(value)):
+        raise ValueError(f"{name} must be finite. Received: {value.tolist()}")
+    if np.any(np.triu(arrays.state_weights, 1)):
+      raise ValueError("state_weights must be lower triangular: no step can "
+                       "use a state that is not visited yet")
+    if np.any(arrays.noise_scales < 0) or arrays.noise_scales[-1] != 0:
+      raise ValueError(
+          "noise_scales must be non-negative and end in 0. "
+          f"Received: {arrays.noise_scales.tolist()}")
+    if np.any(arrays.times < 0):
+      raise ValueError(
+          f"times must not be negative. Received: {arrays.times.tolist()}")

@@ -1,0 +1,247 @@
+"""The frozen, pre-trained network, behind one boundary.
+
+What a foreign model is - its architecture, what it predicts, how its times are
+scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
+[-1, 1], `t` a (fractional) index of a training step.
+"""
+
+import json
+import os
+
+import gin
+import keras
+import tensorflow as tf
+
+from ddss_tf import diffusers_format
+from ddss_tf import fingerprint
+from ddss_tf import unet
+from ddss_tf.errors import UserError
+from ddss_tf.frozen import frozen_variables
+from ddss_tf.schedules import NoiseSchedule
+
+PREDICTIONS = ("eps", "x0", "v")
+_ASSETS = os.path.join(os.path.dirname(__file__), "assets")
+_CARD = "denoiser.json"
+_NETWORK = "network.keras"
+
+
+class Denoiser:
+  """A frozen network with the process it was trained for.
+
+  Args:
+    model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
+      [B, H, W, C].
+    schedule: its forward process.
+    prediction: "eps"; "x0"; or "v" = alpha_t eps - sigma_t x0 (Salimans and Ho
+      2022, https://arxiv.org/abs/2202.00512).
+    name: what results call it.
+
+  Attributes:
+    image_shape: (H, W, C).
+    sha256: hash of all weights, whatever file they came from; None if the
+      network has none.
+
+  Raises:
+    ValueError: unknown prediction.
+  """
+
+  def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
+               name: str = "denoiser"):
+    if prediction not in PREDICTIONS:
+      raise ValueError(
+          f"prediction must be one of {', '.join(PREDICTIONS)}. "
+          f"Received: {prediction!r}")
+    self.model = model
+    self.schedule = schedule
+    self.prediction = prediction
+    self.name = name
+    self.image_shape = tuple(model.input_shape[0][1:])
+    weights = model.get_weights()
+    self.sha256 = fingerprint.arrays_sha256(weights) if weights else None
+
+  def network(self, x, t) -> tf.Tensor:
+    """The raw prediction.
+
+    Args:
+      x: float [B, H, W, C].
+      t: float [B], or a scalar for all of them, in [0, T - 1].
+
+    Returns:
+      float32 [B, H, W, C].
+    """
+    x = tf.convert_to_tensor(x, tf.float32)
+    t = tf.convert_to_tensor(t, tf.float32)
+    if t.shape.rank == 0:
+      t = tf.repeat(t[None], tf.shape(x)[0])
+    # training=False: no dropout, or rematerialisation would redraw its mask.
+    return tf.cast(self.model([x, t], training=False), tf.float32)
+
+  def eps(self, x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    """The predicted noise [B, H, W, C], whatever the network predicts."""
+    prediction = self.network(x_t, t)
+    if self.prediction == "eps":
+      return prediction
+    alpha_t, sigma_t = self.schedule.alpha_sigma(t)
+    alpha_t = alpha_t[..., None, None, None]
+    sigma_t = sigma_t[..., None, None, None]
+    if self.prediction == "x0":
+      return (x_t - alpha_t * prediction) / sigma_t
+    return sigma_t * x_t + alpha_t * prediction
+
+  def save(self, path: str) -> None:
+    """Writes our own format: `denoiser.json` and `network.keras`.
+
+    Args:
+      path: a folder, made if need be.
+    """
+    os.makedirs(path, exist_ok=True)
+    self.model.save(os.path.join(path, _NETWORK))
+    card = {
+        "format": "ddss_tf.denoiser",
+        "version": 1,
+        "name": self.name,
+        "prediction": self.prediction,
+        "betas": self.schedule.betas.tolist(),
+        "sha256": self.sha256,
+    }
+    with open(os.path.join(path, _CARD), "w") as f:
+      json.dump(card, f, indent=1)
+      f.write("\n")
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class _GaussianEps(keras.layers.Layer):
+  """eps of the exact denoiser of N(mean, std^2 I) data."""
+
+  def __init__(self, betas, mean, std, **kwargs):
+    super().__init__(trainable=False, **kwargs)
+    self.schedule = NoiseSchedule(betas)
+    self.mean = mean
+    self.std = std
+
+  def call(self, x_t, t):
+    alpha_t, sigma_t = self.schedule.alpha_sigma(t)
+    alpha_t = alpha_t[:, None, None, None]
+    sigma_t = sigma_t[:, None, None, None]
+    variance = (alpha_t * self.std) ** 2 + sigma_t**2
+    return sigma_t * (x_t - alpha_t * self.mean) / variance
+
+  def get_config(self):
+    return {**super().get_config(), "betas": self.schedule.betas.tolist(),
+            "mean": self.mean, "std": self.std}
+
+
+@gin.register
+def gaussian_denoiser(image_shape=(8, 8, 1), mean: float = 0.0,
+                      std: float = 0.5, schedule=None) -> Denoiser:
+  """The exact denoiser of a Gaussian data set: what tests measure against.
+
+  For x_0 ~ N(mean, std^2 I),
+  eps(x_t, t) = sigma_t (x_t - alpha_t mean) / (alpha_t^2 std^2 + sigma_t^2),
+  and every sampler's output distribution is known in closed form.
+
+  Args:
+    image_shape: (H, W, C).
+    mean: of every pixel.
+    std: of every pixel.
+    schedule: forward process; linear betas, T = 1000, if None.
+
+  Returns:
+    A `Denoiser` without weights.
+  """
+  schedule = schedule or NoiseSchedule.linear()
+  x_t = keras.Input(image_shape, name="x_t")
+  t = keras.Input((), name="t")
+  eps = _GaussianEps(schedule.betas.tolist(), mean, std, name="eps")(x_t, t)
+  return Denoiser(keras.Model([x_t, t], eps), schedule, name="gaussian")
+
+
+@gin.register
+def load_denoiser(path: str) -> Denoiser:
+  """Loads a frozen, pre-trained denoiser.
+
+  Args:
+    path: one of
+      - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
+      - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
+        `scheduler_config.json`, `diffusion_pytorch_model.safetensors`;
+      - the name of an embedded model: "digits16-ddpm".
+
+  Returns:
+    The denoiser, frozen.
+
+  Raises:
+    UserError: nothing there, not a format we read, an architecture switch we do
+      not implement, a truncated or mismatched file; in one line.
+  """
+  folder = path
+  if not os.path.exists(folder) and os.sep not in path:
+    folder = os.path.join(_ASSETS, path)
+  if not os.path.isdir(folder):
+    raise UserError(
+        "denoiser path must be a folder or the name of an embedded model "
+        f"({', '.join(embedded_denoisers())}). Received: {path!r}")
+  if os.path.exists(os.path.join(folder, _CARD)):
+    return _load_own(folder)
+  if os.path.exists(os.path.join(folder, diffusers_format.CONFIG)):
+    return _load_diffusers(folder)
+  raise UserError(
+      f"denoiser folder must hold {_CARD} (ours) or {diffusers_format.CONFIG} "
+      f"(diffusers). Received: {folder!r} with {sorted(os.listdir(folder))}")
+
+
+def embedded_denoisers() -> list[str]:
+  """Names of the models that come with the package."""
+  return sorted(name for name in os.listdir(_ASSETS)
+                if os.path.exists(os.path.join(_ASSETS, name, _CARD)))
+
+
+def _load_own(folder: str) -> Denoiser:
+  """Reads what `Denoiser.save` wrote, and checks the weights' hash."""
+  card_path = os.path.join(folder, _CARD)
+  try:
+    with open(card_path) as f:
+      card = json.load(f)
+    name, prediction = card["name"], card["prediction"]
+    betas, sha256 = card["betas"], card["sha256"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{card_path} is damaged: {error!r}") from error
+  network_path = os.path.join(folder, _NETWORK)
+  if not os.path.exists(network_path):
+    raise UserError(f"{folder} has {_CARD} but no {_NETWORK}")
+  try:
+    with frozen_variables():
+      model = keras.saving.load_model(network_path, compile=False)
+  except Exception as error:  # Keras raises many kinds for a damaged file.
+    raise UserError(
+        f"{network_path} is not a complete Keras file: "
+        f"{' '.join(str(error).split())[:200]}") from error
+  model.trainable = False
+  denoiser = Denoiser(model, NoiseSchedule(betas), prediction, name)
+  if denoiser.sha256 != sha256:
+    raise UserError(
+        f"weights in {network_path} must have the SHA-256 {sha256} of their "
+        f"{_CARD}. Received: {denoiser.sha256}")
+  return denoiser
+
+
+def _load_diffusers(folder: str) -> Denoiser:
+  """Reads a diffusers folder into our U-Net."""
+  config, betas, prediction = diffusers_format.read_config(folder)
+  weights = diffusers_format.read_weights(folder)
+  try:
+    with frozen_variables():
+      model = unet.build_unet(config)
+  except ValueError as error:
+    raise UserError(
+        f"{folder} describes a network that cannot be built: {error}"
+    ) from error
+  model.trainable = False
+  values = diffusers_format.to_keras(
+      weights, [(v.path, tuple(v.shape)) for v in model.weights])
+  for variable in model.weights:
+    variable.assign(values[variable.path])
+  name = os.path.basename(os.path.normpath(folder))
+  return Denoiser(model, NoiseSchedule(betas), prediction, name)
+
+

@@ -1,0 +1,172 @@
+"""Searches, evaluates, samples and exports a few-step diffusion sampler.
+
+  python -m ddss_tf.main --gin_file=gin_configs/demo.gin --run_dir=runs/demo
+
+Without --mode it runs search, evaluate and export in turn; each stage goes on
+where an earlier command stopped. Bindings are overridden with
+--gin_param='search.batch_size = 128'.
+"""
+
+import os
+import re
+import sys
+
+from absl import app
+from absl import flags
+
+# TensorFlow and gin are imported only once the flags are fine: `--help` and a
+# misspelt flag answer at once.
+
+MODES = ("run", "search", "evaluate", "sample", "export")
+
+_GIN_FILE = flags.DEFINE_multi_string(
+    "gin_file", [], "Configuration file; repeatable, later ones win.")
+_GIN_PARAM = flags.DEFINE_multi_string(
+    "gin_param", [], "One binding, such as 'search.seed = 3'; repeatable.")
+_RUN_DIR = flags.DEFINE_string(
+    "run_dir", None, "Folder for all that the run leaves; made if need be.")
+_MODE = flags.DEFINE_enum(
+    "mode", "run", MODES, "Stage to run; 'run' is search, evaluate, export.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Parse and build everything, print the configuration, "
+    "and stop. Writes nothing.")
+
+
+def _parse_gin(files: list[str], params: list[str]) -> None:
+  """Parses all bindings; any fault in them is a one-line UserError."""
+  import gin  # pylint: disable=g-import-not-at-top
+  from ddss_tf import registry  # pylint: disable=g-import-not-at-top,unused-import
+  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+
+  for file in files:
+    if not os.path.isfile(file):
+      raise UserError(f"gin file must exist. Received: {file!r}")
+    # An include is looked for beside the file that has it, too.
+    gin.add_config_file_search_path(os.path.dirname(os.path.abspath(file)))
+  try:
+    gin.parse_config_files_and_bindings(files, params, skip_unknown=False)
+  except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
+          AttributeError, ImportError) as error:
+    raise UserError(f"gin: {error}") from error
+  # gin takes a misspelt NAME = value for a new macro and goes on.
+  text = gin.config_str(max_line_length=10**6)
+  for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
+    if f"%{name}" not in text:
+      raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
+                      "misspelt?")
+
+
+def _stages(mode: str):
+  """The functions of a mode, in order."""
+  from ddss_tf import registry  # pylint: disable=g-import-not-at-top
+  if mode == "run":
+    return [registry.search, registry.evaluate, registry.export]
+  return [getattr(registry, mode)]
+
+
+def _dry_run(stages) -> None:
+  """Builds what the stages would be given, and prints the configuration."""
+  import gin  # pylint: disable=g-import-not-at-top
+  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf.samplers import Sampler  # pylint: disable=g-import-not-at-top,unused-import
+  for stage in stages:
+    name = stage.__name__
+    bindings = gin.get_bindings(name)
+    for key, value in bindings.items():
+      if value is gin.REQUIRED:
+        raise UserError(f"gin: {name}.{key} must be bound")
+    denoiser = bindings.get("denoiser")
+    factories = list(bindings.get("baselines") or [])
+    factories += [bindings["sampler"]] if "sampler" in bindings else []
+    for factory in factories:
+      factory(denoiser.schedule)
+  print(gin.config_str())
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  try:
+    _run()
+  except UserError as error:
+    _fail(error)
+  except OSError as error:
+    _fail(error)
+
+
+def _fail(error):
+  # One line, whatever the library put into its message.
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  sys.exit(2)
+
+
+def _run():
+  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  if not _GIN_FILE.value and not _GIN_PARAM.value:
+    raise UserError("--gin_file must name a configuration, such as "
+                    "gin_configs/demo.gin")
+  if not _RUN_DIR.value and not _DRY_RUN.value:
+    raise UserError("--run_dir must name a folder")
+  _parse_gin(_GIN_FILE.value, _GIN_PARAM.value)
+  import gin  # pylint: disable=g-import-not-at-top
+  from ddss_tf import evaluate as evaluate_lib  # pylint: disable=g-import-not-at-top
+  from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
+  from ddss_tf import storage  # pylint: disable=g-import-not-at-top
+
+  stages = _stages(_MODE.value)
+  if _DRY_RUN.value:
+    _dry_run(stages)
+    return
+  run = run_dir_lib.RunDir(_RUN_DIR.value)
+  run.lock()
+  storage.write_text(run.path("config.gin"), gin.config_str())
+  results = {}
+  for stage in stages:
+    results[stage.__name__] = _call(stage, run.root)
+  if "evaluate" in results:
+    records = results["evaluate"]
+    print(f"\n{evaluate_lib.table(records)}\n")
+    print(f"{records[0]['num_samples']} samples a row against "
+          f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
+          f"seed {records[0]['seed']}; features "
+          f"{records[0]['features']['name']}, held-out "
+          f"{(records[0]['features_heldout'] or {}).get('name')}.")
+  if "sample" in results:
+    print(f"images: {results['sample']}")
+  print(_where(run))
+
+
+def _call(stage, root):
+  """Runs a stage; a required binding that is missing is a UserError."""
+  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  try:
+    return stage(root)
+  except RuntimeError as error:
+    if "Required bindings" in str(error):
+      raise UserError(f"gin: {error}") from error
+    raise
+
+
+def _where(run) -> str:
+  """Where to look: the files that are there."""
+  notes = {
+      "samples.png": "DDIM beside the searched sampler, same noise",
+      "coefficients.png": "the searched sampler, drawn",
+      "sampler.json": "the searched sampler, portable",
+      "metrics.json": "all figures",
+      "export": "SavedModel",
+      "tensorboard": f"tensorboard --logdir={run.path('tensorboard')}",
+  }
+  return "\n".join(f"{run.path(name):<40} {note}" for name, note
+                   in notes.items() if os.path.exists(run.path(name)))
+
+
+def cli() -> None:
+  """Entry point of the console command."""
+  app.run(main)
+
+
+if __name__ == "__main__":
+  cli()

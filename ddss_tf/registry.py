@@ -1,0 +1,19 @@
+"""Imports every module whose names gin may bind.
+
+The roots, one for each mode, are `search`, `evaluate`, `sample` and `export`.
+"""
+
+from ddss_tf.data import load_dataset
+from ddss_tf.denoisers import gaussian_denoiser
+from ddss_tf.denoisers import load_denoiser
+from ddss_tf.evaluate import evaluate
+from ddss_tf.export import export
+from ddss_tf.export import sample
+from ddss_tf.features import load_features
+from ddss_tf.samplers import make_sampler
+from ddss_tf.search import search
+
+__all__ = [
+    "evaluate", "export", "gaussian_denoiser", "load_dataset", "load_denoiser",
+    "load_features", "make_sampler", "sample", "search",
+]

@@ -1,0 +1,87 @@
+"""The run directory: what one run leaves on disk.
+
+  config.gin          the bindings of the last command
+  checkpoints/        of the search
+  tensorboard/        events
+  cache/              features of the real images
+  sampler.json        the found coefficients, portable
+  samples.png, coefficients.png
+  metrics.json        a list of records, one for each sampler
+  export/             SavedModel
+"""
+
+import fcntl
+import json
+import os
+
+from ddss_tf import storage
+from ddss_tf.errors import UserError
+
+
+class RunDir:
+  """A usable run directory.
+
+  Args:
+    root: its path; made if need be.
+
+  Raises:
+    UserError: it cannot be made or written to.
+  """
+
+  def __init__(self, root: str):
+    self.root = root
+    try:
+      os.makedirs(root, exist_ok=True)
+      # Tried, not asked: os.access says yes to root on read-only systems.
+      with storage.replacing(self.path(".writable")):
+        pass
+      os.remove(self.path(".writable"))
+    except OSError as error:
+      raise UserError(f"run_dir must be a folder that can be written to. "
+                      f"Received: {root!r} ({error.strerror})") from error
+    self._lock = None
+
+  def path(self, *parts: str) -> str:
+    """A path inside."""
+    return os.path.join(self.root, *parts)
+
+  @property
+  def cache(self) -> str:
+    """Folder of what can be computed again."""
+    return self.path("cache")
+
+  def lock(self) -> None:
+    """Keeps other processes out until this one ends, however it ends.
+
+    Raises:
+      UserError: another process is at work here.
+    """
+    self._lock = open(self.path(".lock"), "w")  # Held open on purpose.
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UserError(
+          f"run_dir {self.root!r} is in use by another process") from error
+
+  def claim(self, stage: str, identity: dict) -> None:
+    """Ties the directory to one configuration of a stage.
+
+    Args:
+      stage: its name.
+      identity: all that decides its result; JSON.
+
+    Raises:
+      UserError: the directory belongs to another; names the first difference.
+    """
+    path = self.path("checkpoints", f"{stage}.json")
+    identity = json.loads(json.dumps(identity))
+    if os.path.exists(path):
+      with open(path) as f:
+        before = json.load(f)
+      for key in sorted(set(before) | set(identity)):
+        if before.get(key) != identity.get(key):
+          raise UserError(
+              f"run_dir {self.root!r} holds a {stage} with another {key}: "
+              f"{before.get(key)}. Received: {identity.get(key)}. Use another "
+              "run_dir, or delete this one")
+    storage.write_json(path, identity)

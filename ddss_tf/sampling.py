@@ -1,0 +1,72 @@
+"""Many images from a sampler, in batches, without gradient."""
+
+from typing import Iterator
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from ddss_tf import chain
+from ddss_tf.coefficients import Coefficients
+from ddss_tf.denoisers import Denoiser
+
+
+def seed_pair(seed: int) -> tf.Tensor:
+  """The int32 [2] seed of TensorFlow's stateless generators of an integer."""
+  return tf.constant([seed, 0], tf.int32)
+
+
+class Generator:
+  """Samples a denoiser: image i of a seed, whatever the batch.
+
+  The coefficients are an input, so that one traced function serves every
+  sampler of the same number of steps.
+
+  Args:
+    denoiser: the frozen network.
+    batch_size: images per call. The last batch of a request is filled up with
+      images that are thrown away, since a new shape means a new compilation.
+    jit_compile: compile the network with XLA.
+  """
+
+  def __init__(self, denoiser: Denoiser, batch_size: int = 250,
+               jit_compile: bool = True):
+    self.denoiser = denoiser
+    self.batch_size = batch_size
+    self._eps = tf.function(denoiser.eps, jit_compile=jit_compile)
+    self._sample = tf.function(self._sample_batch)
+
+  def _sample_batch(self, coefficients, seed, indices):
+    x_T, step_noise = chain.draw_noise(
+        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
+    return chain.run_chain(self._eps, coefficients, x_T, step_noise)
+
+  def batches(self, coefficients: Coefficients, num_images: int, seed: int,
+              description: str = "") -> Iterator[tf.Tensor]:
+    """Yields images 0 ... num_images - 1 of a seed.
+
+    Args:
+      coefficients: of the sampler.
+      num_images: how many.
+      seed: of the run; image i depends on it and on i only.
+      description: text of the progress bar; none is shown if empty.
+
+    Yields:
+      float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
+    """
+    coefficients = Coefficients(
+        *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
+    pair = seed_pair(seed)
+    with tqdm.tqdm(total=num_images, desc=description, unit="image",
+                   disable=None if description else True, leave=False) as bar:
+      for start in range(0, num_images, self.batch_size):
+        indices = tf.range(start, start + self.batch_size)
+        count = min(self.batch_size, num_images - start)
+        yield self._sample(coefficients, pair, indices)[:count]
+        bar.update(count)
+
+  def images(self, coefficients: Coefficients, num_images: int, seed: int,
+             description: str = "") -> np.ndarray:
+    """All of `batches` as one array, float32 [N, H, W, C]."""
+    return np.concatenate([batch.numpy() for batch in self.batches(
+        coefficients, num_images, seed, description)])

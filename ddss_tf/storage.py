@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import tempfile
+from typing import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+  """Gives a temporary path beside `path` that takes its place on success.
+
+  On any exception, a full disk among them, the temporary file goes and what
+  was at `path` stays.
+
+  Args:
+    path: the final path; its folder is made if need be.
+
+  Yields:
+    A path with the same ending, in the same folder.
+  """
+  folder, name = os.path.split(os.path.abspath(path))
+  os.makedirs(folder, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=name)
+  os.close(handle)
+  try:
+    yield temporary
+    # mkstemp makes files that only their owner can read.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    os.replace(temporary, path)
+  finally:
+    if os.path.exists(temporary):
+      os.remove(temporary)
+
+
+def write_text(path: str, text: str) -> None:
+  """Writes a text file atomically."""
+  with replacing(path) as temporary:
+    with open(temporary, "w") as f:
+      f.write(text)
+
+
+def write_json(path: str, value) -> None:
+  """Writes JSON atomically, readable; NaN is an error, not invalid JSON."""
+  write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,318 @@
+"""The DDPM U-Net as a Keras functional model, backend-agnostic (`keras.ops`).
+
+One architecture with switches, covering the networks of Ho et al. (2020,
+https://arxiv.org/abs/2006.11239, appendix B) and its descendants as far as
+`UNetConfig` goes. Images are NHWC; the time is a float, one per image, because
+a learned sampler asks for fractional times.
+"""
+
+import dataclasses
+import math
+
+import keras
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+  """Everything that fixes the architecture and its arithmetic.
+
+  Attributes:
+    image_size: height and width in pixels, a multiple of
+      2 ** (len(channels) - 1).
+    in_channels: channels of `x_t`.
+    out_channels: channels of the prediction.
+    channels: width of each resolution level, finest first.
+    blocks_per_level: residual blocks of a level on the way down; the way up
+      has one more.
+    attention_levels: indices into `channels` of the levels with attention. The
+      middle has attention always unless `mid_attention` is False.
+    head_channels: channels of one attention head; None: a single head.
+    norm_groups: groups of every group normalisation.
+    norm_epsilon: its epsilon (1e-6 in the TensorFlow original, 1e-5 in the
+      PyTorch descendants; Keras's own default of 1e-3 is wrong for both).
+    sin_first: time embedding is [sin, cos] if True, [cos, sin] if False.
+    frequency_shift: frequencies are 10000 ** (-i / (half - frequency_shift)).
+    symmetric_downsample: the strided convolution pads one pixel on all sides
+      (PyTorch's padding=1) if True, bottom and right only (TensorFlow's SAME)
+      if False. Weights of one give wrong images in the other.
+    scale_shift: the time enters as h * (1 + scale) + shift after the second
+      normalisation if True, as an addition before it if False.
+    mid_attention: whether the middle has an attention layer.
+  """
+
+  image_size: int
+  in_channels: int
+  out_channels: int
+  channels: tuple[int, ...]
+  blocks_per_level: int
+  attention_levels: tuple[int, ...] = ()
+  head_channels: int | None = None
+  norm_groups: int = 32
+  norm_epsilon: float = 1e-6
+  sin_first: bool = True
+  frequency_shift: float = 1.0
+  symmetric_downsample: bool = False
+  scale_shift: bool = False
+  mid_attention: bool = True
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class TimeEmbedding(keras.layers.Layer):
+  """Sinusoidal features of a float time; differentiable in it.
+
+  Args:
+    dim: even number of features.
+    sin_first: [sin, cos] if True, [cos, sin] otherwise.
+    frequency_shift: see `UNetConfig`.
+
+  Call arguments:
+    t: float [B], in the units the network was trained with.
+
+  Returns:
+    float [B, dim] in [-1, 1].
+
+  Reference: Ho et al. (2020), https://arxiv.org/abs/2006.11239, appendix B.
+  """
+
+  def __init__(self, dim, sin_first=True, frequency_shift=1.0, **kwargs):
+    # Times reach 1000 and more: bfloat16 would merge neighbouring steps.
+    kwargs.setdefault("dtype", "float32")
+    super().__init__(**kwargs)
+    self.dim = dim
+    self.sin_first = sin_first
+    self.frequency_shift = frequency_shift
+
+  def call(self, t):
+    half = self.dim // 2
+    rate = -math.log(10000.0) / (half - self.frequency_shift)
+    frequencies = ops.exp(rate * ops.arange(half, dtype="float32"))
+    angles = ops.cast(t, "float32")[:, None] * frequencies[None, :]
+    parts = [ops.sin(angles), ops.cos(angles)]
+    return ops.concatenate(parts if self.sin_first else parts[::-1], axis=-1)
+
+  def compute_output_shape(self, input_shape):
+    return (input_shape[0], self.dim)
+
+  def get_config(self):
+    return {
+        **super().get_config(),
+        "dim": self.dim,
+        "sin_first": self.sin_first,
+        "frequency_shift": self.frequency_shift,
+    }
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class ResidualBlock(keras.layers.Layer):
+  """norm, swish, conv, time, norm, swish, conv, plus a shortcut.
+
+  Args:
+    channels: channels of the output.
+    norm_groups: groups of both normalisations.
+    norm_epsilon: their epsilon.
+    scale_shift: see `UNetConfig`.
+
+  Call arguments:
+    x: float [B, H, W, C].
+    time_features: float [B, E].
+
+  Returns:
+    float [B, H, W, channels].
+  """
+
+  def __init__(self, channels, norm_groups, norm_epsilon, scale_shift=False,
+               **kwargs):
+    super().__init__(**kwargs)
+    self.channels = channels
+    self.norm_groups = norm_groups
+    self.norm_epsilon = norm_epsilon
+    self.scale_shift = scale_shift
+    norm = dict(groups=norm_groups, epsilon=norm_epsilon)
+    self.norm1 = keras.layers.GroupNormalization(**norm, name="norm1")
+    self.conv1 = keras.layers.Conv2D(channels, 3, padding="same", name="conv1")
+    self.time_projection = keras.layers.Dense(
+        channels * (2 if scale_shift else 1), name="time_projection")
+    self.norm2 = keras.layers.GroupNormalization(**norm, name="norm2")
+    self.conv2 = keras.layers.Conv2D(channels, 3, padding="same", name="conv2")
+    self.shortcut = None
+
+  def build(self, x_shape, time_features_shape):
+    out_shape = (*x_shape[:-1], self.channels)
+    self.norm1.build(x_shape)
+    self.conv1.build(x_shape)
+    self.time_projection.build(time_features_shape)
+    self.norm2.build(out_shape)
+    self.conv2.build(out_shape)
+    if x_shape[-1] != self.channels:
+      self.shortcut = keras.layers.Conv2D(self.channels, 1, name="shortcut")
+      self.shortcut.build(x_shape)
+    self.built = True
+
+  def call(self, x, time_features):
+    h = self.conv1(ops.silu(self.norm1(x)))
+    time = self.time_projection(ops.silu(time_features))[:, None, None, :]
+    if self.scale_shift:
+      scale, shift = ops.split(time, 2, axis=-1)
+      h = self.norm2(h) * (1.0 + scale) + shift
+    else:
+      h = self.norm2(h + time)
+    h = self.conv2(ops.silu(h))
+    return h + (x if self.shortcut is None else self.shortcut(x))
+
+  def compute_output_shape(self, x_shape, time_features_shape):
+    del time_features_shape
+    return (*x_shape[:-1], self.channels)
+
+  def get_config(self):
+    return {
+        **super().get_config(),
+        "channels": self.channels,
+        "norm_groups": self.norm_groups,
+        "norm_epsilon": self.norm_epsilon,
+        "scale_shift": self.scale_shift,
+    }
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class SelfAttention(keras.layers.Layer):
+  """Self-attention over the pixels, with a residual.
+
+  Args:
+    norm_groups: groups of the normalisation.
+    norm_epsilon: its epsilon.
+    head_channels: channels of one head; None: a single head.
+
+  Call arguments:
+    x: float [B, H, W, C].
+
+  Returns:
+    float [B, H, W, C].
+  """
+
+  def __init__(self, norm_groups, norm_epsilon, head_channels=None, **kwargs):
+    super().__init__(**kwargs)
+    self.norm_groups = norm_groups
+    self.norm_epsilon = norm_epsilon
+    self.head_channels = head_channels
+
+  def build(self, x_shape):
+    width = x_shape[-1]
+    self.norm = keras.layers.GroupNormalization(
+        groups=self.norm_groups, epsilon=self.norm_epsilon, name="norm")
+    self.norm.build(x_shape)
+    for name in ("query", "key", "value", "output_projection"):
+      dense = keras.layers.Dense(width, name=name)
+      dense.build(x_shape)
+      setattr(self, name, dense)
+    self.built = True
+
+  def call(self, x):
+    _, height, width, channels = x.shape
+    head = self.head_channels or channels
+    heads = channels // head
+    h = self.norm(x)
+    query, key, value = (
+        ops.reshape(dense(h), (-1, height * width, heads, head))
+        for dense in (self.query, self.key, self.value))
+    h = ops.dot_product_attention(query, key, value)
+    h = ops.reshape(h, (-1, height, width, channels))
+    return x + self.output_projection(h)
+
+  def compute_output_shape(self, x_shape):
+    return x_shape
+
+  def get_config(self):
+    return {
+        **super().get_config(),
+        "norm_groups": self.norm_groups,
+        "norm_epsilon": self.norm_epsilon,
+        "head_channels": self.head_channels,
+    }
+
+
+def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
+  """Builds the network `[x_t, t] -> prediction`, with random weights.
+
+  Layers carry the names of their place (`down_1_block_0`, `mid_attention`,
+  `up_2_upsample`, ...), where the number after `up_` counts from the coarsest
+  level, in order of execution.
+
+  Args:
+    config: the architecture.
+    name: name of the model.
+
+  Returns:
+    A functional model from `x_t`, float [B, S, S, in_channels] in [-1, 1], and
+    `t`, float [B], to float [B, S, S, out_channels].
+
+  Raises:
+    ValueError: the image size does not divide, or groups do not divide widths.
+  """
+  levels = len(config.channels)
+  factor = 2 ** (levels - 1)
+  if config.image_size % factor:
+    raise ValueError(
+        f"image_size must be a multiple of {factor} for {levels} levels. "
+        f"Received: image_size={config.image_size}")
+  size = config.image_size
+  base = config.channels[0]
+  norm = dict(norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon)
+
+  x = keras.Input((size, size, config.in_channels), name="x_t")
+  t = keras.Input((), name="t")
+  time = TimeEmbedding(
+      base, config.sin_first, config.frequency_shift, name="time_embedding")(t)
+  time = keras.layers.Dense(4 * base, activation="silu", name="time_1")(time)
+  time = keras.layers.Dense(4 * base, name="time_2")(time)
+
+  def block(h, width, place):
+    return ResidualBlock(
+        width, **norm, scale_shift=config.scale_shift, name=place)(h, time)
+
+  def attention(h, place):
+    return SelfAttention(
+        **norm, head_channels=config.head_channels, name=place)(h)
+
+  h = keras.layers.Conv2D(base, 3, padding="same", name="conv_in")(x)
+  skips = [h]
+  for level, width in enumerate(config.channels):
+    for i in range(config.blocks_per_level):
+      h = block(h, width, f"down_{level}_block_{i}")
+      if level in config.attention_levels:
+        h = attention(h, f"down_{level}_attention_{i}")
+      skips.append(h)
+    if level < levels - 1:
+      padding = "same"
+      if config.symmetric_downsample:
+        h = keras.layers.ZeroPadding2D(1, name=f"down_{level}_pad")(h)
+        padding = "valid"
+      h = keras.layers.Conv2D(width, 3, strides=2, padding=padding,
+                              name=f"down_{level}_downsample")(h)
+      skips.append(h)
+
+  h = block(h, config.channels[-1], "mid_block_0")
+  if config.mid_attention:
+    h = attention(h, "mid_attention")
+  h = block(h, config.channels[-1], "mid_block_1")
+
+  for up, level in enumerate(reversed(range(levels))):
+    for i in range(config.blocks_per_level + 1):
+      h = keras.layers.Concatenate(name=f"up_{up}_skip_{i}")([h, skips.pop()])
+      h = block(h, config.channels[level], f"up_{up}_block_{i}")
+      if level in config.attention_levels:
+        h = attention(h, f"up_{up}_attention_{i}")
+    if level > 0:
+      h = keras.layers.UpSampling2D(2, name=f"up_{up}_repeat")(h)
+      h = keras.layers.Conv2D(config.channels[level], 3, padding="same",
+                              name=f"up_{up}_upsample")(h)
+
+  h = keras.layers.GroupNormalization(
+      groups=config.norm_groups, epsilon=config.norm_epsilon,
+      name="norm_out")(h)
+  h = keras.layers.Activation("silu", name="silu_out")(h)
+  # The prediction leaves in float32 whatever the policy: the coefficients of
+  # the chain multiply it by up to 1 / sqrt(abar_T).
+  h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
+                          dtype="float32", name="conv_out")(h)
+  return keras.Model([x, t], h, name=name)
