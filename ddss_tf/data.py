@@ -1,6 +1,6 @@
 """Images of any TFDS data set, as float32 NHWC in [-1, 1].
 
-All knowledge of pixels as bytes is here: `from_uint8` and `to_uint8`.
+All knowledge of pixels as bytes is here: `to_float` and `to_uint8`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class ImageDataset:
   sha256: str
 
 
-def from_uint8(pixels: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
+def to_float(pixels: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
   """Bytes in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1, any shape."""
   if tf.is_tensor(pixels):
     return tf.cast(pixels, tf.float32) / 127.5 - 1.0
@@ -47,7 +47,7 @@ def from_uint8(pixels: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
 def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
   """Floats, meant in [-1, 1], to the nearest byte, clipped; any shape.
 
-  Inverse of `from_uint8`, and what saving images to a file does to them.
+  Inverse of `to_float`, and what saving images to a file does to them.
   """
   if tf.is_tensor(images):
     pixels = tf.round(127.5 * tf.cast(images, tf.float32) + 127.5)
@@ -91,7 +91,7 @@ def load_dataset(name: str, split: str = "train", *, pad: int = 0,
         f"downsample must be a whole number >= 1. Received: {downsample!r}")
   builder = _prepared_builder(name, data_dir, download)
   pixels, labels = _read(builder, name, split)
-  images = from_uint8(pixels)
+  images = to_float(pixels)
   images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)),
                   constant_values=-1)
   n, height, width, channels = images.shape
@@ -113,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 def _prepared_builder(name: str, data_dir: str | None, download: bool):
   """TFDS builder of a data set that is on disk."""
-  # It takes about a second to import, and commands that read no data need none.
+  # A second to import, which commands that read no data need not wait for.
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
   import ddss_tf.datasets.ddss_digits  # pylint: disable=g-import-not-at-top,unused-import
 
@@ -164,9 +164,9 @@ def _read(builder, name: str, split: str):
                     f"Received: {split!r}, which is empty")
   features = builder.info.features
   if "image" not in features or features["image"].np_dtype != np.uint8:
-    raise UserError(
-        f"dataset {name!r} must have a feature 'image' of type uint8. "
-        f"Received: {', '.join(f'{k} {features[k].np_dtype}' for k in features)}")
+    received = ", ".join(f"{key} {features[key].np_dtype}" for key in features)
+    raise UserError(f"dataset {name!r} must have a feature 'image' of type "
+                    f"uint8. Received: {received}")
   keys = [key for key in ("image", "label") if key in features]
   examples = builder.as_dataset(
       split=split,

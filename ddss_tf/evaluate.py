@@ -153,7 +153,7 @@ def _measure(batches, extract, reference):
   pools = [[] for _ in extract]
   logits = []
   for batch in batches:
-    images = tf.constant(data.from_uint8(data.to_uint8(batch.numpy())))
+    images = tf.constant(data.to_float(data.to_uint8(batch.numpy())))
     for i, network in enumerate(extract):
       outputs = network(images)
       pools[i].append(outputs["pool"].numpy())

@@ -1,9 +1,7 @@
 """Frozen networks that turn images into features, and a cache of theirs."""
 
-import hashlib
 import json
 import os
-import uuid
 import zipfile
 import zlib
 
@@ -15,6 +13,7 @@ import tensorflow as tf
 
 from ddss_tf import data
 from ddss_tf import fingerprint
+from ddss_tf import storage
 from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
 
@@ -54,9 +53,8 @@ class FeatureNetwork:
     self.sha256 = fingerprint.arrays_sha256(model.get_weights())
     # The weights alone would not tell a network from the same one with
     # another activation, or from another layer of it.
-    self.key = hashlib.sha256(json.dumps(
-        [self.sha256, pool_layer, logits_layer, model.to_json()]
-    ).encode()).hexdigest()
+    self.key = fingerprint.text_sha256(json.dumps(
+        [self.sha256, pool_layer, logits_layer, model.to_json()]))
 
   def __call__(self, images) -> dict[str, tf.Tensor]:
     """Features of a batch; differentiable with respect to the images.
@@ -112,12 +110,12 @@ def embedded_features() -> list[str]:
 
 
 @gin.register
-def load_features(path_or_name: str, pool_layer: str = "pool",
+def load_features(path: str, pool_layer: str = "pool",
                   logits_layer: str = "logits") -> FeatureNetwork:
   """Loads a feature network.
 
   Args:
-    path_or_name: path of a `.keras` file, or the name of an embedded network:
+    path: of a `.keras` file, or the name of an embedded network:
       "digits_cnn" (for the loss) and "digits_resnet" (for reports only, so
       that what is reported is not what was optimised).
     pool_layer: see `FeatureNetwork`.
@@ -131,7 +129,6 @@ def load_features(path_or_name: str, pool_layer: str = "pool",
     UserError: in one line, for a missing or damaged file, code inside it,
       weights that are not those of its `.json`, or a missing layer.
   """
-  path = path_or_name
   if path in embedded_features():
     path = os.path.join(_ASSETS, path + _SUFFIX)
   # Other formats that Keras reads can run code of their own.
@@ -139,7 +136,7 @@ def load_features(path_or_name: str, pool_layer: str = "pool",
     raise UserError(
         f"features must be the path of a {_SUFFIX} file or the name of an "
         f"embedded network ({', '.join(embedded_features())}). "
-        f"Received: {path_or_name!r}")
+        f"Received: {path!r}")
   try:
     with frozen_variables():
       model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -193,8 +190,8 @@ def dataset_features(features: FeatureNetwork, dataset: data.ImageDataset, *,
   """
   path = None
   if cache_dir is not None:
-    key = hashlib.sha256(json.dumps(
-        [dataset.sha256, features.key, bool(quantise)]).encode()).hexdigest()
+    key = fingerprint.text_sha256(
+        json.dumps([dataset.sha256, features.key, bool(quantise)]))
     path = os.path.join(cache_dir, f"features-{key[:32]}.npz")
     cached = _read_cache(path, len(dataset.images))
     if cached is not None:
@@ -203,12 +200,13 @@ def dataset_features(features: FeatureNetwork, dataset: data.ImageDataset, *,
   for start in range(0, len(dataset.images), batch_size):
     images = dataset.images[start:start + batch_size]
     if quantise:
-      images = data.from_uint8(data.to_uint8(images))
+      images = data.to_float(data.to_uint8(images))
     batches.append(features(images))
   arrays = {key: np.concatenate([batch[key].numpy() for batch in batches])
             for key in _KEYS}
   if path is not None:
-    _write_cache(path, arrays)
+    with storage.replacing(path) as temporary:
+      np.savez(temporary, **arrays)
   return arrays
 
 
@@ -226,16 +224,3 @@ def _read_cache(path: str, count: int) -> dict[str, np.ndarray] | None:
           zipfile.BadZipFile, zlib.error) as error:
     logging.warning("Cache %s is damaged and computed again: %s", path, error)
     return None
-
-
-def _write_cache(path: str, arrays: dict[str, np.ndarray]) -> None:
-  """Writes a file that is complete as soon as it has its name."""
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    with open(temporary, "wb") as f:
-      np.savez(f, **arrays)
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)

@@ -31,7 +31,8 @@ def tiny(tmp_path_factory):
     tfds.dataset_builders.store_as_tfds_dataset(
         name=name, version="1.0.0", data_dir=folder,
         features=tfds.features.FeaturesDict(feature),
-        split_datasets={"test": examples}, disable_shuffling=True)
+        split_datasets={"test": list(enumerate(examples))},
+        disable_shuffling=True)
 
   store("tiny_rgb", {"image": tfds.features.Image(shape=(4, 6, 3))},
         [{"image": image} for image in pixels])
@@ -111,7 +112,7 @@ def test_any_prepared_data_set(tiny):
 @pytest.mark.parametrize("convert", [np.asarray, tf.constant])
 def test_bytes_and_floats(convert):
   pixels = np.arange(256, dtype=np.uint8)
-  floats = data.from_uint8(convert(pixels))
+  floats = data.to_float(convert(pixels))
   assert floats.dtype == np.float32
   np.testing.assert_allclose(floats, np.arange(256) / 127.5 - 1, atol=1e-6)
   np.testing.assert_array_equal(data.to_uint8(floats), pixels)

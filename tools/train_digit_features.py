@@ -34,7 +34,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", _ASSETS, "Folder of the .keras and .json files.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where TFDS keeps prepared data sets.")
-_EPOCHS = flags.DEFINE_integer("epochs", 20, "Passes over the data.", 1)
+_EPOCHS = flags.DEFINE_integer("epochs", 30, "Passes over the data.", 1)
 
 
 def digits_cnn() -> keras.Model:
