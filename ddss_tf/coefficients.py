@@ -22,7 +22,7 @@ class Coefficients(NamedTuple):
 
   Attributes:
     times: [K], fed to the network; noisiest first, fractional allowed, in
-      [0, T - 1].
+      [0, T].
     x0_from_state: [K].
     x0_from_eps: [K].
     state_weights: [K, K], lower triangular.

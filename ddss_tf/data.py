@@ -114,8 +114,10 @@ def _first_line(error: Exception) -> str:
 def _prepared_builder(name: str, data_dir: str | None, download: bool):
   """TFDS builder of a data set that is on disk."""
   # A second to import, which commands that read no data need not wait for.
-  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-  import ddss_tf.datasets.ddss_digits  # pylint: disable=g-import-not-at-top,unused-import
+  # pylint: disable=g-import-not-at-top,unused-import
+  import tensorflow_datasets as tfds
+  import ddss_tf.datasets.ddss_digits
+  # pylint: enable=g-import-not-at-top,unused-import
 
   def find():
     try:

@@ -125,6 +125,8 @@ def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
         symmetric_downsample=bool(config.get("downsample_padding", 1)),
         scale_shift=scale_shift == "scale_shift",
         mid_attention=config.get("add_attention", True),
+        # With scale-shift, diffusers leaves out just this normalisation.
+        mid_attention_norm=scale_shift == "default",
     )
   except KeyError as error:
     raise UserError(f"{source}: key {error} is missing") from error
@@ -246,30 +248,33 @@ def to_keras(
     UserError: a variable finds no tensor or one of another shape, or a tensor
       finds no variable; with the names.
   """
-  remaining = dict(weights)
-  values, missing = {}, []
-  for path, shape in variables:
+  names, missing = {}, []
+  for path, _ in variables:
     name = _source_name(path)
     for new, old in _OLD_ATTENTION.items():
-      if name not in remaining:
+      if name not in weights:
         name = name.replace(f".{new}.", f".{old}.")
-    if name not in remaining:
+    if name in weights:
+      names[path] = name
+    else:
       missing.append(_source_name(path))
-      continue
-    value = remaining.pop(name)
+  unused = sorted(set(weights) - set(names.values()))
+  if missing or unused:
+    raise UserError("weights and architecture must match. "
+                    f"Missing: {_some(missing)}. Unused: {_some(unused)}")
+
+  values = {}
+  for path, shape in variables:
+    value = weights[names[path]]
     if path.endswith("/kernel"):
       # 1x1 convolutions of the original stand in for some dense layers.
       if value.ndim == 4 and len(shape) == 2:
         value = value[:, :, 0, 0]
       value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
     if value.shape != shape:
-      raise UserError(f"tensor {name} must have the shape {shape} (ours). "
-                      f"Received: {value.shape}")
+      raise UserError(f"tensor {names[path]} must have the shape {shape} "
+                      f"(ours). Received: {value.shape}")
     values[path] = value
-  if missing or remaining:
-    raise UserError(
-        "weights and architecture must match. "
-        f"Missing: {_some(missing)}. Unused: {_some(sorted(remaining))}")
   return values
 
 

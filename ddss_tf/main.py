@@ -97,8 +97,9 @@ def main(argv):
 
 
 def _fail(error):
-  # One line, whatever the library put into its message.
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  # One line, without the call chain that gin appends.
+  message = str(error).split("\n  In call to configurable")[0]
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
   sys.exit(2)
 
 

@@ -52,6 +52,7 @@ def ddim_coefficients(schedule: NoiseSchedule, times,
   abar_s = np.append(abar_t[1:], 1.0)
   sigma = eta * np.sqrt((1 - abar_s) / (1 - abar_t)) * np.sqrt(
       1 - abar_t / abar_s)
+  # At abar_s = 1 this is 0 up to rounding, so the last step returns x0_hat.
   eps_weight = np.sqrt(np.maximum(1 - abar_s - sigma**2, 0))
   from_state = eps_weight / np.sqrt(1 - abar_t)
   return Coefficients(
@@ -119,7 +120,10 @@ def _cumulative_logits(values):
 
 def _cumulative(v):
   """cumsum(softmax([v; 1])) without its last entry, which is 1."""
-  return tf.cumsum(tf.nn.softmax(tf.concat([v, [1.0]], axis=0)))[:-1]
+  values = tf.cumsum(tf.nn.softmax(tf.concat([v, [1.0]], axis=0)))[:-1]
+  # Rounding could reach 1 and beyond, and x0_hat would divide by 0. The limit
+  # is below abar_T of any schedule in use (4e-5 for the linear one).
+  return tf.minimum(values, 1.0 - 1e-6)
 
 
 class Sampler(keras.layers.Layer):
@@ -370,10 +374,8 @@ class GGDM(Sampler):
         self._entries,
         self._state.value if real else tf.sigmoid(self._state.value),
         (steps, steps))
-    last_row = np.zeros((steps, steps), np.float32)
-    state_weights = (
-        start.state_weights * (np.arange(steps) < steps - 1)[:, None] + entries
-        if real else entries + last_row)
+    # The start's last row is zero: DDIM ends in x0_hat.
+    state_weights = start.state_weights + entries if real else entries
     if real:
       x0_weights = pad(start.x0_weights[:self._rows] + self._x0.value,
                        start.x0_weights)

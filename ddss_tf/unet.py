@@ -39,6 +39,7 @@ class UNetConfig:
     scale_shift: the time enters as h * (1 + scale) + shift after the second
       normalisation if True, as an addition before it if False.
     mid_attention: whether the middle has an attention layer.
+    mid_attention_norm: whether that layer normalises its input.
   """
 
   image_size: int
@@ -55,6 +56,7 @@ class UNetConfig:
   symmetric_downsample: bool = False
   scale_shift: bool = False
   mid_attention: bool = True
+  mid_attention_norm: bool = True
 
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
@@ -179,7 +181,7 @@ class SelfAttention(keras.layers.Layer):
   """Self-attention over the pixels, with a residual.
 
   Args:
-    norm_groups: groups of the normalisation.
+    norm_groups: groups of the normalisation; None: no normalisation.
     norm_epsilon: its epsilon.
     head_channels: channels of one head; None: a single head.
 
@@ -198,9 +200,11 @@ class SelfAttention(keras.layers.Layer):
 
   def build(self, x_shape):
     width = x_shape[-1]
-    self.norm = keras.layers.GroupNormalization(
-        groups=self.norm_groups, epsilon=self.norm_epsilon, name="norm")
-    self.norm.build(x_shape)
+    self.norm = None
+    if self.norm_groups is not None:
+      self.norm = keras.layers.GroupNormalization(
+          groups=self.norm_groups, epsilon=self.norm_epsilon, name="norm")
+      self.norm.build(x_shape)
     for name in ("query", "key", "value", "output_projection"):
       dense = keras.layers.Dense(width, name=name)
       dense.build(x_shape)
@@ -211,7 +215,7 @@ class SelfAttention(keras.layers.Layer):
     _, height, width, channels = x.shape
     head = self.head_channels or channels
     heads = channels // head
-    h = self.norm(x)
+    h = x if self.norm is None else self.norm(x)
     query, key, value = (
         ops.reshape(dense(h), (-1, height * width, heads, head))
         for dense in (self.query, self.key, self.value))
@@ -270,9 +274,10 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     return ResidualBlock(
         width, **norm, scale_shift=config.scale_shift, name=place)(h, time)
 
-  def attention(h, place):
+  def attention(h, place, normalised=True):
     return SelfAttention(
-        **norm, head_channels=config.head_channels, name=place)(h)
+        config.norm_groups if normalised else None, config.norm_epsilon,
+        config.head_channels, name=place)(h)
 
   h = keras.layers.Conv2D(base, 3, padding="same", name="conv_in")(x)
   skips = [h]
@@ -293,7 +298,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
 
   h = block(h, config.channels[-1], "mid_block_0")
   if config.mid_attention:
-    h = attention(h, "mid_attention")
+    h = attention(h, "mid_attention", config.mid_attention_norm)
   h = block(h, config.channels[-1], "mid_block_1")
 
   for up, level in enumerate(reversed(range(levels))):

@@ -1,0 +1,37 @@
+# On a fresh machine with Python 3.11, git and make:
+#   make demo   searches, evaluates and exports a sampler for the embedded digits
+#   make test   runs the tests
+# Both install the pinned dependencies into .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m ddss_tf.main
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo demo-full test test-all clean
+
+demo: $(VENV)/.installed
+	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
+
+demo-full: $(VENV)/.installed
+	$(RUN) --gin_file=gin_configs/demo_full.gin --run_dir=runs/demo-full-k5
+	$(RUN) --gin_file=gin_configs/demo_full.gin --run_dir=runs/demo-full-k10 \
+	  --gin_param='NUM_STEPS = 10'
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m 'not slow' tests
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -q tests
+
+$(VENV)/.installed: requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), \
+	  "Python 3.11 is needed. Received: " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,43 @@
+"""Packaging of ddss_tf."""
+
+import re
+
+import setuptools
+
+with open("ddss_tf/__init__.py") as f:
+  VERSION = re.search(r'^__version__ = "(.+)"', f.read(), re.M).group(1)
+with open("README.md") as f:
+  README = f.read()
+
+setuptools.setup(
+    name="ddss_tf",
+    version=VERSION,
+    description="Differentiable diffusion sampler search in TensorFlow",
+    long_description=README,
+    long_description_content_type="text/markdown",
+    packages=setuptools.find_packages(include=["ddss_tf", "ddss_tf.*"]),
+    package_data={
+        "ddss_tf": ["assets/*", "assets/*/*"],
+        "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
+    },
+    python_requires=">=3.11,<3.12",
+    install_requires=[
+        "absl-py>=2.1",
+        "gin-config>=0.5",
+        # tensorflow-datasets imports it without asking for it.
+        "importlib_resources>=6",
+        "keras>=3.15,<4",
+        "matplotlib>=3.9",
+        "numpy>=2",
+        "safetensors>=0.5",
+        "tensorboard>=2.20",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-datasets>=4.9.10",
+        "tensorflow-gan==2.1.0",
+        # TF-GAN's metrics import it.
+        "tensorflow-probability>=0.25",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "scipy>=1.13"]},
+    entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},
+)

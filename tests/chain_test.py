@@ -1,0 +1,181 @@
+"""Tests of the chain: its equation, its gradients, its noise."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddss_tf import chain
+from ddss_tf import coefficients as coefficients_lib
+from ddss_tf import denoisers
+from ddss_tf import samplers
+from ddss_tf.coefficients import Coefficients
+from ddss_tf.frozen import frozen_variables
+from ddss_tf.unet import UNetConfig, build_unet
+
+SHAPE = (4, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def small():
+  """A denoiser with a real, tiny U-Net: random weights, frozen."""
+  import keras  # pylint: disable=g-import-not-at-top
+  keras.utils.set_random_seed(0)
+  config = UNetConfig(
+      image_size=4, in_channels=1, out_channels=1, channels=(8, 8),
+      blocks_per_level=1, attention_levels=(1,), norm_groups=4)
+  with frozen_variables():
+    model = build_unet(config)
+  return denoisers.Denoiser(model, samplers.NoiseSchedule.linear())
+
+
+def random_coefficients(steps=3, seed=0):
+  rng = np.random.default_rng(seed)
+  noise = rng.uniform(0.1, 0.5, steps)
+  noise[-1] = 0
+  return Coefficients(
+      times=np.sort(rng.uniform(10, 900, steps))[::-1] + 0.3,
+      x0_from_state=rng.uniform(0.5, 1.5, steps),
+      x0_from_eps=rng.uniform(-1.5, -0.5, steps),
+      state_weights=np.tril(rng.normal(size=(steps, steps))) * 0.4,
+      x0_weights=rng.uniform(0.5, 1, steps),
+      noise_scales=noise).numpy()
+
+
+def test_the_equation_against_numpy():
+  c = random_coefficients()
+  rng = np.random.default_rng(1)
+  x_T = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+  noise = rng.normal(size=(2, 2, *SHAPE)).astype(np.float32)
+
+  def eps(x, t):
+    return np.tanh(x) * (1 + t[:, None, None, None] / 1000)
+
+  states = [x_T]
+  for k in range(3):
+    x0 = (c.x0_from_state[k] * states[-1]
+          + c.x0_from_eps[k] * eps(states[-1], np.full(2, c.times[k])))
+    new = c.x0_weights[k] * x0 + np.tensordot(
+        c.state_weights[k, :k + 1], np.stack(states), 1)
+    if k < 2:
+      new = new + c.noise_scales[k] * noise[:, k]
+    states.append(new)
+  images, visited, x0_hats = chain.run_chain(
+      lambda x, t: tf.tanh(x) * (1 + t[:, None, None, None] / 1000),
+      c, tf.constant(x_T), tf.constant(noise), trajectory=True)
+  np.testing.assert_allclose(images, states[-1], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(visited[2], states[2], rtol=1e-5, atol=1e-5)
+  assert len(visited) == len(x0_hats) == 3
+
+
+def gradients(eps_fn, coefficients, jit=False):
+  """Loss and its gradient in every coefficient."""
+  x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
+  target = tf.sin(tf.range(16, dtype=tf.float32))
+
+  @tf.function(jit_compile=jit)
+  def compute(values):
+    with tf.GradientTape() as tape:
+      tape.watch(values)
+      images = chain.run_chain(eps_fn, Coefficients(*values), x_T, noise)
+      loss = tf.reduce_mean(tf.tanh(tf.reshape(images, [3, 16])) * target)
+    return loss, tape.gradient(loss, values), tape.watched_variables()
+
+  values = [tf.constant(v) for v in coefficients]
+  loss, gradient, _ = compute(values)
+  return float(loss), [np.asarray(g) for g in gradient]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_remat_changes_nothing(small, jit):
+  c = random_coefficients()
+  loss, plain = gradients(small.eps, c)
+  loss_remat, remat = gradients(
+      chain.rematerialise(small.eps, jit_compile=jit), c)
+  np.testing.assert_allclose(loss_remat, loss, rtol=1e-4)
+  for name, a, b in zip(c._fields, plain, remat):
+    assert np.abs(a).max() > 0, name
+    np.testing.assert_allclose(
+        b, a, rtol=2e-3, atol=2e-5 * np.abs(a).max(), err_msg=name)
+
+
+def test_gradients_agree_with_finite_differences(small):
+  c = random_coefficients()
+  eps_fn = chain.rematerialise(small.eps)
+  _, analytic = gradients(eps_fn, c)
+  x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
+  target = tf.sin(tf.range(16, dtype=tf.float32))
+  traced = tf.function(small.eps)
+
+  @tf.function
+  def loss(values):
+    images = chain.run_chain(traced, Coefficients(*values), x_T, noise)
+    return tf.reduce_mean(tf.tanh(tf.reshape(images, [3, 16])) * target)
+
+  # The fastest frequency of the time embedding is one radian per step.
+  steps = dict(times=0.05)
+  for field, (name, value) in enumerate(c._asdict().items()):
+    for index in np.ndindex(value.shape):
+      if name == "state_weights" and index[1] > index[0]:
+        continue
+      if name == "noise_scales" and index == (2,):
+        continue  # The last step adds no noise.
+      h = steps.get(name, 3e-3)
+      sides = []
+      for sign in (1, -1):
+        moved = [v.copy() for v in c]
+        moved[field][index] += sign * h
+        sides.append(float(loss([tf.constant(v) for v in moved])))
+      numeric = (sides[0] - sides[1]) / (2 * h)
+      tolerance = 0.02 * abs(numeric) + 3e-7 / h
+      assert abs(analytic[field][index] - numeric) < tolerance, (
+          name, index, analytic[field][index], numeric)
+  # The times do matter: the test above must not pass by comparing zeros.
+  assert np.abs(analytic[0]).min() > 3e-7
+
+
+def test_no_gradient_work_for_network_weights(small):
+  with tf.GradientTape() as tape:
+    small.eps(tf.zeros([1, *SHAPE]), tf.zeros([1]))
+  assert not tape.watched_variables()
+
+
+def test_every_sample_has_its_own_noise():
+  draw = tf.function(chain.draw_noise, autograph=False)
+  seed = tf.constant([5, 0])
+  x_T, noise = draw(seed, tf.range(40), SHAPE, 3)
+  part_x, part_noise = draw(seed, tf.range(17, 20), SHAPE, 3)
+  np.testing.assert_array_equal(part_x, x_T[17:20])
+  np.testing.assert_array_equal(part_noise, noise[17:20])
+  longer, _ = draw(seed, tf.range(40), SHAPE, 7)
+  np.testing.assert_array_equal(longer, x_T)
+  other, _ = draw(tf.constant([6, 0]), tf.range(40), SHAPE, 3)
+  flat = np.concatenate(
+      [x_T, other, noise[:, 0], noise[:, 1]]).reshape(160, -1)
+  # All different, and standard normal.
+  assert len(np.unique(flat[:, 0])) == 160
+  np.testing.assert_allclose(flat.mean(), 0, atol=4 / flat.size**0.5)
+  np.testing.assert_allclose(flat.var(), 1, atol=6 / flat.size**0.5)
+
+
+def test_coefficients_round_trip_exactly(tmp_path):
+  import json  # pylint: disable=g-import-not-at-top
+  c = random_coefficients()
+  back = Coefficients.from_dict(json.loads(json.dumps(c.to_dict())))
+  for a, b in zip(c, back):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(times=[500.0, 1.0]), r"x0_from_state must have shape \(2,\)"),
+    (dict(x0_weights=[1.0, np.nan, 1.0]), "x0_weights must be finite"),
+    (dict(noise_scales=[0.1, -0.1, 0.0]), "non-negative"),
+    (dict(noise_scales=[0.1, 0.1, 0.1]), "end in 0"),
+    (dict(state_weights=np.ones((3, 3))), "lower triangular"),
+    (dict(times=[5.0, 1.0, -2.0]), "negative"),
+    (dict(times=[]), "at least one step"),
+])
+def test_invalid_coefficients(change, message):
+  values = random_coefficients()._replace(
+      **{k: np.asarray(v, np.float32) for k, v in change.items()})
+  with pytest.raises(ValueError, match=message):
+    coefficients_lib.Coefficients.from_dict(values.to_dict())

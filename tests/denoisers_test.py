@@ -1,0 +1,203 @@
+"""Tests of the denoisers: parity with the original, conversions, bad files."""
+
+import json
+import os
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorflow as tf
+
+import ddss_tf
+from ddss_tf import denoisers
+from ddss_tf import diffusers_format
+from ddss_tf.errors import UserError
+from ddss_tf.schedules import NoiseSchedule
+
+DATA = os.path.join(os.path.dirname(__file__), "testdata")
+
+
+@pytest.fixture(scope="module")
+def digits_model():
+  return ddss_tf.load_denoiser("digits16-ddpm")
+
+
+def test_embedded_model_matches_pytorch(digits_model):
+  # Outputs of the original library on CPU, fractional times among them.
+  with np.load(os.path.join(DATA, "digits16_ddpm_golden.npz")) as golden:
+    output = digits_model.network(golden["x"], golden["t"])
+    assert np.any(golden["t"] % 1)
+    np.testing.assert_allclose(output, golden["eps"], atol=1e-4)
+    # One at a time, with a scalar time, is the same.
+    np.testing.assert_allclose(
+        digits_model.network(golden["x"][2:3], golden["t"][2]),
+        golden["eps"][2:3], atol=1e-4)
+
+
+def test_embedded_model_is_what_it_says(digits_model):
+  assert digits_model.model.count_params() == 1_112_801
+  assert digits_model.image_shape == (16, 16, 1)
+  np.testing.assert_allclose(
+      digits_model.schedule.betas, np.linspace(1e-4, 0.02, 1000))
+  assert not digits_model.model.trainable_weights
+
+
+def test_gaussian_denoiser_is_the_conditional_mean():
+  # E[eps | x_t] of a joint Gaussian, from samples: regress eps on x_t.
+  denoiser = ddss_tf.gaussian_denoiser((1, 1, 1), mean=0.3, std=0.5)
+  rng = np.random.default_rng(0)
+  for t in (50.0, 400.5, 900.0):
+    abar = denoiser.schedule.abar(t)
+    x0 = 0.3 + 0.5 * rng.normal(size=200_000)
+    eps = rng.normal(size=200_000)
+    x_t = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * eps
+    slope, intercept = np.polyfit(x_t, eps, 1)
+    points = np.array([-1.0, 0.0, 2.0], np.float32)
+    np.testing.assert_allclose(
+        np.ravel(denoiser.network(points.reshape(3, 1, 1, 1), t)),
+        slope * points + intercept, atol=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_every_prediction_gives_the_same_eps(prediction):
+  exact = ddss_tf.gaussian_denoiser((2, 2, 1), mean=0.2, std=0.5)
+  x = tf.random.stateless_normal([5, 2, 2, 1], [0, 1])
+  t = tf.constant([3.0, 100.5, 400.0, 800.0, 999.0])
+  abar = exact.schedule.abar(t.numpy())[:, None, None, None]
+  eps = exact.eps(x, t).numpy()
+  x0 = (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
+  raw = {"eps": eps, "x0": x0,
+         "v": np.sqrt(abar) * eps - np.sqrt(1 - abar) * x0}[prediction]
+
+  class Table(keras.Model):  # Answers with the tabulated prediction.
+    input_shape = ((None, 2, 2, 1), (None,))
+
+    def call(self, inputs, training=False):
+      return tf.constant(raw, tf.float32)
+
+  denoiser = denoisers.Denoiser(Table(), exact.schedule, prediction)
+  np.testing.assert_allclose(denoiser.eps(x, t), eps, atol=2e-3)
+
+
+def test_unknown_prediction():
+  exact = ddss_tf.gaussian_denoiser((2, 2, 1))
+  with pytest.raises(ValueError, match="eps, x0, v.*'score'"):
+    denoisers.Denoiser(exact.model, exact.schedule, "score")
+
+
+@pytest.fixture()
+def tiny_folder(tmp_path):
+  """A tiny model in the diffusers layout: (folder, expected outputs)."""
+  folder = tmp_path / "tiny"
+  shutil.copytree(os.path.join(DATA, "tiny_unet2d"), folder)
+  return str(folder)
+
+
+def test_diffusers_folder_matches_pytorch(tiny_folder):
+  # Symmetric downsampling, [cos, sin], no frequency shift, scale-shift, heads
+  # of 4 channels, two blocks a level, v-prediction: all that the digits lack.
+  denoiser = ddss_tf.load_denoiser(tiny_folder)
+  with np.load(os.path.join(tiny_folder, "golden.npz")) as golden:
+    np.testing.assert_allclose(
+        denoiser.network(golden["x"], golden["t"]), golden["output"], atol=1e-4)
+  assert denoiser.prediction == "v"
+  np.testing.assert_allclose(
+      denoiser.schedule.betas,
+      np.linspace(0.00085**0.5, 0.012**0.5, 500) ** 2)
+
+
+def test_save_and_load(tiny_folder, tmp_path):
+  denoiser = ddss_tf.load_denoiser(tiny_folder)
+  denoiser.save(str(tmp_path / "own"))
+  again = ddss_tf.load_denoiser(str(tmp_path / "own"))
+  assert again.sha256 == denoiser.sha256
+  assert again.prediction == "v"
+  with np.load(os.path.join(tiny_folder, "golden.npz")) as golden:
+    np.testing.assert_array_equal(
+        again.network(golden["x"], golden["t"]),
+        denoiser.network(golden["x"], golden["t"]))
+  assert not any(v.value.trainable for v in again.model.weights)
+
+
+def refused(path, *words):
+  with pytest.raises(UserError) as error:
+    ddss_tf.load_denoiser(str(path))
+  message = str(error.value).split("\n  In call to configurable")[0]
+  assert "\n" not in message
+  for word in words:
+    assert word in message, message
+
+
+def edit(folder, name, **changes):
+  path = os.path.join(folder, name)
+  with open(path) as f:
+    values = json.load(f)
+  values.update(changes)
+  with open(path, "w") as f:
+    json.dump(values, f)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(act_fn="gelu"), ["act_fn", "'silu'", "'gelu'"]),
+    (dict(class_embed_type="timestep"), ["class_embed_type"]),
+    (dict(brand_new_key=1), ["brand_new_key"]),
+    (dict(down_block_types=["SkipDownBlock2D", "DownBlock2D"]),
+     ["SkipDownBlock2D"]),
+    (dict(up_block_types=["UpBlock2D", "UpBlock2D"]), ["attention"]),
+    (dict(block_out_channels=[8, 12]), ["shape"]),
+    (dict(layers_per_block=1), ["Unused"]),
+    (dict(layers_per_block=3), ["Missing"]),
+    (dict(_class_name="UNet2DConditionModel"), ["UNet2DConditionModel"]),
+])
+def test_architectures_that_are_refused(tiny_folder, changes, words):
+  edit(tiny_folder, "config.json", **changes)
+  refused(tiny_folder, *words)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(beta_schedule="sigmoid"), ["beta_schedule", "'sigmoid'"]),
+    (dict(prediction_type="flow"), ["prediction_type", "'flow'"]),
+    (dict(rescale_betas_zero_snr=True), ["rescale_betas_zero_snr"]),
+])
+def test_schedules_that_are_refused(tiny_folder, changes, words):
+  edit(tiny_folder, "scheduler_config.json", **changes)
+  refused(tiny_folder, *words)
+
+
+def test_damaged_files(tiny_folder, tmp_path):
+  refused(tmp_path / "nowhere", "nowhere", "digits16-ddpm")
+  (tmp_path / "empty").mkdir()
+  refused(tmp_path / "empty", "denoiser.json", "config.json")
+  weights = os.path.join(tiny_folder, diffusers_format.WEIGHTS)
+  with open(weights, "rb") as f:
+    whole = f.read()
+  with open(weights, "wb") as f:
+    f.write(whole[:len(whole) // 2])
+  refused(tiny_folder, "not a complete safetensors file")
+  tensors = safetensors.numpy.load(whole)
+  tensors["conv_in.bias"] = tensors["conv_in.bias"] * np.float32("nan")
+  safetensors.numpy.save_file(tensors, weights)
+  refused(tiny_folder, "conv_in.bias", "NaN")
+  os.remove(weights)
+  refused(tiny_folder, diffusers_format.WEIGHTS)
+  with open(os.path.join(tiny_folder, "config.json"), "w") as f:
+    f.write("{")
+  refused(tiny_folder, "not JSON")
+
+
+def test_damaged_own_format(tmp_path):
+  folder = str(tmp_path / "own")
+  ddss_tf.load_denoiser("digits16-ddpm").save(folder)
+  edit(folder, "denoiser.json", sha256="0" * 64)
+  refused(folder, "0" * 64, "SHA-256")
+  network = os.path.join(folder, "network.keras")
+  with open(network, "r+b") as f:
+    f.truncate(os.path.getsize(network) // 2)
+  refused(folder, "not a complete Keras file")
+  os.remove(network)
+  refused(folder, "no network.keras")
+  with open(os.path.join(folder, "denoiser.json"), "w") as f:
+    f.write("[]")
+  refused(folder, "damaged")

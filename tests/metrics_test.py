@@ -1,0 +1,124 @@
+"""Tests of the loss and the metrics against independent formulas."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.special
+import tensorflow as tf
+
+from ddss_tf import metrics
+from ddss_tf import objectives
+
+
+@pytest.fixture(scope="module")
+def sets():
+  rng = np.random.default_rng(0)
+  real = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
+  generated = 0.3 + rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6))
+  return real.astype(np.float32), generated.astype(np.float32)
+
+
+def test_linear_kid_against_the_double_sum(sets):
+  real, generated = sets
+  real, generated = real[:40].astype(float), generated[:30].astype(float)
+  fake_fake = np.mean([a @ b for i, a in enumerate(generated)
+                       for j, b in enumerate(generated) if i != j])
+  fake_real = np.mean([a @ b for a in generated for b in real])
+  mean = real.mean(0)
+  np.testing.assert_allclose(
+      objectives.kid_linear(generated, mean.astype(np.float32)),
+      fake_fake - 2 * fake_real + mean @ mean, rtol=1e-4)
+
+
+def test_linear_kid_is_unbiased_and_goes_below_zero():
+  rng = np.random.default_rng(1)
+  offset = 0.2
+  values = [float(objectives.kid_linear(
+      (offset + rng.normal(size=(8, 3))).astype(np.float32), tf.zeros(3)))
+            for _ in range(4000)]
+  # |E f - m|^2 = 3 offset^2; its standard error here is about 0.005.
+  np.testing.assert_allclose(np.mean(values), 3 * offset**2, atol=0.02)
+  assert min(values) < 0
+
+
+def test_linear_kid_gradient_in_graph_mode(sets):
+  _, generated = sets
+  mean = generated[:50].mean(0) + 1
+  features = tf.constant(generated[:20])
+
+  @tf.function
+  def gradient(features):
+    with tf.GradientTape() as tape:
+      tape.watch(features)
+      loss = objectives.kid_linear(features, mean)
+    return tape.gradient(loss, features)
+
+  total = generated[:20].sum(0)
+  n = 20
+  expected = 2 * (total - generated[:20]) / (n * (n - 1)) - 2 * mean / n
+  np.testing.assert_allclose(gradient(features), expected, atol=1e-5)
+
+
+def test_fid_against_scipy(sets):
+  real, generated = (s.astype(np.float64) for s in sets)
+  a, b = np.cov(real, rowvar=False), np.cov(generated, rowvar=False)
+  root = scipy.linalg.sqrtm(a @ b).real
+  expected = (np.sum((real.mean(0) - generated.mean(0)) ** 2)
+              + np.trace(a + b - 2 * root))
+  np.testing.assert_allclose(metrics.fid(*sets), expected, rtol=1e-3)
+  np.testing.assert_allclose(metrics.fid(sets[0], sets[0]), 0, atol=1e-2)
+
+
+def cubic_kid(real, generated):
+  dim = real.shape[1]
+
+  def kernel(a, b):
+    return (a @ b.T / dim + 1) ** 3
+
+  def off_diagonal(k):
+    return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+  return (off_diagonal(kernel(real, real))
+          + off_diagonal(kernel(generated, generated))
+          - 2 * kernel(real, generated).mean())
+
+
+def test_kid_against_numpy(sets):
+  real, generated = (s.astype(np.float64)[:200] for s in sets)
+  # Two blocks of 100, in order.
+  blocks = [cubic_kid(real[i:i + 100], generated[i:i + 100]) for i in (0, 100)]
+  value, error = metrics.kid(real, generated)
+  np.testing.assert_allclose(value, np.mean(blocks), rtol=1e-3)
+  np.testing.assert_allclose(
+      error, np.std(blocks, ddof=1) / np.sqrt(2), rtol=1e-3)
+
+
+def test_kid_needs_samples_for_an_error():
+  with pytest.raises(ValueError, match="at least 4.*Received: 3"):
+    metrics.kid(np.zeros((10, 2)), np.zeros((3, 2)))
+
+
+def test_inception_score_against_numpy():
+  logits = np.random.default_rng(0).normal(size=(100, 5)) * 3
+  p = scipy.special.softmax(logits, axis=1)
+  divergence = np.sum(p * (np.log(p) - np.log(p.mean(0))), axis=1)
+  np.testing.assert_allclose(
+      metrics.inception_score(logits), np.exp(divergence.mean()), rtol=1e-4)
+
+
+def test_metrics_tell_shifted_and_collapsed_from_equal():
+  rng = np.random.default_rng(3)
+  real = rng.normal(size=(400, 4))
+  equal = rng.normal(size=(400, 4))
+  shifted = equal + 1
+  collapsed = np.repeat(equal[:2], 200, axis=0)
+  for metric in (metrics.fid, lambda a, b: metrics.kid(a, b)[0]):
+    assert metric(real, equal) < 0.1
+    assert metric(real, shifted) > 1
+    assert metric(real, collapsed) > 1
+  # The linear kernel sees means only.
+  spread = 3 * (equal - equal.mean(0)) + real.mean(0)
+  mean = tf.constant(real.mean(0), tf.float32)
+  # (An unbiased estimate of 0: minus the variance over N, on average 0.)
+  assert abs(float(objectives.kid_linear(spread.astype(np.float32), mean))) < 0.2
+  assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3

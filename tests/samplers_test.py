@@ -1,0 +1,277 @@
+"""Tests of the families: closed forms, equivalences, counts, ranges."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddss_tf import chain
+from ddss_tf import denoisers
+from ddss_tf import samplers
+from ddss_tf.errors import UserError
+from ddss_tf.schedules import NoiseSchedule
+
+SCHEDULE = NoiseSchedule.linear()
+SHAPE = (2, 2, 1)
+MEAN, STD = 0.3, 0.4
+DENOISER = denoisers.gaussian_denoiser(SHAPE, MEAN, STD)
+
+
+def gaussian_moments(times, eta):
+  """Exact output mean and variance of DDIM on N(MEAN, STD^2), in plain Python.
+
+  Derived with eps, not with state weights: on a Gaussian data set x0_hat and
+  eps are affine in x_t, so mean and variance of x_t follow from step to step.
+  """
+  abar = [float(SCHEDULE.abar(t)) for t in times] + [1.0]
+  mean, variance = 0.0, 1.0
+  for k in range(len(times)):
+    a_t, a_s = abar[k], abar[k + 1]
+    total = a_t * STD**2 + 1 - a_t
+    # eps = slope (x - sqrt(a_t) MEAN); x0_hat = (x - sqrt(1 - a_t) eps) / ...
+    slope = math.sqrt(1 - a_t) / total
+    sigma = 0.0
+    if k < len(times) - 1:
+      sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+    direction = math.sqrt(max(1 - a_s - sigma**2, 0.0))
+    gain = (math.sqrt(a_s / a_t) * (1 - math.sqrt(1 - a_t) * slope)
+            + direction * slope)
+    offset = slope * math.sqrt(a_t) * MEAN * (
+        math.sqrt(a_s / a_t) * math.sqrt(1 - a_t) - direction)
+    mean = gain * mean + offset
+    variance = gain**2 * variance + sigma**2
+  return mean, variance
+
+
+def chain_moments(coefficients):
+  """Exact output moments of any sampler on the same data, from its structure.
+
+  Every state is affine in x_T and the step noises; the network is affine in its
+  state. Pushes unit vectors through the chain itself.
+  """
+  steps = coefficients.num_steps
+  # Batch of inputs: zero, one for x_T, one for each step noise.
+  x_T = np.zeros((1 + steps, *SHAPE), np.float32)
+  noise = np.zeros((1 + steps, steps - 1, *SHAPE), np.float32)
+  x_T[1] = 1
+  for k in range(steps - 1):
+    noise[2 + k, k] = 1
+  out = chain.run_chain(DENOISER.eps, coefficients, tf.constant(x_T),
+                        tf.constant(noise)).numpy()[:, 0, 0, 0]
+  return out[0], np.sum((out[1:].astype(np.float64) - out[0]) ** 2)
+
+
+@pytest.mark.parametrize("stride", ["linear", "quadratic"])
+@pytest.mark.parametrize("steps,eta", [
+    (1, 0.0), (2, 0.5), (5, 0.0), (5, 0.5), (5, 1.0), (10, 0.0), (10, 1.0),
+    (25, 0.5)])
+def test_ddim_has_the_closed_form_on_gaussian_data(stride, steps, eta):
+  sampler = samplers.DDIM(SCHEDULE, steps, stride, eta)
+  mean, variance = chain_moments(sampler.coefficients())
+  expected = gaussian_moments(SCHEDULE.stride(stride, steps), eta)
+  np.testing.assert_allclose([mean, variance], expected, rtol=2e-4, atol=2e-5)
+
+
+def test_ddim_monte_carlo():
+  # The same moments from samples, through `draw_noise`: 65 536 pixels.
+  sampler = samplers.DDIM(SCHEDULE, 5, "linear", 1.0)
+  @tf.function
+  def sample():
+    x_T, noise = chain.draw_noise(
+        tf.constant([3, 0]), tf.range(2**14), SHAPE, 5)
+    return sampler(x_T, noise, eps_fn=DENOISER.eps)
+
+  images = sample().numpy()
+  mean, variance = gaussian_moments(SCHEDULE.stride("linear", 5), 1.0)
+  np.testing.assert_allclose(images.mean(), mean, atol=4 * variance**.5 / 256)
+  np.testing.assert_allclose(images.var(), variance, rtol=0.025)
+
+
+def test_many_steps_recover_the_data():
+  mean, variance = chain_moments(
+      samplers.DDIM(SCHEDULE, 100, "linear").coefficients())
+  np.testing.assert_allclose(mean, MEAN, atol=5e-3)
+  np.testing.assert_allclose(variance, STD**2, rtol=0.03)
+
+
+def images_of(sampler):
+  x_T, noise = chain.draw_noise(
+      tf.constant([1, 0]), tf.range(16), SHAPE, sampler.num_steps)
+  return sampler(x_T, noise, eps_fn=DENOISER.eps).numpy()
+
+
+LEARNED = ["ggdm", "ggdm+pred", "ggdm+time", "ggdm+pred+time"]
+
+
+@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("stride,eta,steps", [
+    ("linear", 0.0, 1), ("linear", 0.0, 5), ("quadratic", 0.7, 5),
+    ("quadratic", 0.0, 10)])
+def test_real_ggdm_starts_at_ddim(family, stride, eta, steps):
+  start = samplers.DDIM(SCHEDULE, steps, stride, eta)
+  ggdm = samplers.make_sampler(
+      SCHEDULE, family, steps, stride=stride, eta=eta)
+  np.testing.assert_allclose(images_of(ggdm), images_of(start), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_paper_ggdm_starts_near_ddim(family):
+  # Floors of 1e-3 in the coefficients and 0.1 of a step in the first time.
+  start = samplers.DDIM(SCHEDULE, 5, "linear")
+  ggdm = samplers.make_sampler(
+      SCHEDULE, family, 5, stride="linear", parameterisation="paper")
+  np.testing.assert_allclose(images_of(ggdm), images_of(start), atol=0.05)
+  times = ggdm.coefficients().times.numpy()
+  np.testing.assert_allclose(times, [800, 600, 400, 200, 0], atol=0.11)
+
+
+def test_eta_one_is_ddpm():
+  np.testing.assert_array_equal(
+      images_of(samplers.make_sampler(SCHEDULE, "ddpm", 5)),
+      images_of(samplers.make_sampler(SCHEDULE, "ddim", 5, eta=1.0)))
+
+
+def test_ddpm_is_the_posterior_of_ho_et_al():
+  # Ho et al. (2020), equations 6 and 7, on consecutive training steps.
+  times = [501, 500, 499]
+  c = samplers.ddim_coefficients(SCHEDULE, times, 1.0)
+  beta = SCHEDULE.betas[501]
+  abar, before = SCHEDULE.abar(501), SCHEDULE.abar(500)
+  np.testing.assert_allclose(
+      c.x0_weights[0], np.sqrt(before) * beta / (1 - abar), rtol=1e-9)
+  np.testing.assert_allclose(
+      c.state_weights[0, 0], np.sqrt(1 - beta) * (1 - before) / (1 - abar),
+      rtol=1e-9)
+  np.testing.assert_allclose(
+      c.noise_scales[0] ** 2, beta * (1 - before) / (1 - abar), rtol=1e-9)
+
+
+def random_ggdm(steps=5, seed=0):
+  rng = np.random.default_rng(seed)
+  return (np.tril(rng.normal(size=(steps, steps))).astype(np.float32) * 0.5,
+          rng.normal(size=steps).astype(np.float32),
+          rng.uniform(0.1, 1, steps).astype(np.float32), 0.3, 0.9)
+
+
+def test_theorem_1_against_the_recursion():
+  weights, x0, noise, first_mean, first_std = random_ggdm()
+  steps = len(x0)
+  # The paper's own indices: state t = 1 ... K, K the noisiest, mu[t][u] the
+  # weight of x_u (u = 0: of x_0) in x_t.
+  mu = np.zeros((steps + 1, steps + 1))
+  sigma = np.zeros(steps + 1)
+  mu[steps, 0], sigma[steps] = first_mean, first_std
+  for k in range(steps - 1):
+    t = steps - 1 - k
+    mu[t, 0], sigma[t] = x0[k], noise[k]
+    for u in range(k + 1):
+      mu[t, steps - u] = weights[k, u]
+  a, v = np.zeros(steps + 1), np.zeros(steps + 1)
+  for t in range(1, steps + 1):
+    row, variance = mu[t].copy(), sigma[t] ** 2
+    for i in range(1, steps - t + 1):
+      factor = row[t + i]
+      variance += (factor * sigma[t + i]) ** 2
+      row = np.where(np.arange(steps + 1) == t + i, row, row
+                     + factor * mu[t + i])
+    a[t], v[t] = row[0], variance
+  got_a, got_v = samplers.marginals(weights, x0, noise, first_mean, first_std)
+  np.testing.assert_allclose(got_a.numpy()[::-1], a[1:], rtol=1e-5)
+  np.testing.assert_allclose(got_v.numpy()[::-1], v[1:], rtol=1e-5)
+
+
+def test_theorem_1_against_monte_carlo():
+  weights, x0, noise, first_mean, first_std = random_ggdm(4, seed=2)
+  rng = np.random.default_rng(0)
+  count, image = 400_000, 0.7
+  states = [first_mean * image + first_std * rng.normal(size=count)]
+  for k in range(3):
+    states.append(x0[k] * image + noise[k] * rng.normal(size=count)
+                  + sum(weights[k, u] * states[u] for u in range(k + 1)))
+  a, v = samplers.marginals(weights, x0, noise, first_mean, first_std)
+  for k, state in enumerate(states):
+    deviation = float(v[k]) ** 0.5
+    np.testing.assert_allclose(
+        state.mean(), a[k] * image, atol=5 * deviation / count**0.5)
+    np.testing.assert_allclose(state.var(), v[k], rtol=0.015)
+
+
+def count(sampler, kind):
+  return sum(int(np.prod(v.shape))
+             for v in sampler.variables_by_kind.get(kind, []))
+
+
+@pytest.mark.parametrize("parameterisation", ["real", "paper"])
+@pytest.mark.parametrize(
+    "steps,weights", [(5, 14), (10, 54), (15, 119), (20, 209), (25, 324)])
+def test_free_parameters(parameterisation, steps, weights):
+  full = samplers.GGDM(SCHEDULE, steps, pred=True, time=True,
+                       parameterisation=parameterisation)
+  assert count(full, "weights") == weights
+  assert count(full, "noise_scales") == steps - 1
+  assert count(full, "times") == steps
+  # The real form has two numbers a step where the paper has one.
+  assert count(full, "pred") == steps * (
+      2 if parameterisation == "real" else 1)
+  plain = samplers.GGDM(SCHEDULE, steps, parameterisation=parameterisation)
+  assert count(plain, "weights") == weights + 2  # and the row of x_K
+  assert set(plain.variables_by_kind) == {"weights", "noise_scales"}
+
+
+def test_paper_pred_is_variance_preserving():
+  sampler = samplers.GGDM(
+      SCHEDULE, 5, pred=True, time=True, parameterisation="paper")
+  rng = np.random.default_rng(0)
+  for variable in sampler.weights:
+    variable.assign(rng.normal(size=variable.shape))
+  c = sampler.coefficients().numpy()
+  s = (c.x0_from_eps / c.x0_from_state) ** 2
+  np.testing.assert_allclose(c.x0_from_state, 1 / np.sqrt(1 - s), rtol=1e-4)
+  assert np.all(np.diff(s) < 0) and np.all(np.diff(c.times) < 0)
+  assert np.all((c.noise_scales[:-1] > 0) & (c.noise_scales[:-1] < 1))
+
+
+@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("parameterisation", ["real", "paper"])
+def test_coefficients_stay_valid(family, parameterisation):
+  sampler = samplers.make_sampler(
+      SCHEDULE, family, 4, parameterisation=parameterisation)
+  optimizer = keras.optimizers.SGD(3.0)
+  rng = np.random.default_rng(0)
+  for _ in range(40):
+    optimizer.apply([tf.constant(rng.normal(size=v.shape), tf.float32)
+                     for v in sampler.weights], sampler.weights)
+    coefficients = sampler.coefficients().numpy()
+    coefficients.validate()
+    assert np.all(coefficients.times <= 1000)
+
+
+def test_free_last_row_can_mix():
+  sampler = samplers.GGDM(SCHEDULE, 3, pred=True, free_last_row=True)
+  before = images_of(sampler)
+  np.testing.assert_allclose(
+      before, images_of(samplers.DDIM(SCHEDULE, 3)), atol=2e-5)
+  state, = [v for v in sampler.weights if v.name == "state_weights"]
+  state.assign([0, 0, 0, 0, 0, 0.5])
+  assert sampler.coefficients().state_weights[2, 2] == 0.5
+  assert np.abs(images_of(sampler) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (dict(family="magic", num_steps=5), "ddpm, ddim.*'magic'"),
+    (dict(family="ddim", num_steps=0), "1 to 1000.*num_steps=0"),
+    (dict(family="ddim", num_steps=-3), "1 to 1000.*num_steps=-3"),
+    (dict(family="ggdm", num_steps=1001), "1 to 1000.*num_steps=1001"),
+    (dict(family="ggdm", num_steps=2.5), "whole number.*2.5"),
+    (dict(family="ddim", num_steps=5, stride="cubic"), "'cubic'"),
+    (dict(family="ddim", num_steps=5, eta=-1.0), "at least 0.*-1"),
+    (dict(family="ggdm", num_steps=5, parameterisation="x"), "real, paper"),
+    (dict(family="ggdm", num_steps=5, colour="red"), "colour"),
+    (dict(family="ggdm", num_steps=5, parameterisation="paper",
+          free_last_row=True), "free_last_row"),
+])
+def test_bad_arguments(arguments, message):
+  with pytest.raises(UserError, match=message):
+    samplers.make_sampler(SCHEDULE, **arguments)
