@@ -17,16 +17,16 @@ _PUBLIC = {
     "NoiseSchedule": "schedules",
     "UserError": "errors",
     "draw_noise": "chain",
-    "evaluate": "evaluate",
-    "export": "export",
+    "evaluate": "evaluation",
+    "export": "exporting",
     "gaussian_denoiser": "denoisers",
     "load_dataset": "data",
     "load_denoiser": "denoisers",
     "load_features": "features",
     "make_sampler": "samplers",
     "run_chain": "chain",
-    "sample": "export",
-    "search": "search",
+    "sample": "exporting",
+    "search": "searching",
 }
 
 __all__ = sorted(_PUBLIC)

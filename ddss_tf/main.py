@@ -13,6 +13,7 @@ import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 
 # TensorFlow and gin are imported only once the flags are fine: `--help` and a
 # misspelt flag answer at once.
@@ -38,6 +39,9 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   from ddss_tf import registry  # pylint: disable=g-import-not-at-top,unused-import
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
 
+  verbosity = logging.get_verbosity()
+  # gin logs an error for every folder in which an include is not.
+  logging.set_verbosity(logging.FATAL)
   for file in files:
     if not os.path.isfile(file):
       raise UserError(f"gin file must exist. Received: {file!r}")
@@ -48,6 +52,8 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
           AttributeError, ImportError) as error:
     raise UserError(f"gin: {error}") from error
+  finally:
+    logging.set_verbosity(verbosity)
   # gin takes a misspelt NAME = value for a new macro and goes on.
   text = gin.config_str(max_line_length=10**6)
   for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
@@ -68,7 +74,6 @@ def _dry_run(stages) -> None:
   """Builds what the stages would be given, and prints the configuration."""
   import gin  # pylint: disable=g-import-not-at-top
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
-  from ddss_tf.samplers import Sampler  # pylint: disable=g-import-not-at-top,unused-import
   for stage in stages:
     name = stage.__name__
     bindings = gin.get_bindings(name)
@@ -112,7 +117,7 @@ def _run():
     raise UserError("--run_dir must name a folder")
   _parse_gin(_GIN_FILE.value, _GIN_PARAM.value)
   import gin  # pylint: disable=g-import-not-at-top
-  from ddss_tf import evaluate as evaluate_lib  # pylint: disable=g-import-not-at-top
+  from ddss_tf import evaluation  # pylint: disable=g-import-not-at-top
   from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
   from ddss_tf import storage  # pylint: disable=g-import-not-at-top
 
@@ -128,7 +133,7 @@ def _run():
     results[stage.__name__] = _call(stage, run.root)
   if "evaluate" in results:
     records = results["evaluate"]
-    print(f"\n{evaluate_lib.table(records)}\n")
+    print(f"\n{evaluation.table(records)}\n")
     print(f"{records[0]['num_samples']} samples a row against "
           f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
           f"seed {records[0]['seed']}; features "

@@ -6,12 +6,12 @@ The roots, one for each mode, are `search`, `evaluate`, `sample` and `export`.
 from ddss_tf.data import load_dataset
 from ddss_tf.denoisers import gaussian_denoiser
 from ddss_tf.denoisers import load_denoiser
-from ddss_tf.evaluate import evaluate
-from ddss_tf.export import export
-from ddss_tf.export import sample
+from ddss_tf.evaluation import evaluate
+from ddss_tf.exporting import export
+from ddss_tf.exporting import sample
 from ddss_tf.features import load_features
 from ddss_tf.samplers import make_sampler
-from ddss_tf.search import search
+from ddss_tf.searching import search
 
 __all__ = [
     "evaluate", "export", "gaussian_denoiser", "load_dataset", "load_denoiser",

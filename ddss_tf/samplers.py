@@ -147,7 +147,8 @@ class Sampler(keras.layers.Layer):
 
   def __init__(self, schedule: NoiseSchedule, num_steps: int, label: str,
                **kwargs):
-    super().__init__(**kwargs)
+    # Keras would number the instances, and configurations would differ.
+    super().__init__(**{"name": "sampler", **kwargs})
     if not 1 <= num_steps <= schedule.num_train_steps:
       raise ValueError(
           f"num_steps must be from 1 to {schedule.num_train_steps}, the "

@@ -1,12 +1,13 @@
 """Many images from a sampler, in batches, without gradient."""
 
+import contextlib
 from typing import Iterator
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
 from ddss_tf import chain
+from ddss_tf import progress
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
 
@@ -57,13 +58,17 @@ class Generator:
     coefficients = Coefficients(
         *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
     pair = seed_pair(seed)
-    with tqdm.tqdm(total=num_images, desc=description, unit="image",
-                   disable=None if description else True, leave=False) as bar:
+    with contextlib.ExitStack() as stack:
+      bar = None
+      if description:
+        bar = stack.enter_context(
+            progress.bar(num_images, description, "image"))
       for start in range(0, num_images, self.batch_size):
         indices = tf.range(start, start + self.batch_size)
         count = min(self.batch_size, num_images - start)
         yield self._sample(coefficients, pair, indices)[:count]
-        bar.update(count)
+        if bar is not None:
+          bar.update(count)
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,
              description: str = "") -> np.ndarray:

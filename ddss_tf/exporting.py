@@ -17,7 +17,7 @@ from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.evaluate import load_searched
+from ddss_tf.evaluation import load_searched
 
 EXPORT = "export"
 _PARITY_TOLERANCE = 1e-3

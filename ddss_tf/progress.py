@@ -1,0 +1,23 @@
+"""Progress bars: live in a terminal, a line now and then in a log."""
+
+import sys
+
+import tqdm
+
+
+def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
+  """A progress bar on the standard error output.
+
+  Args:
+    total: what it counts up to.
+    description: text before it.
+    unit: of what it counts.
+    initial: where it starts, for work that goes on.
+
+  Returns:
+    The bar, a context manager with `update` and `set_postfix`.
+  """
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+      total=total, initial=initial, desc=description, unit=unit,
+      mininterval=0.1 if terminal else 20.0, leave=True, dynamic_ncols=terminal)

@@ -1,0 +1,294 @@
+"""Tests of the search, the evaluation and the export on a Gaussian data set."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import ddss_tf
+from ddss_tf import card
+from ddss_tf import chain
+from ddss_tf import data
+from ddss_tf import evaluation
+from ddss_tf import features as features_lib
+from ddss_tf import fingerprint
+from ddss_tf import samplers
+from ddss_tf import sampling
+from ddss_tf import searching
+from ddss_tf.errors import UserError
+
+SHAPE = (4, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def parts():
+  """Denoiser, data set and features of 4x4 Gaussian images."""
+  keras.utils.set_random_seed(0)
+  rng = np.random.default_rng(0)
+  images = (0.3 + 0.25 * rng.normal(size=(400, *SHAPE))).astype(np.float32)
+  inputs = keras.Input(SHAPE)
+  # Large weights: features must see the spread of the pixels, not their mean.
+  large = keras.initializers.RandomNormal(stddev=1.0, seed=0)
+  x = keras.layers.Conv2D(
+      16, 2, activation="relu", kernel_initializer=large)(inputs)
+  x = keras.layers.Flatten()(x)
+  x = keras.layers.Dense(12, activation="relu", name="pool",
+                         kernel_initializer=large)(x)
+  model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
+  return dict(
+      denoiser=ddss_tf.gaussian_denoiser(SHAPE, mean=0.3, std=0.25),
+      dataset=data.ImageDataset(
+          "gaussian", images, None, fingerprint.arrays_sha256([images])),
+      features=features_lib.FeatureNetwork(model, "random"))
+
+
+def options(**changes):
+  family = dict(family="ggdm+pred+time", num_steps=3, eta=1.0)
+  return {**dict(
+      sampler=functools.partial(samplers.make_sampler, **family),
+      num_search_steps=12, batch_size=16, validation_samples=64,
+      validate_every=4, checkpoint_every=4, jit_compile=False), **changes}
+
+
+@pytest.fixture(scope="module")
+def finished(parts, tmp_path_factory):
+  """The run directory of an uninterrupted search, and its sampler."""
+  run = str(tmp_path_factory.mktemp("finished"))
+  return run, ddss_tf.search(run, **parts, **options())
+
+
+def test_killed_and_resumed_is_uninterrupted(
+    parts, finished, tmp_path, monkeypatch):
+  advance = searching.Search.advance
+  for deadly in (7, 10):  # Between two checkpoints, twice.
+
+    def killed(self, deadly=deadly):
+      if int(self.step) == deadly:
+        raise KeyboardInterrupt
+      return advance(self)
+
+    monkeypatch.setattr(searching.Search, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+      ddss_tf.search(str(tmp_path), **parts, **options())
+  monkeypatch.setattr(searching.Search, "advance", advance)
+  resumed = ddss_tf.search(str(tmp_path), **parts, **options())
+  for name, a, b in zip(ddss_tf.Coefficients._fields,
+                        finished[1].coefficients(), resumed.coefficients()):
+    np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_search_lowers_the_distance(parts, tmp_path):
+  # Deterministic DDIM in 2 steps shrinks a Gaussian; the search must see it in
+  # the features of fresh noise.
+  run = str(tmp_path)
+  family = functools.partial(
+      samplers.make_sampler, family="ggdm+pred+time", num_steps=2)
+  sampler = ddss_tf.search(run, **parts, **options(
+      sampler=family, num_search_steps=60, batch_size=128,
+      validate_every=20, checkpoint_every=60, validation_samples=512))
+  generator = sampling.Generator(parts["denoiser"], 500, jit_compile=False)
+  mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
+
+  def distance(c):
+    pool = parts["features"](generator.images(c, 2000, 99))["pool"]
+    return float(np.sum((pool.numpy().mean(0) - mean) ** 2))
+
+  start = samplers.DDIM(parts["denoiser"].schedule, 2).coefficients()
+  assert distance(sampler.coefficients()) < 0.3 * distance(start)
+
+
+def test_run_directory(finished):
+  run, sampler = finished
+  for name in ("sampler.json", "coefficients.png"):
+    assert os.path.getsize(os.path.join(run, name)) > 500
+  found = card.read(os.path.join(run, "sampler.json"))
+  for a, b in zip(found.coefficients, sampler.coefficients()):
+    np.testing.assert_array_equal(a, b)
+  assert found.search["steps"] == 12
+
+
+def test_tensorboard_has_every_coefficient_by_name(finished):
+  tags = set()
+  for root, _, files in os.walk(os.path.join(finished[0], "tensorboard")):
+    for file in files:
+      for event in tf.compat.v1.train.summary_iterator(
+          os.path.join(root, file)):
+        tags.update(value.tag for value in event.summary.value)
+  for name in finished[1].coefficients().named_scalars():
+    assert f"coefficients/{name}" in tags
+  for name in ("search/loss", "search/gradient_norm",
+               "search/seconds_per_step", "validation/kid", "samples"):
+    assert name in tags
+  assert "config" in tags
+
+
+def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
+  init = searching.Search.__init__
+  seen = []
+
+  def poisoned(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    inner = self.loss_and_gradients
+
+    def compute(step):
+      loss, norm, gradients = inner(step)
+      if int(step) in (2, 5):
+        return loss * np.nan, norm, [g * np.nan for g in gradients]
+      return loss, norm, gradients
+
+    self.loss_and_gradients = compute
+    seen.append(self)
+
+  monkeypatch.setattr(searching.Search, "__init__", poisoned)
+  sampler = ddss_tf.search(str(tmp_path), **parts, **options())
+  assert int(seen[0].skipped) == 2 and int(seen[0].step) == 12
+  sampler.coefficients().validate()
+  with pytest.raises(UserError, match="not finite.*last good checkpoint"):
+    ddss_tf.search(str(tmp_path / "strict"), **parts, **options(max_skipped=1))
+
+
+def test_another_search_in_the_same_place_is_refused(parts, finished):
+  with pytest.raises(UserError, match="another batch_size: 16. Received: 32"):
+    ddss_tf.search(finished[0], **parts, **options(batch_size=32))
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(batch_size=1), "batch_size must be at least 2"),
+    (dict(num_search_steps=0), "num_search_steps must be at least 1"),
+    (dict(learning_rates={"colour": 1.0}), "colour"),
+    (dict(sampler=functools.partial(
+        samplers.make_sampler, family="ddim", num_steps=3)), "nothing to learn"),
+])
+def test_bad_arguments(parts, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    ddss_tf.search(str(tmp_path), **parts, **options(**changes))
+
+
+def test_parts_that_do_not_fit(parts, tmp_path):
+  other = {**parts, "denoiser": ddss_tf.gaussian_denoiser((8, 8, 1))}
+  with pytest.raises(UserError, match=r"data set 'gaussian'.*\(8, 8, 1\)"):
+    ddss_tf.search(str(tmp_path), **other, **options())
+
+
+def evaluate(parts, run, **changes):
+  baselines = [functools.partial(
+      samplers.make_sampler, family=family, num_steps=3)
+               for family in ("ddpm", "ddim")]
+  return ddss_tf.evaluate(run, **parts, **{**dict(
+      heldout_features=parts["features"], baselines=baselines, num_samples=300,
+      batch_size=128, jit_compile=False), **changes})
+
+
+def test_evaluation(parts, finished, monkeypatch):
+  run, _ = finished
+  records = evaluate(parts, run)
+  assert [r["sampler"] for r in records] == [
+      "DDPM linear", "DDIM linear", "GGDM+PRED+TIME"]
+  for record in records:
+    for key in ("num_steps", "fid", "kid", "kid_std", "inception_score",
+                "fid_heldout", "num_samples", "num_real", "seed", "features",
+                "denoiser", "dataset"):
+      assert record[key] is not None or key == "denoiser", key
+    assert record["fid"] == pytest.approx(record["fid_heldout"])
+  with open(os.path.join(run, "metrics.json")) as f:
+    assert json.load(f) == records
+  assert os.path.getsize(os.path.join(run, "samples.png")) > 2000
+  # Another call measures nothing again, and says the same.
+  monkeypatch.setattr(evaluation, "_measure", None)
+  assert evaluate(parts, run) == records
+  # Other conditions do not take those rows.
+  with pytest.raises(TypeError):
+    evaluate(parts, run, seed=5)
+  text = evaluation.table(records)
+  assert text.count("\n") == 4 and "DDPM linear" in text
+
+
+def test_image_i_is_the_same_in_any_batch(parts):
+  c = samplers.DDIM(parts["denoiser"].schedule, 3, eta=1.0).coefficients()
+  whole, parted = (
+      sampling.Generator(parts["denoiser"], size, False).images(c, 50, 7)
+      for size in (50, 13))
+  np.testing.assert_allclose(whole, parted, atol=1e-6)
+
+
+def test_export_needs_only_tensorflow(parts, finished, tmp_path):
+  run, sampler = finished
+  path = ddss_tf.export(run, parts["denoiser"])
+  script = tmp_path / "serve.py"
+  script.write_text(f"""
+import sys
+import numpy as np
+import tensorflow as tf
+model = tf.saved_model.load({path!r})
+serve = model.signatures["serving_default"]
+images = serve(seed=tf.constant([4, 0], tf.int32),
+               batch_size=tf.constant(9, tf.int32))["images"]
+again = serve(seed=tf.constant([4, 0], tf.int32),
+              batch_size=tf.constant(5, tf.int32))["images"]
+assert not [m for m in sys.modules if m.startswith(("ddss_tf", "gin"))]
+np.savez({str(tmp_path / "images.npz")!r}, images=images, again=again)
+""")
+  subprocess.run([sys.executable, "-I", str(script)], check=True, cwd=tmp_path)
+  x_T, noise = chain.draw_noise(tf.constant([4, 0]), tf.range(9), SHAPE, 3)
+  images = sampler(x_T, noise, eps_fn=parts["denoiser"].eps)
+  with np.load(tmp_path / "images.npz") as served:
+    assert served["images"].dtype == np.uint8
+    np.testing.assert_array_equal(served["images"], data.to_uint8(images.numpy()))
+    np.testing.assert_array_equal(served["again"], served["images"][:5])
+  loaded = tf.saved_model.load(path)
+  np.testing.assert_allclose(
+      loaded.signatures["from_noise"](x_T=x_T, step_noise=noise)["images"],
+      np.clip(images, -1, 1), atol=1e-6)
+
+
+def test_sampling_to_files(parts, finished):
+  run, sampler = finished
+  path = ddss_tf.sample(
+      run, parts["denoiser"], num_images=10, seed=4, jit_compile=False)
+  generator = sampling.Generator(parts["denoiser"], 10, jit_compile=False)
+  with np.load(path) as arrays:
+    np.testing.assert_array_equal(
+        arrays["images"],
+        data.to_uint8(generator.images(sampler.coefficients(), 10, 4)))
+
+
+def test_damaged_or_foreign_sampler(parts, finished, tmp_path):
+  with pytest.raises(UserError, match="sampler.json must exist"):
+    ddss_tf.sample(str(tmp_path), parts["denoiser"])
+  with open(os.path.join(finished[0], "sampler.json")) as f:
+    values = json.load(f)
+  broken = {**values, "coefficients": {
+      **values["coefficients"], "times": [1.0]}}
+  foreign = {**values, "denoiser": {"name": "other", "sha256": "00"}}
+  newer = {**values, "version": 99}
+  for content, message in ((json.dumps(broken), "damaged.*shape"),
+                           (json.dumps(foreign), "'other'.*Received"),
+                           (json.dumps(newer), "version 1. Received.*99"),
+                           ("{", "damaged")):
+    (tmp_path / "sampler.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+      ddss_tf.export(str(tmp_path), parts["denoiser"])
+    assert not os.path.exists(tmp_path / "export")
+
+
+def test_full_disk_loses_nothing(finished, monkeypatch):
+  path = os.path.join(finished[0], "sampler.json")
+  with open(path) as f:
+    before = f.read()
+
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "replace", full)
+  with pytest.raises(OSError, match="No space left"):
+    card.write(path, card.read(path))
+  with open(path) as f:
+    assert f.read() == before
+  assert not [n for n in os.listdir(finished[0]) if n.endswith("sampler.json")
+              and n != "sampler.json"]
