@@ -57,7 +57,7 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   # gin takes a misspelt NAME = value for a new macro and goes on.
   text = gin.config_str(max_line_length=10**6)
   for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
-    if f"%{name}" not in text:
+    if not re.search(rf"%{name}\b", text):
       raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
                       "misspelt?")
 
@@ -92,12 +92,13 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  if not flags.FLAGS["verbosity"].present:
+    # Libraries' news is for --verbosity=0; ours is the bar and TensorBoard.
+    logging.set_verbosity(logging.WARNING)
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
   try:
     _run()
-  except UserError as error:
-    _fail(error)
-  except OSError as error:
+  except (UserError, OSError) as error:
     _fail(error)
 
 
@@ -117,10 +118,12 @@ def _run():
     raise UserError("--run_dir must name a folder")
   _parse_gin(_GIN_FILE.value, _GIN_PARAM.value)
   import gin  # pylint: disable=g-import-not-at-top
+  import tensorflow as tf  # pylint: disable=g-import-not-at-top
   from ddss_tf import evaluation  # pylint: disable=g-import-not-at-top
   from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
   from ddss_tf import storage  # pylint: disable=g-import-not-at-top
 
+  tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
   stages = _stages(_MODE.value)
   if _DRY_RUN.value:
     _dry_run(stages)

@@ -65,13 +65,13 @@ def kid(real: np.ndarray, generated: np.ndarray,
   """Kernel Inception Distance with the cubic kernel, and its standard error.
 
   Binkowski et al. (2018, https://arxiv.org/abs/1801.01401): unbiased, so it
-  can be negative. The error comes from the spread between blocks; the block
-  size is halved until there are at least two, since one block has none.
+  can be negative. The error comes from the spread between blocks: at least two,
+  since one has none, and few enough to hold two samples of each set.
 
   Args:
     real: float [N, D], N at least 4.
     generated: float [M, D], M at least 4.
-    block_size: samples per block.
+    block_size: samples of the larger set per block, at the most.
 
   Returns:
     The distance and its standard error.
@@ -83,10 +83,12 @@ def kid(real: np.ndarray, generated: np.ndarray,
   if smallest < 4:
     raise ValueError(f"KID with an error needs at least 4 samples. "
                      f"Received: {smallest}")
+  largest = max(len(real), len(generated))
+  blocks = max(2, min(-(-largest // block_size), smallest // 2))
   value, error = (
       _tfgan().kernel_classifier_distance_and_std_from_activations(
           tf.constant(real, tf.float32), tf.constant(generated, tf.float32),
-          max_block_size=min(block_size, smallest // 2)))
+          max_block_size=-(-largest // blocks)))
   return float(value), float(error)
 
 

@@ -93,6 +93,17 @@ def test_kid_against_numpy(sets):
       error, np.std(blocks, ddof=1) / np.sqrt(2), rtol=1e-3)
 
 
+def test_kid_of_few_samples_against_many(sets):
+  # 300 real, 5 generated: two blocks, of 150 and 2 or 3.
+  real, generated = sets[0].astype(np.float64), sets[1][:5].astype(np.float64)
+  blocks = [cubic_kid(real[:150], generated[:2]),
+            cubic_kid(real[150:], generated[2:])]
+  value, error = metrics.kid(*[sets[0], sets[1][:5]], block_size=100)
+  np.testing.assert_allclose(value, np.mean(blocks), rtol=1e-3)
+  np.testing.assert_allclose(
+      error, np.std(blocks, ddof=1) / np.sqrt(2), rtol=1e-3)
+
+
 def test_kid_needs_samples_for_an_error():
   with pytest.raises(ValueError, match="at least 4.*Received: 3"):
     metrics.kid(np.zeros((10, 2)), np.zeros((3, 2)))

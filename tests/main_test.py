@@ -1,0 +1,229 @@
+"""Tests of the command line, the way a person calls it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from absl import flags
+import gin
+import numpy as np
+import pytest
+
+import ddss_tf
+from ddss_tf import card
+from ddss_tf import main
+from ddss_tf import storage
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEMO = os.path.join(ROOT, "gin_configs", "demo.gin")
+DIGITS = os.path.join(ROOT, "gin_configs", "digits.gin")
+TINY = [
+    "NUM_STEPS = 2", "NUM_SAMPLES = 32", "evaluate.batch_size = 16",
+    "search.num_search_steps = 6", "search.batch_size = 4",
+    "search.validation_samples = 8", "search.validate_every = 2",
+    "search.checkpoint_every = 2", "search.jit_compile = False",
+    "evaluate.jit_compile = False", "sample.jit_compile = False",
+]
+
+
+def command(*arguments, params=()):
+  return [sys.executable, "-m", "ddss_tf.main", *arguments,
+          *(f"--gin_param={param}" for param in params)]
+
+
+def call(*arguments, params=(), data_dir=None):
+  environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
+  if data_dir:
+    environment["TFDS_DATA_DIR"] = data_dir
+  return subprocess.run(command(*arguments, params=params), cwd=ROOT,
+                        env=environment, capture_output=True, text=True,
+                        check=False)
+
+
+def refused(result, *words):
+  assert result.returncode == 2, result.stderr
+  assert "Traceback" not in result.stderr, result.stderr
+  lines = [l for l in result.stderr.splitlines() if l.startswith("error: ")]
+  assert len(lines) == 1, result.stderr
+  for word in words:
+    assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tfds_dir):
+  """The whole job, killed in the middle of its search and started again."""
+  folder = str(tmp_path_factory.mktemp("run") / "demo")
+  environment = dict(os.environ, TFDS_DATA_DIR=tfds_dir)
+  arguments = [f"--gin_file={DEMO}", f"--run_dir={folder}"]
+  process = subprocess.Popen(
+      command(*arguments, params=TINY), cwd=ROOT, env=environment,
+      stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+  first = os.path.join(folder, "checkpoints", "ckpt-2.index")
+  for _ in range(1200):
+    if os.path.exists(first) or process.poll() is not None:
+      break
+    time.sleep(0.1)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert os.path.exists(first)
+  assert not os.path.exists(os.path.join(folder, "sampler.json"))
+  result = call(*arguments, params=TINY, data_dir=tfds_dir)
+  assert result.returncode == 0, result.stderr
+  return folder, result, arguments
+
+
+def test_the_whole_job(run):
+  folder, result, _ = run
+  for name in ("config.gin", "metrics.json", "samples.png", "coefficients.png",
+               "sampler.json", "export/saved_model.pb", "tensorboard"):
+    assert os.path.exists(os.path.join(folder, name)), name
+  with open(os.path.join(folder, "metrics.json")) as f:
+    records = json.load(f)
+  assert [r["sampler"] for r in records] == [
+      "DDPM linear", "DDPM quadratic", "DDIM linear", "DDIM quadratic",
+      "GGDM+PRED+TIME"]
+  for record in records:
+    assert record["num_samples"] == 32 and record["num_real"] == 10000
+    assert record["features"]["name"] == "digits_cnn"
+    assert record["features_heldout"]["name"] == "digits_resnet"
+    assert len(record["denoiser"]["sha256"]) == 64
+    assert f"| {record['fid']:.2f} " in result.stdout
+  assert "tensorboard --logdir" in result.stdout
+
+
+def test_killed_search_equals_uninterrupted(run, digits, tmp_path):
+  # The uninterrupted one through the Python API, in this process.
+  import functools  # pylint: disable=g-import-not-at-top
+  sampler = ddss_tf.search(
+      str(tmp_path), denoiser=ddss_tf.load_denoiser("digits16-ddpm"),
+      dataset=digits, features=ddss_tf.load_features("digits_cnn"),
+      sampler=functools.partial(
+          ddss_tf.make_sampler, family="ggdm+pred+time", num_steps=2),
+      num_search_steps=6, batch_size=4, validation_samples=8, validate_every=2,
+      checkpoint_every=2, jit_compile=False)
+  found = card.read(os.path.join(run[0], "sampler.json"))
+  for name, a, b in zip(found.coefficients._fields, found.coefficients,
+                        sampler.coefficients()):
+    np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_stages_one_by_one(run, tfds_dir):
+  folder, _, arguments = run
+  before = os.stat(os.path.join(folder, "sampler.json")).st_mtime
+  result = call(*arguments, "--mode=sample", data_dir=tfds_dir,
+                params=[*TINY, "sample.num_images = 5"])
+  assert result.returncode == 0, result.stderr
+  with np.load(os.path.join(folder, "generated.npz")) as arrays:
+    assert arrays["images"].shape == (5, 16, 16, 1)
+  assert os.stat(os.path.join(folder, "sampler.json")).st_mtime == before
+
+
+def test_another_configuration_is_refused(run, tfds_dir):
+  folder, _, arguments = run
+  refused(call(*arguments, "--mode=search", data_dir=tfds_dir,
+               params=[*TINY, "search.seed = 9"]), "another seed")
+
+
+def test_run_dir_in_use_is_refused(run, tfds_dir):
+  import fcntl  # pylint: disable=g-import-not-at-top
+  folder, _, arguments = run
+  with open(os.path.join(folder, ".lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    refused(call(*arguments, "--mode=export", data_dir=tfds_dir, params=TINY),
+            "in use by another process")
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path, tfds_dir):
+  folder = tmp_path / "never"
+  result = call(f"--gin_file={DEMO}", f"--run_dir={folder}", "--dry_run",
+                data_dir=tfds_dir)
+  assert result.returncode == 0, result.stderr
+  assert re.search(r"^search.batch_size = \d+", result.stdout, re.M)
+  assert not folder.exists()
+
+
+def test_help_is_quick_to_import():
+  # `--help` and misspelt flags must not wait for TensorFlow.
+  code = ("import sys, ddss_tf.main; "
+          "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--gin_file=nowhere.gin", "--run_dir=x"], ["nowhere.gin"]),
+    ([f"--gin_file={DEMO}", "--run_dir=/proc/nothing"],
+     ["run_dir", "/proc/nothing"]),
+])
+def test_bad_input_ends_with_one_line(arguments, words, tfds_dir):
+  refused(call(*arguments, data_dir=tfds_dir), *words)
+
+
+def test_unknown_mode():
+  result = call("--mode=dance")
+  assert result.returncode != 0
+  assert "dance" in result.stderr and "Traceback" not in result.stderr
+
+
+DRY = ["--dry_run", f"--gin_file={DEMO}"]
+
+
+@pytest.mark.parametrize("arguments,params,words", [
+    (["--run_dir=x"], [], ["--gin_file"]),
+    ([f"--gin_file={DEMO}"], [], ["--run_dir"]),
+    (DRY, ["search.bach_size = 3"], ["bach_size"]),
+    (DRY, ["serch.seed = 3"], ["serch"]),
+    (DRY, ["NUM_STEP = 3"], ["'NUM_STEP'"]),
+    (DRY, ["search.seed = = 3"], ["Unable to parse"]),
+    (DRY, ["NUM_STEPS = 0"], ["num_steps=0"]),
+    (DRY, ["NUM_STEPS = -1"], ["num_steps=-1"]),
+    (DRY, ["NUM_STEPS = 1001"], ["num_steps=1001"]),
+    (DRY, ["searched/make_sampler.family = 'magic'"], ["'magic'"]),
+    (DRY, ["ddim_linear/make_sampler.stride = 'cubic'"], ["'cubic'"]),
+    (DRY, ["load_denoiser.path = 'lost'"], ["'lost'", "digits16-ddpm"]),
+    (DRY, ["load_dataset.name = 'lost'"], ["'lost'"]),
+    (DRY, ["heldout/load_features.path = 'lost'"], ["'lost'", "digits_resnet"]),
+    (["--dry_run", f"--gin_file={DIGITS}"], ["NUM_SAMPLES = 5"], ["NUM_STEPS"]),
+    (DRY, ["search.num_search_steps = %gin.REQUIRED"], ["num_search_steps"]),
+])
+def test_bad_input(arguments, params, words, tfds_dir, monkeypatch, capsys):
+  # In this process: each would spend 8 seconds on importing TensorFlow.
+  monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+  gin.clear_config()
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(["main", *command(*arguments, params=params)[3:]])
+  try:
+    with pytest.raises(SystemExit) as ended:
+      main.main(["main"])
+  finally:
+    gin.clear_config()
+    flags.FLAGS.unparse_flags()
+    for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run"):
+      flags.FLAGS[name].unparse()
+  assert ended.value.code == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len([l for l in lines if l.startswith("error: ")]) == 1, lines
+  for word in words:
+    assert word in lines[-1], lines[-1]
+
+
+@pytest.mark.parametrize(
+    "config", sorted(n for n in os.listdir(os.path.join(ROOT, "gin_configs"))
+                     if n.startswith("demo_")))
+def test_every_shipped_config_builds(config, tfds_dir):
+  result = call(f"--gin_file={os.path.join(ROOT, 'gin_configs', config)}",
+                "--dry_run", data_dir=tfds_dir)
+  assert result.returncode == 0, result.stderr
+
+
+def test_storage_keeps_the_old_file_on_failure(tmp_path):
+  path = str(tmp_path / "file.json")
+  storage.write_json(path, [1])
+  with pytest.raises(ValueError):
+    storage.write_json(path, [float("nan")])
+  with open(path) as f:
+    assert json.load(f) == [1]
+  assert os.listdir(tmp_path) == ["file.json"]

@@ -1,0 +1,63 @@
+"""Tests of the U-Net's own parts; parity is in denoisers_test."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddss_tf import unet
+
+
+def test_time_embedding_by_hand():
+  t = np.array([0.0, 2.5], np.float32)
+  # dim 4: two frequencies, 1 and 10000 ** -(1 / (2 - shift)).
+  slow = 10000.0 ** -1.0
+  expected = np.stack([np.sin(t), np.sin(t * slow), np.cos(t),
+                       np.cos(t * slow)], axis=1)
+  np.testing.assert_allclose(
+      unet.TimeEmbedding(4, True, 1.0)(t), expected, atol=1e-6)
+  slow = 10000.0 ** -0.5
+  expected = np.stack([np.cos(t), np.cos(t * slow), np.sin(t),
+                       np.sin(t * slow)], axis=1)
+  np.testing.assert_allclose(
+      unet.TimeEmbedding(4, False, 0.0)(t), expected, atol=1e-6)
+
+
+def test_time_embedding_gradient():
+  t = tf.constant([3.3, 700.0])
+  layer = unet.TimeEmbedding(4)
+  with tf.GradientTape() as tape:
+    tape.watch(t)
+    total = tf.reduce_sum(layer(t))
+  slow = 1e-4
+  expected = (np.cos(t) - np.sin(t)
+              + slow * (np.cos(t * slow) - np.sin(t * slow)))
+  np.testing.assert_allclose(tape.gradient(total, t), expected, atol=1e-4)
+
+
+def test_attention_against_numpy():
+  keras.utils.set_random_seed(0)
+  layer = unet.SelfAttention(norm_groups=2, norm_epsilon=1e-6, head_channels=2)
+  x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype(np.float32)
+  output = layer(x).numpy()
+  grouped = x.reshape(1, 4, 2, 2)
+  mean = grouped.mean(axis=(1, 3), keepdims=True)
+  var = grouped.var(axis=(1, 3), keepdims=True)
+  h = ((grouped - mean) / np.sqrt(var + 1e-6)).reshape(4, 4)
+  query, key, value = (
+      h @ d.kernel.numpy() for d in (layer.query, layer.key, layer.value))
+  heads = []
+  for i in (0, 2):
+    scores = query[:, i:i + 2] @ key[:, i:i + 2].T / np.sqrt(2)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    heads.append(weights / weights.sum(1, keepdims=True) @ value[:, i:i + 2])
+  expected = x.reshape(4, 4) + (
+      np.concatenate(heads, 1) @ layer.output_projection.kernel.numpy())
+  np.testing.assert_allclose(output.reshape(4, 4), expected, atol=1e-5)
+
+
+def test_image_size_must_divide():
+  with pytest.raises(ValueError, match="multiple of 4.*image_size=10"):
+    unet.build_unet(unet.UNetConfig(
+        image_size=10, in_channels=1, out_channels=1, channels=(8, 8, 8),
+        blocks_per_level=1, norm_groups=4))
