@@ -58,8 +58,8 @@ def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
 
 
 @gin.register
-def load_dataset(name: str, split: str = "train", *, pad: int = 0,
-                 downsample: int = 1, data_dir: str | None = None,
+def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
+                 pad: int = 0, downsample: int = 1, data_dir: str | None = None,
                  download: bool = False) -> ImageDataset:
   """Loads the images of a TFDS data set into memory, in reading order.
 

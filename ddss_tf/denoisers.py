@@ -157,7 +157,7 @@ def gaussian_denoiser(image_shape=(8, 8, 1), mean: float = 0.0,
 
 
 @gin.register
-def load_denoiser(path: str) -> Denoiser:
+def load_denoiser(path: str = gin.REQUIRED) -> Denoiser:
   """Loads a frozen, pre-trained denoiser.
 
   Args:

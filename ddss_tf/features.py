@@ -110,7 +110,7 @@ def embedded_features() -> list[str]:
 
 
 @gin.register
-def load_features(path: str, pool_layer: str = "pool",
+def load_features(path: str = gin.REQUIRED, pool_layer: str = "pool",
                   logits_layer: str = "logits") -> FeatureNetwork:
   """Loads a feature network.
 

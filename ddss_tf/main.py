@@ -26,8 +26,9 @@ _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "One binding, such as 'search.seed = 3'; repeatable.")
 _RUN_DIR = flags.DEFINE_string(
     "run_dir", None, "Folder for all that the run leaves; made if need be.")
-_MODE = flags.DEFINE_enum(
-    "mode", "run", MODES, "Stage to run; 'run' is search, evaluate, export.")
+_MODE = flags.DEFINE_string(
+    "mode", "run", f"Stage to run, one of {', '.join(MODES)}; 'run' is search, "
+    "evaluate, export.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Parse and build everything, print the configuration, "
     "and stop. Writes nothing.")
@@ -100,6 +101,10 @@ def main(argv):
     _run()
   except (UserError, OSError) as error:
     _fail(error)
+  except RuntimeError as error:
+    if "Required bindings" not in str(error):
+      raise
+    _fail(f"gin: {error}")
 
 
 def _fail(error):
@@ -111,6 +116,9 @@ def _fail(error):
 
 def _run():
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  if _MODE.value not in MODES:
+    raise UserError(f"--mode must be one of {', '.join(MODES)}. "
+                    f"Received: {_MODE.value!r}")
   if not _GIN_FILE.value and not _GIN_PARAM.value:
     raise UserError("--gin_file must name a configuration, such as "
                     "gin_configs/demo.gin")
@@ -133,7 +141,7 @@ def _run():
   storage.write_text(run.path("config.gin"), gin.config_str())
   results = {}
   for stage in stages:
-    results[stage.__name__] = _call(stage, run.root)
+    results[stage.__name__] = stage(run.root)
   if "evaluate" in results:
     records = results["evaluate"]
     print(f"\n{evaluation.table(records)}\n")
@@ -145,17 +153,6 @@ def _run():
   if "sample" in results:
     print(f"images: {results['sample']}")
   print(_where(run))
-
-
-def _call(stage, root):
-  """Runs a stage; a required binding that is missing is a UserError."""
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
-  try:
-    return stage(root)
-  except RuntimeError as error:
-    if "Required bindings" in str(error):
-      raise UserError(f"gin: {error}") from error
-    raise
 
 
 def _where(run) -> str:

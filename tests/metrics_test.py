@@ -131,5 +131,6 @@ def test_metrics_tell_shifted_and_collapsed_from_equal():
   spread = 3 * (equal - equal.mean(0)) + real.mean(0)
   mean = tf.constant(real.mean(0), tf.float32)
   # (An unbiased estimate of 0: minus the variance over N, on average 0.)
-  assert abs(float(objectives.kid_linear(spread.astype(np.float32), mean))) < 0.2
+  distance = objectives.kid_linear(spread.astype(np.float32), mean)
+  assert abs(float(distance)) < 0.2
   assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3

@@ -163,7 +163,8 @@ def test_another_search_in_the_same_place_is_refused(parts, finished):
     (dict(num_search_steps=0), "num_search_steps must be at least 1"),
     (dict(learning_rates={"colour": 1.0}), "colour"),
     (dict(sampler=functools.partial(
-        samplers.make_sampler, family="ddim", num_steps=3)), "nothing to learn"),
+        samplers.make_sampler, family="ddim", num_steps=3)),
+     "nothing to learn"),
 ])
 def test_bad_arguments(parts, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
@@ -239,7 +240,8 @@ np.savez({str(tmp_path / "images.npz")!r}, images=images, again=again)
   images = sampler(x_T, noise, eps_fn=parts["denoiser"].eps)
   with np.load(tmp_path / "images.npz") as served:
     assert served["images"].dtype == np.uint8
-    np.testing.assert_array_equal(served["images"], data.to_uint8(images.numpy()))
+    np.testing.assert_array_equal(
+        served["images"], data.to_uint8(images.numpy()))
     np.testing.assert_array_equal(served["again"], served["images"][:5])
   loaded = tf.saved_model.load(path)
   np.testing.assert_allclose(
