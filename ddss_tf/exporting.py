@@ -47,8 +47,7 @@ class SamplerModule(tf.Module):
       x_T, step_noise = chain.draw_noise(
           seed, tf.range(batch_size), shape, steps)
       images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise)
-      images = tf.round(tf.clip_by_value(images * 127.5 + 127.5, 0.0, 255.0))
-      return {"images": tf.cast(images, tf.uint8)}
+      return {"images": data.to_uint8(images)}
 
     @tf.function(input_signature=[
         tf.TensorSpec([None, height, width, channels], tf.float32, "x_T"),

@@ -77,7 +77,7 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str) -> None:
   steps = c.num_steps
   plt = _plt()
   figure, axes = plt.subplots(
-      1, 3, figsize=(13, 3.9), gridspec_kw={"width_ratios": [1.25, 1, 1]},
+      1, 4, figsize=(16, 3.9), gridspec_kw={"width_ratios": [1.35, 1, 1, 1]},
       layout="constrained")
   figure.suptitle(f"{label}, K = {steps}", fontsize=12)
 
@@ -92,9 +92,10 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str) -> None:
       dark = abs(table[k, u]) > 0.6 * limit
       axes[0].text(u, k, f"{table[k, u]:.2f}", ha="center", va="center",
                    fontsize=8, color="white" if dark else "black")
-    names = [f"$x_{{{u}}}$" for u in range(steps)]
+    # As the paper counts: x_K is the noisiest state.
+    names = [f"$x_{{{steps - u}}}$" for u in range(steps)]
   else:
-    names = [str(u) for u in range(steps)]
+    names = [str(steps - u) for u in range(steps)]
   axes[0].set_xticks(range(steps + 1), names + [r"$\hat x_0$"],
                      fontsize=9 if steps <= 12 else 6)
   axes[0].set_yticks(range(steps), [str(k + 1) for k in range(steps)],
@@ -109,11 +110,20 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str) -> None:
               title="times fed to the network")
   axes[1].set_ylim(bottom=0)
   axes[1].grid(alpha=0.3)
-  axes[2].plot(position, c.noise_scales, "s-", color="#D55E00")
-  axes[2].set(xlabel="step", ylabel="standard deviation",
-              title="fresh noise added after the step")
-  axes[2].set_ylim(bottom=0)
+  axes[2].plot(position, c.x0_from_state, "o-", color="#0072B2",
+               label="of the state")
+  axes[2].plot(position, c.x0_from_eps, "s--", color="#E69F00",
+               label="of the predicted noise")
+  axes[2].set_yscale("symlog", linthresh=1)
+  axes[2].set(xlabel="step", ylabel="coefficient (log beyond 1)",
+              title=r"what makes $\hat x_0$")
+  axes[2].legend(fontsize=8)
   axes[2].grid(alpha=0.3)
+  axes[3].plot(position, c.noise_scales, "s-", color="#D55E00")
+  axes[3].set(xlabel="step", ylabel="standard deviation",
+              title="fresh noise added after the step")
+  axes[3].set_ylim(bottom=0)
+  axes[3].grid(alpha=0.3)
   for axis in axes[1:]:
     axis.xaxis.get_major_locator().set_params(integer=True)
   _save(figure, path)
