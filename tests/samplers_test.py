@@ -248,6 +248,22 @@ def test_coefficients_stay_valid(family, parameterisation):
     assert np.all(coefficients.times <= 1000)
 
 
+@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("parameterisation", ["real", "paper"])
+def test_every_variable_gets_a_gradient(family, parameterisation):
+  sampler = samplers.make_sampler(
+      SCHEDULE, family, 4, parameterisation=parameterisation, eta=0.5)
+  x_T, noise = chain.draw_noise(tf.constant([1, 0]), tf.range(8), SHAPE, 4)
+  variables = [v.value for v in sampler.weights]
+  with tf.GradientTape() as tape:
+    images = sampler(x_T, noise, eps_fn=DENOISER.eps)
+    loss = tf.reduce_mean(images**3 + images)
+  for variable, gradient in zip(
+      sampler.weights, tape.gradient(loss, variables)):
+    assert np.all(np.isfinite(gradient)), variable.name
+    assert np.all(np.asarray(gradient) != 0), variable.name
+
+
 def test_free_last_row_can_mix():
   sampler = samplers.GGDM(SCHEDULE, 3, pred=True, free_last_row=True)
   before = images_of(sampler)
