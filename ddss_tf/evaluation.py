@@ -19,7 +19,7 @@ from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.samplers import FixedSampler, Sampler
+from ddss_tf.samplers import FixedSampler
 from ddss_tf.searching import check_shapes
 
 METRICS = "metrics.json"

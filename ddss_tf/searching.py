@@ -7,8 +7,6 @@
       +------------- Adam, one rate per kind <---------+
 """
 
-import json
-import os
 import time
 
 from absl import logging
@@ -25,7 +23,6 @@ from ddss_tf import objectives
 from ddss_tf import progress
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
-from ddss_tf import storage
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError

@@ -14,7 +14,6 @@ import ddss_tf
 from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf.errors import UserError
-from ddss_tf.schedules import NoiseSchedule
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
 
