@@ -28,6 +28,7 @@ from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers import KINDS, Sampler
 
+
 def default_learning_rates(num_steps: int) -> dict[str, float]:
   """Adam's initial rate for each of `samplers.KINDS`; our choice.
 

@@ -83,12 +83,14 @@ def test_killed_and_resumed_is_uninterrupted(
     np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_search_lowers_the_distance(parts, tmp_path):
+@pytest.mark.parametrize("parameterisation", ["real", "paper"])
+def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   # Deterministic DDIM in 2 steps shrinks a Gaussian; the search must see it in
   # the features of fresh noise.
   run = str(tmp_path)
   family = functools.partial(
-      samplers.make_sampler, family="ggdm+pred+time", num_steps=2)
+      samplers.make_sampler, family="ggdm+pred+time", num_steps=2,
+      parameterisation=parameterisation)
   sampler = ddss_tf.search(run, **parts, **options(
       sampler=family, num_search_steps=60, batch_size=128,
       validate_every=20, checkpoint_every=60, validation_samples=512))
