@@ -181,7 +181,7 @@ def search(
 ) -> Sampler:
   """Searches a sampler, or goes on where an earlier call stopped.
 
-  Writes checkpoints, TensorBoard events, `sampler.json`, `samples.png` and
+  Writes checkpoints, TensorBoard events, `sampler.json` and
   `coefficients.png` into the run directory. Killed at any moment and called
   again, it ends with the coefficients of an uninterrupted run.
 
@@ -308,6 +308,9 @@ def search(
         manager.save(checkpoint_number=step)
         clock = time.monotonic()
 
+  if not np.isfinite(float(state.best_kid)):
+    raise UserError("no step of the search had a finite validation KID: the "
+                    "denoiser or the feature network gives NaN or infinity")
   state.restore_best()
   best = sampler.coefficients().numpy()
   card.write(run.path(card.FILE), card.SamplerCard(
