@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from ddss_tf import diffusers_format
 from ddss_tf import fingerprint
+from ddss_tf import storage
 from ddss_tf import unet
 from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
@@ -94,19 +95,16 @@ class Denoiser:
     Args:
       path: a folder, made if need be.
     """
-    os.makedirs(path, exist_ok=True)
-    self.model.save(os.path.join(path, _NETWORK))
-    card = {
+    with storage.replacing(os.path.join(path, _NETWORK)) as temporary:
+      self.model.save(temporary)
+    storage.write_json(os.path.join(path, _CARD), {
         "format": "ddss_tf.denoiser",
         "version": 1,
         "name": self.name,
         "prediction": self.prediction,
         "betas": self.schedule.betas.tolist(),
         "sha256": self.sha256,
-    }
-    with open(os.path.join(path, _CARD), "w") as f:
-      json.dump(card, f, indent=1)
-      f.write("\n")
+    })
 
 
 @keras.saving.register_keras_serializable(package="ddss_tf")

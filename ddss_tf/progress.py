@@ -10,7 +10,7 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
 
   Args:
     total: what it counts up to.
-    description: text before it.
+    description: text before it; no bar is shown if empty.
     unit: of what it counts.
     initial: where it starts, for work that goes on.
 
@@ -20,4 +20,5 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
   terminal = sys.stderr.isatty()
   return tqdm.tqdm(
       total=total, initial=initial, desc=description, unit=unit,
+      disable=not description,
       mininterval=0.1 if terminal else 20.0, leave=True, dynamic_ncols=terminal)

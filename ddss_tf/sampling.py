@@ -1,6 +1,5 @@
 """Many images from a sampler, in batches, without gradient."""
 
-import contextlib
 from typing import Iterator
 
 import numpy as np
@@ -58,17 +57,12 @@ class Generator:
     coefficients = Coefficients(
         *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
     pair = seed_pair(seed)
-    with contextlib.ExitStack() as stack:
-      bar = None
-      if description:
-        bar = stack.enter_context(
-            progress.bar(num_images, description, "image"))
+    with progress.bar(num_images, description, "image") as bar:
       for start in range(0, num_images, self.batch_size):
         indices = tf.range(start, start + self.batch_size)
         count = min(self.batch_size, num_images - start)
         yield self._sample(coefficients, pair, indices)[:count]
-        if bar is not None:
-          bar.update(count)
+        bar.update(count)
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,
              description: str = "") -> np.ndarray:
