@@ -14,7 +14,9 @@ Tables are float64 NumPy. Only what a gradient must pass through is TensorFlow.
 import numpy as np
 import tensorflow as tf
 
-STRIDES = ("linear", "quadratic")
+STRIDES = ("linear", "trailing", "linspace", "linspace_open", "quadratic",
+           "logsnr", "karras")
+_KARRAS_RHO = 7.0
 
 
 class NoiseSchedule:
@@ -48,6 +50,22 @@ class NoiseSchedule:
     """Betas in equal steps (Ho et al. 2020, section 4)."""
     return cls(np.linspace(beta_start, beta_end, num_train_steps))
 
+  @classmethod
+  def scaled_linear(cls, num_train_steps: int = 1000, beta_start: float = 1e-4,
+                    beta_end: float = 0.02) -> "NoiseSchedule":
+    """Betas whose square roots go in equal steps (latent diffusion models)."""
+    return cls(np.linspace(
+        beta_start**0.5, beta_end**0.5, num_train_steps) ** 2)
+
+  @classmethod
+  def cosine(cls, num_train_steps: int = 1000, offset: float = 0.008,
+             max_beta: float = 0.999) -> "NoiseSchedule":
+    """abar follows a squared cosine (Nichol and Dhariwal 2021, equation 17)."""
+    angle = (np.arange(num_train_steps + 1) / num_train_steps + offset) / (
+        1 + offset) * np.pi / 2
+    abar = np.cos(angle) ** 2
+    return cls(np.minimum(1 - abar[1:] / abar[:-1], max_beta))
+
   @property
   def num_train_steps(self) -> int:
     """T."""
@@ -72,43 +90,103 @@ class NoiseSchedule:
     # expm1 keeps sigma exact where abar is close to one.
     return tf.exp(0.5 * log_abar), tf.sqrt(-tf.math.expm1(log_abar))
 
-  def stride(self, name: str, num_steps: int) -> np.ndarray:
+  def log_snr(self, t) -> np.ndarray:
+    """lambda_t = log(alpha_t / sigma_t) in float64 at times `t`.
+
+    Half the logarithm of the signal-to-noise ratio, the time of the
+    DPM-Solver family (Lu et al. 2022, https://arxiv.org/abs/2206.00927).
+    """
+    abar = self.abar(t)
+    return 0.5 * (np.log(abar) - np.log1p(-abar))
+
+  def time_of_log_snr(self, log_snr) -> np.ndarray:
+    """The inverse of `log_snr`: fractional times, clipped to [0, T - 1]."""
+    # log abar = -log(1 + exp(-2 lambda)); increasing in -t for interp.
+    log_abar = -np.logaddexp(0.0, -2 * np.asarray(log_snr, np.float64))
+    steps = np.arange(self.num_train_steps)
+    return np.interp(-log_abar, -self._log_abar, steps)
+
+  def stride(self, stride, num_steps: int) -> np.ndarray:
     """Times tau of a K-step sampler, noisiest first.
 
     The paper names a linear and a quadratic stride without formula; these are
     our choice, after those of Song et al. (2021,
-    https://arxiv.org/abs/2010.02502): for i = 0 ... K-1,
+    https://arxiv.org/abs/2010.02502). With i = 0 ... K-1:
 
-      linear:    floor(i T / K)
+      linear:    floor(i T / K), the "leading" spacing of other libraries
+      trailing:  round((i + 1) T / K) - 1
+      linspace:  round(linspace(0, T - 1, K)_i)
+      linspace_open: round(linspace(0, T - 1, K + 1)_{i+1}), without step 0:
+                 where diffusers' multistep schedulers go by default
       quadratic: floor(linspace(0, sqrt(0.8 T), K)_i ** 2)
+      logsnr:    lambda_tau in equal steps from lambda_0 to lambda_{T-1}
+      karras:    (sigma_tau / alpha_tau)^(1/7) in equal steps between the same
+                 ends (Karras et al. 2022, https://arxiv.org/abs/2206.00364,
+                 equation 5)
 
-    Where the quadratic one names a step twice (K >= 30 at T = 1000), the later
-    one moves to the next free step, so that no step is wasted.
+    The last two give fractional times. Where the quadratic one names a step
+    twice (K >= 30 at T = 1000), the later one moves to the next free step, so
+    that no step is wasted. At K = 1 trailing, linspace, linspace_open, logsnr
+    and karras give T - 1, the others 0.
 
     Args:
-      name: "linear" or "quadratic".
+      stride: one of `STRIDES`, or the K times themselves, strictly decreasing,
+        in [0, T - 1], fractional allowed.
       num_steps: K, from 1 to T.
 
     Returns:
-      float64 [K], integers, strictly decreasing, in [0, T - 1].
+      float64 [K], strictly decreasing, in [0, T - 1].
 
     Raises:
-      ValueError: unknown name; K outside [1, T].
+      ValueError: unknown name; K outside [1, T]; given times out of order, out
+        of range, or not K.
     """
     total = self.num_train_steps
     if not 1 <= num_steps <= total:
       raise ValueError(
           f"num_steps must be from 1 to {total}, the training steps of the "
           f"model. Received: num_steps={num_steps}")
-    if name == "linear":
-      tau = np.arange(num_steps) * total // num_steps
-    elif name == "quadratic":
+    if not isinstance(stride, str):
+      return self._given_times(stride, num_steps)
+    last = total - 1
+    i = np.arange(num_steps)
+    # Cleanest first up to here.
+    if stride == "linear":
+      tau = i * total // num_steps
+    elif stride == "trailing":
+      tau = np.round((i + 1) * total / num_steps) - 1
+    elif stride == "linspace":
+      tau = np.round(np.linspace(last, 0, num_steps))[::-1]
+    elif stride == "linspace_open":
+      tau = np.round(np.linspace(0, last, num_steps + 1))[1:]
+    elif stride == "quadratic":
       tau = np.floor(np.linspace(0, np.sqrt(0.8 * total), num_steps) ** 2)
-      for i in range(1, num_steps):
-        tau[i] = max(tau[i], tau[i - 1] + 1)
+      for k in range(1, num_steps):
+        tau[k] = max(tau[k], tau[k - 1] + 1)
       # Beyond the last step only if K is close to T: push back from the end.
-      tau = np.minimum(tau, total - num_steps + np.arange(num_steps))
+      tau = np.minimum(tau, total - num_steps + i)
+    elif stride == "logsnr":
+      tau = self.time_of_log_snr(np.linspace(
+          self.log_snr(last), self.log_snr(0), num_steps))[::-1]
+    elif stride == "karras":
+      noise, clean = np.exp(-self.log_snr([last, 0]) / _KARRAS_RHO)
+      tau = self.time_of_log_snr(-_KARRAS_RHO * np.log(
+          np.linspace(noise, clean, num_steps)))[::-1]
     else:
       raise ValueError(
-          f"stride must be one of {', '.join(STRIDES)}. Received: {name!r}")
+          f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
+          f"Received: {stride!r}")
     return tau[::-1].astype(np.float64)
+
+  def _given_times(self, times, num_steps: int) -> np.ndarray:
+    times = np.asarray(times, np.float64)
+    last = self.num_train_steps - 1
+    if times.shape != (num_steps,):
+      raise ValueError(
+          f"stride must have {num_steps} times, one a step. "
+          f"Received: shape {times.shape}")
+    if np.any(np.diff(times) >= 0) or times[0] > last or times[-1] < 0:
+      raise ValueError(
+          f"times of a stride must decrease strictly and lie in [0, {last}]. "
+          f"Received: {times.tolist()}")
+    return times

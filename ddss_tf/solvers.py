@@ -1,0 +1,417 @@
+"""Training-free samplers as points of the one structure.
+
+DDIM, DPM-Solver++, DEIS, Adams-Bashforth, PNDM and UniPC are usually written as
+loops over a history of predictions. All of them are linear in what they have
+seen: every quantity, a state as well as a prediction or a corrected state, is a
+row of weights over
+
+  x_T, x0_hat_0, x0_hat_1, ..., x0_hat_{K-1}.
+
+So a solver here is a function that computes the row of the next state from rows
+(`_History`) by its published formula, in float64 NumPy, and one elimination
+turns the rows into `Coefficients`: the weights of x_{k+1} on x0_hat_k and on the
+states x_0 ... x_k. It needs a non-zero weight of x0_hat_k in every state, which
+all of these have. The deterministic ones are thereby exact points of GGDM+PRED.
+"""
+
+import functools
+
+import numpy as np
+
+from ddss_tf.coefficients import Coefficients
+from ddss_tf.schedules import NoiseSchedule
+
+
+def ddim_coefficients(schedule: NoiseSchedule, times,
+                      eta: float = 0.0) -> Coefficients:
+  """DDIM on a grid of times; eta = 1 is DDPM, eta = 0 is deterministic.
+
+  Song et al. (2021, https://arxiv.org/abs/2010.02502), equations 12 and 16,
+  with eps replaced by its expression in x_t and x0_hat, so that the step is
+  written in states and x0_hat alone. The last step goes to abar = 1.
+
+  Args:
+    schedule: the forward process.
+    times: [K], strictly decreasing, in [0, T - 1].
+    eta: scale of the noise, at least 0. Above 1 the noise of a step is cut
+      where it would exceed the whole deviation of its state.
+
+  Returns:
+    Coefficients in float64 NumPy.
+  """
+  times = np.asarray(times, np.float64)
+  num_steps = len(times)
+  abar_t = schedule.abar(times)
+  abar_s = np.append(abar_t[1:], 1.0)
+  sigma = eta * np.sqrt((1 - abar_s) / (1 - abar_t)) * np.sqrt(
+      1 - abar_t / abar_s)
+  sigma = np.minimum(sigma, np.sqrt(1 - abar_s))
+  # At abar_s = 1 this is 0 up to rounding, so the last step returns x0_hat.
+  eps_weight = np.sqrt(np.maximum(1 - abar_s - sigma**2, 0))
+  from_state = eps_weight / np.sqrt(1 - abar_t)
+  return Coefficients(
+      times=times,
+      x0_from_state=1 / np.sqrt(abar_t),
+      x0_from_eps=-np.sqrt(1 - abar_t) / np.sqrt(abar_t),
+      state_weights=np.diag(from_state),
+      x0_weights=np.sqrt(abar_s) - from_state * np.sqrt(abar_t),
+      noise_scales=np.where(np.arange(num_steps) < num_steps - 1, sigma, 0),
+  )
+
+
+class _History:
+  """What a solver has seen when it makes step k, as rows.
+
+  Attributes:
+    k: the step, from 0.
+    num_steps: K.
+    alpha, sigma: [K + 1], of the K states and of the image.
+    log_snr: [K + 1]; the last is infinite if the image is clean.
+    x: rows of the states x_0 ... x_k.
+    x0: rows of x0_hat_0 ... x0_hat_k.
+    eps: rows of the noises predicted at the same states.
+  """
+
+  def __init__(self, alpha, sigma):
+    self.alpha, self.sigma = alpha, sigma
+    with np.errstate(divide="ignore"):
+      self.log_snr = np.log(alpha) - np.log(sigma)
+    self.num_steps = len(alpha) - 1
+    self.k = -1
+    self.x, self.x0, self.eps = [], [], []
+    self._unit = np.eye(self.num_steps + 1)
+    # Corrected states, for the solvers that have a corrector.
+    self.corrected = []
+
+  def visit(self, x):
+    """The network is called at the state `x`."""
+    self.k += 1
+    k = self.k
+    self.x.append(x)
+    self.x0.append(self._unit[k + 1])
+    self.eps.append((x - self.alpha[k] * self.x0[k]) / self.sigma[k])
+
+  @property
+  def remaining(self) -> int:
+    """Steps to go, this one included."""
+    return self.num_steps - self.k
+
+  def transfer(self, x, eps, k=None):
+    """DDIM's way from time k to the next one, along a given noise."""
+    k = self.k if k is None else k
+    ratio = self.alpha[k + 1] / self.alpha[k]
+    return ratio * x + (self.sigma[k + 1] - ratio * self.sigma[k]) * eps
+
+
+def _linear_recursion(schedule, times, step, abar_end=1.0) -> Coefficients:
+  """Runs a solver on rows and eliminates all predictions but the newest.
+
+  Args:
+    schedule: the forward process.
+    times: [K], noisiest first.
+    step: function from a `_History` to the row of the next state.
+    abar_end: alpha^2 of the image: 1, or less to stop early.
+
+  Returns:
+    Coefficients in float64 NumPy.
+  """
+  times = np.asarray(times, np.float64)
+  num_steps = len(times)
+  abar = np.append(schedule.abar(times), abar_end)
+  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+  history = _History(alpha, sigma)
+  state_weights = np.zeros((num_steps, num_steps))
+  x0_weights = np.zeros(num_steps)
+  x = np.eye(num_steps + 1)[0]
+  for k in range(num_steps):
+    history.visit(x)
+    x = step(history)
+    # x = x0_weight x0_hat_k + weights . (x_0 ... x_k), and the states span
+    # x_T, x0_hat_0 ... x0_hat_{k-1}, each with its newest prediction last.
+    x0_weights[k] = x[k + 1]
+    states = np.array(history.x)[:, :k + 1]
+    weights = np.linalg.solve(states.T, x[:k + 1])
+    # Weights that are 0 in exact arithmetic should be 0.
+    weights[np.abs(weights) < 1e-12 * np.abs(weights).max(initial=1)] = 0
+    state_weights[k, :k + 1] = weights
+  return Coefficients(
+      times=times,
+      x0_from_state=1 / alpha[:-1],
+      x0_from_eps=-sigma[:-1] / alpha[:-1],
+      state_weights=state_weights,
+      x0_weights=x0_weights,
+      noise_scales=np.zeros(num_steps))
+
+
+def _order(history, order):
+  """The order of a step: lower at both ends.
+
+  At the start for want of history. At the end, with fewer than 15 steps, one
+  less in each of the last, for stability (Lu et al. 2022; the 15 is that of
+  their code).
+  """
+  if history.num_steps < 15:
+    order = min(order, history.remaining)
+  return min(order, history.k + 1)
+
+
+def _dpm_solver_pp(history, order, exact=False):
+  """DPM-Solver++, multistep (Lu et al. 2022, https://arxiv.org/abs/2211.01095).
+
+  Integrates the polynomial through the last predictions of x0 over log-SNR
+  against its exact exponential weight. The published third order gives the
+  second difference half of its Taylor weight, which leaves it of second order;
+  `exact` gives it the whole. The way to a clean image, where log-SNR is
+  infinite, is x0_hat itself.
+  """
+  k, x0, lam = history.k, history.x0, history.log_snr
+  alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
+  if sigma == 0:
+    return alpha * x0[k]
+  order = _order(history, order)
+  h = lam[k + 1] - lam[k]
+  phi_1 = -np.expm1(-h)
+  x = sigma / history.sigma[k] * history.x[k] + alpha * phi_1 * x0[k]
+  if order == 1:
+    return x
+  r0 = (lam[k] - lam[k - 1]) / h
+  first = (x0[k] - x0[k - 1]) / r0
+  if order == 2:
+    return x + 0.5 * alpha * phi_1 * first
+  r1 = (lam[k - 1] - lam[k - 2]) / h
+  second = (first - (x0[k - 1] - x0[k - 2]) / r1) / (r0 + r1)
+  phi_2 = 1 - phi_1 / h
+  phi_3 = 0.5 - phi_2 / h
+  return x + alpha * (phi_2 * (first + r0 * second)
+                      + (2 if exact else 1) * phi_3 * second)
+
+
+def _integrals_of_log_basis(nodes, rho):
+  """Integrals over rho of the Lagrange polynomials in log rho at `nodes`.
+
+  Antiderivatives of (log rho)^m: rho, rho (l - 1), rho (l^2 - 2 l + 2), with
+  l = log rho; all 0 at rho = 0.
+  """
+  def antiderivative(value):
+    if value == 0:
+      return np.zeros(3)
+    l = np.log(value)
+    return value * np.array([1, l - 1, l**2 - 2 * l + 2])
+
+  moments = (antiderivative(rho[1]) - antiderivative(rho[0]))[:len(nodes)]
+  # Weights w with sum_i w_i p(node_i) exact for p = 1, log, log^2.
+  return np.linalg.solve(
+      np.vander(np.log(nodes), increasing=True).T, moments)
+
+
+def _integrals_of_basis(nodes, rho):
+  """Integrals over rho of the Lagrange polynomials in rho at `nodes`."""
+  powers = np.arange(1, len(nodes) + 1)
+  moments = (rho[1] ** powers - rho[0] ** powers) / powers
+  return np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
+
+
+def _adams_bashforth(history, order, integrals, lower_end):
+  """d(x / alpha) / d rho = eps with rho = sigma / alpha, by extrapolating eps.
+
+  (Zhang and Chen 2023, https://arxiv.org/abs/2204.13902.) Integrates
+  the polynomial through the last predicted noises exactly. Rho is finite on the way
+  to a clean image, so no lower order is forced there; `lower_end` asks for it.
+  """
+  k = history.k
+  rho = history.sigma / history.alpha
+  order = _order(history, order) if lower_end else min(order, k + 1)
+  used = range(k, k - order, -1)
+  weights = integrals(rho[list(used)], rho[k:k + 2])
+  x = history.x[k] / history.alpha[k]
+  for weight, j in zip(weights, used):
+    x = x + weight * history.eps[j]
+  return history.alpha[k + 1] * x
+
+
+_LINEAR_MULTISTEP = (
+    (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def _multistep_eps(eps):
+  """The classical Adams-Bashforth mean of up to four noises, oldest first."""
+  weights = _LINEAR_MULTISTEP[min(len(eps), 4) - 1]
+  return sum(w * e for w, e in zip(weights, eps[::-1]))
+
+
+def _ipndm(history):
+  """DDIM along the Adams-Bashforth mean of the last four noises.
+
+  (Zhang and Chen 2023, section 4: PNDM improved by a lower-order start.) The
+  constants are those of equal steps whatever the stride, so it is of second
+  order on strides with equal steps.
+  """
+  return history.transfer(history.x[-1], _multistep_eps(history.eps))
+
+
+def _pndm(history):
+  """PNDM, its linear multistep part (Liu et al. 2022, arXiv:2202.09778).
+
+  The second time is visited twice: after a first DDIM step the way is taken
+  again from x_T, along the mean of both noises. So K network calls cover K - 1
+  times, and the noise of the first visit is not used again.
+  """
+  k = history.k
+  if k == 0:
+    return history.transfer(history.x[0], history.eps[0])
+  if k == 1:
+    # From x_T again, and to the same time: history has it at 1 and at 2.
+    mean = 0.5 * (history.eps[0] + history.eps[1])
+    return history.transfer(history.x[0], mean, k=0)
+  return history.transfer(
+      history.x[k], _multistep_eps([history.eps[0], *history.eps[2:]]))
+
+
+def _unipc_weights(order, history, k, bh, corrector):
+  """The weights of UniPC's differences; (weights, ratios, B(h), e^-h - 1)."""
+  lam = history.log_snr
+  h = lam[k + 1] - lam[k]
+  ratios = np.array([(lam[k - i] - lam[k]) / h for i in range(1, order)] + [1.])
+  hh = -h
+  phi_1 = np.expm1(hh)
+  scale = hh if bh == "bh1" else phi_1
+  if corrector:
+    size = order
+    simple = order == 1
+  else:
+    ratios = ratios[:-1]
+    size = order - 1
+    simple = order == 2
+  if simple:
+    # Any weight is of the right order here, and 1/2 is the published one.
+    return np.array([0.5]), ratios, scale, phi_1
+  # b_i = i! phi_{i+1}(hh) hh / B(h), by the recursion of the phi functions.
+  b, phi, factorial = [], phi_1 / hh - 1, 1
+  for i in range(1, size + 1):
+    b.append(phi * factorial / scale)
+    factorial *= i + 1
+    phi = phi / hh - 1 / factorial
+  powers = np.vander(ratios, size, increasing=True).T
+  return np.linalg.solve(powers, np.array(b)), ratios, scale, phi_1
+
+
+def _unipc(history, order, bh):
+  """UniPC (Zhao et al. 2023, https://arxiv.org/abs/2302.04867), x0 prediction.
+
+  Each prediction is first used to correct the state it was made at (UniC, no
+  further network call), and the next step starts at the corrected state (UniP).
+  The order falls by one in each of the last steps; the last one returns x0_hat
+  where the image is clean.
+  """
+  k, x0 = history.k, history.x0
+
+  def order_of(step):
+    return min(order, history.num_steps - step, step + 1)
+
+  x = history.x[k]
+  if k > 0:
+    # Correct with the order of the step that made this state.
+    p = order_of(k - 1)
+    weights, ratios, scale, phi_1 = _unipc_weights(
+        p, history, k - 1, bh, corrector=True)
+    differences = [(x0[k - 1 - i] - x0[k - 1]) / ratios[i - 1]
+                   for i in range(1, p)] + [x0[k] - x0[k - 1]]
+    x = (history.sigma[k] / history.sigma[k - 1] * history.corrected[k - 1]
+         - history.alpha[k] * (phi_1 * x0[k - 1] + scale * sum(
+             w * d for w, d in zip(weights, differences))))
+  history.corrected.append(x)
+
+  p = order_of(k)
+  alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
+  if sigma == 0:
+    return alpha * x0[k]
+  h = history.log_snr[k + 1] - history.log_snr[k]
+  x = sigma / history.sigma[k] * x - alpha * np.expm1(-h) * x0[k]
+  if p > 1:
+    weights, ratios, scale, _ = _unipc_weights(
+        p, history, k, bh, corrector=False)
+    x = x - alpha * scale * sum(
+        w * (x0[k - i] - x0[k]) / ratios[i - 1]
+        for i, w in enumerate(weights, 1))
+  return x
+
+
+_STEPS = {
+    "dpm++2m": functools.partial(_dpm_solver_pp, order=2),
+    "dpm++3m": functools.partial(_dpm_solver_pp, order=3),
+    "dpm++3m-exact": functools.partial(_dpm_solver_pp, order=3, exact=True),
+    "deis2": functools.partial(_adams_bashforth, order=2, lower_end=True,
+                               integrals=_integrals_of_log_basis),
+    "deis3": functools.partial(_adams_bashforth, order=3, lower_end=True,
+                               integrals=_integrals_of_log_basis),
+    "ab2": functools.partial(_adams_bashforth, order=2, lower_end=False,
+                             integrals=_integrals_of_basis),
+    "ab3": functools.partial(_adams_bashforth, order=3, lower_end=False,
+                             integrals=_integrals_of_basis),
+    "ipndm": _ipndm,
+    "pndm": _pndm,
+    "unipc2-bh1": functools.partial(_unipc, order=2, bh="bh1"),
+    "unipc2-bh2": functools.partial(_unipc, order=2, bh="bh2"),
+    "unipc3-bh1": functools.partial(_unipc, order=3, bh="bh1"),
+    "unipc3-bh2": functools.partial(_unipc, order=3, bh="bh2"),
+}
+SOLVERS = ("ddpm", "ddim", *_STEPS)
+
+
+def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
+                        stride="linear", eta: float | None = None,
+                        abar_end: float = 1.0) -> Coefficients:
+  """The coefficients of a training-free sampler.
+
+    ddpm, ddim: Song et al. 2021, with `eta` 1 and 0 unless given.
+    dpm++2m, dpm++3m: DPM-Solver++ as published. The third order is, as
+      published, of second order with a small constant; dpm++3m-exact differs
+      in one factor 2 and is of third order (our choice).
+    deis2, deis3: Adams-Bashforth on eps over sigma / alpha, polynomials in
+      log(sigma / alpha), order lowered in the last steps if K < 15: diffusers'.
+    ab2, ab3: the same with polynomials in sigma / alpha and the full order to
+      the end (Zhang and Chen's rho-AB-DEIS).
+    pndm: visits its second time twice, so the stride has K - 1 times. For K < 3
+      there is no second time to visit twice and it is ipndm.
+    ipndm: constants of equal steps, up to fourth order in them; second order.
+    unipc2-bh1 ... unipc3-bh2: UniPC with B(h) = h or e^h - 1.
+
+  All but ddpm and ddim with eta > 0 are deterministic. All visit K states.
+
+  Args:
+    schedule: the forward process.
+    solver: one of `SOLVERS`.
+    num_steps: K, the network calls.
+    stride: a name or the times, see `NoiseSchedule.stride`.
+    eta: scale of the noise, for ddim and ddpm only.
+    abar_end: alpha^2 of the image, 1 for a clean one. Less stops early, as
+      other libraries do for some solvers; not for ddim and ddpm.
+
+  Returns:
+    Coefficients in float64 NumPy.
+
+  Raises:
+    ValueError: unknown solver, an argument that it does not have, or a stride
+      that does not fit.
+  """
+  if solver not in SOLVERS:
+    raise ValueError(f"solver must be one of {', '.join(SOLVERS)}. "
+                     f"Received: {solver!r}")
+  if solver in ("ddpm", "ddim"):
+    if abar_end != 1:
+      raise ValueError(f"{solver} goes to abar_end=1. Received: {abar_end}")
+    eta = (1.0 if solver == "ddpm" else 0.0) if eta is None else eta
+    if eta < 0:
+      raise ValueError(f"eta must be at least 0. Received: eta={eta}")
+    return ddim_coefficients(schedule, schedule.stride(stride, num_steps), eta)
+  if eta:
+    raise ValueError(f"{solver} has no noise to scale. Received: eta={eta}")
+  step = _STEPS[solver]
+  if solver == "pndm" and num_steps >= 3:
+    times = schedule.stride(stride, num_steps - 1)
+    times = np.insert(times, 1, times[1])
+  else:
+    times = schedule.stride(stride, num_steps)
+    step = _ipndm if solver == "pndm" else step
+  return _linear_recursion(schedule, times, step, abar_end)
