@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Coefficients": "coefficients",
-    "DDIM": "samplers",
     "Denoiser": "denoisers",
     "FeatureNetwork": "features",
     "FixedSampler": "samplers",
-    "GGDM": "samplers",
+    "GGDM": "families",
+    "LearnedSampler": "families",
     "NoiseSchedule": "schedules",
+    "Sampler": "samplers",
+    "SolverSampler": "samplers",
     "UserError": "errors",
     "draw_noise": "chain",
     "evaluate": "evaluation",
@@ -23,10 +25,11 @@ _PUBLIC = {
     "load_dataset": "data",
     "load_denoiser": "denoisers",
     "load_features": "features",
-    "make_sampler": "samplers",
+    "make_sampler": "families",
     "run_chain": "chain",
     "sample": "exporting",
     "search": "searching",
+    "solver_coefficients": "solvers",
 }
 
 __all__ = sorted(_PUBLIC)

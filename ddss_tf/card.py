@@ -22,12 +22,14 @@ class SamplerCard:
     coefficients: NumPy, float32.
     denoiser: {"name", "sha256"} of the model it was found for.
     search: how it was found.
+    x0_bound: the bound on x0_hat it was found with, see `chain.bound_x0`.
   """
 
   label: str
   coefficients: Coefficients
   denoiser: dict
   search: dict
+  x0_bound: str | None = None
 
 
 def write(path: str, card: SamplerCard) -> None:
@@ -42,6 +44,7 @@ def write(path: str, card: SamplerCard) -> None:
           "x_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] "
           "x_u + noise_scales[k] z_k; the image is x_K",
       ],
+      "x0_bound": card.x0_bound,
       "coefficients": card.coefficients.to_dict(),
       "denoiser": card.denoiser,
       "search": card.search,
@@ -73,6 +76,7 @@ def read(path: str) -> SamplerCard:
         label=values["label"],
         coefficients=Coefficients.from_dict(values["coefficients"]),
         denoiser=values["denoiser"],
-        search=values["search"])
+        search=values["search"],
+        x0_bound=values["x0_bound"])
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged: {error}") from error

@@ -13,9 +13,13 @@ The loop is unrolled in Python: `tf.recompute_grad` does not work inside a
 
 from typing import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from ddss_tf.coefficients import Coefficients
+
+X0_BOUNDS = ("clip", "dynamic")
+_DYNAMIC_QUANTILE = 0.995
 
 EpsFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
@@ -42,12 +46,48 @@ def rematerialise(eps_fn: EpsFn, jit_compile: bool = False) -> EpsFn:
   return tf.recompute_grad(tf.function(eps_fn, jit_compile=jit_compile))
 
 
+def bound_x0(x0_hat: tf.Tensor, x0_bound: str | None) -> tf.Tensor:
+  """Keeps predicted images near [-1, 1].
+
+  Args:
+    x0_hat: float32 [B, H, W, C].
+    x0_bound: None changes nothing. "clip" clips to [-1, 1]. "dynamic" is the
+      dynamic threshold of Saharia et al. (2022,
+      https://arxiv.org/abs/2205.11487, appendix): each image is clipped to
+      [-s, s] and divided by s, with s the 0.995 quantile of its |x0_hat|, at
+      least 1.
+
+  Returns:
+    float32 [B, H, W, C].
+
+  Raises:
+    ValueError: unknown `x0_bound`.
+  """
+  if x0_bound is None:
+    return x0_hat
+  if x0_bound == "clip":
+    return tf.clip_by_value(x0_hat, -1.0, 1.0)
+  if x0_bound != "dynamic":
+    raise ValueError(f"x0_bound must be None, {' or '.join(X0_BOUNDS)}. "
+                     f"Received: {x0_bound!r}")
+  size = np.prod(x0_hat.shape[1:])
+  ordered = tf.sort(tf.abs(tf.reshape(x0_hat, [-1, size])), axis=1)
+  position = _DYNAMIC_QUANTILE * (size - 1)
+  left = int(position)
+  right = min(left + 1, int(size) - 1)
+  quantile = ordered[:, left] + (position - left) * (
+      ordered[:, right] - ordered[:, left])
+  s = tf.maximum(quantile, 1.0)[:, None, None, None]
+  return tf.clip_by_value(x0_hat, -s, s) / s
+
+
 def run_chain(
     eps_fn: EpsFn,
     coefficients: Coefficients,
     x_T: tf.Tensor,
     step_noise: tf.Tensor | None = None,
     trajectory: bool = False,
+    x0_bound: str | None = None,
 ):
   """Samples: from pure noise to images, through K network calls.
 
@@ -55,12 +95,15 @@ def run_chain(
 
   Args:
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
-    coefficients: of the K steps, float32.
+    coefficients: of the K steps, float32. Each entry is a scalar or, to tell
+      the samples of a batch apart, a tensor [B, 1, 1, 1].
     x_T: float32 [B, H, W, C], standard normal.
     step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
       but the last add. None adds none, which is right only for a sampler whose
       noise scales are all zero.
     trajectory: also return the way.
+    x0_bound: see `bound_x0`, applied to every predicted image before it is
+      used. A solver written in eps then uses the eps of the bounded image.
 
   Returns:
     Images, float32 [B, H, W, C], nominally in [-1, 1] but not clipped. With
@@ -72,10 +115,11 @@ def run_chain(
   states, x0_hats = [x_T], []
   for k in range(num_steps):
     x_t = states[-1]
-    t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
+    t = tf.broadcast_to(tf.reshape(coefficients.times[k], [-1]), [batch])
     eps = eps_fn(x_t, t)
     x0_hat = (coefficients.x0_from_state[k] * x_t
               + coefficients.x0_from_eps[k] * eps)
+    x0_hat = bound_x0(x0_hat, x0_bound)
     x0_hats.append(x0_hat)
     x_s = coefficients.x0_weights[k] * x0_hat
     for u in range(k + 1):

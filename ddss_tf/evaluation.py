@@ -26,8 +26,9 @@ METRICS = "metrics.json"
 SAMPLES = "samples.png"
 
 
-def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser) -> FixedSampler:
-  """The sampler that a search left in a run directory.
+def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
+                  ) -> tuple[FixedSampler, str | None]:
+  """The sampler that a search left in a run directory, and its x0_bound.
 
   Raises:
     UserError: there is none, or it was found for another model.
@@ -39,7 +40,8 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser) -> FixedSampler:
         f"{found.denoiser.get('name')!r} with SHA-256 "
         f"{found.denoiser.get('sha256')}. Received: {denoiser.name!r} with "
         f"{denoiser.sha256}")
-  return FixedSampler(denoiser.schedule, found.coefficients, found.label)
+  sampler = FixedSampler(denoiser.schedule, found.coefficients, found.label)
+  return sampler, found.x0_bound
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -53,6 +55,7 @@ def evaluate(
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,
     batch_size: int = 250,
+    x0_bound: str | None = None,
     jit_compile: bool = True,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
@@ -72,6 +75,8 @@ def evaluate(
     num_samples: generated images of each sampler.
     seed: of their noise.
     batch_size: images per call.
+    x0_bound: see `chain.bound_x0`; of the baselines. The searched sampler keeps
+      the one it was searched with.
     jit_compile: compile the network with XLA.
 
   Returns:
@@ -87,7 +92,8 @@ def evaluate(
     raise UserError("evaluate.num_samples must be at least 4, for KID has an "
                     f"error only then. Received: {num_samples}")
   run = run_dir_lib.RunDir(run_dir)
-  samplers = [baseline(denoiser.schedule) for baseline in baselines]
+  # Each with its bound on x0_hat.
+  samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
   if os.path.exists(run.path(card.FILE)) or not samplers:
     samplers.append(load_searched(run, denoiser))
 
@@ -95,19 +101,22 @@ def evaluate(
       network, dataset, quantise=True, cache_dir=run.cache)
                for network in networks]
   extract = [tf.function(network) for network in networks]
-  generator = sampling.Generator(
-      denoiser, min(batch_size, num_samples), jit_compile)
+  generators = {bound: sampling.Generator(
+      denoiser, min(batch_size, num_samples), jit_compile, bound)
+                for _, bound in samplers}
   known = _read_records(run.path(METRICS))
 
   records = []
-  for sampler in samplers:
+  for sampler, bound in samplers:
     coefficients = sampler.coefficients().numpy()
-    conditions = _conditions(sampler, coefficients, denoiser, dataset, networks,
-                             num_samples, seed)
+    conditions = {
+        **_conditions(sampler, coefficients, denoiser, dataset, networks,
+                      num_samples, seed), "x0_bound": bound}
     record = next((r for r in known if conditions.items() <= r.items()), None)
     if record is None:
       values = _measure(
-          generator.batches(coefficients, num_samples, seed, sampler.label),
+          generators[bound].batches(
+              coefficients, num_samples, seed, sampler.label),
           extract, reference)
       record = {**conditions, **values}
       known.append(record)
@@ -122,7 +131,7 @@ def evaluate(
         if record.get(name) is not None:
           tf.summary.scalar(f"{name}/{record['sampler']}", record[name],
                             step=record["num_samples"])
-  _draw(run, generator, samplers, records, seed)
+  _draw(run, generators, samplers, records, seed)
   return records
 
 
@@ -188,17 +197,19 @@ def _read_records(path):
                     ) from error
 
 
-def _draw(run, generator, samplers, records, seed):
-  """`samples.png`: the best DDIM beside the searched sampler, same noise."""
-  ddim = [i for i, sampler in enumerate(samplers[:-1])
-          if sampler.label.startswith("DDIM")]
-  chosen = [min(ddim, key=lambda i: records[i]["fid"])] if ddim else []
-  chosen.append(len(samplers) - 1)
-  titled = [
-      (f"{samplers[i].label}, K = {samplers[i].num_steps}\n"
-       f"FID {records[i]['fid']:.2f}",
-       generator.images(samplers[i].coefficients(), 64, seed))
-      for i in chosen]
+def _draw(run, generators, samplers, records, seed):
+  """`samples.png`: the best baseline beside the searched sampler, same noise."""
+  chosen = [len(samplers) - 1]
+  if len(samplers) > 1:
+    chosen.insert(0, min(range(len(samplers) - 1),
+                         key=lambda i: records[i]["fid"]))
+  titled = []
+  for i in chosen:
+    sampler, bound = samplers[i]
+    titled.append((
+        f"{sampler.label}, K = {sampler.num_steps}\n"
+        f"FID {records[i]['fid']:.2f}",
+        generators[bound].images(sampler.coefficients(), 64, seed)))
   figures.samples_png(run.path(SAMPLES), titled)
 
 

@@ -29,9 +29,11 @@ class SamplerModule(tf.Module):
   Args:
     denoiser: the frozen model.
     coefficients: of the sampler.
+    x0_bound: see `chain.bound_x0`.
   """
 
-  def __init__(self, denoiser: Denoiser, coefficients: Coefficients):
+  def __init__(self, denoiser: Denoiser, coefficients: Coefficients,
+               x0_bound: str | None = None):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = [variable.value for variable in denoiser.model.variables]
@@ -46,7 +48,8 @@ class SamplerModule(tf.Module):
     def serve(seed, batch_size):
       x_T, step_noise = chain.draw_noise(
           seed, tf.range(batch_size), shape, steps)
-      images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise)
+      images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise,
+                               x0_bound=x0_bound)
       return {"images": data.to_uint8(images)}
 
     @tf.function(input_signature=[
@@ -54,7 +57,8 @@ class SamplerModule(tf.Module):
         tf.TensorSpec([None, steps - 1, height, width, channels], tf.float32,
                       "step_noise")])
     def from_noise(x_T, step_noise):
-      images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise)
+      images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise,
+                               x0_bound=x0_bound)
       return {"images": tf.clip_by_value(images, -1.0, 1.0)}
 
     self.serve = serve
@@ -86,13 +90,14 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
       images differ.
   """
   run = run_dir_lib.RunDir(run_dir)
-  coefficients = load_searched(run, denoiser).coefficients().numpy()
-  module = SamplerModule(denoiser, coefficients)
+  sampler, x0_bound = load_searched(run, denoiser)
+  coefficients = sampler.coefficients().numpy()
+  module = SamplerModule(denoiser, coefficients, x0_bound)
   temporary = tempfile.mkdtemp(dir=run.root, prefix=".export-")
   try:
     tf.saved_model.save(module, temporary, signatures={
         "serving_default": module.serve, "from_noise": module.from_noise})
-    _check(temporary, denoiser, coefficients)
+    _check(temporary, denoiser, coefficients, x0_bound)
     os.chmod(temporary, 0o755)
     target = run.path(EXPORT)
     if os.path.exists(target):
@@ -103,13 +108,14 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
   return run.path(EXPORT)
 
 
-def _check(path, denoiser, coefficients):
+def _check(path, denoiser, coefficients, x0_bound):
   """Compares the exported sampler with the one in memory, on 4 images."""
   x_T, step_noise = chain.draw_noise(
       sampling.seed_pair(0), tf.range(4), denoiser.image_shape,
       coefficients.num_steps)
   expected = tf.clip_by_value(chain.run_chain(
-      denoiser.eps, coefficients, x_T, step_noise), -1.0, 1.0)
+      denoiser.eps, coefficients, x_T, step_noise, x0_bound=x0_bound), -1.0,
+                              1.0)
   loaded = tf.saved_model.load(path)
   received = loaded.signatures["from_noise"](
       x_T=x_T, step_noise=step_noise)["images"]
@@ -144,9 +150,9 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     raise UserError(
         f"sample.num_images must be at least 1. Received: {num_images}")
   run = run_dir_lib.RunDir(run_dir)
-  sampler = load_searched(run, denoiser)
+  sampler, x0_bound = load_searched(run, denoiser)
   generator = sampling.Generator(
-      denoiser, min(batch_size, num_images), jit_compile)
+      denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = data.to_uint8(generator.images(
       sampler.coefficients(), num_images, seed, "sample"))
   path = run.path("generated.npz")

@@ -9,8 +9,8 @@ from ddss_tf.denoisers import load_denoiser
 from ddss_tf.evaluation import evaluate
 from ddss_tf.exporting import export
 from ddss_tf.exporting import sample
+from ddss_tf.families import make_sampler
 from ddss_tf.features import load_features
-from ddss_tf.samplers import make_sampler
 from ddss_tf.searching import search
 
 __all__ = [

@@ -27,19 +27,22 @@ class Generator:
     batch_size: images per call. The last batch of a request is filled up with
       images that are thrown away, since a new shape means a new compilation.
     jit_compile: compile the network with XLA.
+    x0_bound: see `chain.bound_x0`.
   """
 
   def __init__(self, denoiser: Denoiser, batch_size: int = 250,
-               jit_compile: bool = True):
+               jit_compile: bool = True, x0_bound: str | None = None):
     self.denoiser = denoiser
     self.batch_size = batch_size
+    self.x0_bound = x0_bound
     self._eps = tf.function(denoiser.eps, jit_compile=jit_compile)
     self._sample = tf.function(self._sample_batch)
 
   def _sample_batch(self, coefficients, seed, indices):
     x_T, step_noise = chain.draw_noise(
         seed, indices, self.denoiser.image_shape, coefficients.num_steps)
-    return chain.run_chain(self._eps, coefficients, x_T, step_noise)
+    return chain.run_chain(self._eps, coefficients, x_T, step_noise,
+                           x0_bound=self.x0_bound)
 
   def batches(self, coefficients: Coefficients, num_images: int, seed: int,
               description: str = "") -> Iterator[tf.Tensor]:

@@ -4,9 +4,10 @@
                               ^                                      |
   variables -> coefficients --+              objectives.kid_linear <-+-- mean
       ^                                                |             real feature
-      +------------- Adam, one rate per kind <---------+
+      +------ Adam, in units of equal effect <---------+
 """
 
+import functools
 import time
 
 from absl import logging
@@ -23,23 +24,11 @@ from ddss_tf import objectives
 from ddss_tf import progress
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
+from ddss_tf import starts
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers import KINDS, Sampler
-
-
-def default_learning_rates(num_steps: int) -> dict[str, float]:
-  """Adam's initial rate for each of `samplers.KINDS`; our choice.
-
-  Found at K = 5 on the digits and scaled to other K by reasoning: Adam moves
-  every weight by about its rate, a state sums up to K of them and K states
-  follow each other, so weights go with 1 / K^2; the distance between times
-  goes with 1 / K. Measured at K = 5 and 10 only.
-  """
-  ratio = 5 / num_steps
-  return {"weights": 0.02 * ratio**2, "pred": 0.02 * ratio**2,
-          "times": 0.006 * ratio, "noise_scales": 0.2 * ratio}
 
 
 def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
@@ -58,37 +47,66 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
                       f"the denoiser {denoiser.name!r}. Received: {other}")
 
 
+# Adam's second moment: short, for searches are short. Our choice.
+_ADAM_BETA_2 = 0.99
+_SCALE_DRAWS = 8
+_SENSITIVITY_FLOOR = 0.03
+
+
 class Search:
-  """One search: its compiled step, its optimisers, its checkpointed state.
+  """One search: its compiled step, its optimiser, its checkpointed state.
+
+  Adam works on one vector u of all variables in common units: a variable is its
+  start plus u times its scale, and the scale is chosen so that u = 1 moves the
+  features of an image by one standard deviation of the data's features
+  (`measure_scales`). One learning rate then serves weights, times and noise
+  scales alike, and every K: a weight of the first step, which all later states
+  inherit, gets a smaller scale than one of the last.
 
   Args:
     denoiser: the frozen model.
     sampler: the family whose variables are learned.
     features: the network of the loss.
-    real_mean: float32 [D], mean feature of the whole training set.
+    real: float32 [N, D], features of the whole training set.
     batch_size: images per step, which is the population of the KID.
-    num_search_steps: steps over which the learning rates decay to 0 (cosine).
-    learning_rates: Adam's initial rate of each kind of variable.
-    clip_norm: bound on the global norm of the gradient.
+    micro_batch_size: images per gradient chain; divides `batch_size`.
+    num_search_steps: steps over which the learning rate decays to 0 (cosine).
+    learning_rate: Adam's initial rate, in feature standard deviations.
+    rate_multipliers: factors on it by kind of variable.
     seed: of the run; the images of a step depend on it and on the step only.
+    x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
     remat: recompute the network's activations; False keeps them all.
   """
 
-  def __init__(self, denoiser, sampler, features, real_mean, *, batch_size,
-               num_search_steps, learning_rates, clip_norm, seed,
-               jit_compile=True, remat=True):
+  def __init__(self, denoiser, sampler, features, real, *, batch_size,
+               micro_batch_size, num_search_steps, learning_rate,
+               rate_multipliers, seed, x0_bound=None, jit_compile=True,
+               remat=True):
     self.sampler = sampler
     self.kinds, self.variables = [], []
     for kind, variables in sampler.variables_by_kind.items():
       self.kinds += [kind] * len(variables)
       self.variables += variables
-    self.optimizers = {}
-    for kind, variables in sampler.variables_by_kind.items():
-      decay = keras.optimizers.schedules.CosineDecay(
-          learning_rates[kind], num_search_steps)
-      self.optimizers[kind] = keras.optimizers.Adam(decay, name=f"adam_{kind}")
-      self.optimizers[kind].build(variables)
+    self._batch_size = batch_size
+    self._micro_batch_size = micro_batch_size
+    self._pair = sampling.seed_pair(seed)
+    self._feature_std = float(np.sqrt(
+        np.sum(np.var(real, axis=0, dtype=np.float64))))
+    self._real_mean = tf.constant(
+        np.mean(real, axis=0, dtype=np.float64), tf.float32)
+    self._multipliers = np.concatenate([
+        np.full(int(np.prod(v.shape)), rate_multipliers[kind], np.float32)
+        for kind, v in zip(self.kinds, self.variables)])
+
+    self._start = tf.constant(self._flat())
+    self.units = keras.Variable(
+        np.zeros(self._start.shape, np.float32), name="units")
+    self.scales = tf.Variable(tf.ones_like(self._start), trainable=False)
+    self.optimizer = keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(learning_rate, num_search_steps),
+        beta_2=_ADAM_BETA_2, epsilon=1e-12)
+    self.optimizer.build([self.units])
     self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
     self.skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
     self.best_kid = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
@@ -96,45 +114,130 @@ class Search:
     self.best = [tf.Variable(v.value, trainable=False) for v in self.variables]
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
-        optimizers=self.optimizers, step=self.step, skipped=self.skipped,
-        best_kid=self.best_kid, best_step=self.best_step)
+        units=self.units.value, scales=self.scales, optimizer=self.optimizer,
+        step=self.step, skipped=self.skipped, best_kid=self.best_kid,
+        best_step=self.best_step)
 
-    if remat:
-      eps_fn = chain.rematerialise(denoiser.eps, jit_compile)
-    else:
-      eps_fn = tf.function(denoiser.eps, jit_compile=jit_compile)
-    pair = sampling.seed_pair(seed)
-    real_mean = tf.constant(real_mean, tf.float32)
+    plain = tf.function(denoiser.eps, jit_compile=jit_compile)
+    eps_fn = chain.rematerialise(denoiser.eps, jit_compile) if remat else plain
+
+    def images_features(indices, network):
+      x_T, step_noise = chain.draw_noise(
+          self._pair, indices, denoiser.image_shape, sampler.num_steps)
+      images = chain.run_chain(network, sampler.coefficients(), x_T, step_noise,
+                               x0_bound=x0_bound)
+      return features(images)["pool"]
 
     @tf.function
-    def loss_and_gradients(step):
-      indices = step * batch_size + tf.range(batch_size, dtype=tf.int64)
-      x_T, step_noise = chain.draw_noise(
-          pair, indices, denoiser.image_shape, sampler.num_steps)
-      with tf.GradientTape() as tape:
-        images = chain.run_chain(
-            eps_fn, sampler.coefficients(), x_T, step_noise)
-        loss = objectives.kid_linear(features(images)["pool"], real_mean)
-      gradients = tape.gradient(loss, [v.value for v in self.variables])
-      return loss, *_clip(gradients, clip_norm)
+    def population(indices):
+      return images_features(indices, plain)
 
-    self.loss_and_gradients = loss_and_gradients
+    @tf.function
+    def pull_back(indices, cotangents, own):
+      """Gradient of a loss on features, given as `cotangents` or as the KID."""
+      with tf.GradientTape() as tape:
+        pool = images_features(indices, eps_fn)
+      loss, from_kid = self._kid_gradient(pool)
+      cotangents = tf.where(own, from_kid, cotangents)
+      gradients = tape.gradient(
+          pool, [v.value for v in self.variables], output_gradients=cotangents)
+      return loss, tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
+
+    self._population = population
+    self._pull_back = pull_back
+
+  def _flat(self) -> np.ndarray:
+    """All variables as one float32 vector."""
+    return np.concatenate(
+        [np.ravel(np.asarray(v.value)) for v in self.variables])
+
+  def _kid_gradient(self, pool):
+    """The loss of a population [N, D] and its gradient [N, D]."""
+    with tf.GradientTape() as tape:
+      tape.watch(pool)
+      loss = objectives.kid_linear(pool, self._real_mean)
+    return loss, tape.gradient(loss, pool)
+
+  def loss_and_gradient(self, step: int) -> tuple[float, np.ndarray]:
+    """The KID of the population of a step, and its gradient.
+
+    If a micro-batch is smaller than the population this takes two passes: KID
+    is no mean over micro-batches. The first makes the features of all images,
+    without gradient; the KID's gradient in them is then pulled back through the
+    chain of one micro-batch after the other, made again from the same seeds.
+    The result is that of one large batch.
+
+    Args:
+      step: of the search, which decides the noise.
+
+    Returns:
+      The loss and float32 [n], the gradient in all variables as one vector.
+    """
+    indices = step * self._batch_size + np.arange(self._batch_size)
+    size, width = self._micro_batch_size, self._real_mean.shape[0]
+    if size == self._batch_size:
+      loss, gradient = self._pull_back(
+          tf.constant(indices), tf.zeros([size, width]), tf.constant(True))
+      return float(loss), gradient.numpy()
+    parts = [tf.constant(part)
+             for part in np.split(indices, self._batch_size // size)]
+    loss, cotangents = self._kid_gradient(
+        tf.concat([self._population(part) for part in parts], axis=0))
+    gradients = [self._pull_back(part, cotangent, tf.constant(False))[1]
+                 for part, cotangent in zip(parts, tf.split(
+                     cotangents, len(parts)))]
+    return float(loss), tf.add_n(gradients).numpy()
+
+  def measure_scales(self) -> None:
+    """Measures how far the features move with each variable, and rescales.
+
+    For standard normal r, E (r . J)^2 is the squared norm of the columns of the
+    Jacobian J of all features of a batch (Hutchinson's estimate), so a few
+    backward passes measure the mean squared sensitivity of every variable.
+    Those to which hardly anything reacts are treated as if they had 3 % of the
+    root mean square, or they would be thrown far.
+    """
+    size, width = self._micro_batch_size, self._real_mean.shape[0]
+    squares = 0.0
+    for draw in range(_SCALE_DRAWS):
+      # Noise of its own: indices from the far end, below 2^31.
+      indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
+      r = tf.random.stateless_normal([size, width], [draw, 0], alg="philox")
+      _, gradient = self._pull_back(
+          tf.constant(indices), r, tf.constant(False))
+      squares = squares + gradient.numpy().astype(np.float64) ** 2
+    squares = squares / (_SCALE_DRAWS * size) / self._feature_std**2
+    if not np.all(np.isfinite(squares)) or not np.any(squares):
+      raise UserError("the search's start must have finite, non-zero "
+                      "sensitivities: the denoiser or the feature network "
+                      "gives NaN, infinity or a constant")
+    floor = _SENSITIVITY_FLOOR**2 * np.mean(squares)
+    self.scales.assign(
+        (self._multipliers / np.sqrt(squares + floor)).astype(np.float32))
 
   def advance(self) -> tuple[float, float, bool]:
     """Makes one step.
 
     Returns:
-      The loss, the gradient norm before clipping, and whether the step was
-      taken: one with a value that is not finite changes nothing but the
-      counters.
+      The loss, the norm of its gradient in u, and whether the step was taken:
+      one with a value that is not finite changes nothing but the counters.
     """
-    loss, norm, gradients = self.loss_and_gradients(self.step.value())
-    loss, norm = float(loss), float(norm)
+    loss, gradient = self.loss_and_gradient(int(self.step))
+    scales = self.scales.numpy()
+    gradient = gradient * scales
+    norm = float(np.linalg.norm(gradient.astype(np.float64)))
     taken = bool(np.isfinite(loss) and np.isfinite(norm))
     if taken:
-      for kind, optimizer in self.optimizers.items():
-        optimizer.apply([g for g, k in zip(gradients, self.kinds) if k == kind],
-                        self.sampler.variables_by_kind[kind])
+      self.optimizer.apply([tf.constant(gradient)], [self.units])
+      flat = self._start + self.scales * self.units.value
+      sizes = [int(np.prod(v.shape)) for v in self.variables]
+      for part, variable in zip(tf.split(flat, sizes), self.variables):
+        value = tf.reshape(part, variable.shape)
+        if variable.constraint is not None:
+          value = variable.constraint(value)
+        variable.assign(value)
+      # What a constraint held back, the units must not remember.
+      self.units.assign((self._flat() - self._start.numpy()) / scales)
     else:
       self.skipped.assign_add(1)
     self.step.assign_add(1)
@@ -154,12 +257,6 @@ class Search:
       variable.assign(best)
 
 
-def _clip(gradients, clip_norm):
-  """(global norm, gradients scaled to at most `clip_norm`)."""
-  clipped, norm = tf.clip_by_global_norm(gradients, clip_norm)
-  return norm, clipped
-
-
 @gin.configurable(denylist=["run_dir"])
 def search(
     run_dir: str,
@@ -169,9 +266,12 @@ def search(
     sampler=gin.REQUIRED,
     num_search_steps: int = gin.REQUIRED,
     batch_size: int = gin.REQUIRED,
-    learning_rates: dict[str, float] | None = None,
-    clip_norm: float = 1.0,
+    micro_batch_size: int | None = None,
+    learning_rate: float = 0.02,
+    rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
+    x0_bound: str | None = None,
+    start_samples: int = 250,
     validation_samples: int = 1000,
     validate_every: int = 25,
     checkpoint_every: int = 25,
@@ -182,8 +282,10 @@ def search(
   """Searches a sampler, or goes on where an earlier call stopped.
 
   Writes checkpoints, TensorBoard events, `sampler.json` and
-  `coefficients.png` into the run directory. Killed at any moment and called
-  again, it ends with the coefficients of an uninterrupted run.
+  `coefficients.png` into the run directory; with `init="auto"` also
+  `starts.json`. Killed at any moment and called again, it ends with the
+  coefficients of an uninterrupted run. It never ends worse than it starts, by
+  its own validation KID.
 
   Args:
     run_dir: folder of the run.
@@ -193,11 +295,17 @@ def search(
     sampler: function from a noise schedule to the sampler to learn, such as
       `@make_sampler`.
     num_search_steps: steps in all.
-    batch_size: images per step, at least 2.
-    learning_rates: Adam's initial rate by kind of variable (`samplers.KINDS`);
-      kinds left out keep those of `default_learning_rates`.
-    clip_norm: bound on the global norm of the gradient.
+    batch_size: images per step, at least 2: the population of the KID.
+    micro_batch_size: images per gradient chain, a divisor of `batch_size`; all
+      of them if None. Smaller ones need less memory and one more forward chain;
+      the gradient is the same.
+    learning_rate: Adam's initial rate, as the share of the features' standard
+      deviation by which one step of one variable moves them.
+    rate_multipliers: factors on the rate by kind of variable
+      (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
+    x0_bound: see `chain.bound_x0`.
+    start_samples: images of the KID by which `init="auto"` chooses.
     validation_samples: images of the validation KID, on fixed noise.
     validate_every: steps between validations.
     checkpoint_every: steps between checkpoints.
@@ -212,56 +320,78 @@ def search(
     UserError: arguments out of range or that do not fit together; a run
       directory of another search; too many non-finite steps.
   """
+  micro_batch_size = micro_batch_size or batch_size
   for name, value, least in (
       ("num_search_steps", num_search_steps, 1), ("batch_size", batch_size, 2),
+      ("micro_batch_size", micro_batch_size, 1),
+      ("start_samples", start_samples, 2),
       ("validation_samples", validation_samples, 2),
       ("validate_every", validate_every, 1),
       ("checkpoint_every", checkpoint_every, 1), ("log_every", log_every, 1)):
     if value < least:
       raise UserError(f"search.{name} must be at least {least}. "
                       f"Received: {value}")
+  if batch_size % micro_batch_size:
+    raise UserError("search.micro_batch_size must divide batch_size="
+                    f"{batch_size}. Received: {micro_batch_size}")
+  if x0_bound not in (None, *chain.X0_BOUNDS):
+    raise UserError("search.x0_bound must be None, "
+                    f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
   check_shapes(denoiser, dataset, features)
-  sampler = sampler(denoiser.schedule)
-  rates = {**default_learning_rates(sampler.num_steps),
-           **(learning_rates or {})}
-  if set(rates) != set(KINDS):
-    raise UserError(f"search.learning_rates must be for {', '.join(KINDS)}. "
-                    f"Received: {', '.join(rates)}")
+  multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
+  if set(multipliers) != set(KINDS):
+    raise UserError(f"search.rate_multipliers must be for {', '.join(KINDS)}. "
+                    f"Received: {', '.join(multipliers)}")
+  make_sampler, sampler = sampler, sampler(denoiser.schedule)
   if not sampler.variables_by_kind:
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
-                    "one of the ggdm families")
+                    "a learned family, such as ggdm+pred+time")
 
   run = run_dir_lib.RunDir(run_dir)
+  real = features_lib.dataset_features(
+      features, dataset, quantise=False, cache_dir=run.cache)["pool"]
+  extract = tf.function(features)
+  real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
+
+  def kid_of(generator, coefficients, num_images) -> float:
+    pool = [extract(images)["pool"] for images in generator.batches(
+        coefficients, num_images, seed + 1)]
+    return float(objectives.kid_linear(tf.concat(pool, axis=0), real_mean))
+
+  if getattr(sampler, "init", None) == "auto":
+    generator = sampling.Generator(
+        denoiser, min(250, start_samples), jit_compile, x0_bound)
+    sampler = starts.choose(
+        functools.partial(make_sampler, denoiser.schedule),
+        lambda c: kid_of(generator, c, start_samples), run.path(starts.FILE), {
+            "denoiser": denoiser.sha256, "dataset": dataset.sha256,
+            "features": features.sha256, "family": sampler.get_config(),
+            "samples": start_samples, "seed": seed + 1, "x0_bound": x0_bound})
+
   # All that decides the result: another one cannot go on from its checkpoint.
   run.claim("search", {
       "denoiser": denoiser.sha256, "dataset": dataset.sha256,
       "features": features.sha256, "sampler": sampler.get_config(),
       "num_search_steps": num_search_steps, "batch_size": batch_size,
-      "learning_rates": rates, "clip_norm": clip_norm, "seed": seed,
+      "learning_rate": learning_rate, "rate_multipliers": multipliers,
+      "seed": seed, "x0_bound": x0_bound,
       "validation_samples": validation_samples,
       "validate_every": validate_every})
-  real_mean = features_lib.dataset_features(
-      features, dataset, quantise=False, cache_dir=run.cache)["pool"].mean(
-          axis=0, dtype=np.float64)
   state = Search(
-      denoiser, sampler, features, real_mean, batch_size=batch_size,
-      num_search_steps=num_search_steps, learning_rates=rates,
-      clip_norm=clip_norm, seed=seed, jit_compile=jit_compile)
+      denoiser, sampler, features, real, batch_size=batch_size,
+      micro_batch_size=micro_batch_size, num_search_steps=num_search_steps,
+      learning_rate=learning_rate, rate_multipliers=multipliers, seed=seed,
+      x0_bound=x0_bound, jit_compile=jit_compile)
   manager = tf.train.CheckpointManager(
       state.checkpoint, run.path("checkpoints"), max_to_keep=3)
   if manager.latest_checkpoint:
     state.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
     logging.info("going on from step %d", int(state.step))
-
   generator = sampling.Generator(
-      denoiser, min(250, validation_samples), jit_compile)
-  extract = tf.function(features)
+      denoiser, min(250, validation_samples), jit_compile, x0_bound)
 
   def validation_kid() -> float:
-    pool = [extract(images)["pool"] for images in generator.batches(
-        sampler.coefficients(), validation_samples, seed + 1)]
-    return float(objectives.kid_linear(
-        tf.concat(pool, axis=0), tf.constant(real_mean, tf.float32)))
+    return kid_of(generator, sampler.coefficients(), validation_samples)
 
   with tf.summary.create_file_writer(run.path("tensorboard")).as_default(), \
       progress.bar(
@@ -273,6 +403,7 @@ def search(
       state.keep_if_best(validation_kid())
       _summarise_state(sampler, generator, seed, 0, float(state.best_kid))
       logging.info("validation KID at the start: %.4f", float(state.best_kid))
+      state.measure_scales()
     clock = time.monotonic()
     while int(state.step) < num_search_steps:
       loss, norm, taken = state.advance()
@@ -320,10 +451,11 @@ def search(
           "config": sampler.get_config(),
           "steps": num_search_steps, "best_step": int(state.best_step),
           "skipped_steps": int(state.skipped), "batch_size": batch_size,
+          "learning_rate": learning_rate, "rate_multipliers": multipliers,
           "seed": seed, "validation_kid": float(state.best_kid),
           "validation_samples": validation_samples,
           "features": {"name": features.name, "sha256": features.sha256},
-          "dataset": dataset.name}))
+          "dataset": dataset.name}, x0_bound=x0_bound))
   figures.coefficients_png(
       run.path("coefficients.png"), best, sampler.label)
   return sampler

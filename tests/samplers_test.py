@@ -1,5 +1,6 @@
 """Tests of the families: closed forms, equivalences, counts, ranges."""
 
+import functools
 import math
 
 import keras
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import denoisers
+from ddss_tf import families
 from ddss_tf import samplers
+from ddss_tf import solvers
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 
@@ -17,6 +21,10 @@ SCHEDULE = NoiseSchedule.linear()
 SHAPE = (2, 2, 1)
 MEAN, STD = 0.3, 0.4
 DENOISER = denoisers.gaussian_denoiser(SHAPE, MEAN, STD)
+
+
+def ddim(steps, stride="linear", eta=0.0):
+  return samplers.SolverSampler(SCHEDULE, steps, "ddim", stride, eta)
 
 
 def gaussian_moments(times, eta):
@@ -68,7 +76,7 @@ def chain_moments(coefficients):
     (1, 0.0), (2, 0.5), (5, 0.0), (5, 0.5), (5, 1.0), (10, 0.0), (10, 1.0),
     (25, 0.5)])
 def test_ddim_has_the_closed_form_on_gaussian_data(stride, steps, eta):
-  sampler = samplers.DDIM(SCHEDULE, steps, stride, eta)
+  sampler = ddim(steps, stride, eta)
   mean, variance = chain_moments(sampler.coefficients())
   expected = gaussian_moments(SCHEDULE.stride(stride, steps), eta)
   np.testing.assert_allclose([mean, variance], expected, rtol=2e-4, atol=2e-5)
@@ -76,7 +84,7 @@ def test_ddim_has_the_closed_form_on_gaussian_data(stride, steps, eta):
 
 def test_ddim_monte_carlo():
   # The same moments from samples, through `draw_noise`: 65 536 pixels.
-  sampler = samplers.DDIM(SCHEDULE, 5, "linear", 1.0)
+  sampler = ddim(5, "linear", 1.0)
   @tf.function
   def sample():
     x_T, noise = chain.draw_noise(
@@ -98,52 +106,113 @@ def test_many_steps_recover_the_data():
     errors.append(abs(variance / STD**2 - 1))
   assert errors[1] < 0.6 * errors[0] and errors[2] < 0.01
   np.testing.assert_allclose(mean, MEAN, atol=3e-3)
-  moments = chain_moments(samplers.DDIM(SCHEDULE, 100).coefficients())
+  moments = chain_moments(ddim(100).coefficients())
   np.testing.assert_allclose(
       moments, gaussian_moments(SCHEDULE.stride("linear", 100), 0.0), rtol=1e-3)
 
 
+@functools.lru_cache
+def noise_of(num_steps):
+  return chain.draw_noise(
+      tf.constant([1, 0]), tf.range(16), SHAPE, num_steps)
+
+
 def images_of(sampler):
-  x_T, noise = chain.draw_noise(
-      tf.constant([1, 0]), tf.range(16), SHAPE, sampler.num_steps)
+  x_T, noise = noise_of(sampler.num_steps)
   return sampler(x_T, noise, eps_fn=DENOISER.eps).numpy()
 
 
-LEARNED = ["ggdm", "ggdm+pred", "ggdm+time", "ggdm+pred+time"]
+LEARNED = [name + extra for name in families.LEARNED
+           for extra in ("", "+pred", "+time", "+pred+time")]
+GGDM = [name for name in LEARNED if name.startswith("ggdm")]
 
 
 @pytest.mark.parametrize("family", LEARNED)
 @pytest.mark.parametrize("stride,eta,steps", [
-    ("linear", 0.0, 1), ("linear", 0.0, 5), ("quadratic", 0.7, 5),
-    ("quadratic", 0.0, 10)])
-def test_real_ggdm_starts_at_ddim(family, stride, eta, steps):
-  start = samplers.DDIM(SCHEDULE, steps, stride, eta)
-  ggdm = samplers.make_sampler(
-      SCHEDULE, family, steps, stride=stride, eta=eta)
-  np.testing.assert_allclose(images_of(ggdm), images_of(start), atol=2e-5)
+    ("linear", 0.0, 1), ("linear", 1.0, 5), ("quadratic", 0.7, 5),
+    ("karras", 0.0, 10)])
+def test_real_families_start_at_ddim(family, stride, eta, steps):
+  if family.startswith("vars"):
+    start = samplers.SolverSampler(SCHEDULE, steps, "ddpm", stride)
+    sampler = families.make_sampler(SCHEDULE, family, steps, stride=stride)
+  else:
+    start = ddim(steps, stride, eta)
+    sampler = families.make_sampler(
+        SCHEDULE, family, steps, init="ddim", stride=stride, eta=eta)
+  np.testing.assert_allclose(images_of(sampler), images_of(start), atol=3e-5)
+
+
+@pytest.mark.parametrize("family", GGDM)
+@pytest.mark.parametrize(
+    "solver", [s for s in solvers.SOLVERS if s not in ("ddim", "ddpm")])
+def test_ggdm_holds_every_solver(family, solver):
+  # On the strides they are used on; K = 10, and one K with odd ends.
+  for steps, stride in ((10, "linspace_open"), (5, "linear"), (3, "logsnr")):
+    start = samplers.SolverSampler(SCHEDULE, steps, solver, stride)
+    ggdm = families.make_sampler(
+        SCHEDULE, family, steps, init=solver, stride=stride)
+    # Without +pred x0_hat goes through Theorem 1, in float32 coefficients.
+    tolerance = 2e-5 if "+pred" in family else 5e-4
+    # Relative, too: on log-SNR steps a 3-step PNDM leaves [-1, 1] far behind.
+    np.testing.assert_allclose(
+        images_of(ggdm), images_of(start), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("extra", ["+pred", "+time", "+pred+time"])
+def test_extras_leave_a_solver_where_it_is(extra):
+  for solver in ("ddpm", "dpm++2m", "unipc3-bh1", "deis3"):
+    plain = samplers.SolverSampler(SCHEDULE, 6, solver, "quadratic")
+    extended = families.make_sampler(
+        SCHEDULE, solver + extra, 6, stride="quadratic")
+    np.testing.assert_allclose(
+        images_of(extended), images_of(plain), atol=2e-5)
+    assert set(extended.variables_by_kind) == {
+        {"pred": "pred", "time": "times"}[e] for e in extra[1:].split("+")}
+
+
+def test_a_search_can_start_where_another_ended(tmp_path):
+  first = families.make_sampler(SCHEDULE, "ggdm+pred+time", 4, init="ddpm")
+  rng = np.random.default_rng(0)
+  for variable in first.weights:
+    value = variable.numpy() + 0.02 * rng.normal(size=variable.shape)
+    if variable.constraint is not None:
+      value = variable.constraint(np.asarray(value, np.float32))
+    variable.assign(value)
+  path = str(tmp_path / "sampler.json")
+  found = first.coefficients().numpy()
+  card.write(path, card.SamplerCard("found", found, {}, {}))
+  for init in (path, found):
+    second = families.make_sampler(
+        SCHEDULE, "ggdm+pred+time", 4, init=init)
+    np.testing.assert_array_equal(images_of(second), images_of(first))
+  # What the smaller family cannot hold it must not pretend to.
+  with pytest.raises(UserError, match="without .pred cannot start"):
+    families.make_sampler(SCHEDULE, "ggdm", 4, init=path)
+  with pytest.raises(UserError, match="num_steps=5.*of 4"):
+    families.make_sampler(SCHEDULE, "ggdm+pred", 5, init=path)
 
 
 @pytest.mark.parametrize("family", LEARNED)
-def test_paper_ggdm_starts_near_ddim(family):
+def test_paper_families_start_near_ddim(family):
   # Floors of 1e-3 in the coefficients and 0.1 of a step in the first time.
-  start = samplers.DDIM(SCHEDULE, 5, "linear")
-  ggdm = samplers.make_sampler(
+  start = ddim(5, eta=1.0 if family.startswith("vars") else 0.0)
+  sampler = families.make_sampler(
       SCHEDULE, family, 5, stride="linear", parameterisation="paper")
-  np.testing.assert_allclose(images_of(ggdm), images_of(start), atol=0.05)
-  times = ggdm.coefficients().times.numpy()
+  np.testing.assert_allclose(images_of(sampler), images_of(start), atol=0.05)
+  times = sampler.coefficients().times.numpy()
   np.testing.assert_allclose(times, [800, 600, 400, 200, 0], atol=0.11)
 
 
 def test_eta_one_is_ddpm():
   np.testing.assert_array_equal(
-      images_of(samplers.make_sampler(SCHEDULE, "ddpm", 5)),
-      images_of(samplers.make_sampler(SCHEDULE, "ddim", 5, eta=1.0)))
+      images_of(families.make_sampler(SCHEDULE, "ddpm", 5)),
+      images_of(families.make_sampler(SCHEDULE, "ddim", 5, eta=1.0)))
 
 
 def test_ddpm_is_the_posterior_of_ho_et_al():
   # Ho et al. (2020), equations 6 and 7, on consecutive training steps.
   times = [501, 500, 499]
-  c = samplers.ddim_coefficients(SCHEDULE, times, 1.0)
+  c = solvers.ddim_coefficients(SCHEDULE, times, 1.0)
   beta = SCHEDULE.betas[501]
   abar, before = SCHEDULE.abar(501), SCHEDULE.abar(500)
   np.testing.assert_allclose(
@@ -184,7 +253,7 @@ def test_theorem_1_against_the_recursion():
       row = np.where(np.arange(steps + 1) == t + i, row, row
                      + factor * mu[t + i])
     a[t], v[t] = row[0], variance
-  got_a, got_v = samplers.marginals(weights, x0, noise, first_mean, first_std)
+  got_a, got_v = families.marginals(weights, x0, noise, first_mean, first_std)
   np.testing.assert_allclose(got_a.numpy()[::-1], a[1:], rtol=1e-5)
   np.testing.assert_allclose(got_v.numpy()[::-1], v[1:], rtol=1e-5)
 
@@ -197,7 +266,7 @@ def test_theorem_1_against_monte_carlo():
   for k in range(3):
     states.append(x0[k] * image + noise[k] * rng.normal(size=count)
                   + sum(weights[k, u] * states[u] for u in range(k + 1)))
-  a, v = samplers.marginals(weights, x0, noise, first_mean, first_std)
+  a, v = families.marginals(weights, x0, noise, first_mean, first_std)
   for k, state in enumerate(states):
     deviation = float(v[k]) ** 0.5
     np.testing.assert_allclose(
@@ -214,7 +283,7 @@ def count(sampler, kind):
 @pytest.mark.parametrize(
     "steps,weights", [(5, 14), (10, 54), (15, 119), (20, 209), (25, 324)])
 def test_free_parameters(parameterisation, steps, weights):
-  full = samplers.GGDM(SCHEDULE, steps, pred=True, time=True,
+  full = families.GGDM(SCHEDULE, steps, pred=True, time=True,
                        parameterisation=parameterisation)
   assert count(full, "weights") == weights
   assert count(full, "noise_scales") == steps - 1
@@ -222,13 +291,13 @@ def test_free_parameters(parameterisation, steps, weights):
   # The real form has two numbers a step where the paper has one.
   assert count(full, "pred") == steps * (
       2 if parameterisation == "real" else 1)
-  plain = samplers.GGDM(SCHEDULE, steps, parameterisation=parameterisation)
+  plain = families.GGDM(SCHEDULE, steps, parameterisation=parameterisation)
   assert count(plain, "weights") == weights + 2  # and the row of x_K
   assert set(plain.variables_by_kind) == {"weights", "noise_scales"}
 
 
 def test_paper_pred_is_variance_preserving():
-  sampler = samplers.GGDM(
+  sampler = families.GGDM(
       SCHEDULE, 5, pred=True, time=True, parameterisation="paper")
   rng = np.random.default_rng(0)
   for variable in sampler.weights:
@@ -243,7 +312,7 @@ def test_paper_pred_is_variance_preserving():
 @pytest.mark.parametrize("family", LEARNED)
 @pytest.mark.parametrize("parameterisation", ["real", "paper"])
 def test_coefficients_stay_valid(family, parameterisation):
-  sampler = samplers.make_sampler(
+  sampler = families.make_sampler(
       SCHEDULE, family, 4, parameterisation=parameterisation)
   optimizer = keras.optimizers.SGD(3.0)
   rng = np.random.default_rng(0)
@@ -258,9 +327,11 @@ def test_coefficients_stay_valid(family, parameterisation):
 @pytest.mark.parametrize("family", LEARNED)
 @pytest.mark.parametrize("parameterisation", ["real", "paper"])
 def test_every_variable_gets_a_gradient(family, parameterisation):
-  sampler = samplers.make_sampler(
-      SCHEDULE, family, 4, parameterisation=parameterisation, eta=0.5)
-  x_T, noise = chain.draw_noise(tf.constant([1, 0]), tf.range(8), SHAPE, 4)
+  sampler = families.make_sampler(
+      SCHEDULE, family, 4, parameterisation=parameterisation,
+      init="ddpm" if family.startswith("vars") else "ddim",
+      eta=None if family.startswith("vars") else 0.5)
+  x_T, noise = noise_of(4)
   variables = [v.value for v in sampler.weights]
   with tf.GradientTape() as tape:
     images = sampler(x_T, noise, eps_fn=DENOISER.eps)
@@ -272,10 +343,11 @@ def test_every_variable_gets_a_gradient(family, parameterisation):
 
 
 def test_free_last_row_can_mix():
-  sampler = samplers.GGDM(SCHEDULE, 3, pred=True, free_last_row=True)
+  sampler = families.GGDM(SCHEDULE, 3, pred=True, free_last_row=True,
+                          init="ddim")
   before = images_of(sampler)
   np.testing.assert_allclose(
-      before, images_of(samplers.DDIM(SCHEDULE, 3)), atol=2e-5)
+      before, images_of(ddim(3)), atol=2e-5)
   state, = [v for v in sampler.weights if v.name == "state_weights"]
   state.assign([0, 0, 0, 0, 0, 0.5])
   assert sampler.coefficients().state_weights[2, 2] == 0.5
@@ -297,4 +369,4 @@ def test_free_last_row_can_mix():
 ])
 def test_bad_arguments(arguments, message):
   with pytest.raises(UserError, match=message):
-    samplers.make_sampler(SCHEDULE, **arguments)
+    families.make_sampler(SCHEDULE, **arguments)

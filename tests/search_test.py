@@ -18,6 +18,7 @@ from ddss_tf import data
 from ddss_tf import evaluation
 from ddss_tf import features as features_lib
 from ddss_tf import fingerprint
+from ddss_tf import families
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf import searching
@@ -51,7 +52,7 @@ def parts():
 def options(**changes):
   family = dict(family="ggdm+pred+time", num_steps=3, eta=1.0)
   return {**dict(
-      sampler=functools.partial(samplers.make_sampler, **family),
+      sampler=functools.partial(families.make_sampler, **family),
       num_search_steps=12, batch_size=16, validation_samples=64,
       validate_every=4, checkpoint_every=4, jit_compile=False), **changes}
 
@@ -89,7 +90,7 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   # the features of fresh noise.
   run = str(tmp_path)
   family = functools.partial(
-      samplers.make_sampler, family="ggdm+pred+time", num_steps=2,
+      families.make_sampler, family="ggdm+pred+time", num_steps=2,
       parameterisation=parameterisation)
   sampler = ddss_tf.search(run, **parts, **options(
       sampler=family, num_search_steps=60, batch_size=128,
@@ -101,7 +102,7 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
     pool = parts["features"](generator.images(c, 2000, 99))["pool"]
     return float(np.sum((pool.numpy().mean(0) - mean) ** 2))
 
-  start = samplers.DDIM(parts["denoiser"].schedule, 2).coefficients()
+  start = samplers.SolverSampler(parts["denoiser"].schedule, 2).coefficients()
   assert distance(sampler.coefficients()) < 0.3 * distance(start)
 
 
@@ -165,7 +166,7 @@ def test_another_search_in_the_same_place_is_refused(parts, finished):
     (dict(num_search_steps=0), "num_search_steps must be at least 1"),
     (dict(learning_rates={"colour": 1.0}), "colour"),
     (dict(sampler=functools.partial(
-        samplers.make_sampler, family="ddim", num_steps=3)),
+        families.make_sampler, family="ddim", num_steps=3)),
      "nothing to learn"),
 ])
 def test_bad_arguments(parts, tmp_path, changes, message):
@@ -181,7 +182,7 @@ def test_parts_that_do_not_fit(parts, tmp_path):
 
 def evaluate(parts, run, **changes):
   baselines = [functools.partial(
-      samplers.make_sampler, family=family, num_steps=3)
+      families.make_sampler, family=family, num_steps=3)
                for family in ("ddpm", "ddim")]
   return ddss_tf.evaluate(run, **parts, **{**dict(
       heldout_features=parts["features"], baselines=baselines, num_samples=300,
@@ -213,7 +214,7 @@ def test_evaluation(parts, finished, monkeypatch):
 
 
 def test_image_i_is_the_same_in_any_batch(parts):
-  c = samplers.DDIM(parts["denoiser"].schedule, 3, eta=1.0).coefficients()
+  c = samplers.SolverSampler(parts["denoiser"].schedule, 3, eta=1.0).coefficients()
   whole, parted = (
       sampling.Generator(parts["denoiser"], size, False).images(c, 50, 7)
       for size in (50, 13))

@@ -1,0 +1,74 @@
+"""Where a search starts: every solver on every stride, tried on fixed noise."""
+
+import json
+import os
+from typing import Callable
+
+from absl import logging
+import numpy as np
+
+from ddss_tf import solvers
+from ddss_tf import storage
+from ddss_tf.coefficients import Coefficients
+from ddss_tf.errors import UserError
+from ddss_tf.samplers import Sampler
+from ddss_tf.schedules import STRIDES
+
+FILE = "starts.json"
+
+
+def choose(make: Callable[..., Sampler], kid: Callable[[Coefficients], float],
+           path: str, conditions: dict) -> Sampler:
+  """Ranks the starts that a family allows by their KID, and takes the best.
+
+  The ranking is logged and written to a file, each entry as soon as it is
+  known; entries that are there already under the same conditions are kept.
+
+  Args:
+    make: makes the sampler to be searched from `init` and `stride`.
+    kid: the validation KID of coefficients.
+    path: of the file.
+    conditions: all else that decides the figures; JSON.
+
+  Returns:
+    The sampler, at its best start.
+
+  Raises:
+    UserError: no start has a finite KID, or the file is damaged.
+  """
+  ranking = _read(path, conditions)
+  known = {(entry["solver"], entry["stride"]) for entry in ranking}
+  for solver in solvers.SOLVERS:
+    for stride in STRIDES:
+      if (solver, stride) in known:
+        continue
+      try:
+        start = make(init=solver, stride=stride).start.numpy()
+      except UserError:
+        continue  # Not a start of this family, or not a stride for this K.
+      ranking.append(
+          {"solver": solver, "stride": stride, "kid": kid(start)})
+      # NaN last.
+      ranking.sort(key=lambda entry: (not np.isfinite(entry["kid"]),
+                                      entry["kid"]))
+      storage.write_json(path, {"conditions": conditions, "ranking": ranking})
+  for rank, entry in enumerate(ranking, 1):
+    logging.info("start %d: %s %s, validation KID %.4f", rank, entry["solver"],
+                 entry["stride"], entry["kid"])
+  if not ranking or not np.isfinite(ranking[0]["kid"]):
+    raise UserError("init='auto' found no start with a finite validation KID")
+  return make(init=ranking[0]["solver"], stride=ranking[0]["stride"])
+
+
+def _read(path, conditions):
+  if not os.path.exists(path):
+    return []
+  try:
+    with open(path) as f:
+      values = json.load(f)
+    if values["conditions"] != conditions:
+      return []
+    return list(values["ranking"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} is damaged: {error!r}. Delete it to rank anew"
+                    ) from error
