@@ -198,7 +198,7 @@ def _read_records(path):
 
 
 def _draw(run, generators, samplers, records, seed):
-  """`samples.png`: the best baseline beside the searched sampler, same noise."""
+  """`samples.png`: best baseline beside the searched sampler, same noise."""
   chosen = [len(samplers) - 1]
   if len(samplers) > 1:
     chosen.insert(0, min(range(len(samplers) - 1),

@@ -67,7 +67,8 @@ def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
           state_weights, x0_weights, noise_scales, first_mean, first_std))
   num_steps = state_weights.shape[0]
   # Row k of M belongs to state k, made by row k - 1 of the coefficients.
-  lower = tf.concat([tf.zeros([1, num_steps], tf.float64), state_weights[:-1]], axis=0)
+  first_row = tf.zeros([1, num_steps], tf.float64)
+  lower = tf.concat([first_row, state_weights[:-1]], axis=0)
   mean = tf.concat([tf.reshape(first_mean, [1]), x0_weights[:-1]], axis=0)
   std = tf.concat([tf.reshape(first_std, [1]), noise_scales[:-1]], axis=0)
   solution = tf.linalg.triangular_solve(

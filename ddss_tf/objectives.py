@@ -1,6 +1,15 @@
-"""What a search minimises."""
+"""What a search minimises: a distance of generated from real features.
 
+All are functions of the features of one population, and none is a mean over its
+parts: see `searching.Search` for how a large population is pulled back.
+"""
+
+import numpy as np
 import tensorflow as tf
+
+OBJECTIVES = ("kid_linear", "kid_cubic", "frechet")
+# Real features that a kernel is evaluated against, at the most.
+_KERNEL_REAL = 5000
 
 
 def kid_linear(features: tf.Tensor, real_mean: tf.Tensor) -> tf.Tensor:
@@ -31,3 +40,102 @@ def kid_linear(features: tf.Tensor, real_mean: tf.Tensor) -> tf.Tensor:
   total = tf.reduce_sum(centred, axis=0)
   return (tf.reduce_sum(total**2) - tf.reduce_sum(centred**2)) / (
       count * (count - 1.0))
+
+
+def _cubic(a, b):
+  """(a . b / D + 1)^3, the kernel of Binkowski et al."""
+  width = tf.cast(tf.shape(a)[1], tf.float32)
+  return (tf.matmul(a, b, transpose_b=True) / width + 1.0) ** 3
+
+
+def kid_cubic(features: tf.Tensor, real: tf.Tensor,
+              real_term: tf.Tensor | float = 0.0) -> tf.Tensor:
+  """Unbiased Kernel Inception Distance with the cubic kernel, as a loss.
+
+  Sees means, covariances and third moments. The estimate is unbiased for the
+  distance to the given real features.
+
+  Args:
+    features: float [N, D], N at least 2.
+    real: float [R, D].
+    real_term: the mean of k over pairs of real features, which no gradient
+      needs; 0 leaves the value without it.
+
+  Returns:
+    float32 scalar.
+  """
+  features = tf.cast(features, tf.float32)
+  count = tf.cast(tf.shape(features)[0], tf.float32)
+  own = _cubic(features, features)
+  pairs = tf.reduce_sum(own) - tf.linalg.trace(own)
+  return (pairs / (count * (count - 1.0)) + real_term
+          - 2.0 * tf.reduce_mean(_cubic(features, real)))
+
+
+def frechet(features: tf.Tensor, real_mean: tf.Tensor,
+            real_covariance: tf.Tensor) -> tf.Tensor:
+  """Frechet distance of Gaussian fits, as a loss (Heusel et al. 2017).
+
+    |f - m|^2 + tr(S + C - 2 (C^1/2 S C^1/2)^1/2)
+
+  with f and S the mean and covariance of the population. It is biased upwards,
+  by a term that falls with 1 / N and grows with D, and the bias has a gradient
+  of its own: it asks for a population of several times D.
+
+  Args:
+    features: float [N, D].
+    real_mean: float [D].
+    real_covariance: float [D, D].
+
+  Returns:
+    float32 scalar.
+  """
+  features = tf.cast(features, tf.float32)
+  count = tf.cast(tf.shape(features)[0], tf.float32)
+  mean = tf.reduce_mean(features, axis=0)
+  centred = features - mean
+  covariance = tf.matmul(centred, centred, transpose_a=True) / (count - 1.0)
+  values, vectors = tf.linalg.eigh(real_covariance)
+  root = tf.matmul(vectors * tf.sqrt(tf.maximum(values, 0.0)), vectors,
+                   transpose_b=True)
+  # The root of an eigenvalue near 0 has a gradient without bound.
+  floor = 1e-6 * tf.reduce_max(values) ** 2
+  product = tf.linalg.eigvalsh(
+      tf.matmul(root, tf.matmul(covariance, root))
+      + floor * tf.eye(tf.shape(root)[0]))
+  return (tf.reduce_sum((mean - real_mean) ** 2) + tf.linalg.trace(covariance)
+          + tf.linalg.trace(real_covariance)
+          - 2.0 * tf.reduce_sum(tf.sqrt(tf.maximum(product, floor))))
+
+
+def make_objective(name: str, real: np.ndarray):
+  """A loss on generated features, with all that it needs of the real ones.
+
+  Args:
+    name: one of `OBJECTIVES`.
+    real: float [R, D], features of the whole training set. The cubic kernel is
+      evaluated against 5 000 of them at the most, drawn once with seed 0.
+
+  Returns:
+    A function from features [N, D] to a float32 scalar.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name not in OBJECTIVES:
+    raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}. "
+                     f"Received: {name!r}")
+  real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
+  if name == "kid_linear":
+    return lambda features: kid_linear(features, real_mean)
+  if name == "frechet":
+    covariance = tf.constant(np.cov(real.astype(np.float64).T), tf.float32)
+    return lambda features: frechet(features, real_mean, covariance)
+  if len(real) > _KERNEL_REAL:
+    order = np.random.default_rng(0).permutation(len(real))
+    real = real[order[:_KERNEL_REAL]]
+  real = tf.constant(real, tf.float32)
+  kernel = _cubic(real, real)
+  real_term = (tf.reduce_sum(kernel) - tf.linalg.trace(kernel)) / (
+      len(real) * (len(real) - 1.0))
+  return lambda features: kid_cubic(features, real, real_term)

@@ -1,10 +1,10 @@
 """The search: gradient descent on a sampler's coefficients.
 
   seeds (step, sample) -> chain.draw_noise -> chain.run_chain -> features
-                              ^                                      |
-  variables -> coefficients --+              objectives.kid_linear <-+-- mean
-      ^                                                |             real feature
-      +------ Adam, in units of equal effect <---------+
+                                                   ^                 |
+  variables ------------> coefficients ------------+                 v
+      ^                                              objective <- real ones
+      +------- Adam, in units of equal effect <----------+
 """
 
 import functools
@@ -68,8 +68,10 @@ class Search:
     sampler: the family whose variables are learned.
     features: the network of the loss.
     real: float32 [N, D], features of the whole training set.
-    batch_size: images per step, which is the population of the KID.
-    micro_batch_size: images per gradient chain; divides `batch_size`.
+    batch_size: images per step, which is the population of the objective.
+    gradient_samples: how many of them the gradient passes through.
+    micro_batch_size: images per chain; divides both.
+    objective: one of `objectives.OBJECTIVES`.
     num_search_steps: steps over which the learning rate decays to 0 (cosine).
     learning_rate: Adam's initial rate, in feature standard deviations.
     rate_multipliers: factors on it by kind of variable.
@@ -80,21 +82,21 @@ class Search:
   """
 
   def __init__(self, denoiser, sampler, features, real, *, batch_size,
-               micro_batch_size, num_search_steps, learning_rate,
-               rate_multipliers, seed, x0_bound=None, jit_compile=True,
-               remat=True):
+               gradient_samples, micro_batch_size, objective, num_search_steps,
+               learning_rate, rate_multipliers, seed, x0_bound=None,
+               jit_compile=True, remat=True):
     self.sampler = sampler
     self.kinds, self.variables = [], []
     for kind, variables in sampler.variables_by_kind.items():
       self.kinds += [kind] * len(variables)
       self.variables += variables
     self._batch_size = batch_size
+    self._gradient_samples = gradient_samples
     self._micro_batch_size = micro_batch_size
+    self._width = real.shape[1]
     self._pair = sampling.seed_pair(seed)
     self._feature_std = float(np.sqrt(
         np.sum(np.var(real, axis=0, dtype=np.float64))))
-    self._real_mean = tf.constant(
-        np.mean(real, axis=0, dtype=np.float64), tf.float32)
     self._multipliers = np.concatenate([
         np.full(int(np.prod(v.shape)), rate_multipliers[kind], np.float32)
         for kind, v in zip(self.kinds, self.variables)])
@@ -109,13 +111,13 @@ class Search:
     self.optimizer.build([self.units])
     self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
     self.skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
-    self.best_kid = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
+    self.best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
     self.best_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
     self.best = [tf.Variable(v.value, trainable=False) for v in self.variables]
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
         units=self.units.value, scales=self.scales, optimizer=self.optimizer,
-        step=self.step, skipped=self.skipped, best_kid=self.best_kid,
+        step=self.step, skipped=self.skipped, best_value=self.best_value,
         best_step=self.best_step)
 
     plain = tf.function(denoiser.eps, jit_compile=jit_compile)
@@ -133,17 +135,26 @@ class Search:
       return images_features(indices, plain)
 
     @tf.function
+    def differentiate(pool):
+      with tf.GradientTape() as tape:
+        tape.watch(pool)
+        loss = objective(pool)
+      return loss, tape.gradient(loss, pool)
+
+    @tf.function
     def pull_back(indices, cotangents, own):
-      """Gradient of a loss on features, given as `cotangents` or as the KID."""
+      """Gradient of sum(features * cotangents), or of the objective if own."""
       with tf.GradientTape() as tape:
         pool = images_features(indices, eps_fn)
-      loss, from_kid = self._kid_gradient(pool)
-      cotangents = tf.where(own, from_kid, cotangents)
+      # A branch: a micro-batch may be too small for the objective.
+      loss, cotangents = tf.cond(
+          own, lambda: differentiate(pool), lambda: (0.0, cotangents))
       gradients = tape.gradient(
           pool, [v.value for v in self.variables], output_gradients=cotangents)
       return loss, tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
 
     self._population = population
+    self._differentiate = differentiate
     self._pull_back = pull_back
 
   def _flat(self) -> np.ndarray:
@@ -151,21 +162,17 @@ class Search:
     return np.concatenate(
         [np.ravel(np.asarray(v.value)) for v in self.variables])
 
-  def _kid_gradient(self, pool):
-    """The loss of a population [N, D] and its gradient [N, D]."""
-    with tf.GradientTape() as tape:
-      tape.watch(pool)
-      loss = objectives.kid_linear(pool, self._real_mean)
-    return loss, tape.gradient(loss, pool)
-
   def loss_and_gradient(self, step: int) -> tuple[float, np.ndarray]:
-    """The KID of the population of a step, and its gradient.
+    """The objective of the population of a step, and its gradient.
 
-    If a micro-batch is smaller than the population this takes two passes: KID
-    is no mean over micro-batches. The first makes the features of all images,
-    without gradient; the KID's gradient in them is then pulled back through the
-    chain of one micro-batch after the other, made again from the same seeds.
-    The result is that of one large batch.
+    Where all of the population fits into one chain this is plain
+    backpropagation. Else it takes two passes, since a distance is no mean over
+    micro-batches. The first makes the features of all images, without
+    gradient; the objective's gradient in them is then pulled back through the
+    chain of one micro-batch after the other, made again from the same seeds:
+    the gradient of one large batch. With fewer `gradient_samples` the second
+    pass takes a part of the population only, scaled up: an unbiased estimate of
+    that gradient, in which the population's distance is as sharp as ever.
 
     Args:
       step: of the search, which decides the noise.
@@ -174,19 +181,23 @@ class Search:
       The loss and float32 [n], the gradient in all variables as one vector.
     """
     indices = step * self._batch_size + np.arange(self._batch_size)
-    size, width = self._micro_batch_size, self._real_mean.shape[0]
-    if size == self._batch_size:
+    size = self._micro_batch_size
+    if size == self._batch_size == self._gradient_samples:
       loss, gradient = self._pull_back(
-          tf.constant(indices), tf.zeros([size, width]), tf.constant(True))
+          tf.constant(indices), tf.zeros([size, self._width]),
+          tf.constant(True))
       return float(loss), gradient.numpy()
     parts = [tf.constant(part)
              for part in np.split(indices, self._batch_size // size)]
-    loss, cotangents = self._kid_gradient(
+    loss, cotangents = self._differentiate(
         tf.concat([self._population(part) for part in parts], axis=0))
-    gradients = [self._pull_back(part, cotangent, tf.constant(False))[1]
-                 for part, cotangent in zip(parts, tf.split(
-                     cotangents, len(parts)))]
-    return float(loss), tf.add_n(gradients).numpy()
+    chosen = self._gradient_samples // size
+    gradients = [
+        self._pull_back(part, cotangent, tf.constant(False))[1]
+        for part, cotangent in zip(
+            parts[:chosen], tf.split(cotangents, len(parts)))]
+    scale = self._batch_size / self._gradient_samples
+    return float(loss), scale * tf.add_n(gradients).numpy()
 
   def measure_scales(self) -> None:
     """Measures how far the features move with each variable, and rescales.
@@ -197,12 +208,13 @@ class Search:
     Those to which hardly anything reacts are treated as if they had 3 % of the
     root mean square, or they would be thrown far.
     """
-    size, width = self._micro_batch_size, self._real_mean.shape[0]
+    size = self._micro_batch_size
     squares = 0.0
     for draw in range(_SCALE_DRAWS):
       # Noise of its own: indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
-      r = tf.random.stateless_normal([size, width], [draw, 0], alg="philox")
+      r = tf.random.stateless_normal(
+          [size, self._width], [draw, 0], alg="philox")
       _, gradient = self._pull_back(
           tf.constant(indices), r, tf.constant(False))
       squares = squares + gradient.numpy().astype(np.float64) ** 2
@@ -243,10 +255,10 @@ class Search:
     self.step.assign_add(1)
     return loss, norm, taken
 
-  def keep_if_best(self, kid: float) -> None:
-    """Remembers the variables if `kid` is the lowest validation KID so far."""
-    if kid < float(self.best_kid):
-      self.best_kid.assign(kid)
+  def keep_if_best(self, value: float) -> None:
+    """Remembers the variables if `value` is the lowest validation so far."""
+    if value < float(self.best_value):
+      self.best_value.assign(value)
       self.best_step.assign(self.step)
       for best, variable in zip(self.best, self.variables):
         best.assign(variable.value)
@@ -266,7 +278,9 @@ def search(
     sampler=gin.REQUIRED,
     num_search_steps: int = gin.REQUIRED,
     batch_size: int = gin.REQUIRED,
+    gradient_samples: int | None = None,
     micro_batch_size: int | None = None,
+    objective: str = "kid_linear",
     learning_rate: float = 0.02,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
@@ -295,18 +309,23 @@ def search(
     sampler: function from a noise schedule to the sampler to learn, such as
       `@make_sampler`.
     num_search_steps: steps in all.
-    batch_size: images per step, at least 2: the population of the KID.
-    micro_batch_size: images per gradient chain, a divisor of `batch_size`; all
-      of them if None. Smaller ones need less memory and one more forward chain;
-      the gradient is the same.
+    batch_size: images per step, at least 2: the population of the objective.
+    gradient_samples: how many of them the gradient passes through; all if
+      None. Fewer are cheaper: the rest only sharpens the estimate of where the
+      population stands, at the cost of a forward chain. See
+      `Search.loss_and_gradient`.
+    micro_batch_size: images per chain, a divisor of both; `gradient_samples` if
+      None. Smaller ones need less memory; the gradient is the same.
+    objective: what is minimised, one of `objectives.OBJECTIVES`. The best step
+      is chosen by the same on the validation images.
     learning_rate: Adam's initial rate, as the share of the features' standard
       deviation by which one step of one variable moves them.
     rate_multipliers: factors on the rate by kind of variable
       (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
-    start_samples: images of the KID by which `init="auto"` chooses.
-    validation_samples: images of the validation KID, on fixed noise.
+    start_samples: images by which `init="auto"` chooses.
+    validation_samples: images of the validation, on fixed noise.
     validate_every: steps between validations.
     checkpoint_every: steps between checkpoints.
     log_every: steps between TensorBoard scalars.
@@ -314,15 +333,17 @@ def search(
     jit_compile: compile the network with XLA.
 
   Returns:
-    The sampler, with the best coefficients by validation KID.
+    The sampler, with the best coefficients by validation.
 
   Raises:
     UserError: arguments out of range or that do not fit together; a run
       directory of another search; too many non-finite steps.
   """
-  micro_batch_size = micro_batch_size or batch_size
+  gradient_samples = gradient_samples or batch_size
+  micro_batch_size = micro_batch_size or gradient_samples
   for name, value, least in (
       ("num_search_steps", num_search_steps, 1), ("batch_size", batch_size, 2),
+      ("gradient_samples", gradient_samples, 1),
       ("micro_batch_size", micro_batch_size, 1),
       ("start_samples", start_samples, 2),
       ("validation_samples", validation_samples, 2),
@@ -331,9 +352,13 @@ def search(
     if value < least:
       raise UserError(f"search.{name} must be at least {least}. "
                       f"Received: {value}")
-  if batch_size % micro_batch_size:
-    raise UserError("search.micro_batch_size must divide batch_size="
-                    f"{batch_size}. Received: {micro_batch_size}")
+  if batch_size % micro_batch_size or gradient_samples % micro_batch_size or (
+      gradient_samples > batch_size):
+    raise UserError(
+        "search.micro_batch_size must divide gradient_samples, at most "
+        "batch_size, and batch_size. Received: micro_batch_size="
+        f"{micro_batch_size}, gradient_samples={gradient_samples}, "
+        f"batch_size={batch_size}")
   if x0_bound not in (None, *chain.X0_BOUNDS):
     raise UserError("search.x0_bound must be None, "
                     f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
@@ -351,21 +376,27 @@ def search(
   real = features_lib.dataset_features(
       features, dataset, quantise=False, cache_dir=run.cache)["pool"]
   extract = tf.function(features)
-  real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
+  try:
+    loss_fn = objectives.make_objective(objective, real)
+  except ValueError as error:
+    raise UserError(f"search.objective: {error}") from error
+  compiled_loss_fn = tf.function(loss_fn)
 
-  def kid_of(generator, coefficients, num_images) -> float:
+  def distance_of(generator, coefficients, num_images) -> float:
     pool = [extract(images)["pool"] for images in generator.batches(
         coefficients, num_images, seed + 1)]
-    return float(objectives.kid_linear(tf.concat(pool, axis=0), real_mean))
+    return float(compiled_loss_fn(tf.concat(pool, axis=0)))
 
   if getattr(sampler, "init", None) == "auto":
     generator = sampling.Generator(
         denoiser, min(250, start_samples), jit_compile, x0_bound)
     sampler = starts.choose(
         functools.partial(make_sampler, denoiser.schedule),
-        lambda c: kid_of(generator, c, start_samples), run.path(starts.FILE), {
+        lambda c: distance_of(generator, c, start_samples),
+        run.path(starts.FILE), {
             "denoiser": denoiser.sha256, "dataset": dataset.sha256,
             "features": features.sha256, "family": sampler.get_config(),
+            "objective": objective,
             "samples": start_samples, "seed": seed + 1, "x0_bound": x0_bound})
 
   # All that decides the result: another one cannot go on from its checkpoint.
@@ -373,13 +404,15 @@ def search(
       "denoiser": denoiser.sha256, "dataset": dataset.sha256,
       "features": features.sha256, "sampler": sampler.get_config(),
       "num_search_steps": num_search_steps, "batch_size": batch_size,
+      "gradient_samples": gradient_samples, "objective": objective,
       "learning_rate": learning_rate, "rate_multipliers": multipliers,
       "seed": seed, "x0_bound": x0_bound,
       "validation_samples": validation_samples,
       "validate_every": validate_every})
   state = Search(
       denoiser, sampler, features, real, batch_size=batch_size,
-      micro_batch_size=micro_batch_size, num_search_steps=num_search_steps,
+      gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
+      objective=loss_fn, num_search_steps=num_search_steps,
       learning_rate=learning_rate, rate_multipliers=multipliers, seed=seed,
       x0_bound=x0_bound, jit_compile=jit_compile)
   manager = tf.train.CheckpointManager(
@@ -390,8 +423,8 @@ def search(
   generator = sampling.Generator(
       denoiser, min(250, validation_samples), jit_compile, x0_bound)
 
-  def validation_kid() -> float:
-    return kid_of(generator, sampler.coefficients(), validation_samples)
+  def validate() -> float:
+    return distance_of(generator, sampler.coefficients(), validation_samples)
 
   with tf.summary.create_file_writer(run.path("tensorboard")).as_default(), \
       progress.bar(
@@ -400,9 +433,11 @@ def search(
     start = int(state.step)
     if start == 0:
       tf.summary.text("config", f"```\n{gin.config_str()}\n```", step=0)
-      state.keep_if_best(validation_kid())
-      _summarise_state(sampler, generator, seed, 0, float(state.best_kid))
-      logging.info("validation KID at the start: %.4f", float(state.best_kid))
+      state.keep_if_best(validate())
+      _summarise_state(sampler, generator, seed, 0, objective,
+                       float(state.best_value))
+      logging.info("validation %s at the start: %.4f", objective,
+                   float(state.best_value))
       state.measure_scales()
     clock = time.monotonic()
     while int(state.step) < num_search_steps:
@@ -426,21 +461,22 @@ def search(
             ("search/skipped_steps", int(state.skipped))):
           tf.summary.scalar(name, value, step=step)
         bar.set_postfix(loss=f"{loss:.3f}",
-                        best_kid=f"{float(state.best_kid):.3f}")
+                        best=f"{float(state.best_value):.3f}")
       if step % validate_every == 0 or step == num_search_steps:
-        kid = validation_kid()
-        state.keep_if_best(kid)
-        _summarise_state(sampler, generator, seed, step, kid)
-        logging.info("step %d: validation KID %.4f (best %.4f at step %d)",
-                     step, kid, float(state.best_kid), int(state.best_step))
+        value = validate()
+        state.keep_if_best(value)
+        _summarise_state(sampler, generator, seed, step, objective, value)
+        logging.info("step %d: validation %s %.4f (best %.4f at step %d)",
+                     step, objective, value, float(state.best_value),
+                     int(state.best_step))
         clock = time.monotonic()
       if step % checkpoint_every == 0 or step == num_search_steps:
         tf.summary.flush()
         manager.save(checkpoint_number=step)
         clock = time.monotonic()
 
-  if not np.isfinite(float(state.best_kid)):
-    raise UserError("no step of the search had a finite validation KID: the "
+  if not np.isfinite(float(state.best_value)):
+    raise UserError("no step of the search had a finite validation value: the "
                     "denoiser or the feature network gives NaN or infinity")
   state.restore_best()
   best = sampler.coefficients().numpy()
@@ -451,8 +487,9 @@ def search(
           "config": sampler.get_config(),
           "steps": num_search_steps, "best_step": int(state.best_step),
           "skipped_steps": int(state.skipped), "batch_size": batch_size,
+          "gradient_samples": gradient_samples, "objective": objective,
           "learning_rate": learning_rate, "rate_multipliers": multipliers,
-          "seed": seed, "validation_kid": float(state.best_kid),
+          "seed": seed, "validation": float(state.best_value),
           "validation_samples": validation_samples,
           "features": {"name": features.name, "sha256": features.sha256},
           "dataset": dataset.name}, x0_bound=x0_bound))
@@ -461,10 +498,10 @@ def search(
   return sampler
 
 
-def _summarise_state(sampler, generator, seed, step, kid):
+def _summarise_state(sampler, generator, seed, step, name, value):
   """Writes the sampler's state to TensorBoard."""
   coefficients = sampler.coefficients().numpy()
-  tf.summary.scalar("validation/kid", kid, step=step)
+  tf.summary.scalar(f"validation/{name}", value, step=step)
   for name, value in coefficients.named_scalars().items():
     tf.summary.scalar(f"coefficients/{name}", value, step=step)
   images = generator.images(coefficients, 64, seed + 1)

@@ -17,16 +17,17 @@ from ddss_tf.schedules import STRIDES
 FILE = "starts.json"
 
 
-def choose(make: Callable[..., Sampler], kid: Callable[[Coefficients], float],
-           path: str, conditions: dict) -> Sampler:
-  """Ranks the starts that a family allows by their KID, and takes the best.
+def choose(make: Callable[..., Sampler],
+           distance: Callable[[Coefficients], float], path: str,
+           conditions: dict) -> Sampler:
+  """Ranks the starts that a family allows, and takes the best.
 
   The ranking is logged and written to a file, each entry as soon as it is
   known; entries that are there already under the same conditions are kept.
 
   Args:
     make: makes the sampler to be searched from `init` and `stride`.
-    kid: the validation KID of coefficients.
+    distance: the search's objective, of the images of coefficients.
     path: of the file.
     conditions: all else that decides the figures; JSON.
 
@@ -34,7 +35,7 @@ def choose(make: Callable[..., Sampler], kid: Callable[[Coefficients], float],
     The sampler, at its best start.
 
   Raises:
-    UserError: no start has a finite KID, or the file is damaged.
+    UserError: no start has a finite distance, or the file is damaged.
   """
   ranking = _read(path, conditions)
   known = {(entry["solver"], entry["stride"]) for entry in ranking}
@@ -47,16 +48,16 @@ def choose(make: Callable[..., Sampler], kid: Callable[[Coefficients], float],
       except UserError:
         continue  # Not a start of this family, or not a stride for this K.
       ranking.append(
-          {"solver": solver, "stride": stride, "kid": kid(start)})
+          {"solver": solver, "stride": stride, "distance": distance(start)})
       # NaN last.
-      ranking.sort(key=lambda entry: (not np.isfinite(entry["kid"]),
-                                      entry["kid"]))
+      ranking.sort(key=lambda entry: (not np.isfinite(entry["distance"]),
+                                      entry["distance"]))
       storage.write_json(path, {"conditions": conditions, "ranking": ranking})
   for rank, entry in enumerate(ranking, 1):
-    logging.info("start %d: %s %s, validation KID %.4f", rank, entry["solver"],
-                 entry["stride"], entry["kid"])
-  if not ranking or not np.isfinite(ranking[0]["kid"]):
-    raise UserError("init='auto' found no start with a finite validation KID")
+    logging.info("start %d: %s %s, distance %.4f", rank, entry["solver"],
+                 entry["stride"], entry["distance"])
+  if not ranking or not np.isfinite(ranking[0]["distance"]):
+    raise UserError("init='auto' found no start with a finite distance")
   return make(init=ranking[0]["solver"], stride=ranking[0]["stride"])
 
 

@@ -1,6 +1,7 @@
 """Tests of the search, the evaluation and the export on a Gaussian data set."""
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -19,9 +20,12 @@ from ddss_tf import evaluation
 from ddss_tf import features as features_lib
 from ddss_tf import fingerprint
 from ddss_tf import families
+from ddss_tf import objectives
 from ddss_tf import samplers
 from ddss_tf import sampling
+from ddss_tf import schedules
 from ddss_tf import searching
+from ddss_tf import solvers
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -50,7 +54,7 @@ def parts():
 
 
 def options(**changes):
-  family = dict(family="ggdm+pred+time", num_steps=3, eta=1.0)
+  family = dict(family="ggdm+pred+time", num_steps=3, init="ddpm")
   return {**dict(
       sampler=functools.partial(families.make_sampler, **family),
       num_search_steps=12, batch_size=16, validation_samples=64,
@@ -91,9 +95,9 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   run = str(tmp_path)
   family = functools.partial(
       families.make_sampler, family="ggdm+pred+time", num_steps=2,
-      parameterisation=parameterisation)
+      init="ddim", parameterisation=parameterisation)
   sampler = ddss_tf.search(run, **parts, **options(
-      sampler=family, num_search_steps=60, batch_size=128,
+      sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.05,
       validate_every=20, checkpoint_every=60, validation_samples=512))
   generator = sampling.Generator(parts["denoiser"], 500, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
@@ -104,6 +108,158 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
 
   start = samplers.SolverSampler(parts["denoiser"].schedule, 2).coefficients()
   assert distance(sampler.coefficients()) < 0.3 * distance(start)
+
+
+def make_search(parts, **changes):
+  sampler = families.make_sampler(
+      parts["denoiser"].schedule, "ggdm+pred+time", 4, init="ddpm")
+  real = parts["features"](parts["dataset"].images)["pool"].numpy()
+  values = {**dict(
+      batch_size=64, gradient_samples=64, micro_batch_size=64,
+      objective="kid_linear", num_search_steps=5, learning_rate=0.05,
+      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=3,
+      jit_compile=False), **changes}
+  values["objective"] = objectives.make_objective(values["objective"], real)
+  return searching.Search(
+      parts["denoiser"], sampler, parts["features"], real, **values)
+
+
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+def test_two_passes_give_the_gradient_of_one(parts, objective):
+  loss, gradient = make_search(
+      parts, objective=objective).loss_and_gradient(1)
+  for size in (1, 16):
+    two = make_search(parts, objective=objective, micro_batch_size=size)
+    two_loss, two_gradient = two.loss_and_gradient(1)
+    np.testing.assert_allclose(two_loss, loss, rtol=1e-4, atol=1e-5)
+    error = np.linalg.norm(two_gradient - gradient)
+    assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
+
+
+def test_a_part_of_the_population_estimates_its_gradient(parts):
+  _, whole = make_search(parts).loss_and_gradient(0)
+  # The parts of one population average to the whole: unbiased over which part.
+  part = make_search(parts, gradient_samples=16, micro_batch_size=16)
+  pool = [part._population(tf.constant(np.arange(i, i + 16)))
+          for i in range(0, 64, 16)]
+  _, cotangents = part._differentiate(tf.concat(pool, axis=0))
+  estimates = [
+      4 * part._pull_back(tf.constant(np.arange(i, i + 16)),
+                          cotangents[i:i + 16], tf.constant(False))[1].numpy()
+      for i in range(0, 64, 16)]
+  np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
+                             atol=1e-4 * np.abs(whole).max())
+  np.testing.assert_allclose(
+      part.loss_and_gradient(0)[1], estimates[0], rtol=1e-4, atol=1e-5)
+
+
+def test_scales_equalise_the_effect_of_all_variables(parts):
+  # Moving any one variable by its scale times u moves the features by about
+  # u of their standard deviation: measured by finite differences.
+  search = make_search(parts, micro_batch_size=64)
+  search.measure_scales()
+  scales = search.scales.numpy()
+  indices = tf.constant(np.arange(5000, 5064))
+  base = search._population(indices).numpy()
+  real = parts["features"](parts["dataset"].images)["pool"].numpy()
+  std = np.sqrt(real.var(axis=0).sum())
+  moves = []
+  position = 0
+  for variable in search.variables:
+    before = variable.numpy()
+    for index in np.ndindex(before.shape):
+      moved = before.copy()
+      moved[index] += 0.01 * scales[position]
+      variable.assign(moved)
+      change = search._population(indices).numpy() - base
+      moves.append(np.sqrt(np.mean(np.sum(change**2, axis=1))) / (0.01 * std))
+      position += 1
+    variable.assign(before)
+  moves = np.array(moves)
+  # Raw sensitivities span decades; these are all about 1, or below it for the
+  # few variables that matter hardly at all.
+  assert position == len(scales)
+  assert np.max(moves) < 2 and np.median(moves) > 0.5
+  raw = moves / scales
+  assert raw.max() / np.median(raw) > np.max(moves) / np.median(moves)
+
+
+def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
+  run = str(tmp_path)
+  arguments = options(
+      sampler=functools.partial(
+          families.make_sampler, family="ggdm+pred", num_steps=3, init="auto"),
+      num_search_steps=1, batch_size=8, start_samples=64, validation_samples=64)
+  sampler = ddss_tf.search(run, **parts, **arguments)
+  with open(os.path.join(run, "starts.json")) as f:
+    ranking = json.load(f)["ranking"]
+  tried = {(entry["solver"], entry["stride"]) for entry in ranking}
+  assert tried == set(itertools.product(solvers.SOLVERS, schedules.STRIDES))
+  distances = [entry["distance"] for entry in ranking]
+  assert distances == sorted(distances)
+  # The first of the ranking is what the search began with, measured anew.
+  config = card.read(os.path.join(run, "sampler.json")).search["config"]
+  assert (config["init"], config["stride"]) == (
+      ranking[0]["solver"], ranking[0]["stride"])
+  generator = sampling.Generator(parts["denoiser"], 64, jit_compile=False)
+  mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
+
+  def distance(solver, stride):
+    c = solvers.solver_coefficients(
+        parts["denoiser"].schedule, solver, 3, stride).numpy()
+    pool = parts["features"](generator.images(c, 64, 1))["pool"]
+    return float(objectives.kid_linear(pool, mean))
+
+  for entry in (ranking[0], ranking[40], ranking[-1]):
+    np.testing.assert_allclose(
+        distance(entry["solver"], entry["stride"]), entry["distance"],
+        rtol=1e-3, atol=1e-3)
+  # Called again it ranks nothing anew and goes on.
+  again = ddss_tf.search(run, **parts, **arguments)
+  for a, b in zip(sampler.coefficients(), again.coefficients()):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_markov_family_ranks_only_what_it_holds(parts, tmp_path):
+  ddss_tf.search(str(tmp_path), **parts, **options(
+      sampler=functools.partial(
+          families.make_sampler, family="rddim", num_steps=3, init="auto"),
+      num_search_steps=1, batch_size=8, start_samples=16,
+      validation_samples=16))
+  with open(os.path.join(str(tmp_path), "starts.json")) as f:
+    tried = {entry["solver"] for entry in json.load(f)["ranking"]}
+  assert tried == {"ddpm", "ddim"}
+
+
+def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
+  # A rate that destroys every sampler: what is kept is the start.
+  family = functools.partial(families.make_sampler, family="ggdm+pred",
+                             num_steps=3, init="dpm++2m", stride="linear")
+  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+      sampler=family, learning_rate=30.0, max_skipped=100))
+  start = solvers.solver_coefficients(
+      parts["denoiser"].schedule, "dpm++2m", 3, "linear").numpy()
+  for a, b in zip(sampler.coefficients(), start):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
+  run = str(tmp_path)
+  sampler = ddss_tf.search(run, **parts, **options(
+      x0_bound="clip", num_search_steps=2, validate_every=1))
+  assert card.read(os.path.join(run, "sampler.json")).x0_bound == "clip"
+  x_T, noise = chain.draw_noise(tf.constant([4, 0]), tf.range(9), SHAPE, 3)
+  bounded, free = (
+      chain.run_chain(parts["denoiser"].eps, sampler.coefficients(),
+                      3 * x_T, noise, x0_bound=bound)
+      for bound in ("clip", None))
+  assert np.abs(bounded - np.clip(free, -1, 1)).max() > 1e-3
+  served = tf.saved_model.load(ddss_tf.export(run, parts["denoiser"]))
+  np.testing.assert_allclose(
+      served.signatures["from_noise"](x_T=3 * x_T, step_noise=noise)["images"],
+      bounded, atol=1e-6)
+  records = evaluate(parts, run)
+  assert [r["x0_bound"] for r in records] == [None, None, "clip"]
 
 
 def test_run_directory(finished):
@@ -126,7 +282,7 @@ def test_tensorboard_has_every_coefficient_by_name(finished):
   for name in finished[1].coefficients().named_scalars():
     assert f"coefficients/{name}" in tags
   for name in ("search/loss", "search/gradient_norm",
-               "search/seconds_per_step", "validation/kid", "samples"):
+               "search/seconds_per_step", "validation/kid_linear", "samples"):
     assert name in tags
   assert "config" in tags
 
@@ -137,15 +293,15 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
 
   def poisoned(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    inner = self.loss_and_gradients
+    inner = self.loss_and_gradient
 
     def compute(step):
-      loss, norm, gradients = inner(step)
-      if int(step) in (2, 5):
-        return loss * np.nan, norm, [g * np.nan for g in gradients]
-      return loss, norm, gradients
+      loss, gradient = inner(step)
+      if step in (2, 5):
+        return loss * np.nan, gradient * np.nan
+      return loss, gradient
 
-    self.loss_and_gradients = compute
+    self.loss_and_gradient = compute
     seen.append(self)
 
   monkeypatch.setattr(searching.Search, "__init__", poisoned)
@@ -164,7 +320,11 @@ def test_another_search_in_the_same_place_is_refused(parts, finished):
 @pytest.mark.parametrize("changes,message", [
     (dict(batch_size=1), "batch_size must be at least 2"),
     (dict(num_search_steps=0), "num_search_steps must be at least 1"),
-    (dict(learning_rates={"colour": 1.0}), "colour"),
+    (dict(rate_multipliers={"colour": 1.0}), "colour"),
+    (dict(objective="beauty"), "kid_linear.*'beauty'"),
+    (dict(x0_bound="soft"), "clip or dynamic.*'soft'"),
+    (dict(micro_batch_size=5), "must divide.*micro_batch_size=5"),
+    (dict(gradient_samples=32), "at most batch_size.*gradient_samples=32"),
     (dict(sampler=functools.partial(
         families.make_sampler, family="ddim", num_steps=3)),
      "nothing to learn"),
@@ -214,7 +374,8 @@ def test_evaluation(parts, finished, monkeypatch):
 
 
 def test_image_i_is_the_same_in_any_batch(parts):
-  c = samplers.SolverSampler(parts["denoiser"].schedule, 3, eta=1.0).coefficients()
+  c = samplers.SolverSampler(
+      parts["denoiser"].schedule, 3, "ddpm").coefficients()
   whole, parted = (
       sampling.Generator(parts["denoiser"], size, False).images(c, 50, 7)
       for size in (50, 13))
