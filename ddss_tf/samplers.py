@@ -115,13 +115,15 @@ class SolverSampler(FixedSampler):
     solver: one of `solvers.SOLVERS`, see `solvers.solver_coefficients`.
     stride: a name or a list of times, see `NoiseSchedule.stride`.
     eta: scale of the noise, ddim and ddpm only (Song et al. 2021, equation 16).
+    lower_order_final: see `solvers.solver_coefficients`.
     label: what tables and pictures call it; made from the others if None.
   """
 
   def __init__(self, schedule, num_steps, solver="ddim", stride="linear",
-               eta=None, label=None, **kwargs):
+               eta=None, lower_order_final=True, label=None, **kwargs):
     values = solvers.solver_coefficients(
-        schedule, solver, num_steps, stride, eta)
+        schedule, solver, num_steps, stride, eta,
+        lower_order_final=lower_order_final)
     if label is None:
       label = LABELS[solver]
       if eta is not None:
@@ -132,7 +134,9 @@ class SolverSampler(FixedSampler):
     self.solver = solver
     self.stride = stride
     self.eta = eta
+    self.lower_order_final = lower_order_final
 
   def get_config(self):
     return {**super().get_config(), "solver": self.solver,
-            "stride": self.stride, "eta": self.eta}
+            "stride": self.stride, "eta": self.eta,
+            "lower_order_final": self.lower_order_final}

@@ -65,6 +65,7 @@ class _History:
   Attributes:
     k: the step, from 0.
     num_steps: K.
+    lower_order_final: whether the last steps may be of lower order.
     alpha, sigma: [K + 1], of the K states and of the image.
     log_snr: [K + 1]; the last is infinite if the image is clean.
     x: rows of the states x_0 ... x_k.
@@ -72,8 +73,9 @@ class _History:
     eps: rows of the noises predicted at the same states.
   """
 
-  def __init__(self, alpha, sigma):
+  def __init__(self, alpha, sigma, lower_order_final):
     self.alpha, self.sigma = alpha, sigma
+    self.lower_order_final = lower_order_final
     with np.errstate(divide="ignore"):
       self.log_snr = np.log(alpha) - np.log(sigma)
     self.num_steps = len(alpha) - 1
@@ -91,11 +93,6 @@ class _History:
     self.x0.append(self._unit[k + 1])
     self.eps.append((x - self.alpha[k] * self.x0[k]) / self.sigma[k])
 
-  @property
-  def remaining(self) -> int:
-    """Steps to go, this one included."""
-    return self.num_steps - self.k
-
   def transfer(self, x, eps, k=None):
     """DDIM's way from time k to the next one, along a given noise."""
     k = self.k if k is None else k
@@ -103,7 +100,8 @@ class _History:
     return ratio * x + (self.sigma[k + 1] - ratio * self.sigma[k]) * eps
 
 
-def _linear_recursion(schedule, times, step, abar_end=1.0) -> Coefficients:
+def _linear_recursion(schedule, times, step, abar_end,
+                      lower_order_final) -> Coefficients:
   """Runs a solver on rows and eliminates all predictions but the newest.
 
   Args:
@@ -111,6 +109,7 @@ def _linear_recursion(schedule, times, step, abar_end=1.0) -> Coefficients:
     times: [K], noisiest first.
     step: function from a `_History` to the row of the next state.
     abar_end: alpha^2 of the image: 1, or less to stop early.
+    lower_order_final: see `solver_coefficients`.
 
   Returns:
     Coefficients in float64 NumPy.
@@ -119,7 +118,7 @@ def _linear_recursion(schedule, times, step, abar_end=1.0) -> Coefficients:
   num_steps = len(times)
   abar = np.append(schedule.abar(times), abar_end)
   alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-  history = _History(alpha, sigma)
+  history = _History(alpha, sigma, lower_order_final)
   state_weights = np.zeros((num_steps, num_steps))
   x0_weights = np.zeros(num_steps)
   x = np.eye(num_steps + 1)[0]
@@ -143,16 +142,24 @@ def _linear_recursion(schedule, times, step, abar_end=1.0) -> Coefficients:
       noise_scales=np.zeros(num_steps))
 
 
-def _order(history, order):
-  """The order of a step: lower at both ends.
+def _order(history, order, step=None):
+  """The order of a step: lower at the start, for want of history, and the end.
 
-  At the start for want of history. At the end, with fewer than 15 steps, one
-  less in each of the last, for stability (Lu et al. 2022; the 15 is that of
-  their code).
+  At the end it falls by one in each of the last steps, for stability (Lu et al.
+  2022), unless `lower_order_final` is off.
   """
-  if history.num_steps < 15:
-    order = min(order, history.remaining)
-  return min(order, history.k + 1)
+  step = history.k if step is None else step
+  if history.lower_order_final:
+    order = min(order, history.num_steps - step)
+  return min(order, step + 1)
+
+
+def _short(history):
+  """DPM-Solver++ and DEIS lower their final order in short chains only.
+
+  The 15 is that of Lu et al.'s code, and of diffusers.
+  """
+  return history.num_steps < 15
 
 
 def _dpm_solver_pp(history, order, exact=False):
@@ -168,7 +175,7 @@ def _dpm_solver_pp(history, order, exact=False):
   alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
   if sigma == 0:
     return alpha * x0[k]
-  order = _order(history, order)
+  order = _order(history, order) if _short(history) else min(order, k + 1)
   h = lam[k + 1] - lam[k]
   phi_1 = -np.expm1(-h)
   x = sigma / history.sigma[k] * history.x[k] + alpha * phi_1 * x0[k]
@@ -220,7 +227,9 @@ def _adams_bashforth(history, order, integrals, lower_end):
   """
   k = history.k
   rho = history.sigma / history.alpha
-  order = _order(history, order) if lower_end else min(order, k + 1)
+  if lower_end and _short(history):
+    order = _order(history, order)
+  order = min(order, k + 1)
   used = range(k, k - order, -1)
   weights = integrals(rho[list(used)], rho[k:k + 2])
   x = history.x[k] / history.alpha[k]
@@ -305,14 +314,10 @@ def _unipc(history, order, bh):
   where the image is clean.
   """
   k, x0 = history.k, history.x0
-
-  def order_of(step):
-    return min(order, history.num_steps - step, step + 1)
-
   x = history.x[k]
   if k > 0:
     # Correct with the order of the step that made this state.
-    p = order_of(k - 1)
+    p = _order(history, order, k - 1)
     weights, ratios, scale, phi_1 = _unipc_weights(
         p, history, k - 1, bh, corrector=True)
     differences = [(x0[k - 1 - i] - x0[k - 1]) / ratios[i - 1]
@@ -322,7 +327,7 @@ def _unipc(history, order, bh):
              w * d for w, d in zip(weights, differences))))
   history.corrected.append(x)
 
-  p = order_of(k)
+  p = _order(history, order)
   alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
   if sigma == 0:
     return alpha * x0[k]
@@ -361,7 +366,8 @@ SOLVERS = ("ddpm", "ddim", *_STEPS)
 
 def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
                         stride="linear", eta: float | None = None,
-                        abar_end: float = 1.0) -> Coefficients:
+                        abar_end: float = 1.0,
+                        lower_order_final: bool = True) -> Coefficients:
   """The coefficients of a training-free sampler.
 
     ddpm, ddim: Song et al. 2021, with `eta` 1 and 0 unless given.
@@ -387,6 +393,9 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
     eta: scale of the noise, for ddim and ddpm only.
     abar_end: alpha^2 of the image, 1 for a clean one. Less stops early, as
       other libraries do for some solvers; not for ddim and ddpm.
+    lower_order_final: lower the order in the last steps, as published: UniPC
+      always, DPM-Solver++ and DEIS if K < 15; the others never do. The way to a
+      clean image is of first order in log-SNR regardless.
 
   Returns:
     Coefficients in float64 NumPy.
@@ -414,4 +423,5 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
   else:
     times = schedule.stride(stride, num_steps)
     step = _ipndm if solver == "pndm" else step
-  return _linear_recursion(schedule, times, step, abar_end)
+  return _linear_recursion(
+      schedule, times, step, abar_end, lower_order_final)
