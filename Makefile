@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo demo-full test test-all clean
+.PHONY: demo demo-full table test test-all clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -18,6 +18,11 @@ demo-full: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo_full.gin --run_dir=runs/demo-full-k5
 	$(RUN) --gin_file=gin_configs/demo_full.gin --run_dir=runs/demo-full-k10 \
 	  --gin_param='NUM_STEPS = 10'
+
+table: $(VENV)/.installed
+	$(RUN) --mode=compare --gin_file=gin_configs/table.gin --run_dir=runs/table
+	mkdir -p results/digits16
+	cp runs/table/table.csv runs/table/table.md results/digits16/
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m 'not slow' tests

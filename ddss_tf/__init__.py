@@ -18,6 +18,7 @@ _PUBLIC = {
     "Sampler": "samplers",
     "SolverSampler": "samplers",
     "UserError": "errors",
+    "compare": "comparing",
     "draw_noise": "chain",
     "evaluate": "evaluation",
     "export": "exporting",

@@ -19,7 +19,7 @@ from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.samplers import FixedSampler
+from ddss_tf.samplers import FixedSampler, Sampler
 from ddss_tf.searching import check_shapes
 
 METRICS = "metrics.json"
@@ -44,6 +44,109 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
   return sampler, found.x0_bound
 
 
+class Evaluator:
+  """Measures samplers under one set of conditions, on the same noise.
+
+  Generated and real images are both rounded to uint8. Records are kept in
+  `metrics.json`, written after each; what it holds under the same conditions is
+  not measured again.
+
+  Args:
+    run: the run directory.
+    denoiser: the frozen model.
+    dataset: the real images, all of them the reference.
+    features: the network of FID, KID and IS.
+    heldout_features: an unrelated network for `fid_heldout`, or None.
+    seed: of the noise.
+    batch_size: images per call.
+    jit_compile: compile the network with XLA.
+
+  Raises:
+    UserError: parts that do not fit together.
+  """
+
+  def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
+               dataset: data.ImageDataset,
+               features: features_lib.FeatureNetwork,
+               heldout_features: features_lib.FeatureNetwork | None = None,
+               seed: int = 1234, batch_size: int = 250,
+               jit_compile: bool = True):
+    self._run = run
+    self._denoiser = denoiser
+    self._dataset = dataset
+    self._networks = [features]
+    if heldout_features is not None:
+      self._networks.append(heldout_features)
+    check_shapes(denoiser, dataset, *self._networks)
+    self._seed = seed
+    self._batch_size = batch_size
+    self._jit_compile = jit_compile
+    self._reference = [features_lib.dataset_features(
+        network, dataset, quantise=True, cache_dir=run.cache)
+                       for network in self._networks]
+    self._extract = [tf.function(network) for network in self._networks]
+    self._generators = {}
+    self._known = _read_records(run.path(METRICS))
+
+  def generator(self, x0_bound: str | None) -> sampling.Generator:
+    """The generator of images with a bound on x0_hat."""
+    if x0_bound not in self._generators:
+      self._generators[x0_bound] = sampling.Generator(
+          self._denoiser, self._batch_size, self._jit_compile, x0_bound)
+    return self._generators[x0_bound]
+
+  def record(self, sampler: Sampler, num_samples: int,
+             x0_bound: str | None = None) -> dict:
+    """Measures one sampler, or remembers it.
+
+    Args:
+      sampler: of any family.
+      num_samples: generated images, at least 4.
+      x0_bound: see `chain.bound_x0`.
+
+    Returns:
+      Its conditions and metrics, as `metrics.json` has them.
+
+    Raises:
+      UserError: too few samples, or images that are not finite.
+    """
+    if num_samples < 4:
+      raise UserError("num_samples must be at least 4, for KID has an error "
+                      f"only then. Received: {num_samples}")
+    coefficients = sampler.coefficients().numpy()
+    conditions = self._conditions(sampler, coefficients, num_samples, x0_bound)
+    for record in self._known:
+      if conditions.items() <= record.items():
+        return record
+    values = _measure(
+        self.generator(x0_bound).batches(
+            coefficients, num_samples, self._seed, sampler.label),
+        self._extract, self._reference)
+    self._known.append({**conditions, **values})
+    storage.write_json(self._run.path(METRICS), self._known)
+    return self._known[-1]
+
+  def _conditions(self, sampler, coefficients, num_samples, x0_bound):
+    """All that decides a record's values."""
+    features = [{"name": network.name, "sha256": network.sha256}
+                for network in self._networks] + [None]
+    return {
+        "sampler": sampler.label,
+        "num_steps": sampler.num_steps,
+        "coefficients_sha256": fingerprint.arrays_sha256(coefficients),
+        "x0_bound": x0_bound,
+        "num_samples": num_samples,
+        "num_real": len(self._dataset.images),
+        "seed": self._seed,
+        "features": features[0],
+        "features_heldout": features[1],
+        "denoiser": {"name": self._denoiser.name,
+                     "sha256": self._denoiser.sha256},
+        "dataset": self._dataset.name,
+        "dataset_sha256": self._dataset.sha256,
+    }
+
+
 @gin.configurable(denylist=["run_dir"])
 def evaluate(
     run_dir: str,
@@ -60,9 +163,8 @@ def evaluate(
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
-  Generated and real images are both rounded to uint8. Rows that an earlier call
-  has measured under the same conditions are kept. Writes `metrics.json` after
-  each row, `samples.png`, and TensorBoard scalars.
+  Writes `metrics.json` after each row (see `Evaluator`), `samples.png`, and
+  TensorBoard scalars.
 
   Args:
     run_dir: folder of the run, with `sampler.json` if there was a search.
@@ -86,43 +188,18 @@ def evaluate(
     UserError: parts that do not fit together, no sampler to evaluate, or too
       few samples for a metric.
   """
-  networks = [features] + ([heldout_features] if heldout_features else [])
-  check_shapes(denoiser, dataset, *networks)
-  if num_samples < 4:
-    raise UserError("evaluate.num_samples must be at least 4, for KID has an "
-                    f"error only then. Received: {num_samples}")
   run = run_dir_lib.RunDir(run_dir)
+  evaluator = Evaluator(
+      run, denoiser, dataset, features, heldout_features, seed,
+      max(1, min(batch_size, num_samples)), jit_compile)
   # Each with its bound on x0_hat.
   samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
   if os.path.exists(run.path(card.FILE)) or not samplers:
     samplers.append(load_searched(run, denoiser))
-
-  reference = [features_lib.dataset_features(
-      network, dataset, quantise=True, cache_dir=run.cache)
-               for network in networks]
-  extract = [tf.function(network) for network in networks]
-  generators = {bound: sampling.Generator(
-      denoiser, min(batch_size, num_samples), jit_compile, bound)
-                for _, bound in samplers}
-  known = _read_records(run.path(METRICS))
-
   records = []
   for sampler, bound in samplers:
-    coefficients = sampler.coefficients().numpy()
-    conditions = {
-        **_conditions(sampler, coefficients, denoiser, dataset, networks,
-                      num_samples, seed), "x0_bound": bound}
-    record = next((r for r in known if conditions.items() <= r.items()), None)
-    if record is None:
-      values = _measure(
-          generators[bound].batches(
-              coefficients, num_samples, seed, sampler.label),
-          extract, reference)
-      record = {**conditions, **values}
-      known.append(record)
-      storage.write_json(run.path(METRICS), known)
-    logging.info("%s: %s", sampler.label, record)
-    records.append(record)
+    records.append(evaluator.record(sampler, num_samples, bound))
+    logging.info("%s: %s", sampler.label, records[-1])
 
   with tf.summary.create_file_writer(
       run.path("tensorboard", "evaluate")).as_default():
@@ -131,30 +208,8 @@ def evaluate(
         if record.get(name) is not None:
           tf.summary.scalar(f"{name}/{record['sampler']}", record[name],
                             step=record["num_samples"])
-  _draw(run, generators, samplers, records, seed)
+  _draw(run, evaluator, samplers, records, seed)
   return records
-
-
-def _conditions(sampler, coefficients, denoiser, dataset, networks, num_samples,
-                seed):
-  """All that decides a record's values."""
-  conditions = {
-      "sampler": sampler.label,
-      "num_steps": sampler.num_steps,
-      "coefficients_sha256": fingerprint.arrays_sha256(coefficients),
-      "num_samples": num_samples,
-      "num_real": len(dataset.images),
-      "seed": seed,
-      "features": {"name": networks[0].name, "sha256": networks[0].sha256},
-      "features_heldout": None,
-      "denoiser": {"name": denoiser.name, "sha256": denoiser.sha256},
-      "dataset": dataset.name,
-      "dataset_sha256": dataset.sha256,
-  }
-  if len(networks) > 1:
-    conditions["features_heldout"] = {
-        "name": networks[1].name, "sha256": networks[1].sha256}
-  return conditions
 
 
 def _measure(batches, extract, reference):
@@ -197,7 +252,7 @@ def _read_records(path):
                     ) from error
 
 
-def _draw(run, generators, samplers, records, seed):
+def _draw(run, evaluator, samplers, records, seed):
   """`samples.png`: best baseline beside the searched sampler, same noise."""
   chosen = [len(samplers) - 1]
   if len(samplers) > 1:
@@ -209,7 +264,7 @@ def _draw(run, generators, samplers, records, seed):
     titled.append((
         f"{sampler.label}, K = {sampler.num_steps}\n"
         f"FID {records[i]['fid']:.2f}",
-        generators[bound].images(sampler.coefficients(), 64, seed)))
+        evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
   figures.samples_png(run.path(SAMPLES), titled)
 
 

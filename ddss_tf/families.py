@@ -97,7 +97,8 @@ class _Interval(keras.constraints.Constraint):
 class _Decreasing(keras.constraints.Constraint):
   """Keeps start + value inside [0, 1] and in decreasing order.
 
-  Entries that have crossed meet halfway.
+  An entry that would overtake those before it stops at the least of them: the
+  later times are the ones that less depends on.
   """
 
   def __init__(self, start):
@@ -106,11 +107,9 @@ class _Decreasing(keras.constraints.Constraint):
   def __call__(self, value):
     value = keras.ops.clip(self.start + value, 0.0, 1.0)
     earlier = keras.ops.tril(keras.ops.ones((len(self.start),) * 2)) > 0
-    least_before = keras.ops.min(
+    ordered = keras.ops.min(
         keras.ops.where(earlier, value[None, :], 1.0), axis=1)
-    most_after = keras.ops.max(
-        keras.ops.where(earlier, value[:, None], 0.0), axis=0)
-    return 0.5 * (least_before + most_after) - self.start
+    return ordered - self.start
 
   def get_config(self):
     return {"start": self.start.tolist()}
@@ -146,9 +145,9 @@ class LearnedSampler(Sampler):
   parameterisation="real", our choice, past the paper:
     every coefficient is its start plus an offset, so the search begins with the
     images of the start, to float precision, and weights may leave [0, 1] as
-    those of multistep solvers do. +PRED scales both coefficients of x0_hat:
-    x0_hat = p (1 + v) x_t + q (1 + w) eps. +TIME adds T w to the times, which
-    are kept inside [0, T - 1] and in order. Noise scales stay at 0 or above.
+    those of multistep solvers do. +PRED offsets both coefficients of x0_hat.
+    +TIME adds (T - 1) w to the times, which are kept inside [0, T - 1] and in
+    order. Noise scales stay at 0 or above.
 
   Without +PRED the map from state and eps to x0_hat follows from the rows by
   Theorem 1 (`marginals`).
@@ -264,8 +263,8 @@ class LearnedSampler(Sampler):
   def _learned_x0(self):
     if self._real:
       start = self._start.numpy()
-      return (start.x0_from_state * (1.0 + self._pred_state.value),
-              start.x0_from_eps * (1.0 + self._pred_eps.value))
+      return (start.x0_from_state + self._pred_state.value,
+              start.x0_from_eps + self._pred_eps.value)
     variance = _cumulative(self._pred.value)[::-1]
     return _x0_of_marginals(tf.sqrt(1.0 - variance), variance)
 

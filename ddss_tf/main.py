@@ -18,7 +18,7 @@ from absl import logging
 # TensorFlow and gin are imported only once the flags are fine: `--help` and a
 # misspelt flag answer at once.
 
-MODES = ("run", "search", "evaluate", "sample", "export")
+MODES = ("run", "search", "evaluate", "compare", "sample", "export")
 
 _GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "Configuration file; repeatable, later ones win.")
@@ -142,8 +142,8 @@ def _run():
   results = {}
   for stage in stages:
     results[stage.__name__] = stage(run.root)
-  if "evaluate" in results:
-    records = results["evaluate"]
+  records = results.get("evaluate") or results.get("compare")
+  if records:
     print(f"\n{evaluation.table(records)}\n")
     print(f"{records[0]['num_samples']} samples a row against "
           f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
@@ -158,7 +158,8 @@ def _run():
 def _where(run) -> str:
   """Where to look: the files that are there."""
   notes = {
-      "samples.png": "DDIM beside the searched sampler, same noise",
+      "table.csv": "the comparison",
+      "samples.png": "best baseline beside the searched sampler, same noise",
       "coefficients.png": "the searched sampler, drawn",
       "sampler.json": "the searched sampler, portable",
       "metrics.json": "all figures",

@@ -1,8 +1,10 @@
 """Imports every module whose names gin may bind.
 
-The roots, one for each mode, are `search`, `evaluate`, `sample` and `export`.
+The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample` and
+`export`.
 """
 
+from ddss_tf.comparing import compare
 from ddss_tf.data import load_dataset
 from ddss_tf.denoisers import gaussian_denoiser
 from ddss_tf.denoisers import load_denoiser
@@ -14,6 +16,6 @@ from ddss_tf.features import load_features
 from ddss_tf.searching import search
 
 __all__ = [
-    "evaluate", "export", "gaussian_denoiser", "load_dataset", "load_denoiser",
-    "load_features", "make_sampler", "sample", "search",
+    "compare", "evaluate", "export", "gaussian_denoiser", "load_dataset",
+    "load_denoiser", "load_features", "make_sampler", "sample", "search",
 ]

@@ -97,9 +97,11 @@ class Search:
     self._pair = sampling.seed_pair(seed)
     self._feature_std = float(np.sqrt(
         np.sum(np.var(real, axis=0, dtype=np.float64))))
-    self._multipliers = np.concatenate([
-        np.full(int(np.prod(v.shape)), rate_multipliers[kind], np.float32)
-        for kind, v in zip(self.kinds, self.variables)])
+    # The kind of every entry of the vector of all variables.
+    self._kind_of_entry = np.repeat(
+        self.kinds, [int(np.prod(v.shape)) for v in self.variables])
+    self._multipliers = np.array(
+        [rate_multipliers[kind] for kind in self._kind_of_entry], np.float32)
 
     self._start = tf.constant(self._flat())
     self.units = keras.Variable(
@@ -206,7 +208,7 @@ class Search:
     Jacobian J of all features of a batch (Hutchinson's estimate), so a few
     backward passes measure the mean squared sensitivity of every variable.
     Those to which hardly anything reacts are treated as if they had 3 % of the
-    root mean square, or they would be thrown far.
+    root mean square of their kind, or they would be thrown far.
     """
     size = self._micro_batch_size
     squares = 0.0
@@ -223,9 +225,12 @@ class Search:
       raise UserError("the search's start must have finite, non-zero "
                       "sensitivities: the denoiser or the feature network "
                       "gives NaN, infinity or a constant")
-    floor = _SENSITIVITY_FLOOR**2 * np.mean(squares)
-    self.scales.assign(
-        (self._multipliers / np.sqrt(squares + floor)).astype(np.float32))
+    scales = np.empty_like(squares)
+    for kind in set(self._kind_of_entry):
+      own = self._kind_of_entry == kind
+      floor = _SENSITIVITY_FLOOR**2 * np.mean(squares[own]) + 1e-30
+      scales[own] = 1 / np.sqrt(squares[own] + floor)
+    self.scales.assign((self._multipliers * scales).astype(np.float32))
 
   def advance(self) -> tuple[float, float, bool]:
     """Makes one step.
@@ -286,6 +291,7 @@ def search(
     seed: int = 0,
     x0_bound: str | None = None,
     start_samples: int = 250,
+    start_candidates=None,
     validation_samples: int = 1000,
     validate_every: int = 25,
     checkpoint_every: int = 25,
@@ -325,6 +331,7 @@ def search(
     seed: of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
     start_samples: images by which `init="auto"` chooses.
+    start_candidates: what it chooses from, see `starts.choose`.
     validation_samples: images of the validation, on fixed noise.
     validate_every: steps between validations.
     checkpoint_every: steps between checkpoints.
@@ -397,7 +404,8 @@ def search(
             "denoiser": denoiser.sha256, "dataset": dataset.sha256,
             "features": features.sha256, "family": sampler.get_config(),
             "objective": objective,
-            "samples": start_samples, "seed": seed + 1, "x0_bound": x0_bound})
+            "samples": start_samples, "seed": seed + 1, "x0_bound": x0_bound},
+        start_candidates)
 
   # All that decides the result: another one cannot go on from its checkpoint.
   run.claim("search", {

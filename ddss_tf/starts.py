@@ -19,7 +19,7 @@ FILE = "starts.json"
 
 def choose(make: Callable[..., Sampler],
            distance: Callable[[Coefficients], float], path: str,
-           conditions: dict) -> Sampler:
+           conditions: dict, candidates=None) -> Sampler:
   """Ranks the starts that a family allows, and takes the best.
 
   The ranking is logged and written to a file, each entry as soon as it is
@@ -30,6 +30,8 @@ def choose(make: Callable[..., Sampler],
     distance: the search's objective, of the images of coefficients.
     path: of the file.
     conditions: all else that decides the figures; JSON.
+    candidates: options of `make`, a list of dicts such as {"init": "ddim",
+      "stride": "linear"}; None is every solver on every stride.
 
   Returns:
     The sampler, at its best start.
@@ -37,28 +39,29 @@ def choose(make: Callable[..., Sampler],
   Raises:
     UserError: no start has a finite distance, or the file is damaged.
   """
+  if candidates is None:
+    candidates = [{"init": solver, "stride": stride}
+                  for solver in solvers.SOLVERS for stride in STRIDES]
   ranking = _read(path, conditions)
-  known = {(entry["solver"], entry["stride"]) for entry in ranking}
-  for solver in solvers.SOLVERS:
-    for stride in STRIDES:
-      if (solver, stride) in known:
-        continue
-      try:
-        start = make(init=solver, stride=stride).start.numpy()
-      except UserError:
-        continue  # Not a start of this family, or not a stride for this K.
-      ranking.append(
-          {"solver": solver, "stride": stride, "distance": distance(start)})
-      # NaN last.
-      ranking.sort(key=lambda entry: (not np.isfinite(entry["distance"]),
-                                      entry["distance"]))
-      storage.write_json(path, {"conditions": conditions, "ranking": ranking})
+  known = [entry["start"] for entry in ranking]
+  for start in candidates:
+    if start in known:
+      continue
+    try:
+      coefficients = make(**{"init": None, **start}).start.numpy()
+    except UserError:
+      continue  # Not a start of this family, or not a stride for this K.
+    ranking.append({"start": start, "distance": distance(coefficients)})
+    # NaN last.
+    ranking.sort(key=lambda entry: (not np.isfinite(entry["distance"]),
+                                    entry["distance"]))
+    storage.write_json(path, {"conditions": conditions, "ranking": ranking})
   for rank, entry in enumerate(ranking, 1):
-    logging.info("start %d: %s %s, distance %.4f", rank, entry["solver"],
-                 entry["stride"], entry["distance"])
+    logging.info("start %d: %s, distance %.4f", rank, entry["start"],
+                 entry["distance"])
   if not ranking or not np.isfinite(ranking[0]["distance"]):
     raise UserError("init='auto' found no start with a finite distance")
-  return make(init=ranking[0]["solver"], stride=ranking[0]["stride"])
+  return make(**{"init": None, **ranking[0]["start"]})
 
 
 def _read(path, conditions):

@@ -134,3 +134,58 @@ def test_metrics_tell_shifted_and_collapsed_from_equal():
   distance = objectives.kid_linear(spread.astype(np.float32), mean)
   assert abs(float(distance)) < 0.2
   assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3
+
+
+def test_cubic_kid_loss_against_the_double_sum(sets):
+  real, generated = (part[:40].astype(float) for part in sets)
+  kernel = lambda a, b: (a @ b / 6 + 1) ** 3
+  pairs = lambda x: np.mean([kernel(a, b) for i, a in enumerate(x)
+                             for j, b in enumerate(x) if i != j])
+  expected = (pairs(real) + pairs(generated)
+              - 2 * np.mean([[kernel(a, b) for b in real] for a in generated]))
+  objective = objectives.make_objective("kid_cubic", real.astype(np.float32))
+  np.testing.assert_allclose(
+      objective(generated.astype(np.float32)), expected, rtol=1e-4)
+
+
+def test_frechet_loss_is_the_metric(sets):
+  real, generated = sets
+  objective = objectives.make_objective("frechet", real)
+  np.testing.assert_allclose(
+      objective(generated), metrics.fid(real, generated), rtol=2e-3)
+
+
+def test_frechet_along_axes(sets):
+  real, generated = sets
+  objective = objectives.make_objective("frechet_axes", real)
+  # The distances of the marginals along the real principal axes; the mean's
+  # part is the unbiased one.
+  _, axes = np.linalg.eigh(np.cov(real.astype(float).T))
+  spread = np.sum((np.std(generated.astype(float) @ axes, axis=0, ddof=1)
+                   - np.std(real.astype(float) @ axes, axis=0, ddof=1)) ** 2)
+  mean = objectives.kid_linear(generated, real.mean(0))
+  np.testing.assert_allclose(objective(generated), mean + spread, rtol=1e-4)
+  # A lower bound of the full distance, and equal to it on common axes.
+  assert float(objective(generated)) < metrics.fid(real, generated)
+  stretched = real.mean(0) + 1.5 * (real - real.mean(0))
+  np.testing.assert_allclose(
+      objective(stretched), metrics.fid(real, stretched), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_objectives_agree_on_what_is_worse(sets, name):
+  real, _ = sets
+  objective = objectives.make_objective(name, real)
+  rng = np.random.default_rng(0)
+  shift = rng.normal(size=6).astype(np.float32)
+  same, near, far = (
+      float(objective(real[:150] + size * shift)) for size in (0, 1, 3))
+  assert same < near < far
+  # Finite gradients, also of a collapsed population.
+  for features in (real[:50], np.repeat(real[:1], 50, axis=0)):
+    features = tf.constant(features)
+    with tf.GradientTape() as tape:
+      tape.watch(features)
+      loss = objective(features)
+    gradient = tape.gradient(loss, features)
+    assert np.all(np.isfinite(gradient)) and np.any(gradient)

@@ -32,25 +32,8 @@ SHAPE = (4, 4, 1)
 
 
 @pytest.fixture(scope="module")
-def parts():
-  """Denoiser, data set and features of 4x4 Gaussian images."""
-  keras.utils.set_random_seed(0)
-  rng = np.random.default_rng(0)
-  images = (0.3 + 0.25 * rng.normal(size=(400, *SHAPE))).astype(np.float32)
-  inputs = keras.Input(SHAPE)
-  # Large weights: features must see the spread of the pixels, not their mean.
-  large = keras.initializers.RandomNormal(stddev=1.0, seed=0)
-  x = keras.layers.Conv2D(
-      16, 2, activation="relu", kernel_initializer=large)(inputs)
-  x = keras.layers.Flatten()(x)
-  x = keras.layers.Dense(12, activation="relu", name="pool",
-                         kernel_initializer=large)(x)
-  model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
-  return dict(
-      denoiser=ddss_tf.gaussian_denoiser(SHAPE, mean=0.3, std=0.25),
-      dataset=data.ImageDataset(
-          "gaussian", images, None, fingerprint.arrays_sha256([images])),
-      features=features_lib.FeatureNetwork(model, "random"))
+def parts(gaussian_parts):
+  return gaussian_parts
 
 
 def options(**changes):
@@ -193,14 +176,14 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   sampler = ddss_tf.search(run, **parts, **arguments)
   with open(os.path.join(run, "starts.json")) as f:
     ranking = json.load(f)["ranking"]
-  tried = {(entry["solver"], entry["stride"]) for entry in ranking}
+  tried = {tuple(entry["start"].values()) for entry in ranking}
   assert tried == set(itertools.product(solvers.SOLVERS, schedules.STRIDES))
   distances = [entry["distance"] for entry in ranking]
   assert distances == sorted(distances)
   # The first of the ranking is what the search began with, measured anew.
   config = card.read(os.path.join(run, "sampler.json")).search["config"]
-  assert (config["init"], config["stride"]) == (
-      ranking[0]["solver"], ranking[0]["stride"])
+  assert ranking[0]["start"] == {
+      "init": config["init"], "stride": config["stride"]}
   generator = sampling.Generator(parts["denoiser"], 64, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
 
@@ -212,7 +195,7 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
 
   for entry in (ranking[0], ranking[40], ranking[-1]):
     np.testing.assert_allclose(
-        distance(entry["solver"], entry["stride"]), entry["distance"],
+        distance(*entry["start"].values()), entry["distance"],
         rtol=1e-3, atol=1e-3)
   # Called again it ranks nothing anew and goes on.
   again = ddss_tf.search(run, **parts, **arguments)
@@ -227,7 +210,7 @@ def test_a_markov_family_ranks_only_what_it_holds(parts, tmp_path):
       num_search_steps=1, batch_size=8, start_samples=16,
       validation_samples=16))
   with open(os.path.join(str(tmp_path), "starts.json")) as f:
-    tried = {entry["solver"] for entry in json.load(f)["ranking"]}
+    tried = {entry["start"]["init"] for entry in json.load(f)["ranking"]}
   assert tried == {"ddpm", "ddim"}
 
 

@@ -1,0 +1,187 @@
+"""One table of many samplers: every solver, every family, for several K.
+
+  for each K    solvers   every stride on few images -> the best one, measured
+                families  searched, each from the best start it holds -> measured
+  -> metrics.json, table.csv, table.md
+
+Everything is kept: called again, it goes on where it stopped.
+"""
+
+import csv
+import functools
+import io
+
+from absl import logging
+import gin
+
+from ddss_tf import card
+from ddss_tf import evaluation
+from ddss_tf import families as families_lib
+from ddss_tf import features as features_lib
+from ddss_tf import run_dir as run_dir_lib
+from ddss_tf import schedules
+from ddss_tf import searching
+from ddss_tf import solvers as solvers_lib
+from ddss_tf import storage
+from ddss_tf.data import ImageDataset
+from ddss_tf.denoisers import Denoiser
+from ddss_tf.errors import UserError
+
+TABLE = "table"
+_BEST_SOLVERS = 3
+# What a family can take over from a smaller one that was searched before.
+_CONTAINS = {
+    "rddim": ("ddim-learned", "vars"),
+    "ggdm": ("ddim-learned", "vars", "rddim"),
+    "ggdm+pred": ("ddim-learned", "vars", "rddim", "ggdm"),
+    "ggdm+time": ("ddim-learned", "vars", "rddim", "ggdm"),
+    "ggdm+pred+time": ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred",
+                       "ggdm+time"),
+}
+FAMILIES = ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred", "ggdm+time",
+            "ggdm+pred+time")
+
+
+@gin.configurable(denylist=["run_dir"])
+def compare(
+    run_dir: str,
+    denoiser: Denoiser = gin.REQUIRED,
+    dataset: ImageDataset = gin.REQUIRED,
+    features: features_lib.FeatureNetwork = gin.REQUIRED,
+    heldout_features: features_lib.FeatureNetwork | None = None,
+    num_steps=gin.REQUIRED,
+    solvers=solvers_lib.SOLVERS,
+    strides=schedules.STRIDES,
+    families=FAMILIES,
+    num_samples: int = gin.REQUIRED,
+    stride_samples: int = 1000,
+    seed: int = 1234,
+    batch_size: int = 250,
+    jit_compile: bool = True,
+) -> list[dict]:
+  """Measures solvers and searched families side by side, on the same noise.
+
+  A solver's row is that of its best stride. All strides are tried on a quarter
+  of `stride_samples` images, the best two on all of them; the lowest FID wins.
+  These images come from seed + 1, not from those of the table.
+
+  A family's row is that of a search with the bindings of `search`. It starts at
+  the best, by the search's objective on its own noise, of: its default, the
+  three best solvers on their best strides, and the smaller families searched
+  before it, each if the family holds it. So a larger family never starts worse.
+
+  Args:
+    run_dir: folder of the comparison; each search has its own below it.
+    denoiser: the frozen model.
+    dataset: its training set, and the reference.
+    features: the network of the searches' loss, and of FID, KID and IS.
+    heldout_features: an unrelated network for `fid_heldout`.
+    num_steps: the K, a list.
+    solvers: names out of `solvers.SOLVERS`.
+    strides: names out of `schedules.STRIDES`.
+    families: names of learned families, smaller ones first.
+    num_samples: generated images of each row.
+    stride_samples: generated images by which strides are chosen.
+    seed: of the rows' noise.
+    batch_size: images per call.
+    jit_compile: compile the network with XLA.
+
+  Returns:
+    The records, in the order of the table.
+
+  Raises:
+    UserError: an unknown name, too few samples, or a fault of a search.
+  """
+  for what, names, known in (
+      ("solvers", solvers, solvers_lib.SOLVERS),
+      ("strides", strides, schedules.STRIDES),
+      ("families", families, families_lib.FAMILIES)):
+    for name in names:
+      if name not in known:
+        raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
+                        f"Received: {name!r}")
+  if stride_samples < 16 or num_samples < 4:
+    raise UserError(
+        "compare.stride_samples must be at least 16 and num_samples at least "
+        f"4. Received: {stride_samples} and {num_samples}")
+  run = run_dir_lib.RunDir(run_dir)
+  make_evaluator = functools.partial(
+      evaluation.Evaluator, denoiser=denoiser, dataset=dataset,
+      features=features, heldout_features=heldout_features,
+      batch_size=batch_size, jit_compile=jit_compile)
+  evaluator = make_evaluator(run, seed=seed)
+  stride_evaluator = make_evaluator(
+      run_dir_lib.RunDir(run.path("strides")), seed=seed + 1)
+
+  records = []
+
+  def add(sampler, x0_bound=None):
+    records.append(evaluator.record(sampler, num_samples, x0_bound))
+    logging.info("%s", records[-1])
+    write_table(run.path(TABLE), records)
+
+  for steps in num_steps:
+    make = functools.partial(
+        families_lib.make_sampler, denoiser.schedule, num_steps=steps)
+    chosen = [_best_stride(functools.partial(make, family=solver), strides,
+                           stride_evaluator, stride_samples)
+              for solver in solvers]
+    for sampler in chosen:
+      add(sampler)
+    # Where searches may start, besides their default.
+    chosen.sort(key=lambda s: stride_evaluator.record(s, stride_samples)["fid"])
+    best = [{"init": sampler.solver, "stride": sampler.stride}
+            for sampler in chosen[:_BEST_SOLVERS]]
+    for family in families:
+      folder = run.path(f"k{steps}", family)
+      before = [run.path(f"k{steps}", smaller, card.FILE)
+                for smaller in _CONTAINS.get(family, ()) if smaller in families]
+      searching.search(
+          folder, denoiser=denoiser, dataset=dataset, features=features,
+          sampler=functools.partial(
+              families_lib.make_sampler, family=family, num_steps=steps,
+              init="auto"),
+          start_candidates=[{}, *best, *({"init": path} for path in before)],
+          jit_compile=jit_compile)
+      add(*evaluation.load_searched(run_dir_lib.RunDir(folder), denoiser))
+  return records
+
+
+def _best_stride(make, strides, evaluator, num_samples):
+  """The sampler on the stride with the lowest FID, by successive halving."""
+  candidates = []
+  for stride in strides:
+    try:
+      candidates.append(make(stride=stride))
+    except UserError:
+      continue  # Not a stride for this K.
+  if not candidates:
+    raise UserError(f"none of the strides {', '.join(strides)} fits")
+  for count, keep in ((num_samples // 4, 2), (num_samples, 1)):
+    if len(candidates) > keep:
+      candidates.sort(key=lambda s: evaluator.record(s, count)["fid"])
+      candidates = candidates[:keep]
+  return candidates[0]
+
+
+def write_table(path: str, records: list[dict]) -> None:
+  """Writes `<path>.csv`, with the columns of `metrics.json`, and `<path>.md`.
+
+  Nested values get a column each, such as `features.name`.
+  """
+  rows = []
+  for record in records:
+    row = {}
+    for key, value in record.items():
+      if isinstance(value, dict):
+        row.update({f"{key}.{name}": v for name, v in value.items()})
+      else:
+        row[key] = value
+    rows.append(row)
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, columns, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  storage.write_text(f"{path}.csv", text.getvalue())
+  storage.write_text(f"{path}.md", evaluation.table(records) + "\n")

@@ -1,0 +1,113 @@
+"""Tests of the comparison on a Gaussian data set."""
+
+import csv
+import json
+import os
+
+import gin
+import numpy as np
+import pytest
+
+import ddss_tf
+from ddss_tf import evaluation
+from ddss_tf import searching
+from ddss_tf.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def arguments(gaussian_parts):
+  return dict(
+      **gaussian_parts, heldout_features=gaussian_parts["features"],
+      num_steps=[3], solvers=("ddpm", "ddim", "dpm++2m"),
+      strides=("linear", "quadratic", "karras"),
+      families=("rddim", "ggdm+pred", "ggdm+pred+time"), num_samples=200,
+      stride_samples=64, batch_size=100, jit_compile=False)
+
+
+@pytest.fixture(scope="module")
+def compared(arguments, tmp_path_factory):
+  run = str(tmp_path_factory.mktemp("compared"))
+  bindings = {
+      "num_search_steps": 4, "batch_size": 32, "gradient_samples": 16,
+      "validation_samples": 64, "start_samples": 64, "validate_every": 2}
+  with gin.unlock_config():
+    for name, value in bindings.items():
+      gin.bind_parameter(f"search.{name}", value)
+  try:
+    yield run, ddss_tf.compare(run, **arguments)
+  finally:
+    gin.clear_config()
+
+
+def test_a_row_for_every_solver_and_family(compared):
+  run, records = compared
+  labels = [record["sampler"].split()[0] for record in records]
+  assert labels == ["DDPM", "DDIM", "DPM-Solver++(2M)", "RDDIM", "GGDM+PRED",
+                    "GGDM+PRED+TIME"]
+  with open(os.path.join(run, "table.csv"), newline="") as f:
+    rows = list(csv.DictReader(f))
+  assert [row["sampler"] for row in rows] == [r["sampler"] for r in records]
+  for row, record in zip(rows, records):
+    # The columns of metrics.json, nested ones by name, with all digits.
+    assert float(row["fid"]) == record["fid"]
+    assert row["features.sha256"] == record["features"]["sha256"]
+    flat = {key.split(".")[0] for key in row}
+    assert flat == set(record)
+  with open(os.path.join(run, "table.md")) as f:
+    assert f.read() == evaluation.table(records) + "\n"
+
+
+def test_a_solver_is_shown_on_its_best_stride(arguments, compared):
+  run, records = compared
+  with open(os.path.join(run, "strides", "metrics.json")) as f:
+    tried = json.load(f)
+  for record in records[:3]:
+    solver = record["sampler"].split()[0]
+    all_strides = [r for r in tried if r["sampler"].split()[0] == solver]
+    assert {r["num_samples"] for r in all_strides} == {16, 64}
+    assert len([r for r in all_strides if r["num_samples"] == 16]) == 3
+    final = [r for r in all_strides if r["num_samples"] == 64]
+    assert len(final) == 2
+    assert min(final, key=lambda r: r["fid"])["sampler"] == record["sampler"]
+    # Chosen on other images than those of the table.
+    assert all(r["seed"] != record["seed"] for r in tried)
+
+
+def test_a_larger_family_never_starts_worse(compared):
+  run, _ = compared
+  ends = {}
+  for family in ("rddim", "ggdm+pred", "ggdm+pred+time"):
+    folder = os.path.join(run, "k3", family)
+    with open(os.path.join(folder, "starts.json")) as f:
+      ranking = json.load(f)["ranking"]
+    inits = [entry["start"].get("init", "default") for entry in ranking]
+    for smaller, end in ends.items():
+      path = os.path.join(run, "k3", smaller, "sampler.json")
+      assert path in inits
+      # The end of the smaller one, on the images of another seed's search.
+      entry = ranking[inits.index(path)]
+      assert ranking[0]["distance"] <= entry["distance"]
+      np.testing.assert_allclose(entry["distance"], end, rtol=1e-4)
+    with open(os.path.join(folder, "sampler.json")) as f:
+      end = json.load(f)["search"]["validation"]
+    # start_samples = validation_samples here, so these are comparable.
+    assert end <= ranking[0]["distance"] + 1e-4
+    ends[family] = end
+
+
+def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
+  run, records = compared
+  monkeypatch.setattr(evaluation, "_measure", None)
+  monkeypatch.setattr(searching.Search, "advance", None)
+  assert ddss_tf.compare(run, **arguments) == records
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(solvers=["euler"]), "solvers must be out of ddpm.*'euler'"),
+    (dict(strides=["cubic"]), "strides must be out of linear.*'cubic'"),
+    (dict(families=["best"]), "families must be out of.*'best'"),
+    (dict(stride_samples=3), "at least 16.*3 and 200"),
+])
+def test_bad_arguments(arguments, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    ddss_tf.compare(str(tmp_path), **{**arguments, **changes})
