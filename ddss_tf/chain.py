@@ -95,8 +95,7 @@ def run_chain(
 
   Args:
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
-    coefficients: of the K steps, float32. Each entry is a scalar or, to tell
-      the samples of a batch apart, a tensor [B, 1, 1, 1].
+    coefficients: of the K steps, float32.
     x_T: float32 [B, H, W, C], standard normal.
     step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
       but the last add. None adds none, which is right only for a sampler whose
@@ -115,7 +114,7 @@ def run_chain(
   states, x0_hats = [x_T], []
   for k in range(num_steps):
     x_t = states[-1]
-    t = tf.broadcast_to(tf.reshape(coefficients.times[k], [-1]), [batch])
+    t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
     eps = eps_fn(x_t, t)
     x0_hat = (coefficients.x0_from_state[k] * x_t
               + coefficients.x0_from_eps[k] * eps)

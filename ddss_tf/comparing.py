@@ -1,7 +1,7 @@
 """One table of many samplers: every solver, every family, for several K.
 
   for each K    solvers   every stride on few images -> the best one, measured
-                families  searched, each from the best start it holds -> measured
+                families  searched from the best start they hold -> measured
   -> metrics.json, table.csv, table.md
 
 Everything is kept: called again, it goes on where it stopped.

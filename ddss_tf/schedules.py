@@ -124,10 +124,10 @@ class NoiseSchedule:
                  ends (Karras et al. 2022, https://arxiv.org/abs/2206.00364,
                  equation 5)
 
-    The last two give fractional times. Where the quadratic one names a step
-    twice (K >= 30 at T = 1000), the later one moves to the next free step, so
-    that no step is wasted. At K = 1 trailing, linspace, linspace_open, logsnr
-    and karras give T - 1, the others 0.
+    The last two give fractional times. Where one of the others names a step
+    twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
+    the later one moves to the next free step, so that no step is wasted. At
+    K = 1 linear and quadratic give 0, the others T - 1.
 
     Args:
       stride: one of `STRIDES`, or the K times themselves, strictly decreasing,
@@ -161,10 +161,6 @@ class NoiseSchedule:
       tau = np.round(np.linspace(0, last, num_steps + 1))[1:]
     elif stride == "quadratic":
       tau = np.floor(np.linspace(0, np.sqrt(0.8 * total), num_steps) ** 2)
-      for k in range(1, num_steps):
-        tau[k] = max(tau[k], tau[k - 1] + 1)
-      # Beyond the last step only if K is close to T: push back from the end.
-      tau = np.minimum(tau, total - num_steps + i)
     elif stride == "logsnr":
       tau = self.time_of_log_snr(np.linspace(
           self.log_snr(last), self.log_snr(0), num_steps))[::-1]
@@ -176,6 +172,11 @@ class NoiseSchedule:
       raise ValueError(
           f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
           f"Received: {stride!r}")
+    if stride not in ("logsnr", "karras"):
+      for k in range(1, num_steps):
+        tau[k] = max(tau[k], tau[k - 1] + 1)
+      # Beyond the last step only if K is close to T: push back from the end.
+      tau = np.minimum(tau, total - num_steps + i)
     return tau[::-1].astype(np.float64)
 
   def _given_times(self, times, num_steps: int) -> np.ndarray:

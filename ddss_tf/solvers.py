@@ -10,8 +10,8 @@ row of weights over
 So a solver here is a function that computes the row of the next state from rows
 (`_History`) by its published formula, in float64 NumPy, and one elimination
 turns the rows into `Coefficients`: the weights of x_{k+1} on x0_hat_k and on
-the states x_0 ... x_k. It needs a non-zero weight of x0_hat_k in every state, which
-all of these have. The deterministic ones are thereby exact points of GGDM+PRED.
+the states x_0 ... x_k. It needs a non-zero weight of x0_hat_k in every state,
+which all of these have. The deterministic ones are thereby exact points of GGDM+PRED.
 """
 
 import functools
@@ -223,7 +223,8 @@ def _adams_bashforth(history, order, integrals, lower_end):
 
   (Zhang and Chen 2023, https://arxiv.org/abs/2204.13902.) Integrates
   the polynomial through the last predicted noises exactly. Rho is finite on the
-  way to a clean image, so no lower order is forced there; `lower_end` asks for it.
+  way to a clean image, so no lower order is forced there; `lower_end` asks for
+  it.
   """
   k = history.k
   rho = history.sigma / history.alpha

@@ -139,6 +139,43 @@ def test_no_gradient_work_for_network_weights(small):
   assert not tape.watched_variables()
 
 
+def test_bounds_of_x0():
+  rng = np.random.default_rng(0)
+  x0 = rng.normal(size=(3, *SHAPE)).astype(np.float32)
+  x0[0] *= 0.2  # Inside [-1, 1]: nothing to do, whatever the bound.
+  np.testing.assert_array_equal(chain.bound_x0(x0, None), x0)
+  np.testing.assert_array_equal(
+      chain.bound_x0(x0, "clip"), np.clip(x0, -1, 1))
+  dynamic = chain.bound_x0(tf.constant(x0), "dynamic").numpy()
+  for image, got in zip(x0, dynamic):
+    s = max(np.quantile(np.abs(image), 0.995), 1.0)
+    np.testing.assert_allclose(got, np.clip(image, -s, s) / s, rtol=1e-5)
+  np.testing.assert_array_equal(dynamic[0], x0[0])
+  assert np.abs(dynamic).max() <= 1
+  with pytest.raises(ValueError, match="clip or dynamic.*'hard'"):
+    chain.bound_x0(x0, "hard")
+
+
+@pytest.mark.parametrize("bound", chain.X0_BOUNDS)
+def test_the_chain_bounds_every_x0(bound):
+  c = random_coefficients()
+  x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
+  eps = lambda x, t: 3 * tf.sin(x) * (1 + t[:, None, None, None] / 1000)
+  images, states, x0_hats = chain.run_chain(
+      eps, c, x_T, noise, trajectory=True, x0_bound=bound)
+  for k in range(3):
+    free = (c.x0_from_state[k] * states[k]
+            + c.x0_from_eps[k] * eps(states[k], tf.fill([3], c.times[k])))
+    assert np.abs(free).max() > 1.2  # There is something to bound.
+    np.testing.assert_allclose(
+        x0_hats[k], chain.bound_x0(free, bound), rtol=1e-5, atol=1e-6)
+    assert np.abs(x0_hats[k]).max() <= 1
+  # And it is the bounded one that the next state is made of.
+  expected = c.x0_weights[2] * x0_hats[2] + sum(
+      c.state_weights[2, u] * states[u] for u in range(3))
+  np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_sample_has_its_own_noise():
   draw = tf.function(chain.draw_noise, autograph=False)
   seed = tf.constant([5, 0])

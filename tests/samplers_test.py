@@ -274,6 +274,84 @@ def test_theorem_1_against_monte_carlo():
     np.testing.assert_allclose(state.var(), v[k], rtol=0.015)
 
 
+def random_sampler(family, steps, seed=0):
+  """A sampler of a family, away from its start, and valid."""
+  sampler = families.make_sampler(
+      SCHEDULE, family, steps, init=None if "vars" in family else "ddpm")
+  rng = np.random.default_rng(seed)
+  for variable in sampler.weights:
+    value = variable.numpy() + 0.05 * rng.normal(size=variable.shape)
+    if variable.constraint is not None:
+      value = variable.constraint(np.asarray(value, np.float32))
+    variable.assign(value)
+  return sampler
+
+
+def propagated_moments(c):
+  """Output mean and variance on the same data by a covariance recursion.
+
+  All states are jointly Gaussian: mean vector and covariance matrix grow by one
+  entry a step. In float64 NumPy, without the chain.
+  """
+  steps = len(c.times)
+  mean, covariance = np.zeros(1), np.ones((1, 1))
+  for k in range(steps):
+    abar = SCHEDULE.abar(c.times[k])
+    slope = np.sqrt(1 - abar) / (abar * STD**2 + 1 - abar)
+    # x0_hat = gain x_k + offset
+    gain = c.x0_from_state[k] + c.x0_from_eps[k] * slope
+    offset = -c.x0_from_eps[k] * slope * np.sqrt(abar) * MEAN
+    row = c.state_weights[k, :k + 1].astype(np.float64)
+    row[k] += c.x0_weights[k] * gain
+    cross = covariance @ row
+    variance = row @ cross + c.noise_scales[k].astype(np.float64) ** 2
+    mean = np.append(mean, row @ mean + c.x0_weights[k] * offset)
+    covariance = np.block([
+        [covariance, cross[:, None]], [cross[None], variance]])
+  return mean[-1], covariance[-1, -1]
+
+
+@pytest.mark.parametrize("family", LEARNED + ["ddpm+pred+time"])
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_every_stochastic_family_has_its_closed_form(family, steps):
+  c = random_sampler(family, steps).coefficients().numpy()
+  assert np.any(c.noise_scales > 0)
+  np.testing.assert_allclose(
+      chain_moments(c), propagated_moments(c), rtol=5e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", ["vars", "ddim-learned"])
+def test_marginals_are_those_the_family_claims(family):
+  # Theorem 1 on their rows. VARS: the learned variances. Learned DDIM: the
+  # forward process's own, whatever the noise scales.
+  sampler = random_sampler(family, 6)
+  c = sampler.coefficients().numpy()
+  if family == "vars":
+    logits = np.append(sampler.weights[0].numpy(), 1.0)
+    variance = np.cumsum(np.exp(logits) / np.exp(logits).sum())[:-1][::-1]
+  else:
+    variance = 1 - SCHEDULE.abar(c.times)
+  a, v = families.marginals(
+      c.state_weights, c.x0_weights, c.noise_scales,
+      np.sqrt(1 - variance[0]), np.sqrt(variance[0]))
+  np.testing.assert_allclose(a, np.sqrt(1 - variance), rtol=1e-4)
+  np.testing.assert_allclose(v, variance, rtol=1e-3)
+  np.testing.assert_allclose(
+      (c.x0_from_eps / c.x0_from_state) ** 2, variance, rtol=1e-4)
+
+
+def test_times_stay_in_order_and_earlier_ones_win():
+  sampler = families.make_sampler(SCHEDULE, "ggdm+pred+time", 4, init="ddim")
+  times, = sampler.variables_by_kind["times"]
+  # 750, 500, 250, 0: the last wants to go to 400, the second to -30 and back.
+  times.assign(times.constraint(np.float32([0.3, 0, 0, 0.4])))
+  np.testing.assert_allclose(
+      sampler.coefficients().times, [999, 500, 250, 250], atol=1e-3)
+  times.assign(times.constraint(np.float32([0, -0.53, 0, 0.1])))
+  np.testing.assert_allclose(
+      sampler.coefficients().times, [750, 0, 0, 0], atol=1e-3)
+
+
 def count(sampler, kind):
   return sum(int(np.prod(v.shape))
              for v in sampler.variables_by_kind.get(kind, []))
@@ -294,6 +372,13 @@ def test_free_parameters(parameterisation, steps, weights):
   plain = families.GGDM(SCHEDULE, steps, parameterisation=parameterisation)
   assert count(plain, "weights") == weights + 2  # and the row of x_K
   assert set(plain.variables_by_kind) == {"weights", "noise_scales"}
+  make = lambda family: families.make_sampler(
+      SCHEDULE, family, steps, parameterisation=parameterisation)
+  rddim = make("rddim")
+  assert count(rddim, "weights") == 2 * (steps - 1) + 2
+  assert count(rddim, "noise_scales") == steps - 1
+  assert make("ddim-learned").count_params() == steps - 1
+  assert make("vars").count_params() == steps
 
 
 def test_paper_pred_is_variance_preserving():

@@ -56,7 +56,60 @@ def test_strides_by_hand(linear):
       [800, 632, 483, 355, 246, 158, 88, 39, 9, 0])
 
 
-@pytest.mark.parametrize("name", ["linear", "quadratic"])
+  np.testing.assert_array_equal(
+      linear.stride("trailing", 5), [999, 799, 599, 399, 199])
+  np.testing.assert_array_equal(
+      linear.stride("linspace", 5), [999, 749, 500, 250, 0])
+  np.testing.assert_array_equal(
+      linear.stride("linspace_open", 5), [999, 799, 599, 400, 200])
+
+
+def test_strides_in_noise_levels(linear):
+  # Equal steps of log-SNR, and of (sigma / alpha)^(1/7), between both ends.
+  for name, level in (
+      ("logsnr", linear.log_snr),
+      ("karras", lambda t: np.exp(-linear.log_snr(t)) ** (1 / 7))):
+    tau = linear.stride(name, 9)
+    np.testing.assert_allclose(tau[[0, -1]], [999, 0], atol=1e-9)
+    steps = np.diff(level(tau))
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+
+
+def test_log_snr_and_its_inverse(linear):
+  t = np.array([0, 0.3, 10.7, 500, 998.99, 999])
+  abar = linear.abar(t)
+  np.testing.assert_allclose(
+      linear.log_snr(t), 0.5 * np.log(abar / (1 - abar)), rtol=1e-12)
+  np.testing.assert_allclose(
+      linear.time_of_log_snr(linear.log_snr(t)), t, atol=1e-8)
+  np.testing.assert_array_equal(linear.time_of_log_snr([-99, 99]), [999, 0])
+
+
+def test_cosine_and_scaled_linear():
+  # Nichol and Dhariwal (2021), equation 17, away from the clipped end.
+  cosine = NoiseSchedule.cosine(4000)
+  f = lambda t: np.cos((t / 4000 + 0.008) / 1.008 * np.pi / 2) ** 2
+  for i in (0, 100, 2000, 3900):
+    np.testing.assert_allclose(cosine.abar(i), f(i + 1) / f(0), rtol=1e-9)
+  assert cosine.betas.max() == 0.999
+  scaled = NoiseSchedule.scaled_linear(1000, 0.00085, 0.012)
+  np.testing.assert_allclose(scaled.betas[[0, -1]], [0.00085, 0.012])
+  roots = np.sqrt(scaled.betas)
+  np.testing.assert_allclose(np.diff(roots), roots[1] - roots[0], rtol=1e-6)
+
+
+def test_given_times(linear):
+  times = [900.5, 400, 0.25]
+  np.testing.assert_array_equal(linear.stride(times, 3), times)
+  for bad, message in (([900, 400], "3 times"), ([1, 2, 3], "decrease"),
+                       ([9, 9, 1], "decrease"), ([1000, 2, 1], "999"),
+                       ([9, 2, -1], "999")):
+    with pytest.raises(ValueError, match=message):
+      linear.stride(bad, 3)
+
+
+@pytest.mark.parametrize("name", [
+    "linear", "quadratic", "trailing", "linspace", "linspace_open"])
 @pytest.mark.parametrize("steps", [1, 2, 29, 30, 100, 950, 1000])
 def test_strides_waste_no_step(linear, name, steps):
   tau = linear.stride(name, steps)
@@ -73,7 +126,7 @@ def test_impossible_number_of_steps(linear, steps):
 
 
 def test_bad_arguments(linear):
-  with pytest.raises(ValueError, match="linear, quadratic.*'cubic'"):
+  with pytest.raises(ValueError, match="linear, trailing.*'cubic'"):
     linear.stride("cubic", 5)
   with pytest.raises(ValueError, match="between 0 and 1"):
     NoiseSchedule([0.1, 1.0])

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,8 +16,6 @@ from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import data
 from ddss_tf import evaluation
-from ddss_tf import features as features_lib
-from ddss_tf import fingerprint
 from ddss_tf import families
 from ddss_tf import objectives
 from ddss_tf import samplers
