@@ -41,8 +41,14 @@ _SIGMOID_FLOOR = 1e-3
 # step 0 has an increment of 0, which no softmax expresses.
 _TIME_FLOOR = 1e-4
 
-# The best start measured, see `LearnedSampler` and README.
-DEFAULT_START = ("dpm++3m", "linear")
+# Where GGDM starts: the largest K and the solver and stride that were best up to
+# it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where that
+# no longer tells them apart, by FID (K = 10). Other K by neighbourhood.
+_BEST_STARTS = (
+    (4, "dpm++3m", "linear"),
+    (7, "dpm++3m", "linspace"),
+    (np.inf, "dpm++3m", "trailing"),
+)
 
 
 def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
@@ -456,7 +462,8 @@ class GGDM(LearnedSampler):
   def default_start(self):
     if self.markov or self.parameterisation == "paper":
       return "ddim", "linear"
-    return DEFAULT_START
+    return next(start for most, *start in _BEST_STARTS
+                if self.num_steps <= most)
 
   def get_config(self):
     return {**super().get_config(), "markov": self.markov,

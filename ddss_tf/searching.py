@@ -72,8 +72,10 @@ class Search:
     gradient_samples: how many of them the gradient passes through.
     micro_batch_size: images per chain; divides both.
     objective: one of `objectives.OBJECTIVES`.
-    num_search_steps: steps over which the learning rate decays to 0 (cosine).
-    learning_rate: Adam's initial rate, in feature standard deviations.
+    num_search_steps: steps in all; the learning rate rises over a tenth of them
+      and then decays to 0 (cosine).
+    learning_rate: Adam's highest rate, in feature standard deviations for all
+      variables together.
     rate_multipliers: factors on it by kind of variable.
     seed: of the run; the images of a step depend on it and on the step only.
     x0_bound: see `chain.bound_x0`.
@@ -107,8 +109,15 @@ class Search:
     self.units = keras.Variable(
         np.zeros(self._start.shape, np.float32), name="units")
     self.scales = tf.Variable(tf.ones_like(self._start), trainable=False)
+    # All variables together move by the rate, if their effects are unrelated.
+    rate = learning_rate / np.sqrt(max(len(self._multipliers), 1))
+    # Adam's first steps are as long whatever the noise, so they come slowly.
+    warmup = num_search_steps // 10
     self.optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.CosineDecay(learning_rate, num_search_steps),
+        keras.optimizers.schedules.CosineDecay(
+            0.0, num_search_steps - warmup, warmup_target=rate,
+            warmup_steps=warmup) if warmup else
+        keras.optimizers.schedules.CosineDecay(rate, num_search_steps),
         beta_2=_ADAM_BETA_2, epsilon=1e-12)
     self.optimizer.build([self.units])
     self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -286,7 +295,7 @@ def search(
     gradient_samples: int | None = None,
     micro_batch_size: int | None = None,
     objective: str = "kid_linear",
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.06,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,
@@ -324,8 +333,9 @@ def search(
       None. Smaller ones need less memory; the gradient is the same.
     objective: what is minimised, one of `objectives.OBJECTIVES`. The best step
       is chosen by the same on the validation images.
-    learning_rate: Adam's initial rate, as the share of the features' standard
-      deviation by which one step of one variable moves them.
+    learning_rate: Adam's highest rate, as the share of the features' standard
+      deviation by which one step of all variables together moves them. It
+      serves every K.
     rate_multipliers: factors on the rate by kind of variable
       (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.

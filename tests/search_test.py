@@ -77,7 +77,7 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
       families.make_sampler, family="ggdm+pred+time", num_steps=2,
       init="ddim", parameterisation=parameterisation)
   sampler = ddss_tf.search(run, **parts, **options(
-      sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.05,
+      sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.3,
       validate_every=20, checkpoint_every=60, validation_samples=512))
   generator = sampling.Generator(parts["denoiser"], 500, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
@@ -96,7 +96,7 @@ def make_search(parts, **changes):
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   values = {**dict(
       batch_size=64, gradient_samples=64, micro_batch_size=64,
-      objective="kid_linear", num_search_steps=5, learning_rate=0.05,
+      objective="kid_linear", num_search_steps=5, learning_rate=0.3,
       rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=3,
       jit_compile=False), **changes}
   values["objective"] = objectives.make_objective(values["objective"], real)
@@ -216,7 +216,7 @@ def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="dpm++2m", stride="linear")
   sampler = ddss_tf.search(str(tmp_path), **parts, **options(
-      sampler=family, learning_rate=30.0, max_skipped=100))
+      sampler=family, learning_rate=300.0, max_skipped=100))
   start = solvers.solver_coefficients(
       parts["denoiser"].schedule, "dpm++2m", 3, "linear").numpy()
   for a, b in zip(sampler.coefficients(), start):
