@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_denoiser": "denoisers",
     "load_features": "features",
     "make_sampler": "families",
+    "make_schedule": "schedules",
     "run_chain": "chain",
     "sample": "exporting",
     "search": "searching",

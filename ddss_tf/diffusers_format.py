@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ddss_tf import schedules
 from ddss_tf.errors import UserError
 from ddss_tf.unet import UNetConfig
 
@@ -23,6 +24,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _DOWN = ("DownBlock2D", "AttnDownBlock2D")
 _UP = ("UpBlock2D", "AttnUpBlock2D")
+# Their names for schedules, and ours.
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear",
+                   "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 # Keys with a single implemented value; absent ones have it as their default.
@@ -146,19 +150,16 @@ def _read_scheduler(folder: str) -> tuple[np.ndarray, str]:
     raise UserError(f"{source}: prediction_type must be among "
                     f"{', '.join(_PREDICTIONS)}. Received: {kind!r}")
   if config.get("trained_betas") is not None:
-    betas = np.asarray(config["trained_betas"], np.float64)
-  else:
-    name = config.get("beta_schedule", "linear")
-    if name not in ("linear", "scaled_linear"):
-      raise UserError(f"{source}: beta_schedule must be 'linear', "
-                      f"'scaled_linear' or given as trained_betas. "
-                      f"Received: {name!r}")
-    power = 1.0 if name == "linear" else 2.0
-    betas = np.linspace(
-        config.get("beta_start", 1e-4) ** (1 / power),
-        config.get("beta_end", 0.02) ** (1 / power),
-        config.get("num_train_timesteps", 1000)) ** power
-  return betas, _PREDICTIONS[kind]
+    return np.asarray(config["trained_betas"], np.float64), _PREDICTIONS[kind]
+  name = config.get("beta_schedule", "linear")
+  if name not in _BETA_SCHEDULES:
+    raise UserError(f"{source}: beta_schedule must be among "
+                    f"{', '.join(_BETA_SCHEDULES)}, or given as trained_betas. "
+                    f"Received: {name!r}")
+  schedule = schedules.make_schedule(
+      _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
+      config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+  return schedule.betas, _PREDICTIONS[kind]
 
 
 def read_weights(folder: str) -> dict[str, np.ndarray]:

@@ -13,9 +13,11 @@ from ddss_tf.exporting import export
 from ddss_tf.exporting import sample
 from ddss_tf.families import make_sampler
 from ddss_tf.features import load_features
+from ddss_tf.schedules import make_schedule
 from ddss_tf.searching import search
 
 __all__ = [
     "compare", "evaluate", "export", "gaussian_denoiser", "load_dataset",
-    "load_denoiser", "load_features", "make_sampler", "sample", "search",
+    "load_denoiser", "load_features", "make_sampler", "make_schedule",
+    "sample", "search",
 ]

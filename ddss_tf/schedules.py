@@ -11,6 +11,7 @@ cleaner `s`. The clean image itself has abar = 1.
 Tables are float64 NumPy. Only what a gradient must pass through is TensorFlow.
 """
 
+import gin
 import numpy as np
 import tensorflow as tf
 
@@ -191,3 +192,37 @@ class NoiseSchedule:
           f"times of a stride must decrease strictly and lie in [0, {last}]. "
           f"Received: {times.tolist()}")
     return times
+
+
+@gin.register
+def make_schedule(name: str = "linear", num_train_steps: int = 1000,
+                  beta_start: float = 1e-4, beta_end: float = 0.02,
+                  betas=None) -> NoiseSchedule:
+  """Makes a noise schedule from its name.
+
+  Args:
+    name: "linear", "scaled_linear", "cosine", or "betas" for given ones.
+    num_train_steps: T; the number of `betas` where they are given.
+    beta_start: of the two linear ones.
+    beta_end: likewise.
+    betas: float [T], for "betas" only.
+
+  Returns:
+    The schedule.
+
+  Raises:
+    ValueError: unknown name, or betas missing, not asked for, or out of range.
+  """
+  if (betas is not None) != (name == "betas"):
+    raise ValueError("betas must be given with the schedule 'betas', and only "
+                     f"then. Received: name={name!r}, betas={betas!r}")
+  if name == "betas":
+    return NoiseSchedule(betas)
+  if name == "cosine":
+    return NoiseSchedule.cosine(num_train_steps)
+  if name == "linear":
+    return NoiseSchedule.linear(num_train_steps, beta_start, beta_end)
+  if name == "scaled_linear":
+    return NoiseSchedule.scaled_linear(num_train_steps, beta_start, beta_end)
+  raise ValueError("schedule must be one of linear, scaled_linear, cosine, "
+                   f"betas. Received: {name!r}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ddss_tf import schedules
 from ddss_tf.schedules import NoiseSchedule
 
 
@@ -132,3 +133,18 @@ def test_bad_arguments(linear):
     NoiseSchedule([0.1, 1.0])
   with pytest.raises(ValueError, match="non-empty"):
     NoiseSchedule([])
+
+
+def test_schedules_by_name():
+  np.testing.assert_array_equal(
+      schedules.make_schedule("cosine", 500).betas,
+      NoiseSchedule.cosine(500).betas)
+  np.testing.assert_array_equal(
+      schedules.make_schedule("scaled_linear", 9, 0.1, 0.4).betas,
+      NoiseSchedule.scaled_linear(9, 0.1, 0.4).betas)
+  np.testing.assert_array_equal(
+      schedules.make_schedule("betas", betas=[0.1, 0.3]).betas, [0.1, 0.3])
+  for arguments in (dict(name="sine"), dict(name="betas"),
+                    dict(name="linear", betas=[0.1])):
+    with pytest.raises(ValueError, match="Received"):
+      schedules.make_schedule(**arguments)
