@@ -8,6 +8,7 @@
 """
 
 import functools
+import os
 import time
 
 from absl import logging
@@ -314,7 +315,7 @@ def search(
   `coefficients.png` into the run directory; with `init="auto"` also
   `starts.json`. Killed at any moment and called again, it ends with the
   coefficients of an uninterrupted run. It never ends worse than it starts, by
-  its own validation KID.
+  the objective on its validation images.
 
   Args:
     run_dir: folder of the run.
@@ -457,6 +458,9 @@ def search(
       logging.info("validation %s at the start: %.4f", objective,
                    float(state.best_value))
       state.measure_scales()
+      if os.path.exists(run.path(starts.FILE)):
+        with open(run.path(starts.FILE)) as f:
+          tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)
     clock = time.monotonic()
     while int(state.step) < num_search_steps:
       loss, norm, taken = state.advance()

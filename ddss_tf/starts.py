@@ -7,6 +7,7 @@ from typing import Callable
 from absl import logging
 import numpy as np
 
+from ddss_tf import fingerprint
 from ddss_tf import solvers
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
@@ -43,25 +44,33 @@ def choose(make: Callable[..., Sampler],
     candidates = [{"init": solver, "stride": stride}
                   for solver in solvers.SOLVERS for stride in STRIDES]
   ranking = _read(path, conditions)
-  known = [entry["start"] for entry in ranking]
+  known = [(entry["start"], entry["sha256"]) for entry in ranking]
   for start in candidates:
-    if start in known:
-      continue
     try:
       coefficients = make(**{"init": None, **start}).start.numpy()
     except UserError:
       continue  # Not a start of this family, or not a stride for this K.
-    ranking.append({"start": start, "distance": distance(coefficients)})
-    # NaN last.
-    ranking.sort(key=lambda entry: (not np.isfinite(entry["distance"]),
-                                    entry["distance"]))
+    sha256 = fingerprint.arrays_sha256(coefficients)
+    if (start, sha256) in known:
+      continue
+    value = distance(coefficients)
+    # JSON has no NaN.
+    ranking.append({"start": start, "sha256": sha256,
+                    "distance": value if np.isfinite(value) else None})
+    ranking.sort(key=_worse)
     storage.write_json(path, {"conditions": conditions, "ranking": ranking})
   for rank, entry in enumerate(ranking, 1):
-    logging.info("start %d: %s, distance %.4f", rank, entry["start"],
+    logging.info("start %d: %s, distance %s", rank, entry["start"],
                  entry["distance"])
-  if not ranking or not np.isfinite(ranking[0]["distance"]):
+  if not ranking or ranking[0]["distance"] is None:
     raise UserError("init='auto' found no start with a finite distance")
   return make(**{"init": None, **ranking[0]["start"]})
+
+
+def _worse(entry):
+  """Sorts by distance, those that have none last."""
+  value = entry["distance"]
+  return (value is None, value or 0.0)
 
 
 def _read(path, conditions):

@@ -23,6 +23,7 @@ from ddss_tf import sampling
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import solvers
+from ddss_tf import starts
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -198,6 +199,31 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   again = ddss_tf.search(run, **parts, **arguments)
   for a, b in zip(sampler.coefficients(), again.coefficients()):
     np.testing.assert_array_equal(a, b)
+
+
+def test_starts_without_a_distance_come_last(parts, tmp_path):
+  schedule = parts["denoiser"].schedule
+  make = functools.partial(
+      families.make_sampler, schedule, family="ggdm+pred", num_steps=3)
+  path = str(tmp_path / "starts.json")
+  candidates = [{"init": "ddim", "stride": "linear"},
+                {"init": "ab2", "stride": "karras"},
+                {"init": "ddim", "stride": "quadratic"}]
+  values = iter([np.nan, 3.0, 2.0])
+  best = starts.choose(make, lambda c: next(values), path, {"a": 1}, candidates)
+  assert (best.init, best._stride) == ("ddim", "quadratic")
+  with open(path) as f:
+    ranking = json.load(f)["ranking"]
+  assert [entry["distance"] for entry in ranking] == [2.0, 3.0, None]
+  # Other conditions, or another sampler in the same file, are ranked anew.
+  values = iter([5.0, 4.0, 6.0])
+  best = starts.choose(make, lambda c: next(values), path, {"a": 2}, candidates)
+  assert best.init == "ab2"
+  with pytest.raises(UserError, match="no start with a finite distance"):
+    starts.choose(make, lambda c: np.inf, path, {"a": 3}, candidates)
+  (tmp_path / "starts.json").write_text("[")
+  with pytest.raises(UserError, match="damaged.*Delete it"):
+    starts.choose(make, lambda c: 1.0, path, {"a": 3}, candidates)
 
 
 def test_a_markov_family_ranks_only_what_it_holds(parts, tmp_path):
