@@ -4,12 +4,16 @@ All are functions of the features of one population, and none is a mean over its
 parts: see `searching.Search` for how a large population is pulled back.
 """
 
+import functools
+
 import numpy as np
+import scipy.spatial.distance
 import tensorflow as tf
 
-OBJECTIVES = ("kid_linear", "kid_cubic", "frechet_axes", "frechet")
+OBJECTIVES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
 # Real features that a kernel is evaluated against, at the most.
 _KERNEL_REAL = 5000
+_RBF_SCALES = (0.5, 1.0, 2.0)
 
 
 def kid_linear(features: tf.Tensor, real_mean: tf.Tensor) -> tf.Tensor:
@@ -42,22 +46,38 @@ def kid_linear(features: tf.Tensor, real_mean: tf.Tensor) -> tf.Tensor:
       count * (count - 1.0))
 
 
-def _cubic(a, b):
-  """(a . b / D + 1)^3, the kernel of Binkowski et al."""
+def cubic_kernel(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+  """(a . b / D + 1)^3 of all pairs, the kernel of Binkowski et al. [N, M]."""
   width = tf.cast(tf.shape(a)[1], tf.float32)
   return (tf.matmul(a, b, transpose_b=True) / width + 1.0) ** 3
 
 
-def kid_cubic(features: tf.Tensor, real: tf.Tensor,
-              real_term: tf.Tensor | float = 0.0) -> tf.Tensor:
-  """Unbiased Kernel Inception Distance with the cubic kernel, as a loss.
+def rbf_kernel(a: tf.Tensor, b: tf.Tensor, bandwidth: float) -> tf.Tensor:
+  """A mixture of Gaussian kernels of all pairs, [N, M].
 
-  Sees means, covariances and third moments. The estimate is unbiased for the
-  distance to the given real features.
+  The mean of exp(-|a - b|^2 / (2 s^2)) over s = bandwidth times 1/2, 1 and 2;
+  the mixture is our choice.
+  """
+  squares = (tf.reduce_sum(a**2, axis=1)[:, None]
+             + tf.reduce_sum(b**2, axis=1)[None]
+             - 2.0 * tf.matmul(a, b, transpose_b=True))
+  squares = tf.maximum(squares, 0.0) / bandwidth**2
+  return tf.add_n([tf.exp(-squares / (2.0 * scale**2))
+                   for scale in _RBF_SCALES]) / len(_RBF_SCALES)
+
+
+def kid(features: tf.Tensor, real: tf.Tensor, kernel,
+        real_term: tf.Tensor | float = 0.0) -> tf.Tensor:
+  """Unbiased Kernel Inception Distance with any kernel, as a loss.
+
+  The estimate is unbiased for the distance to the given real features. With
+  the cubic kernel it sees means, covariances and third moments; with the
+  Gaussian one, all moments.
 
   Args:
     features: float [N, D], N at least 2.
     real: float [R, D].
+    kernel: function from [N, D] and [M, D] to [N, M].
     real_term: the mean of k over pairs of real features, which no gradient
       needs; 0 leaves the value without it.
 
@@ -66,10 +86,10 @@ def kid_cubic(features: tf.Tensor, real: tf.Tensor,
   """
   features = tf.cast(features, tf.float32)
   count = tf.cast(tf.shape(features)[0], tf.float32)
-  own = _cubic(features, features)
+  own = kernel(features, features)
   pairs = tf.reduce_sum(own) - tf.linalg.trace(own)
   return (pairs / (count * (count - 1.0)) + real_term
-          - 2.0 * tf.reduce_mean(_cubic(features, real)))
+          - 2.0 * tf.reduce_mean(kernel(features, real)))
 
 
 def frechet_axes(features: tf.Tensor, real_mean: tf.Tensor, axes: tf.Tensor,
@@ -147,8 +167,10 @@ def make_objective(name: str, real: np.ndarray):
 
   Args:
     name: one of `OBJECTIVES`.
-    real: float [R, D], features of the whole training set. The cubic kernel is
-      evaluated against 5 000 of them at the most, drawn once with seed 0.
+    real: float [R, D], features of the whole training set. The cubic and the
+      Gaussian kernel are evaluated against 5 000 of them at the most, drawn
+      once with seed 0. The Gaussian's bandwidth is the median distance of the
+      first 1 000 of these.
 
   Returns:
     A function from features [N, D] to a float32 scalar.
@@ -174,7 +196,15 @@ def make_objective(name: str, real: np.ndarray):
     order = np.random.default_rng(0).permutation(len(real))
     real = real[order[:_KERNEL_REAL]]
   real = tf.constant(real, tf.float32)
-  kernel = _cubic(real, real)
-  real_term = (tf.reduce_sum(kernel) - tf.linalg.trace(kernel)) / (
+  kernel = cubic_kernel
+  if name == "kid_rbf":
+    bandwidth = float(np.median(scipy.spatial.distance.pdist(
+        real[:1000].numpy().astype(np.float64))))
+    if not bandwidth > 0:
+      raise ValueError("kid_rbf needs real features that differ. Received: "
+                       f"a median distance of {bandwidth:g}")
+    kernel = functools.partial(rbf_kernel, bandwidth=bandwidth)
+  pairs = kernel(real, real)
+  real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (
       len(real) * (len(real) - 1.0))
-  return lambda features: kid_cubic(features, real, real_term)
+  return lambda features: kid(features, real, kernel, real_term)

@@ -136,16 +136,33 @@ def test_metrics_tell_shifted_and_collapsed_from_equal():
   assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3
 
 
-def test_cubic_kid_loss_against_the_double_sum(sets):
+@pytest.mark.parametrize("name", ["kid_cubic", "kid_rbf"])
+def test_kernel_kid_loss_against_the_double_sum(sets, name):
   real, generated = (part[:40].astype(float) for part in sets)
-  kernel = lambda a, b: (a @ b / 6 + 1) ** 3
+  if name == "kid_cubic":
+    kernel = lambda a, b: (a @ b / 6 + 1) ** 3
+  else:
+    median = np.median([np.linalg.norm(a - b) for i, a in enumerate(real)
+                        for b in real[:i]])
+    kernel = lambda a, b: np.mean(
+        [np.exp(-np.sum((a - b) ** 2) / (2 * (scale * median) ** 2))
+         for scale in (0.5, 1, 2)])
   pairs = lambda x: np.mean([kernel(a, b) for i, a in enumerate(x)
                              for j, b in enumerate(x) if i != j])
   expected = (pairs(real) + pairs(generated)
               - 2 * np.mean([[kernel(a, b) for b in real] for a in generated]))
-  objective = objectives.make_objective("kid_cubic", real.astype(np.float32))
+  objective = objectives.make_objective(name, real.astype(np.float32))
   np.testing.assert_allclose(
-      objective(generated.astype(np.float32)), expected, rtol=1e-4)
+      objective(generated.astype(np.float32)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_cubic_kid_loss_is_the_metric_of_tfgan(sets):
+  # TF-GAN's estimate on one block of equal sets, which has no error.
+  real, generated = sets[0][:200], sets[1]
+  value, _ = metrics.kid(real, generated, block_size=200)
+  parts = [float(objectives.make_objective("kid_cubic", real[i:i + 100])(
+      generated[i:i + 100])) for i in (0, 100)]
+  np.testing.assert_allclose(np.mean(parts), value, rtol=1e-3)
 
 
 def test_frechet_loss_is_the_metric(sets):
