@@ -30,6 +30,7 @@ setuptools.setup(
         "matplotlib>=3.9",
         "numpy>=2",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboard>=2.20",
         "tensorflow>=2.21,<2.22",
         "tensorflow-datasets>=4.9.10",
@@ -38,6 +39,6 @@ setuptools.setup(
         "tensorflow-probability>=0.25",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "scipy>=1.13"]},
+    extras_require={"test": ["pytest>=8"]},
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},
 )
