@@ -1,7 +1,13 @@
-"""What a search minimises: a distance of generated from real features.
+"""What a search minimises.
 
-All are functions of the features of one population, and none is a mean over its
-parts: see `searching.Search` for how a large population is pulled back.
+  distances   of generated from real features: `DISTANCES`. Functions of one
+              population, none of them a mean over its parts; see
+              `searching.Search` for how a large population is pulled back.
+  matching    a many-step teacher from the same noise: `MATCHING`, past the
+              paper. Means over samples.
+  elbo        the variational bound, see `elbo.py`.
+
+`Objective` adds them up, over several feature networks.
 """
 
 import functools
@@ -10,7 +16,10 @@ import numpy as np
 import scipy.spatial.distance
 import tensorflow as tf
 
-OBJECTIVES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
+DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
+MATCHING = ("teacher_pixels", "teacher_features")
+ELBO = "elbo"
+OBJECTIVES = (*DISTANCES, *MATCHING, ELBO)
 # Real features that a kernel is evaluated against, at the most.
 _KERNEL_REAL = 5000
 _RBF_SCALES = (0.5, 1.0, 2.0)
@@ -162,11 +171,11 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor,
           - 2.0 * tf.reduce_sum(tf.sqrt(tf.maximum(product, floor))))
 
 
-def make_objective(name: str, real: np.ndarray):
-  """A loss on generated features, with all that it needs of the real ones.
+def make_distance(name: str, real: np.ndarray):
+  """A distance to real features, with all that it needs of them.
 
   Args:
-    name: one of `OBJECTIVES`.
+    name: one of `DISTANCES`.
     real: float [R, D], features of the whole training set. The cubic and the
       Gaussian kernel are evaluated against 5 000 of them at the most, drawn
       once with seed 0. The Gaussian's bandwidth is the median distance of the
@@ -178,8 +187,8 @@ def make_objective(name: str, real: np.ndarray):
   Raises:
     ValueError: unknown name.
   """
-  if name not in OBJECTIVES:
-    raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}. "
+  if name not in DISTANCES:
+    raise ValueError(f"distance must be one of {', '.join(DISTANCES)}. "
                      f"Received: {name!r}")
   real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
   if name == "kid_linear":
@@ -208,3 +217,111 @@ def make_objective(name: str, real: np.ndarray):
   real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (
       len(real) * (len(real) - 1.0))
   return lambda features: kid(features, real, kernel, real_term)
+
+
+class Objective:
+  """A weighted sum of distances and matching terms, of one population.
+
+  A population is seen as its `view`: the features of every network side by
+  side, then the pixels if a term asks for them. A distance is taken in each
+  network's features and summed with the networks' weights.
+
+  teacher_pixels is the mean squared difference of pixels to the images of the
+  teacher from the same noise; teacher_features that of features, relative to
+  their variance in the data. Both are unbiased, but not for a distance between
+  distributions: where the teacher cannot be matched they are lowest at its
+  conditional mean, which is too smooth.
+
+  Args:
+    terms: a name out of `OBJECTIVES`, or weights by name. "elbo" stands alone.
+    networks: feature networks, see `features.FeatureNetwork`.
+    reals: float32 [R, D], features of the training set, for each network.
+    image_shape: (H, W, C).
+    network_weights: for each network; 1 if None.
+
+  Attributes:
+    terms: weights by name.
+    width: of a view.
+    uses_teacher: whether `value` needs the teacher's view.
+    is_elbo: whether it is the bound, which is no function of a view.
+
+  Raises:
+    ValueError: unknown or no terms, weights that do not fit, or "elbo" among
+      others.
+  """
+
+  def __init__(self, terms, networks, reals, image_shape,
+               network_weights=None):
+    self.terms = {terms: 1.0} if isinstance(terms, str) else dict(terms)
+    for name in self.terms:
+      if name not in OBJECTIVES:
+        raise ValueError(f"objective must be out of {', '.join(OBJECTIVES)}. "
+                         f"Received: {name!r}")
+    if not self.terms or any(not w > 0 for w in self.terms.values()):
+      raise ValueError("objective must have terms with positive weights. "
+                       f"Received: {self.terms}")
+    self.is_elbo = ELBO in self.terms
+    if self.is_elbo and len(self.terms) > 1:
+      raise ValueError(
+          f"objective 'elbo' stands alone. Received: {self.terms}")
+    if network_weights is None:
+      network_weights = [1.0] * len(networks)
+    if len(network_weights) != len(networks):
+      raise ValueError(f"feature_weights must be one for each of the "
+                       f"{len(networks)} networks. Received: {network_weights}")
+    self.uses_teacher = any(name in MATCHING for name in self.terms)
+    self._networks = networks
+    self._weights = network_weights
+    self._sizes = [real.shape[1] for real in reals]
+    self._variances = [float(np.sum(np.var(real, axis=0, dtype=np.float64)))
+                       for real in reals]
+    self._distances = {
+        name: [make_distance(name, real) for real in reals]
+        for name in self.terms if name in DISTANCES}
+    self._pixels = "teacher_pixels" in self.terms
+    self.width = sum(self._sizes)
+    if self._pixels:
+      self.width += int(np.prod(image_shape))
+
+  @property
+  def feature_std(self) -> float:
+    """Root of the total variance of the first network's real features."""
+    return self._variances[0] ** 0.5
+
+  @property
+  def feature_width(self) -> int:
+    """D of the first network, whose features open every view."""
+    return self._sizes[0]
+
+  def view(self, images: tf.Tensor) -> tf.Tensor:
+    """What the terms see of images [N, H, W, C]: float32 [N, width]."""
+    parts = [network(images)["pool"] for network in self._networks]
+    if self._pixels:
+      parts.append(tf.reshape(images, [-1, np.prod(images.shape[1:])]))
+    return tf.concat(parts, axis=1)
+
+  def value(self, view: tf.Tensor, teacher: tf.Tensor | None = None):
+    """The objective of a population, a float32 scalar.
+
+    Args:
+      view: [N, width].
+      teacher: [N, width], of the teacher's images from the same noise; only
+        used if `uses_teacher`.
+    """
+    total = sum(self._sizes)
+    pools = tf.split(view[:, :total], self._sizes, axis=1)
+    loss = 0.0
+    for name, distances in self._distances.items():
+      for pool, weight, distance in zip(pools, self._weights, distances):
+        loss += self.terms[name] * weight * distance(pool)
+    if "teacher_features" in self.terms:
+      targets = tf.split(teacher[:, :total], self._sizes, axis=1)
+      for pool, target, weight, variance in zip(
+          pools, targets, self._weights, self._variances):
+        squares = tf.reduce_sum((pool - target) ** 2, axis=1)
+        loss += self.terms["teacher_features"] * weight * (
+            tf.reduce_mean(squares) / variance)
+    if self._pixels:
+      loss += self.terms["teacher_pixels"] * tf.reduce_mean(
+          (view[:, total:] - teacher[:, total:]) ** 2)
+    return loss

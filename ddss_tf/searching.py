@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
+from ddss_tf import elbo
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import objectives
@@ -26,6 +27,8 @@ from ddss_tf import progress
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import starts
+from ddss_tf import teacher as teacher_lib
+from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
@@ -67,27 +70,29 @@ class Search:
   Args:
     denoiser: the frozen model.
     sampler: the family whose variables are learned.
-    features: the network of the loss.
-    real: float32 [N, D], features of the whole training set.
+    objective: what is minimised, an `objectives.Objective`.
     batch_size: images per step, which is the population of the objective.
     gradient_samples: how many of them the gradient passes through.
     micro_batch_size: images per chain; divides both.
-    objective: one of `objectives.OBJECTIVES`.
     num_search_steps: steps in all; the learning rate rises over a tenth of them
       and then decays to 0 (cosine).
     learning_rate: Adam's highest rate, in feature standard deviations for all
       variables together.
     rate_multipliers: factors on it by kind of variable.
     seed: of the run; the images of a step depend on it and on the step only.
+    teacher: float32 [M, width], the teacher's views of the first M samples of
+      the seed, for an objective that uses them; then the samples of all steps
+      are among these.
+    images: float32 [R, H, W, C], the training set, for the ELBO.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
     remat: recompute the network's activations; False keeps them all.
   """
 
-  def __init__(self, denoiser, sampler, features, real, *, batch_size,
-               gradient_samples, micro_batch_size, objective, num_search_steps,
-               learning_rate, rate_multipliers, seed, x0_bound=None,
-               jit_compile=True, remat=True):
+  def __init__(self, denoiser, sampler, objective, *, batch_size,
+               gradient_samples, micro_batch_size, num_search_steps,
+               learning_rate, rate_multipliers, seed, teacher=None, images=None,
+               x0_bound=None, jit_compile=True, remat=True):
     self.sampler = sampler
     self.kinds, self.variables = [], []
     for kind, variables in sampler.variables_by_kind.items():
@@ -96,10 +101,11 @@ class Search:
     self._batch_size = batch_size
     self._gradient_samples = gradient_samples
     self._micro_batch_size = micro_batch_size
-    self._width = real.shape[1]
+    self._objective = objective
+    self._teacher = teacher
+    self._images = images
+    self._seed = seed
     self._pair = sampling.seed_pair(seed)
-    self._feature_std = float(np.sqrt(
-        np.sum(np.var(real, axis=0, dtype=np.float64))))
     # The kind of every entry of the vector of all variables.
     self._kind_of_entry = np.repeat(
         self.kinds, [int(np.prod(v.shape)) for v in self.variables])
@@ -135,39 +141,52 @@ class Search:
     plain = tf.function(denoiser.eps, jit_compile=jit_compile)
     eps_fn = chain.rematerialise(denoiser.eps, jit_compile) if remat else plain
 
-    def images_features(indices, network):
+    def make_view(indices, network):
       x_T, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
-      images = chain.run_chain(network, sampler.coefficients(), x_T, step_noise,
-                               x0_bound=x0_bound)
-      return features(images)["pool"]
+      return objective.view(chain.run_chain(
+          network, sampler.coefficients(), x_T, step_noise, x0_bound=x0_bound))
+
+    def flat_gradient(tape, target, output_gradients=None):
+      gradients = tape.gradient(
+          target, [v.value for v in self.variables],
+          output_gradients=output_gradients)
+      return tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
 
     @tf.function
     def population(indices):
-      return images_features(indices, plain)
+      return make_view(indices, plain)
 
     @tf.function
-    def differentiate(pool):
+    def differentiate(view, teacher):
       with tf.GradientTape() as tape:
-        tape.watch(pool)
-        loss = objective(pool)
-      return loss, tape.gradient(loss, pool)
+        tape.watch(view)
+        loss = objective.value(view, teacher)
+      return loss, tape.gradient(loss, view)
 
     @tf.function
-    def pull_back(indices, cotangents, own):
-      """Gradient of sum(features * cotangents), or of the objective if own."""
+    def pull_back(indices, cotangents, teacher, own):
+      """Gradient of sum(view * cotangents), or of the objective if own."""
       with tf.GradientTape() as tape:
-        pool = images_features(indices, eps_fn)
+        view = make_view(indices, eps_fn)
       # A branch: a micro-batch may be too small for the objective.
       loss, cotangents = tf.cond(
-          own, lambda: differentiate(pool), lambda: (0.0, cotangents))
-      gradients = tape.gradient(
-          pool, [v.value for v in self.variables], output_gradients=cotangents)
-      return loss, tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
+          own, lambda: differentiate(view, teacher), lambda: (0.0, cotangents))
+      return loss, flat_gradient(tape, view, cotangents)
+
+    @tf.function
+    def bound(indices, x_0):
+      first_noise, step_noise = chain.draw_noise(
+          self._pair, indices, denoiser.image_shape, sampler.num_steps)
+      with tf.GradientTape() as tape:
+        loss = elbo.negative_elbo(
+            eps_fn, sampler.coefficients(), x_0, first_noise, step_noise)
+      return loss, flat_gradient(tape, loss)
 
     self._population = population
     self._differentiate = differentiate
     self._pull_back = pull_back
+    self._bound = bound
 
   def _flat(self) -> np.ndarray:
     """All variables as one float32 vector."""
@@ -193,23 +212,48 @@ class Search:
       The loss and float32 [n], the gradient in all variables as one vector.
     """
     indices = step * self._batch_size + np.arange(self._batch_size)
+    if self._objective.is_elbo:
+      return self._bound_and_gradient(step, indices)
+    if self._teacher is not None:
+      indices %= len(self._teacher)
     size = self._micro_batch_size
     if size == self._batch_size == self._gradient_samples:
+      indices = tf.constant(indices)
+      teacher = self._targets(indices)
       loss, gradient = self._pull_back(
-          tf.constant(indices), tf.zeros([size, self._width]),
-          tf.constant(True))
+          indices, tf.zeros_like(teacher), teacher, tf.constant(True))
       return float(loss), gradient.numpy()
     parts = [tf.constant(part)
              for part in np.split(indices, self._batch_size // size)]
+    targets = [self._targets(part) for part in parts]
     loss, cotangents = self._differentiate(
-        tf.concat([self._population(part) for part in parts], axis=0))
+        tf.concat([self._population(part) for part in parts], axis=0),
+        tf.concat(targets, axis=0))
     chosen = self._gradient_samples // size
     gradients = [
-        self._pull_back(part, cotangent, tf.constant(False))[1]
-        for part, cotangent in zip(
-            parts[:chosen], tf.split(cotangents, len(parts)))]
+        self._pull_back(part, cotangent, target, tf.constant(False))[1]
+        for part, cotangent, target in zip(
+            parts[:chosen], tf.split(cotangents, len(parts)), targets)]
     scale = self._batch_size / self._gradient_samples
     return float(loss), scale * tf.add_n(gradients).numpy()
+
+  def _targets(self, indices):
+    """The teacher's views of samples, or zeros where there is no teacher."""
+    if self._teacher is None:
+      return tf.zeros([len(indices), self._objective.width])
+    return tf.constant(self._teacher[np.asarray(indices)])
+
+  def _bound_and_gradient(self, step, indices):
+    """The ELBO objective: a mean over samples, so micro-batches average."""
+    chosen = np.random.default_rng([self._seed, step]).integers(
+        len(self._images), size=self._gradient_samples)
+    size = self._micro_batch_size
+    results = [
+        self._bound(tf.constant(indices[i:i + size]),
+                    tf.constant(self._images[chosen[i:i + size]]))
+        for i in range(0, self._gradient_samples, size)]
+    return (float(np.mean([float(loss) for loss, _ in results])),
+            np.mean([gradient.numpy() for _, gradient in results], axis=0))
 
   def measure_scales(self) -> None:
     """Measures how far the features move with each variable, and rescales.
@@ -220,17 +264,20 @@ class Search:
     Those to which hardly anything reacts are treated as if they had 3 % of the
     root mean square of their kind, or they would be thrown far.
     """
-    size = self._micro_batch_size
+    size, objective = self._micro_batch_size, self._objective
     squares = 0.0
     for draw in range(_SCALE_DRAWS):
       # Noise of its own: indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
-      r = tf.random.stateless_normal(
-          [size, self._width], [draw, 0], alg="philox")
+      # Of the first network's features only, whatever else the view holds.
+      r = tf.pad(
+          tf.random.stateless_normal(
+              [size, objective.feature_width], [draw, 0], alg="philox"),
+          [[0, 0], [0, objective.width - objective.feature_width]])
       _, gradient = self._pull_back(
-          tf.constant(indices), r, tf.constant(False))
+          tf.constant(indices), r, tf.zeros_like(r), tf.constant(False))
       squares = squares + gradient.numpy().astype(np.float64) ** 2
-    squares = squares / (_SCALE_DRAWS * size) / self._feature_std**2
+    squares = squares / (_SCALE_DRAWS * size) / objective.feature_std**2
     if not np.all(np.isfinite(squares)) or not np.any(squares):
       raise UserError("the search's start must have finite, non-zero "
                       "sensitivities: the denoiser or the feature network "
@@ -284,18 +331,77 @@ class Search:
       variable.assign(best)
 
 
+class _Validation:
+  """The objective of a sampler's images on fixed noise.
+
+  Args:
+    objective: an `objectives.Objective`.
+    denoiser: the frozen model.
+    images: float32 [R, H, W, C], the training set; the ELBO takes a fixed draw.
+    num_samples: how many.
+    teacher: the teacher's views of these samples, or None.
+    seed: of the noise.
+    x0_bound: see `chain.bound_x0`.
+    jit_compile: compile the network with XLA.
+
+  Attributes:
+    generator: of images without gradient.
+  """
+
+  def __init__(self, objective, denoiser, images, num_samples, teacher, *, seed,
+               x0_bound, jit_compile):
+    self._objective = objective
+    self._num_samples = num_samples
+    self._seed = seed
+    self._teacher = None if teacher is None else tf.constant(teacher)
+    self.generator = sampling.Generator(
+        denoiser, min(250, num_samples), jit_compile, x0_bound)
+    self._view = tf.function(objective.view)
+    self._value = tf.function(objective.value)
+    order = np.random.default_rng(seed).permutation(len(images))
+    self._images = images[order[:num_samples]]
+    self._shape = denoiser.image_shape
+    self._eps = tf.function(denoiser.eps, jit_compile=jit_compile)
+
+    @tf.function
+    def bound(coefficients, indices, x_0):
+      first_noise, step_noise = chain.draw_noise(
+          sampling.seed_pair(seed), indices, self._shape,
+          coefficients.num_steps)
+      return elbo.negative_elbo(
+          self._eps, coefficients, x_0, first_noise, step_noise)
+
+    self._bound = bound
+
+  def __call__(self, coefficients) -> float:
+    """The value of a sampler's coefficients (NumPy)."""
+    if self._objective.is_elbo:
+      coefficients = Coefficients(*(tf.constant(v) for v in coefficients))
+      # One batch: the variance of the last step is fitted to all of it.
+      return float(self._bound(
+          coefficients, tf.range(len(self._images)), self._images))
+    view = tf.concat(
+        [self._view(images) for images in self.generator.batches(
+            coefficients, self._num_samples, self._seed)], axis=0)
+    teacher = tf.zeros([1]) if self._teacher is None else self._teacher
+    return float(self._value(view, teacher))
+
+
 @gin.configurable(denylist=["run_dir"])
 def search(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
     dataset: ImageDataset = gin.REQUIRED,
-    features: features_lib.FeatureNetwork = gin.REQUIRED,
+    features=gin.REQUIRED,
     sampler=gin.REQUIRED,
     num_search_steps: int = gin.REQUIRED,
     batch_size: int = gin.REQUIRED,
     gradient_samples: int | None = None,
     micro_batch_size: int | None = None,
-    objective: str = "kid_linear",
+    objective="kid_linear",
+    feature_weights=None,
+    teacher: dict | None = None,
+    teacher_samples: int = 2048,
     learning_rate: float = 0.06,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
@@ -321,7 +427,7 @@ def search(
     run_dir: folder of the run.
     denoiser: the frozen model.
     dataset: its training set.
-    features: the network of the loss.
+    features: the network of the loss, or a list of networks.
     sampler: function from a noise schedule to the sampler to learn, such as
       `@make_sampler`.
     num_search_steps: steps in all.
@@ -332,8 +438,14 @@ def search(
       `Search.loss_and_gradient`.
     micro_batch_size: images per chain, a divisor of both; `gradient_samples` if
       None. Smaller ones need less memory; the gradient is the same.
-    objective: what is minimised, one of `objectives.OBJECTIVES`. The best step
-      is chosen by the same on the validation images.
+    objective: what is minimised, out of `objectives.OBJECTIVES`: a name, or
+      weights by name. The best step is chosen by the same on the validation
+      images.
+    feature_weights: weights of the networks in it; 1 each if None.
+    teacher: of the matching objectives: solver, stride and num_steps; those
+      left out keep `teacher.DEFAULT`.
+    teacher_samples: how many of the teacher's images are made; the steps take
+      their samples from these in turn.
     learning_rate: Adam's highest rate, as the share of the features' standard
       deviation by which one step of all variables together moves them. It
       serves every K.
@@ -364,6 +476,7 @@ def search(
       ("gradient_samples", gradient_samples, 1),
       ("micro_batch_size", micro_batch_size, 1),
       ("start_samples", start_samples, 2),
+      ("teacher_samples", teacher_samples, 2),
       ("validation_samples", validation_samples, 2),
       ("validate_every", validate_every, 1),
       ("checkpoint_every", checkpoint_every, 1), ("log_every", log_every, 1)):
@@ -380,7 +493,9 @@ def search(
   if x0_bound not in (None, *chain.X0_BOUNDS):
     raise UserError("search.x0_bound must be None, "
                     f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
-  check_shapes(denoiser, dataset, features)
+  networks = list(features) if isinstance(features, (list, tuple)) else [
+      features]
+  check_shapes(denoiser, dataset, *networks)
   multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
   if set(multipliers) != set(KINDS):
     raise UserError(f"search.rate_multipliers must be for {', '.join(KINDS)}. "
@@ -391,59 +506,72 @@ def search(
                     "a learned family, such as ggdm+pred+time")
 
   run = run_dir_lib.RunDir(run_dir)
-  real = features_lib.dataset_features(
-      features, dataset, quantise=False, cache_dir=run.cache)["pool"]
-  extract = tf.function(features)
+  reals = [features_lib.dataset_features(
+      network, dataset, quantise=False, cache_dir=run.cache)["pool"]
+           for network in networks]
   try:
-    loss_fn = objectives.make_objective(objective, real)
-  except ValueError as error:
-    raise UserError(f"search.objective: {error}") from error
-  compiled_loss_fn = tf.function(loss_fn)
+    loss = objectives.Objective(
+        objective, networks, reals, denoiser.image_shape, feature_weights)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"search: {error}") from error
+  teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
 
-  def distance_of(generator, coefficients, num_images) -> float:
-    pool = [extract(images)["pool"] for images in generator.batches(
-        coefficients, num_images, seed + 1)]
-    return float(compiled_loss_fn(tf.concat(pool, axis=0)))
+  def views_of_teacher(num_samples, noise_seed):
+    if not loss.uses_teacher:
+      return None
+    try:
+      return teacher_lib.teacher_views(
+          loss, denoiser, num_samples=num_samples, seed=noise_seed,
+          cache_dir=run.cache, identity=[n.key for n in networks] + [
+              "teacher_pixels" in loss.terms],
+          x0_bound=x0_bound, jit_compile=jit_compile, **teacher)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"search.teacher: {error}") from error
+
+  make_value = functools.partial(
+      _Validation, loss, denoiser, dataset.images, seed=seed + 1,
+      x0_bound=x0_bound, jit_compile=jit_compile)
+  identity = {
+      "denoiser": denoiser.sha256, "dataset": dataset.sha256,
+      "features": [network.key for network in networks],
+      "feature_weights": feature_weights, "objective": loss.terms,
+      "x0_bound": x0_bound}
+  if loss.uses_teacher:
+    identity["teacher"] = {**teacher, "samples": teacher_samples}
 
   if getattr(sampler, "init", None) == "auto":
-    generator = sampling.Generator(
-        denoiser, min(250, start_samples), jit_compile, x0_bound)
     sampler = starts.choose(
         functools.partial(make_sampler, denoiser.schedule),
-        lambda c: distance_of(generator, c, start_samples),
+        make_value(start_samples, views_of_teacher(start_samples, seed + 1)),
         run.path(starts.FILE), {
-            "denoiser": denoiser.sha256, "dataset": dataset.sha256,
-            "features": features.sha256, "family": sampler.get_config(),
-            "objective": objective,
-            "samples": start_samples, "seed": seed + 1, "x0_bound": x0_bound},
-        start_candidates)
+            **identity, "family": sampler.get_config(),
+            "samples": start_samples, "seed": seed + 1}, start_candidates)
 
   # All that decides the result: another one cannot go on from its checkpoint.
   run.claim("search", {
-      "denoiser": denoiser.sha256, "dataset": dataset.sha256,
-      "features": features.sha256, "sampler": sampler.get_config(),
+      **identity, "sampler": sampler.get_config(),
       "num_search_steps": num_search_steps, "batch_size": batch_size,
-      "gradient_samples": gradient_samples, "objective": objective,
+      "gradient_samples": gradient_samples,
       "learning_rate": learning_rate, "rate_multipliers": multipliers,
-      "seed": seed, "x0_bound": x0_bound,
-      "validation_samples": validation_samples,
+      "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every})
   state = Search(
-      denoiser, sampler, features, real, batch_size=batch_size,
+      denoiser, sampler, loss, batch_size=batch_size,
       gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
-      objective=loss_fn, num_search_steps=num_search_steps,
-      learning_rate=learning_rate, rate_multipliers=multipliers, seed=seed,
+      num_search_steps=num_search_steps, learning_rate=learning_rate,
+      rate_multipliers=multipliers, seed=seed,
+      teacher=views_of_teacher(teacher_samples, seed), images=dataset.images,
       x0_bound=x0_bound, jit_compile=jit_compile)
   manager = tf.train.CheckpointManager(
       state.checkpoint, run.path("checkpoints"), max_to_keep=3)
   if manager.latest_checkpoint:
     state.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
     logging.info("going on from step %d", int(state.step))
-  generator = sampling.Generator(
-      denoiser, min(250, validation_samples), jit_compile, x0_bound)
+  validation = make_value(
+      validation_samples, views_of_teacher(validation_samples, seed + 1))
 
   def validate() -> float:
-    return distance_of(generator, sampler.coefficients(), validation_samples)
+    return validation(sampler.coefficients().numpy())
 
   with tf.summary.create_file_writer(run.path("tensorboard")).as_default(), \
       progress.bar(
@@ -453,9 +581,9 @@ def search(
     if start == 0:
       tf.summary.text("config", f"```\n{gin.config_str()}\n```", step=0)
       state.keep_if_best(validate())
-      _summarise_state(sampler, generator, seed, 0, objective,
+      _summarise_state(sampler, validation.generator, seed, 0,
                        float(state.best_value))
-      logging.info("validation %s at the start: %.4f", objective,
+      logging.info("validation at the start: %.4f",
                    float(state.best_value))
       state.measure_scales()
       if os.path.exists(run.path(starts.FILE)):
@@ -487,10 +615,9 @@ def search(
       if step % validate_every == 0 or step == num_search_steps:
         value = validate()
         state.keep_if_best(value)
-        _summarise_state(sampler, generator, seed, step, objective, value)
-        logging.info("step %d: validation %s %.4f (best %.4f at step %d)",
-                     step, objective, value, float(state.best_value),
-                     int(state.best_step))
+        _summarise_state(sampler, validation.generator, seed, step, value)
+        logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
+                     value, float(state.best_value), int(state.best_step))
         clock = time.monotonic()
       if step % checkpoint_every == 0 or step == num_search_steps:
         tf.summary.flush()
@@ -509,21 +636,22 @@ def search(
           "config": sampler.get_config(),
           "steps": num_search_steps, "best_step": int(state.best_step),
           "skipped_steps": int(state.skipped), "batch_size": batch_size,
-          "gradient_samples": gradient_samples, "objective": objective,
+          "gradient_samples": gradient_samples, "objective": loss.terms,
           "learning_rate": learning_rate, "rate_multipliers": multipliers,
           "seed": seed, "validation": float(state.best_value),
           "validation_samples": validation_samples,
-          "features": {"name": features.name, "sha256": features.sha256},
+          "features": [{"name": network.name, "sha256": network.sha256}
+                       for network in networks],
           "dataset": dataset.name}, x0_bound=x0_bound))
   figures.coefficients_png(
       run.path("coefficients.png"), best, sampler.label)
   return sampler
 
 
-def _summarise_state(sampler, generator, seed, step, name, value):
+def _summarise_state(sampler, generator, seed, step, value):
   """Writes the sampler's state to TensorBoard."""
   coefficients = sampler.coefficients().numpy()
-  tf.summary.scalar(f"validation/{name}", value, step=step)
+  tf.summary.scalar("validation/objective", value, step=step)
   for name, value in coefficients.named_scalars().items():
     tf.summary.scalar(f"coefficients/{name}", value, step=step)
   images = generator.images(coefficients, 64, seed + 1)

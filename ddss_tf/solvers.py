@@ -11,7 +11,8 @@ So a solver here is a function that computes the row of the next state from rows
 (`_History`) by its published formula, in float64 NumPy, and one elimination
 turns the rows into `Coefficients`: the weights of x_{k+1} on x0_hat_k and on
 the states x_0 ... x_k. It needs a non-zero weight of x0_hat_k in every state,
-which all of these have. The deterministic ones are thereby exact points of GGDM+PRED.
+which all of these have. The deterministic ones are thereby exact points of
+GGDM+PRED.
 """
 
 import functools

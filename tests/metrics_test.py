@@ -151,7 +151,7 @@ def test_kernel_kid_loss_against_the_double_sum(sets, name):
                              for j, b in enumerate(x) if i != j])
   expected = (pairs(real) + pairs(generated)
               - 2 * np.mean([[kernel(a, b) for b in real] for a in generated]))
-  objective = objectives.make_objective(name, real.astype(np.float32))
+  objective = objectives.make_distance(name, real.astype(np.float32))
   np.testing.assert_allclose(
       objective(generated.astype(np.float32)), expected, rtol=1e-4, atol=1e-6)
 
@@ -160,21 +160,21 @@ def test_cubic_kid_loss_is_the_metric_of_tfgan(sets):
   # TF-GAN's estimate on one block of equal sets, which has no error.
   real, generated = sets[0][:200], sets[1]
   value, _ = metrics.kid(real, generated, block_size=200)
-  parts = [float(objectives.make_objective("kid_cubic", real[i:i + 100])(
+  parts = [float(objectives.make_distance("kid_cubic", real[i:i + 100])(
       generated[i:i + 100])) for i in (0, 100)]
   np.testing.assert_allclose(np.mean(parts), value, rtol=1e-3)
 
 
 def test_frechet_loss_is_the_metric(sets):
   real, generated = sets
-  objective = objectives.make_objective("frechet", real)
+  objective = objectives.make_distance("frechet", real)
   np.testing.assert_allclose(
       objective(generated), metrics.fid(real, generated), rtol=2e-3)
 
 
 def test_frechet_along_axes(sets):
   real, generated = sets
-  objective = objectives.make_objective("frechet_axes", real)
+  objective = objectives.make_distance("frechet_axes", real)
   # The distances of the marginals along the real principal axes; the mean's
   # part is the unbiased one.
   _, axes = np.linalg.eigh(np.cov(real.astype(float).T))
@@ -189,10 +189,10 @@ def test_frechet_along_axes(sets):
       objective(stretched), metrics.fid(real, stretched), rtol=0.05)
 
 
-@pytest.mark.parametrize("name", objectives.OBJECTIVES)
-def test_objectives_agree_on_what_is_worse(sets, name):
+@pytest.mark.parametrize("name", objectives.DISTANCES)
+def test_distances_agree_on_what_is_worse(sets, name):
   real, _ = sets
-  objective = objectives.make_objective(name, real)
+  objective = objectives.make_distance(name, real)
   rng = np.random.default_rng(0)
   shift = rng.normal(size=6).astype(np.float32)
   same, near, far = (

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,8 +16,10 @@ import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import data
+from ddss_tf import elbo
 from ddss_tf import evaluation
 from ddss_tf import families
+from ddss_tf import features as features_lib
 from ddss_tf import objectives
 from ddss_tf import samplers
 from ddss_tf import sampling
@@ -100,12 +103,20 @@ def make_search(parts, **changes):
       objective="kid_linear", num_search_steps=5, learning_rate=0.3,
       rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=3,
       jit_compile=False), **changes}
-  values["objective"] = objectives.make_objective(values["objective"], real)
+  objective = objectives.Objective(
+      values.pop("objective"), [parts["features"]], [real], SHAPE)
+  teacher = None
+  if objective.uses_teacher:
+    teacher = 3 + np.random.default_rng(0).normal(
+        size=(256, objective.width)).astype(np.float32)
   return searching.Search(
-      parts["denoiser"], sampler, parts["features"], real, **values)
+      parts["denoiser"], sampler, objective, teacher=teacher,
+      images=parts["dataset"].images, **values)
 
 
-@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+@pytest.mark.parametrize("objective", [
+    *objectives.DISTANCES,
+    {"kid_linear": 1.0, "teacher_pixels": 5.0, "teacher_features": 2.0}])
 def test_two_passes_give_the_gradient_of_one(parts, objective):
   loss, gradient = make_search(
       parts, objective=objective).loss_and_gradient(1)
@@ -123,11 +134,12 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
   part = make_search(parts, gradient_samples=16, micro_batch_size=16)
   pool = [part._population(tf.constant(np.arange(i, i + 16)))
           for i in range(0, 64, 16)]
-  _, cotangents = part._differentiate(tf.concat(pool, axis=0))
+  nothing = tf.zeros([64, pool[0].shape[1]])
+  _, cotangents = part._differentiate(tf.concat(pool, axis=0), nothing)
   estimates = [
-      4 * part._pull_back(tf.constant(np.arange(i, i + 16)),
-                          cotangents[i:i + 16], tf.constant(False))[1].numpy()
-      for i in range(0, 64, 16)]
+      4 * part._pull_back(
+          tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16],
+          nothing[:16], tf.constant(False))[1].numpy() for i in range(0, 64, 16)]
   np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
                              atol=1e-4 * np.abs(whole).max())
   np.testing.assert_allclose(
@@ -249,6 +261,101 @@ def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_an_objective_is_the_weighted_sum_of_its_terms(parts):
+  first = parts["features"]
+  other = features_lib.FeatureNetwork(
+      keras.models.clone_model(first.model), "other")
+  rng = np.random.default_rng(0)
+  real, images, teacher = (
+      (0.3 + size * rng.normal(size=(60, *SHAPE))).astype(np.float32)
+      for size in (0.25, 0.4, 0.1))
+  reals = [network(real)["pool"].numpy() for network in (first, other)]
+  objective = objectives.Objective(
+      {"kid_linear": 2.0, "frechet_axes": 1.0, "teacher_features": 3.0,
+       "teacher_pixels": 4.0}, [first, other], reals, SHAPE, [1.0, 0.5])
+  expected = 4 * np.mean((images - teacher) ** 2)
+  for network, values, weight in zip((first, other), reals, (1.0, 0.5)):
+    pool = network(images)["pool"].numpy()
+    target = network(teacher)["pool"].numpy()
+    for name, factor in (("kid_linear", 2.0), ("frechet_axes", 1.0)):
+      expected += weight * factor * float(
+          objectives.make_distance(name, values)(pool))
+    expected += 3 * weight * np.mean(
+        np.sum((pool - target) ** 2, axis=1)) / values.var(axis=0).sum()
+  view = objective.view(images)
+  assert view.shape == (60, objective.width)
+  np.testing.assert_allclose(
+      objective.value(view, objective.view(teacher)), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("terms,message", [
+    ("beauty", "kid_linear.*'beauty'"), ({}, "terms"),
+    ({"kid_linear": -1.0}, "positive"),
+    ({"elbo": 1.0, "kid_linear": 1.0}, "stands alone")])
+def test_bad_objectives(parts, terms, message):
+  with pytest.raises(ValueError, match=message):
+    objectives.Objective(terms, [parts["features"]],
+                         [np.eye(12, dtype=np.float32)], SHAPE)
+
+
+def test_matching_a_teacher(parts, tmp_path):
+  # On Gaussian data the ODE's solution is linear in x_T, and three steps with
+  # free coefficients can be right: the distance to the exact solution falls.
+  denoiser = parts["denoiser"]
+  family = functools.partial(families.make_sampler, family="ggdm+pred",
+                             num_steps=3, init="ddim", stride="linear")
+  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+      sampler=family, objective="teacher_pixels", num_search_steps=40,
+      batch_size=32, learning_rate=0.1, teacher_samples=64,
+      validation_samples=64, teacher={"num_steps": 60}))
+  x_T, _ = chain.draw_noise(tf.constant([9, 0]), tf.range(64), SHAPE, 3)
+  # From abar_T to a clean image: mean + std (x_T - ...), see solvers_test.
+  abar = denoiser.schedule.abar(999)
+  exact = 0.3 + 0.25 * (x_T - abar**0.5 * 0.3) / (
+      abar * 0.25**2 + 1 - abar) ** 0.5
+
+  def error(c):
+    images = chain.run_chain(denoiser.eps, c, x_T)
+    return float(tf.reduce_mean((images - exact) ** 2)) ** 0.5
+
+  start = solvers.solver_coefficients(
+      denoiser.schedule, "ddim", 3, "linear").numpy()
+  assert error(sampler.coefficients()) < 0.3 * error(start)
+  # The teacher's views are kept, and used again.
+  cached = [name for name in os.listdir(tmp_path / "cache")
+            if name.startswith("teacher-")]
+  assert len(cached) == 2  # Of the steps and of the validation.
+  with pytest.raises(UserError, match="teacher must be deterministic.*ddpm"):
+    ddss_tf.search(str(tmp_path / "noisy"), **parts, **options(
+        objective="teacher_pixels", teacher={"solver": "ddpm"}))
+  with pytest.raises(UserError, match="search.teacher.*colour"):
+    ddss_tf.search(str(tmp_path / "odd"), **parts, **options(
+        objective="teacher_pixels", teacher={"colour": "ddpm"}))
+
+
+def test_searching_for_likelihood(parts, tmp_path):
+  family = functools.partial(families.make_sampler, family="ggdm+pred",
+                             num_steps=3, init="ddpm", stride="linear")
+  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+      sampler=family, objective="elbo", num_search_steps=40, batch_size=64,
+      learning_rate=0.1, validation_samples=256))
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: tf.constant(rng.normal(size=shape), tf.float32)
+  x_0 = 0.3 + 0.25 * draw(2000, *SHAPE)
+  noise = draw(2000, *SHAPE), draw(2000, 2, *SHAPE)
+
+  def bound(c):
+    return float(elbo.negative_elbo(parts["denoiser"].eps, c, x_0, *noise))
+
+  start = solvers.solver_coefficients(
+      parts["denoiser"].schedule, "ddpm", 3, "linear").numpy()
+  assert bound(sampler.coefficients()) < bound(start) - 0.5
+  # Deterministic samplers have no bound to lower.
+  with pytest.raises(UserError, match="finite"):
+    ddss_tf.search(str(tmp_path / "ode"), **parts, **options(
+        sampler=functools.partial(family, init="ddim"), objective="elbo"))
+
+
 def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
   run = str(tmp_path)
   sampler = ddss_tf.search(run, **parts, **options(
@@ -288,7 +395,7 @@ def test_tensorboard_has_every_coefficient_by_name(finished):
   for name in finished[1].coefficients().named_scalars():
     assert f"coefficients/{name}" in tags
   for name in ("search/loss", "search/gradient_norm",
-               "search/seconds_per_step", "validation/kid_linear", "samples"):
+               "search/seconds_per_step", "validation/objective", "samples"):
     assert name in tags
   assert "config" in tags
 
