@@ -310,7 +310,7 @@ class Objective:
     """
     total = sum(self._sizes)
     pools = tf.split(view[:, :total], self._sizes, axis=1)
-    loss = 0.0
+    loss = tf.zeros([])
     for name, distances in self._distances.items():
       for pool, weight, distance in zip(pools, self._weights, distances):
         loss += self.terms[name] * weight * distance(pool)

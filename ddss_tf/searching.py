@@ -162,7 +162,8 @@ class Search:
       with tf.GradientTape() as tape:
         tape.watch(view)
         loss = objective.value(view, teacher)
-      return loss, tape.gradient(loss, view)
+      # The bound is no function of a view: a gradient of 0.
+      return loss, tape.gradient(loss, view, unconnected_gradients="zero")
 
     @tf.function
     def pull_back(indices, cotangents, teacher, own):
@@ -510,33 +511,33 @@ def search(
       network, dataset, quantise=False, cache_dir=run.cache)["pool"]
            for network in networks]
   try:
-    loss = objectives.Objective(
+    goal = objectives.Objective(
         objective, networks, reals, denoiser.image_shape, feature_weights)
   except (TypeError, ValueError) as error:
     raise UserError(f"search: {error}") from error
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
 
   def views_of_teacher(num_samples, noise_seed):
-    if not loss.uses_teacher:
+    if not goal.uses_teacher:
       return None
     try:
       return teacher_lib.teacher_views(
-          loss, denoiser, num_samples=num_samples, seed=noise_seed,
+          goal, denoiser, num_samples=num_samples, seed=noise_seed,
           cache_dir=run.cache, identity=[n.key for n in networks] + [
-              "teacher_pixels" in loss.terms],
+              "teacher_pixels" in goal.terms],
           x0_bound=x0_bound, jit_compile=jit_compile, **teacher)
     except (TypeError, ValueError) as error:
       raise UserError(f"search.teacher: {error}") from error
 
   make_value = functools.partial(
-      _Validation, loss, denoiser, dataset.images, seed=seed + 1,
+      _Validation, goal, denoiser, dataset.images, seed=seed + 1,
       x0_bound=x0_bound, jit_compile=jit_compile)
   identity = {
       "denoiser": denoiser.sha256, "dataset": dataset.sha256,
       "features": [network.key for network in networks],
-      "feature_weights": feature_weights, "objective": loss.terms,
+      "feature_weights": feature_weights, "objective": goal.terms,
       "x0_bound": x0_bound}
-  if loss.uses_teacher:
+  if goal.uses_teacher:
     identity["teacher"] = {**teacher, "samples": teacher_samples}
 
   if getattr(sampler, "init", None) == "auto":
@@ -556,7 +557,7 @@ def search(
       "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every})
   state = Search(
-      denoiser, sampler, loss, batch_size=batch_size,
+      denoiser, sampler, goal, batch_size=batch_size,
       gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
       num_search_steps=num_search_steps, learning_rate=learning_rate,
       rate_multipliers=multipliers, seed=seed,
@@ -636,7 +637,7 @@ def search(
           "config": sampler.get_config(),
           "steps": num_search_steps, "best_step": int(state.best_step),
           "skipped_steps": int(state.skipped), "batch_size": batch_size,
-          "gradient_samples": gradient_samples, "objective": loss.terms,
+          "gradient_samples": gradient_samples, "objective": goal.terms,
           "learning_rate": learning_rate, "rate_multipliers": multipliers,
           "seed": seed, "validation": float(state.best_value),
           "validation_samples": validation_samples,

@@ -17,7 +17,7 @@ from ddss_tf import sampling
 from ddss_tf import solvers
 from ddss_tf import storage
 
-DEFAULT = {"solver": "dpm++3m", "stride": "logsnr", "num_steps": 50}
+DEFAULT = {"solver": "dpm++3m", "stride": "logsnr", "num_steps": 25}
 
 
 def teacher_views(objective, denoiser, *, solver: str, stride, num_steps: int,

@@ -305,9 +305,9 @@ def test_matching_a_teacher(parts, tmp_path):
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="ddim", stride="linear")
   sampler = ddss_tf.search(str(tmp_path), **parts, **options(
-      sampler=family, objective="teacher_pixels", num_search_steps=40,
+      sampler=family, objective="teacher_pixels", num_search_steps=30,
       batch_size=32, learning_rate=0.1, teacher_samples=64,
-      validation_samples=64, teacher={"num_steps": 60}))
+      validation_samples=64, teacher={"num_steps": 20}))
   x_T, _ = chain.draw_noise(tf.constant([9, 0]), tf.range(64), SHAPE, 3)
   # From abar_T to a clean image: mean + std (x_T - ...), see solvers_test.
   abar = denoiser.schedule.abar(999)
