@@ -97,9 +97,9 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
     resize: side the images, which must then be square, are scaled to by
       `tf.image.resize(antialias=True)`; clipped to [-1, 1], not rounded.
     resize_method: "bicubic", the default because it is what Pillow's BICUBIC
-      computes, whatever the ratio, but for Pillow's rounding; "lanczos3",
-      Pillow's LANCZOS, as StyleGAN prepared LSUN; or "area", the mean over
-      the area of each new pixel.
+      computes at any ratio, but for Pillow's rounding to bytes after each
+      pass; "lanczos3", Pillow's LANCZOS, as StyleGAN prepared LSUN; or
+      "area", the mean over the area of each new pixel.
     flip: whether the same images, mirrored left to right, follow the images;
       labels repeat.
     max_images: number of images kept before any flip; None keeps all.
@@ -318,7 +318,8 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
   if count < len(positions):
     raise UserError(f"{name!r} must hold {source.count} images. Received: "
                     f"an end after {count} of {len(positions)} to be read")
-  labels = None if labels[0] is None else np.concatenate(labels)
+  labels = (
+      None if labels[0] is None else np.concatenate(labels).astype(np.int64))
   return images, labels
 
 

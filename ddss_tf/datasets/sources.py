@@ -87,7 +87,8 @@ def tfds_source(name: str, split: str, data_dir: str | None,
     raise UserError(f"dataset {name!r} must have a feature 'image' of type "
                     f"uint8. Received: {received}")
   keys = ["image"]
-  if "label" in features and features["label"].shape == ():
+  if ("label" in features and features["label"].shape == ()
+      and np.issubdtype(features["label"].np_dtype, np.integer)):
     keys.append("label")
   examples = builder.as_dataset(
       split=split,
