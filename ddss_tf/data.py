@@ -286,7 +286,10 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
       lambda example: dict(example, image=source.decode(example["image"])),
       num_parallel_calls=tf.data.AUTOTUNE)
   # Images of many sizes make no batch before they are processed.
-  one_size = examples.element_spec["image"].shape.is_fully_defined()
+  size = examples.element_spec["image"].shape
+  one_size = size.is_fully_defined()
+  if one_size:
+    check(size, positions[0])
   examples = examples.batch(_READ_BATCH if one_size else 1).map(
       process, num_parallel_calls=tf.data.AUTOTUNE).prefetch(1)
 
@@ -295,7 +298,6 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
     for batch in examples.as_numpy_iterator():
       if count == len(positions):
         break
-      place = source.place(positions[count])
       check(batch["size"], positions[count])
       shape = batch["images"].shape[1:]
       if images is None:
@@ -306,14 +308,15 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
             f"images of {name!r} must all have one size and number of "
             "channels, or be given one by crop, resize and channels. Received: "
             f"{_size_text(images.shape[1:])}, and {_size_text(shape)} in "
-            f"{place}")
+            f"{source.place(positions[count])}")
       end = count + len(batch["images"])
       images[count:end] = batch["images"]
       labels.append(batch.get("label"))
       count = end
   except tf.errors.OpError as error:
+    place = source.place(positions[min(count, len(positions) - 1)])
     raise UserError(
-        f"{source.place(positions[min(count, len(positions) - 1)])} cannot be "
+        f"{place}{', or one soon after it,' if one_size else ''} cannot be "
         f"read: {sources.first_line(error)}") from error
   if count < len(positions):
     raise UserError(f"{name!r} must hold {source.count} images. Received: "

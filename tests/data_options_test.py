@@ -167,6 +167,7 @@ def test_max_bytes_is_of_what_is_kept(load):
     (dict(resize=4), ["square", "crop='center'", "6x8"]),
     (dict(crop=7), ["crop", "7", "6x8"]),
     (dict(downsample=4), ["downsample", "6x8", "4"]),
+    (dict(crop="center", downsample=16, resize=2), ["downsample", "6x6"]),
     (dict(crop="center", pad=1, downsample=3), ["8x8", "3"]),
     (dict(split="test"), ["'train'", "'test'"]),
 ])

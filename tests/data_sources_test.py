@@ -27,7 +27,8 @@ def refusal(name, **kwargs) -> str:
   with pytest.raises(UserError) as error:
     data.load_dataset(name, **kwargs)
   text = str(error.value)
-  assert text and "\n" not in text and "{{" not in text
+  assert text and "\n" not in text
+  assert not any(word in text for word in ("{{", "[Op:", "Iterator::"))
   return text
 
 
@@ -197,10 +198,11 @@ def test_damaged_npz(tmp_path):
   for damaged in [b"", b"text", content[:middle],
                   content[:middle] + b"\0" * 50 + content[middle + 50:]]:
     path.write_bytes(damaged)
-    assert str(path) in refusal(f"npz:{path}")
+    text = refusal(f"npz:{path}")
+    assert str(path) in text and "pickle" not in text
   with open(path, "wb") as file:
     np.save(file, BYTES)
-  assert "a single array" in refusal(f"npz:{path}")
+  assert "another kind" in refusal(f"npz:{path}")
 
 
 def write_tfrecords(path, records):

@@ -47,7 +47,9 @@ class ImageSource:
 
 def first_line(error: Exception) -> str:
   """First line of what an exception says, without TensorFlow's node names."""
-  text = re.sub(r"\{\{.*?\}\}\s*", "", str(error)).strip()
+  text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:\w+\]( name:)?|"
+                r"Error in user-defined function .*? with iterator: \S+: ",
+                "", str(error)).strip()
   return (text.splitlines() or [repr(error)])[0][:200]
 
 
@@ -151,6 +153,7 @@ def folder_source(path: str) -> ImageSource:
   A flat folder has no labels. With one subfolder per class, the label is the
   position of the subfolder in sorted order, and so are the images sorted.
   Names that begin with a dot, and files with other suffixes, are passed over.
+  A rotation noted in EXIF is not applied.
 
   `tfds.folder_dataset.ImageFolder` does not serve here: it wants a level of
   splits above the classes, shuffles, and knows neither BMP nor WebP.
@@ -216,10 +219,9 @@ def npz_source(path: str) -> ImageSource:
     raise UserError(f"npz file of images must exist. Received: {path!r}, "
                     "which is missing")
   try:
-    with open(file, "rb") as opened:
-      archive = np.load(opened, allow_pickle=False)
-      if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("a single array")
+    if not zipfile.is_zipfile(file):  # NumPy would speak of pickles.
+      raise ValueError("a file of another kind, or the beginning of one")
+    with np.load(file, allow_pickle=False) as archive:
       keys = list(archive)
       arrays = {key: archive[key] for key in ("images", "labels")
                 if key in keys}
