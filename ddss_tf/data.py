@@ -1,23 +1,27 @@
-"""Images of any TFDS data set, as float32 NHWC in [-1, 1].
+"""Images of any data set, as float32 NHWC in [-1, 1].
 
-All knowledge of pixels as bytes is here: `to_float` and `to_uint8`.
+All knowledge of pixels as bytes is here: `to_float` and `to_uint8`. Where the
+images come from is in `ddss_tf.datasets.sources`.
 """
 
-import contextlib
 import dataclasses
-import sys
 
-from absl import logging
 import gin
 import numpy as np
 import tensorflow as tf
 
 from ddss_tf import fingerprint
+from ddss_tf.datasets import sources
 from ddss_tf.errors import UserError
 
-# Data sets that come with the package and so need no download.
-EMBEDDED = ("ddss_digits",)
-_READ_BATCH = 1000
+# What a name may begin with to be a path and not a TFDS name.
+_FILES = {
+    "folder": sources.folder_source,
+    "npz": sources.npz_source,
+    "tfrecords": sources.tfrecords_source,
+}
+_RESIZE_METHODS = ("bicubic", "lanczos3", "area")
+_READ_BATCH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class ImageDataset:
   """A data set in memory.
 
   Attributes:
-    name: its TFDS name.
+    name: the name it was loaded by.
     images: float32 [N, H, W, C] in [-1, 1].
     labels: int64 [N]; None if the data set has none.
     sha256: content hash of `images`.
@@ -59,134 +63,282 @@ def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
 
 @gin.register
 def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
-                 pad: int = 0, downsample: int = 1, data_dir: str | None = None,
+                 channels: int | None = None,
+                 crop: str | int | None = None, pad: int = 0,
+                 downsample: int = 1, resize: int | None = None,
+                 resize_method: str = "bicubic", flip: bool = False,
+                 max_images: int | None = None, subset_seed: int | None = 0,
+                 max_bytes: int = 8 * 2**30, data_dir: str | None = None,
                  download: bool = False) -> ImageDataset:
-  """Loads the images of a TFDS data set into memory, in reading order.
+  """Loads images into memory, in reading order.
 
-  The digits of the 16x16 models are
-  `load_dataset("ddss_digits", pad=2, downsample=2)`.
+  The pixels go through channels -> crop -> pad -> downsample -> resize -> flip,
+  each off unless asked for. The digits of the 16x16 models are
+  `load_dataset("ddss_digits", pad=2, downsample=2)`; photographs of many sizes
+  become one size with `crop="center", resize=64`.
 
   Args:
-    name: TFDS name, e.g. "ddss_digits", "cifar10", "mnist:3.0.1". The data
-      set needs a feature `image`, uint8, of one size; `label` is optional.
-    split: TFDS split or slice of one, e.g. "train", "test[:50%]".
-    pad: pixels of background (-1) added on each side, first.
-    downsample: side of the blocks of pixels averaged to one, next.
+    name: a TFDS name, e.g. "ddss_digits", "cifar10", "lsun/church_outdoor",
+      "mnist:3.0.1", with a feature `image`, uint8, and optionally `label`; or
+      "folder:PATH", PNG, JPEG, BMP and WebP files, flat or in a subfolder per
+      class; or "npz:FILE", with `images` [N, H, W, C], uint8 or float in
+      [-1, 1], and optionally `labels` [N]; or "tfrecords:FILE", one file of
+      StyleGAN's, of the wanted size.
+    split: TFDS split or slice of one, e.g. "train", "test[:50%]". A path has
+      no splits: leave it at "train".
+    channels: 1 turns colour to grey (0.299 R + 0.587 G + 0.114 B, ITU-R
+      BT.601), 3 repeats grey; both drop an alpha channel. None keeps the
+      channels there are, which must then be the same in all images.
+    crop: "center" keeps the largest square in the middle, a whole number the
+      square of that side in the middle; of an odd margin, the smaller half is
+      cut at the top and left. None keeps all.
+    pad: pixels of background (-1) added on each side.
+    downsample: side of the blocks of pixels averaged to one.
+    resize: side the images, which must then be square, are scaled to by
+      `tf.image.resize(antialias=True)`; clipped to [-1, 1], not rounded.
+    resize_method: "bicubic", the default because it is what Pillow's BICUBIC
+      computes at any ratio, but for Pillow's rounding to bytes after each
+      pass; "lanczos3", Pillow's LANCZOS, as StyleGAN prepared LSUN; or
+      "area", the mean over the area of each new pixel.
+    flip: whether the same images, mirrored left to right, follow the images;
+      labels repeat.
+    max_images: number of images kept before any flip; None keeps all.
+    subset_seed: seed by which `max_images` are drawn without replacement; they
+      stay in reading order. None takes the first, without reading the rest.
+    max_bytes: most bytes that `images`, float32, may take: 8 GiB unless said.
+      Hashing and feature networks need memory besides.
     data_dir: where TFDS keeps prepared data sets; None is TFDS's own default.
     download: whether TFDS may download and prepare what is missing. The
       embedded data set is prepared at first use, without a download.
 
   Returns:
-    Images float32 [N, (H + 2 pad) / downsample, (W + 2 pad) / downsample, C].
+    Images float32 [N, S, S, C], or [N, H', W', C] if neither cropped nor
+    resized, with H' = (H + 2 pad) / downsample.
 
   Raises:
-    UserError: in one line, for an unknown data set or split, one that is not
-      prepared, that holds no images of the kind above or none at all, and for
-      a pad or downsample that does not fit.
+    UserError: in one line, for a data set, split, folder or file that is
+      missing, damaged, empty or of another kind; images that do not come to
+      one size and number of channels; options that do not fit the images; and
+      a data set larger than `max_bytes`.
   """
-  if not isinstance(pad, int) or pad < 0:
-    raise UserError(f"pad must be a whole number >= 0. Received: {pad!r}")
-  if not isinstance(downsample, int) or downsample < 1:
-    raise UserError(
-        f"downsample must be a whole number >= 1. Received: {downsample!r}")
-  builder = _prepared_builder(name, data_dir, download)
-  pixels, labels = _read(builder, name, split)
-  images = to_float(pixels)
-  images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)),
-                  constant_values=-1)
-  n, height, width, channels = images.shape
-  if height % downsample or width % downsample:
-    raise UserError(
-        f"downsample must divide the padded image size {height}x{width} of "
-        f"{name!r}. Received: {downsample}")
-  if downsample > 1:
-    images = images.reshape(n, height // downsample, downsample,
-                            width // downsample, downsample, channels)
-    images = images.mean((2, 4))
+  _check_whole("channels", channels, 1, optional=True)
+  if channels not in (None, 1, 3):
+    raise UserError(f"channels must be 1, 3 or None. Received: {channels!r}")
+  if crop != "center":
+    _check_whole("crop", crop, 1, optional=True, other="'center'")
+  _check_whole("pad", pad, 0)
+  _check_whole("downsample", downsample, 1)
+  _check_whole("resize", resize, 1, optional=True)
+  if resize_method not in _RESIZE_METHODS:
+    raise UserError(f"resize_method must be one of "
+                    f"{', '.join(_RESIZE_METHODS)}. "
+                    f"Received: {resize_method!r}")
+  _check_whole("max_images", max_images, 1, optional=True)
+  _check_whole("subset_seed", subset_seed, 0, optional=True)
+  _check_whole("max_bytes", max_bytes, 1)
+
+  kind, _, path = str(name).partition(":")
+  if kind in _FILES:
+    if split != "train":
+      raise UserError(f"split of {name!r} must be left at 'train': only TFDS "
+                      "data sets have splits; give the path of the part. "
+                      f"Received: {split!r}")
+    source = _FILES[kind](path)
+  else:
+    source = sources.tfds_source(name, split, data_dir, download)
+  positions = _chosen(source.count, max_images, subset_seed)
+
+  def process(batch):
+    pixels = batch.pop("image")
+    images = pixels if pixels.dtype == tf.float32 else to_float(pixels)
+    if channels:
+      images = _to_channels(images, channels)
+    images = _crop(images, crop)
+    images = _pad_and_downsample(images, pad, downsample)
+    if resize:
+      images = tf.clip_by_value(tf.image.resize(
+          images, (resize, resize), resize_method, antialias=True), -1.0, 1.0)
+    return dict(batch, images=images, size=tf.shape(pixels)[1:])
+
+  def check(size, position):
+    _check_fits(size, crop, pad, downsample, resize, name,
+                source.place(position))
+
+  images, labels = _read(source, positions, process, check, name,
+                         copies=2 if flip else 1, max_bytes=max_bytes)
+  if flip:
+    count = len(positions)
+    images[count:] = images[:count, :, ::-1]
+    labels = labels if labels is None else np.tile(labels, 2)
   return ImageDataset(
       name, images, labels, fingerprint.arrays_sha256([images]))
 
 
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [repr(error)])[0][:200]
+def _check_whole(option: str, value, least: int, *, optional: bool = False,
+                 other: str = ""):
+  """Refuses what is not a whole number >= least (nor None, if optional)."""
+  if optional and value is None:
+    return
+  if (not isinstance(value, (int, np.integer)) or isinstance(value, bool)
+      or value < least):
+    choices = "".join(
+        f"{choice}, " for choice in (other, "None" if optional else "")
+        if choice)
+    raise UserError(f"{option} must be {choices}{'or ' if choices else ''}a "
+                    f"whole number >= {least}. Received: {value!r}")
 
 
-def _prepared_builder(name: str, data_dir: str | None, download: bool):
-  """TFDS builder of a data set that is on disk."""
-  # A second to import, which commands that read no data need not wait for.
-  # pylint: disable=g-import-not-at-top,unused-import
-  import tensorflow_datasets as tfds
-  import ddss_tf.datasets.ddss_digits
-  # pylint: enable=g-import-not-at-top,unused-import
+def _chosen(count: int, max_images: int | None,
+            subset_seed: int | None) -> np.ndarray:
+  """Positions of the images to keep, int64, increasing."""
+  if max_images is None or max_images >= count:
+    return np.arange(count)
+  if subset_seed is None:
+    return np.arange(max_images)
+  return np.sort(np.random.default_rng(subset_seed).choice(
+      count, max_images, replace=False))
 
-  def find():
-    try:
-      return tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except Exception as error:  # TFDS raises many kinds.
-      raise UserError(
-          "dataset must be the name of a TFDS data set, e.g. "
-          f"{EMBEDDED[0]!r}. Received: {name!r}: {_first_line(error)}"
-      ) from error
 
-  builder = find()
-  if builder.data_path.exists():
-    return builder
-  if not download and builder.name not in EMBEDDED:
+def _to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:
+  """[B, H, W, 1 to 4] to [B, H, W, channels], channels 1 or 3."""
+  is_grey = tf.shape(images)[-1] < 3  # The second channel is then alpha.
+  rgb = tf.gather(images, tf.where(is_grey, [0, 0, 0], [0, 1, 2]), axis=-1)
+  if channels == 3:
+    return rgb
+  luma = tf.reduce_sum(
+      rgb * tf.constant([0.299, 0.587, 0.114]), -1, keepdims=True)
+  return tf.where(is_grey, rgb[..., :1], luma)
+
+
+def _crop(images: tf.Tensor, crop: str | int | None) -> tf.Tensor:
+  """The middle square of [B, H, W, C]. What does not fit is not cut."""
+  if crop is None:
+    return images
+  height, width = tf.shape(images)[1], tf.shape(images)[2]
+  side = tf.minimum(height, width) if crop == "center" else crop
+  top = tf.maximum((height - side) // 2, 0)
+  left = tf.maximum((width - side) // 2, 0)
+  return images[:, top:top + side, left:left + side]
+
+
+def _pad_and_downsample(images: tf.Tensor, pad: int,
+                        downsample: int) -> tf.Tensor:
+  """[B, H, W, C] with a border of -1, then means of blocks."""
+  images = tf.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)),
+                  constant_values=-1.0)
+  if downsample == 1:
+    return images
+  height = tf.shape(images)[1] // downsample
+  width = tf.shape(images)[2] // downsample
+  channels = tf.shape(images)[3]
+  blocks = tf.reshape(
+      images[:, :height * downsample, :width * downsample],
+      (-1, height, downsample, width, downsample, channels))
+  # Along the rows first: in floats the order counts, and the hashes of data
+  # sets with it.
+  return tf.reduce_sum(tf.reduce_sum(blocks, 4), 2) / downsample**2
+
+
+def _check_fits(size, crop, pad, downsample, resize, name, place):
+  """Refuses options that do not fit an image of size [H, W, C]."""
+  height, width, _ = (int(n) for n in size)
+  if crop == "center":
+    height = width = min(height, width)
+  elif crop is not None:
+    if crop > min(height, width):
+      raise UserError(f"crop must fit into the images of {name!r}. Received: "
+                      f"{crop}, and {height}x{width} in {place}")
+    height = width = crop
+  height, width = height + 2 * pad, width + 2 * pad
+  if height % downsample or width % downsample:
     raise UserError(
-        f"dataset {name!r} must be prepared first: pass download=True, or run "
-        f"`tfds build {name} --data_dir={builder.data_dir_root}`. "
-        f"Received: nothing at {builder.data_dir}")
-  logging.info("Preparing %s in %s", name, builder.data_dir)
-  try:
-    # TFDS prints; the output of a command is not the place.
-    with contextlib.redirect_stdout(sys.stderr):
-      builder.download_and_prepare(
-          download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-  except Exception as error:  # Of the disk, the network or the data set.
-    # Another process may have been first; then its result serves as well.
-    if not builder.data_path.exists():
-      raise UserError(f"dataset {name!r} could not be prepared in "
-                      f"{builder.data_dir}: {_first_line(error)}") from error
-  return find()
+        f"downsample must divide the padded image size {height}x{width} of "
+        f"{name!r}. Received: {downsample}")
+  if resize and height != width:
+    raise UserError("resize needs square images, which crop='center' makes. "
+                    f"Received: {height}x{width} in {place}")
 
 
-def _read(builder, name: str, split: str):
-  """Pixels uint8 [N, H, W, C] and labels int64 [N] or None, in order."""
-  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
+          name: str, *, copies: int, max_bytes: int):
+  """The chosen images, processed, and their labels.
 
+  Args:
+    source: where from.
+    positions: int [N], increasing.
+    process: from a batch of examples with `image`, pixels [B, H, W, C], to
+      one with `images`, float32 [B, H', W', C'], and `size`, (H, W, C).
+    check: raises a `UserError` for a `size` at a position that does not fit.
+    name: of the data set.
+    copies: images to make room for, per image read.
+    max_bytes: that the room may take.
+
+  Returns:
+    Images float32 [copies N, H', W', C'], of which the first N are filled,
+    and labels int64 [N] or None.
+  """
+  examples = source.examples
+  if len(positions) < source.count:
+    chosen = tf.constant(np.isin(np.arange(source.count), positions))
+    examples = examples.enumerate().filter(lambda i, _: chosen[i]).map(
+        lambda _, example: example).take(len(positions))
+  examples = examples.map(
+      lambda example: dict(example, image=source.decode(example["image"])),
+      num_parallel_calls=tf.data.AUTOTUNE)
+  # Images of many sizes make no batch before they are processed.
+  size = examples.element_spec["image"].shape
+  one_size = size.is_fully_defined()
+  if one_size:
+    check(size, positions[0])
+  examples = examples.batch(_READ_BATCH if one_size else 1).map(
+      process, num_parallel_calls=tf.data.AUTOTUNE).prefetch(1)
+
+  images, labels, count = None, [], 0
   try:
-    count = builder.info.splits[split].num_examples
-  except (KeyError, ValueError, TypeError, AttributeError) as error:
-    raise UserError(
-        f"split of {name!r} must be, or be a slice of, one of "
-        f"{', '.join(builder.info.splits)}. Received: {split!r}: "
-        f"{_first_line(error)}") from error
-  if not count:
-    raise UserError(f"split of {name!r} must hold at least one image. "
-                    f"Received: {split!r}, which is empty")
-  features = builder.info.features
-  if "image" not in features or features["image"].np_dtype != np.uint8:
-    received = ", ".join(f"{key} {features[key].np_dtype}" for key in features)
-    raise UserError(f"dataset {name!r} must have a feature 'image' of type "
-                    f"uint8. Received: {received}")
-  keys = [key for key in ("image", "label") if key in features]
-  examples = builder.as_dataset(
-      split=split,
-      shuffle_files=False,
-      # One file after the other: the order is then that of writing.
-      read_config=tfds.ReadConfig(
-          interleave_cycle_length=1, try_autocache=False))
-  examples = examples.map(lambda example: {key: example[key] for key in keys})
-  try:
-    batches = list(tfds.as_numpy(examples.batch(_READ_BATCH)))
-    pixels = np.concatenate([batch["image"] for batch in batches])
-  except (tf.errors.InvalidArgumentError, ValueError) as error:
-    raise UserError(f"images of {name!r} must all have one size. Received: "
-                    f"{_first_line(error)}") from error
+    for batch in examples.as_numpy_iterator():
+      if count == len(positions):
+        break
+      check(batch["size"], positions[count])
+      shape = batch["images"].shape[1:]
+      if images is None:
+        _check_room(name, len(positions), copies, shape, max_bytes)
+        images = np.empty((copies * len(positions), *shape), np.float32)
+      if shape != images.shape[1:]:
+        raise UserError(
+            f"images of {name!r} must all have one size and number of "
+            "channels, or be given one by crop, resize and channels. Received: "
+            f"{_size_text(images.shape[1:])}, and {_size_text(shape)} in "
+            f"{source.place(positions[count])}")
+      end = count + len(batch["images"])
+      images[count:end] = batch["images"]
+      labels.append(batch.get("label"))
+      count = end
   except tf.errors.OpError as error:
-    raise UserError(f"{builder.data_dir} cannot be read; remove it to prepare "
-                    f"{name!r} again: {_first_line(error)}") from error
-  labels = None
-  if "label" in keys:
-    labels = np.concatenate([batch["label"] for batch in batches])
-  return pixels, labels
+    place = source.place(positions[min(count, len(positions) - 1)])
+    raise UserError(
+        f"{place}{', or one soon after it,' if one_size else ''} cannot be "
+        f"read: {sources.first_line(error)}") from error
+  if count < len(positions):
+    raise UserError(f"{name!r} must hold {source.count} images. Received: "
+                    f"an end after {count} of {len(positions)} to be read")
+  labels = (
+      None if labels[0] is None else np.concatenate(labels).astype(np.int64))
+  return images, labels
+
+
+def _check_room(name: str, count: int, copies: int, shape, max_bytes: int):
+  """Refuses `copies` times `count` float32 images [H, W, C] above the limit."""
+  each = 4 * copies * int(np.prod(shape))
+  if count * each <= max_bytes:
+    return
+  remedy = "a larger max_bytes"
+  if each <= max_bytes:
+    remedy = f"max_images={max_bytes // each} or less, or {remedy}"
+  raise UserError(
+      f"images of {name!r} must fit into max_bytes={max_bytes}. Received: "
+      f"{copies * count} images of {_size_text(shape)}, {count * each} bytes "
+      f"({count * each / 2**30:.3g} GiB) as float32; pass {remedy}")
+
+
+def _size_text(shape) -> str:
+  return "x".join(str(n) for n in shape)

@@ -84,6 +84,15 @@ def test_16x16_form_matches_independent_formula(digits, npz):
                              sum(corners) / 4 / 127.5 - 1, atol=1e-6)
 
 
+def test_digits_are_those_of_published_results(digits, tfds_dir):
+  # Cards, caches and metrics.json name the data set by these.
+  assert digits.sha256 == (
+      "0fd9b9710e157f7d894a7d2ad2bc361d68e3508e40d8762323f006247b7a1ccc")
+  full = data.load_dataset("ddss_digits", data_dir=tfds_dir)
+  assert full.sha256 == (
+      "75bd397dd475c28d56ca6c16b9c7f6c16e94904b11970e394e885a31a4f2a910")
+
+
 def test_hash_is_of_the_images(digits, tfds_dir):
   assert digits.sha256 == fingerprint.arrays_sha256([digits.images])
   again = data.load_dataset("ddss_digits", "train[:100%]", pad=2, downsample=2,
@@ -130,6 +139,19 @@ def test_bytes_and_floats(convert):
     (dict(pad=0.5), ["pad", "0.5"]),
     (dict(downsample=0), ["downsample", ">= 1", "0"]),
     (dict(downsample=3), ["28x28", "3"]),
+    (dict(crop=29), ["crop", "29", "28x28"]),
+    (dict(crop=0), ["crop", "'center'", ">= 1", "0"]),
+    (dict(crop="middle"), ["crop", "'center'", "'middle'"]),
+    (dict(resize=0), ["resize", ">= 1", "0"]),
+    (dict(resize=8.0), ["resize", "8.0"]),
+    (dict(resize=8, resize_method="nearest"), ["bicubic", "'nearest'"]),
+    (dict(channels=2), ["channels", "1, 3 or None", "2"]),
+    (dict(max_images=0), ["max_images", ">= 1", "0"]),
+    (dict(subset_seed=-1), ["subset_seed", ">= 0", "-1"]),
+    (dict(max_bytes=10**6),
+     ["31360000 bytes", "0.0292 GiB", "max_bytes=1000000", "max_images=318"]),
+    (dict(max_bytes=10**6, flip=True), ["62720000 bytes", "max_images=159"]),
+    (dict(max_bytes=99), ["28x28x1", "a larger max_bytes"]),
 ])
 def test_refusals(digits, tfds_dir, kwargs, words):
   del digits

@@ -1,1 +1,1 @@
-"""TensorFlow Datasets builders that come with the package."""
+"""Where images come from; TFDS builders that come with the package."""

@@ -1,0 +1,302 @@
+"""Where images come from: TFDS, a folder, an npz file, StyleGAN's TFRecords.
+
+Each function finds the images of one place and decodes none of them, so that
+`ddss_tf.data` can choose among them before it spends time and memory.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+from typing import Callable
+import zipfile
+import zlib
+
+from absl import logging
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf.errors import UserError
+
+# Data sets that come with the package and so need no download.
+EMBEDDED = ("ddss_digits",)
+# What `tf.io.decode_image` reads, without GIF, which may be a film.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+  """Images that are found and not yet decoded.
+
+  Attributes:
+    count: number of images, at least 1.
+    examples: dicts in reading order, with `image`, of the form that `decode`
+      takes, and, if the set has labels, `label`, int64 [].
+    decode: from `image` to pixels [H, W, C], uint8 or float32 in [-1, 1]; a
+      function of tensors, for `tf.data.Dataset.map`.
+    place: from the position of an image to words that name it in a message.
+  """
+
+  count: int
+  examples: tf.data.Dataset
+  decode: Callable[[tf.Tensor], tf.Tensor]
+  place: Callable[[int], str]
+
+
+def first_line(error: Exception) -> str:
+  """First line of what an exception says, without TensorFlow's node names."""
+  text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:\w+\]( name:)?|"
+                r"Error in user-defined function .*? with iterator: \S+: ",
+                "", str(error)).strip()
+  return (text.splitlines() or [repr(error)])[0][:200]
+
+
+def tfds_source(name: str, split: str, data_dir: str | None,
+                download: bool) -> ImageSource:
+  """Images of a prepared TFDS data set, in the order they were written.
+
+  Args:
+    name: TFDS name; the features `image`, uint8, and, if there is one,
+      `label`, a whole number, are read.
+    split: TFDS split or slice of one.
+    data_dir: where TFDS keeps prepared data sets; None is its own default.
+    download: whether TFDS may download and prepare what is missing.
+
+  Raises:
+    UserError: for an unknown data set or split, one that is not prepared, and
+      one that holds no images of that kind or none at all.
+  """
+  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+
+  builder = _prepared_builder(name, data_dir, download)
+  try:
+    count = builder.info.splits[split].num_examples
+  except (KeyError, ValueError, TypeError, AttributeError) as error:
+    raise UserError(
+        f"split of {name!r} must be, or be a slice of, one of "
+        f"{', '.join(builder.info.splits)}. Received: {split!r}: "
+        f"{first_line(error)}") from error
+  if not count:
+    raise UserError(f"split of {name!r} must hold at least one image. "
+                    f"Received: {split!r}, which is empty")
+  features = builder.info.features
+  if "image" not in features or features["image"].np_dtype != np.uint8:
+    received = ", ".join(
+        f"{key} {getattr(features[key], 'np_dtype', 'of many parts')}"
+        for key in features)
+    raise UserError(f"dataset {name!r} must have a feature 'image' of type "
+                    f"uint8. Received: {received}")
+  keys = ["image"]
+  if ("label" in features and features["label"].shape == ()
+      and np.issubdtype(features["label"].np_dtype, np.integer)):
+    keys.append("label")
+  examples = builder.as_dataset(
+      split=split,
+      shuffle_files=False,
+      # Images that are not wanted are not decoded.
+      decoders=tfds.decode.PartialDecoding(
+          {key: True for key in keys},
+          decoders={"image": tfds.decode.SkipDecoding()}),
+      # One file after the other: the order is then that of writing.
+      read_config=tfds.ReadConfig(
+          interleave_cycle_length=1, try_autocache=False))
+  return ImageSource(
+      count, examples, features["image"].decode_example,
+      lambda i: (f"image {i} of {name!r} in {builder.data_dir} (remove that "
+                 "folder to prepare the data set again)"))
+
+
+def _prepared_builder(name: str, data_dir: str | None, download: bool):
+  """TFDS builder of a data set that is on disk."""
+  # A second to import, which commands that read no data need not wait for.
+  # pylint: disable=g-import-not-at-top,unused-import
+  import tensorflow_datasets as tfds
+  import ddss_tf.datasets.ddss_digits
+  # pylint: enable=g-import-not-at-top,unused-import
+
+  def find():
+    try:
+      return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except Exception as error:  # TFDS raises many kinds.
+      raise UserError(
+          "dataset must be the name of a TFDS data set, e.g. "
+          f"{EMBEDDED[0]!r}, or 'folder:', 'npz:' or 'tfrecords:' and a path. "
+          f"Received: {name!r}: {first_line(error)}") from error
+
+  builder = find()
+  if builder.data_path.exists():
+    return builder
+  if not download and builder.name not in EMBEDDED:
+    raise UserError(
+        f"dataset {name!r} must be prepared first: pass download=True, or run "
+        f"`tfds build {name} --data_dir={builder.data_dir_root}`. "
+        f"Received: nothing at {builder.data_dir}")
+  logging.info("Preparing %s in %s", name, builder.data_dir)
+  try:
+    # TFDS prints; the output of a command is not the place.
+    with contextlib.redirect_stdout(sys.stderr):
+      builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+  except Exception as error:  # Of the disk, the network or the data set.
+    # Another process may have been first; then its result serves as well.
+    if not builder.data_path.exists():
+      raise UserError(f"dataset {name!r} could not be prepared in "
+                      f"{builder.data_dir}: {first_line(error)}") from error
+  return find()
+
+
+def folder_source(path: str) -> ImageSource:
+  """Image files of a folder, sorted by name, or of its class subfolders.
+
+  A flat folder has no labels. With one subfolder per class, the label is the
+  position of the subfolder in sorted order, and so are the images sorted.
+  Names that begin with a dot, and files with other suffixes, are passed over.
+  A rotation noted in EXIF is not applied.
+
+  `tfds.folder_dataset.ImageFolder` does not serve here: it wants a level of
+  splits above the classes, shuffles, and knows neither BMP nor WebP.
+
+  Args:
+    path: the folder, local; of PNG, JPEG, BMP or WebP files.
+
+  Raises:
+    UserError: if there is no such folder, if it holds no images, or holds
+      them both beside and inside of subfolders, or deeper.
+  """
+  root = pathlib.Path(path).expanduser()
+  if not path or not root.is_dir():
+    raise UserError(
+        f"folder of images must exist. Received: {path!r}, which "
+        f"{'is a file' if path and root.exists() else 'is missing'}")
+  # As tuples of names, which sort alike wherever folders end in \ or in /.
+  files = sorted(
+      file.relative_to(root).parts for file in root.rglob("*")
+      if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+  files = [parts for parts in files
+           if not any(part.startswith(".") for part in parts)]
+  if not files:
+    raise UserError(
+        f"folder {path!r} must hold images ({' '.join(IMAGE_SUFFIXES)}), "
+        "itself or in a subfolder per class. Received: none")
+  depths = {len(parts): os.path.join(*parts) for parts in reversed(files)}
+  if len(depths) > 1 or max(depths) > 2:
+    raise UserError(
+        f"folder {path!r} must hold its images all itself, or all in a "
+        "subfolder per class, and none deeper. Received: "
+        f"{' and '.join(depths[depth] for depth in sorted(depths))}")
+  paths = [str(root.joinpath(*parts)) for parts in files]
+  examples = {"image": paths}
+  if 2 in depths:
+    classes = sorted({parts[0] for parts in files})
+    examples["label"] = np.array(
+        [classes.index(parts[0]) for parts in files], np.int64)
+
+  def decode(file):
+    pixels = tf.io.decode_image(
+        tf.io.read_file(file), expand_animations=False)
+    return tf.ensure_shape(pixels, (None, None, None))
+
+  return ImageSource(
+      len(paths), tf.data.Dataset.from_tensor_slices(examples), decode,
+      lambda i: paths[i])
+
+
+def npz_source(path: str) -> ImageSource:
+  """Images of a NumPy archive, which is read into memory whole.
+
+  Args:
+    path: an .npz file with `images` [N, H, W, C], uint8 in [0, 255] or float
+      in [-1, 1], and optionally `labels`, integers [N]. Nothing in it is
+      unpickled, so that reading it runs no code.
+
+  Raises:
+    UserError: if there is no such file, it is damaged or not of this form.
+  """
+  file = os.path.expanduser(path)
+  if not os.path.isfile(file):
+    raise UserError(f"npz file of images must exist. Received: {path!r}, "
+                    "which is missing")
+  try:
+    if not zipfile.is_zipfile(file):  # NumPy would speak of pickles.
+      raise ValueError("a file of another kind, or the beginning of one")
+    with np.load(file, allow_pickle=False) as archive:
+      keys = list(archive)
+      arrays = {key: archive[key] for key in ("images", "labels")
+                if key in keys}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile,
+          zlib.error) as error:
+    raise UserError(f"{path!r} must be a whole .npz file of plain arrays. "
+                    f"Received: {first_line(error)}") from error
+  if "images" not in arrays:
+    raise UserError(f"{path!r} must hold an array 'images'. Received: "
+                    f"{', '.join(keys) or 'no array'}")
+  images, labels = arrays["images"], arrays.get("labels")
+  if images.ndim != 4 or not images.size:
+    raise UserError(f"images of {path!r} must be an array [N, H, W, C], not "
+                    f"empty. Received: shape {list(images.shape)}")
+  if images.dtype != np.uint8:
+    if not np.issubdtype(images.dtype, np.floating):
+      raise UserError(f"images of {path!r} must be uint8, or float in [-1, 1]. "
+                      f"Received: {images.dtype}")
+    low, high = images.min(), images.max()
+    if not (low >= -1 and high <= 1):  # So written that NaN is refused.
+      raise UserError(f"images of {path!r}, of {images.dtype}, must be in "
+                      f"[-1, 1]. Received: [{low}, {high}]")
+    images = images.astype(np.float32, copy=False)
+  examples = {"image": images}
+  if labels is not None:
+    if (labels.shape != images.shape[:1]
+        or not np.issubdtype(labels.dtype, np.integer)):
+      raise UserError(
+          f"labels of {path!r} must be {len(images)} integers. Received: "
+          f"{labels.dtype} {list(labels.shape)}")
+    examples["label"] = labels.astype(np.int64)
+  return ImageSource(
+      len(images), tf.data.Dataset.from_tensor_slices(examples),
+      lambda image: image, lambda i: f"image {i} of {path}")
+
+
+def tfrecords_source(path: str) -> ImageSource:
+  """Images of one TFRecord file in StyleGAN's format, without labels.
+
+  Records hold `shape`, int64 [3], and `data`, the bytes of an image in that
+  shape, channels first. Of the files that StyleGAN's tool writes, one for each
+  size, the one of the wanted size is read: `...-r07.tfrecords` is 2**7 = 128
+  pixels wide. Source: https://github.com/NVlabs/stylegan, `dataset_tool.py`.
+
+  Args:
+    path: the file, uncompressed. It is read once only to count the images.
+
+  Raises:
+    UserError: if there is no such file, it is damaged or holds nothing.
+  """
+  file = os.path.expanduser(path)
+  if not os.path.isfile(file):
+    received = "which is missing"
+    if path and os.path.isdir(file):
+      inside = sorted(name for name in os.listdir(file)
+                      if name.endswith(".tfrecords"))
+      received = f"a folder with {', '.join(inside) or 'none'}"
+    raise UserError("a TFRecord file, the one of the wanted size, must exist. "
+                    f"Received: {path!r}, {received}")
+  records = tf.data.TFRecordDataset(file)
+  try:
+    count = int(records.reduce(np.int64(0), lambda n, _: n + 1))
+  except tf.errors.OpError as error:
+    raise UserError(f"{path!r} must be a whole TFRecord file. Received: "
+                    f"{first_line(error)}") from error
+  if not count:
+    raise UserError(f"{path!r} must hold at least one image. Received: none")
+
+  def decode(record):
+    parsed = tf.io.parse_single_example(record, {
+        "shape": tf.io.FixedLenFeature([3], tf.int64),
+        "data": tf.io.FixedLenFeature([], tf.string)})
+    pixels = tf.io.decode_raw(parsed["data"], tf.uint8)
+    return tf.transpose(tf.reshape(pixels, parsed["shape"]), (1, 2, 0))
+
+  return ImageSource(
+      count, records.map(lambda record: {"image": record}), decode,
+      lambda i: f"image {i} of {path}")
