@@ -226,6 +226,10 @@ def _entry_points(loaded):
   for name in ("serving_default", "default"):
     if name in signatures:
       signature = signatures[name]
+      # TensorFlow 1's variables come out of a collection, past
+      # `frozen_variables`; there is no public way to freeze them.
+      for variable in signature.graph.variables:
+        variable._trainable = False  # pylint: disable=protected-access
       arguments = signature.structured_input_signature[1]
       if len(arguments) == 1:
         [key] = arguments

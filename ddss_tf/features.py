@@ -176,8 +176,8 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
   """
   size = None
   if image_size is not None:
-    size = ((image_size,) * 2 if isinstance(image_size, int)
-            else tuple(image_size))
+    size = (tuple(image_size) if isinstance(image_size, (tuple, list))
+            else (image_size, image_size))
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
       raise UserError("image_size of features must be a positive number or "
                       f"(height, width). Received: {image_size!r}")
