@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import data
-from ddss_tf import feature_sources
 from ddss_tf import fingerprint
+from ddss_tf import keras_models
+from ddss_tf import saved_models
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
@@ -30,8 +31,8 @@ class FeatureNetwork:
   """A frozen classifier of which two layers are read.
 
   Args:
-    model: with one input, images [B, H, W, C]: a Keras model, or one of
-      `feature_sources`.
+    model: with one input, images [B, H, W, C]: a Keras model, or a
+      `saved_models.SavedModelNetwork`.
     name: what results call it.
     pool_layer: the layer, or a SavedModel's output, whose values [B, D] are the
       features.
@@ -61,30 +62,32 @@ class FeatureNetwork:
                preprocessing: Preprocessing = Preprocessing(),
                source: str = "keras model"):
     if isinstance(model, keras.Model):
-      model = feature_sources.KerasNetwork(model, name)
+      model = keras_models.KerasNetwork(model, name)
     self.name = name
     self.protocol = f"{source}: images clipped to [-1, 1], {preprocessing}"
     self._preprocessing = preprocessing
     self._input_shape = model.input_shape
     if preprocessing.size is not None and not _fits(
         preprocessing.size, self._input_shape[:2]):
-      raise UserError(f"features {name!r} must have images resized to "
-                      f"{self._input_shape[:2]}. Received: {preprocessing.size}")
+      raise UserError(
+          f"features {name!r} must have images resized to "
+          f"{self._input_shape[:2]}. Received: {preprocessing.size}")
     self.image_shape = self._input_shape
     if preprocessing.size is not None:
       self.image_shape = (None, None, self._input_shape[2])
     self._function, self.model, self.num_features = model.select(
         pool_layer, logits_layer, preprocessing.size)
     height, width = preprocessing.size or (
-        n or feature_sources.INCEPTION_SIZE for n in self._input_shape[:2])
-    self.batch_size = int(np.clip(_PIXELS_AT_A_TIME // (height * width), 1, 500))
+        n or saved_models.INCEPTION_SIZE for n in self._input_shape[:2])
+    self.batch_size = int(np.clip(
+        _PIXELS_AT_A_TIME // (height * width), 1, 500))
     # The weights alone would not tell a network from the same one with
     # another activation, or from another layer of it.
     parts = [model.weights_sha256, pool_layer, logits_layer, model.graph]
     if preprocessing != Preprocessing():
       parts.append(str(preprocessing))
     self.key = fingerprint.text_sha256(json.dumps(parts))
-    plain = (isinstance(model, feature_sources.KerasNetwork)
+    plain = (isinstance(model, keras_models.KerasNetwork)
              and preprocessing == Preprocessing()
              and (pool_layer, logits_layer) == _KEYS)
     self.sha256 = model.weights_sha256 if plain else self.key
@@ -148,7 +151,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
         was optimised);
       a `.keras` file, which gets images as they are if no rule is given;
       "https://tfhub.dev/tensorflow/tfgan/eval/inception/1", TF-GAN's Inception
-        from TF-Hub's cache (`feature_sources.hub_folder`), or another handle;
+        from TF-Hub's cache (`saved_models.hub_folder`), or another handle;
       the folder of a SavedModel, TF-GAN's Inception or any other;
       "keras:NAME" for `keras.applications.NAME`.
     pool_layer: see `FeatureNetwork`. None: "pool" of a file, "pool_3" of a
@@ -184,25 +187,25 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
   if path in embedded_features():
     path = os.path.join(_ASSETS, path + _SUFFIX)
   is_handle = path.startswith(("https://", "http://"))
-  if path.startswith(feature_sources.KERAS_PREFIX):
-    application = path.removeprefix(feature_sources.KERAS_PREFIX)
-    value_range = value_range or feature_sources.application_range(application)
-    network, source = feature_sources.keras_application(
+  if path.startswith(keras_models.APPLICATION_PREFIX):
+    application = path.removeprefix(keras_models.APPLICATION_PREFIX)
+    value_range = value_range or keras_models.application_range(application)
+    network, source = keras_models.keras_application(
         application, weights, seed, size, value_range)
     name = path if weights is not None else f"{path}-random"
     layers = ("avg_pool", "predictions")
   elif is_handle or os.path.isdir(path):
-    folder = feature_sources.hub_folder(path) if is_handle else path
-    network = feature_sources.SavedModelNetwork(folder)
+    folder = saved_models.hub_folder(path) if is_handle else path
+    network = saved_models.SavedModelNetwork(folder)
     name = os.path.basename(os.path.normpath(path))
     layers = ("pool_3", "logits")
     tfgan = (pool_layer or layers[0], logits_layer or layers[1]) == layers
     source = "tfgan" if tfgan else "saved model"
-    if path == feature_sources.INCEPTION_HANDLE:
+    if path == saved_models.INCEPTION_HANDLE:
       name = "tfgan_inception"
     if tfgan and size is None and None in network.input_shape and (
         resize != "none"):
-      size = (feature_sources.INCEPTION_SIZE,) * 2
+      size = (saved_models.INCEPTION_SIZE,) * 2
   else:
     network, name = _load_file(path)
     layers, source = _KEYS, "keras file"
@@ -228,7 +231,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
   return features
 
 
-def _load_file(path: str) -> tuple[feature_sources.KerasNetwork, str]:
+def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
   """The network of a `.keras` file, and its name."""
   # Other formats that Keras reads can run code of their own.
   if not path.endswith(_SUFFIX) or not os.path.isfile(path):
@@ -243,7 +246,7 @@ def _load_file(path: str) -> tuple[feature_sources.KerasNetwork, str]:
     raise UserError(f"{path} is not a complete and safe Keras file: "
                     f"{' '.join(str(error).split())[:200]}") from error
   name = os.path.basename(path).removesuffix(_SUFFIX)
-  return feature_sources.KerasNetwork(model, name), name
+  return keras_models.KerasNetwork(model, name), name
 
 
 def _check_card(path: str, sha256: str) -> None:

@@ -30,7 +30,8 @@ VALUE_RANGES = {
     "[0, 1]": lambda x: 0.5 * x + 0.5,
     "[0, 255]": lambda x: 127.5 * x + 127.5,
     # BGR less ImageNet's means, as Caffe's networks want it.
-    "caffe": lambda x: (127.5 * x + 127.5 - tf.constant(_CAFFE_MEAN))[..., ::-1],
+    "caffe": lambda x: (
+        127.5 * x + 127.5 - tf.constant(_CAFFE_MEAN))[..., ::-1],
     # RGB, standardised, as Torch's networks want it.
     "torch": lambda x: ((0.5 * x + 0.5 - tf.constant(_TORCH_MEAN))
                         / tf.constant(_TORCH_STD)),

@@ -23,14 +23,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import feature_sources
+from ddss_tf import keras_models
+from ddss_tf import saved_models
 from ddss_tf.frozen import frozen_variables
 
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder of the SavedModel.", required=True)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the weights.", 0)
 
-SIZE = feature_sources.INCEPTION_SIZE
+SIZE = saved_models.INCEPTION_SIZE
 CLASSES = 1008
 # Features whose standard deviation over images is below this share of their
 # mean tell images apart badly.
@@ -52,9 +53,9 @@ class RandomInception(tf.Module):
           pooling="avg")
       logits = keras.layers.Dense(CLASSES, name="logits")
       self.model = keras.Model(base.inputs, [base.output, logits(base.output)])
-      feature_sources.randomise(self.model, seed)
-      feature_sources.calibrate(self.model, "[-1, 1]", seed)
-    images = feature_sources.smooth_images(8, (SIZE, SIZE), seed)
+      keras_models.randomise(self.model, seed)
+      keras_models.calibrate(self.model, "[-1, 1]", seed)
+    images = keras_models.smooth_images(8, (SIZE, SIZE), seed)
     values = self.model(images, training=False)[1].numpy()
     # Centred, or a class that the mean feature prefers would win everywhere.
     scale = 1 / values.std(axis=0).mean()
@@ -82,7 +83,7 @@ def main(argv):
   tf.saved_model.save(module, _OUTPUT_DIR.value,
                       signatures={"serving_default": module.__call__})
   values = spread(tf.saved_model.load(_OUTPUT_DIR.value)(
-      feature_sources.smooth_images(16, (SIZE, SIZE), _SEED.value + 1)))
+      keras_models.smooth_images(16, (SIZE, SIZE), _SEED.value + 1)))
   for name, value in values.items():
     print(f"{name}: {value:.4f}")
   if values["pool_3 std"] < _LEAST_SPREAD * values["pool_3 mean"]:
