@@ -13,48 +13,89 @@ import tensorflow as tf
 
 from ddss_tf import data
 from ddss_tf import fingerprint
+from ddss_tf import keras_models
+from ddss_tf import saved_models
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
+from ddss_tf.preprocessing import Preprocessing
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _SUFFIX = ".keras"
 _KEYS = ("pool", "logits")
+# 22 images of Inception's size at a time, 500 of 64x64 or smaller.
+_PIXELS_AT_A_TIME = 2_000_000
 
 
 class FeatureNetwork:
   """A frozen classifier of which two layers are read.
 
   Args:
-    model: a Keras model with one input, images [B, H, W, C] in [-1, 1].
+    model: with one input, images [B, H, W, C]: a Keras model, or a
+      `saved_models.SavedModelNetwork`.
     name: what results call it.
-    pool_layer: the layer whose output [B, D] are the features.
-    logits_layer: the layer whose output [B, classes] are the logits.
+    pool_layer: the layer, or a SavedModel's output, whose values [B, D] are the
+      features.
+    logits_layer: the one whose values [B, classes] are the logits.
+    preprocessing: from images in [-1, 1] to what the model takes.
+    source: the protocol's first words.
 
   Attributes:
-    model: maps images to the pair of outputs, in this order.
+    model: what computes the pair of outputs.
     num_features: D.
-    sha256: hash of all weights of the model given.
-    key: hash of the weights, the architecture and the choice of layers: equal
-      keys give equal features.
+    image_shape: (H, W, C) of the images it takes, None for any.
+    protocol: in words, what happens to images before the network.
+    batch_size: images at a time that leave room in a few GiB of memory.
+    key: hash of the weights, the architecture, the choice of layers and the
+      preprocessing: equal keys give equal features.
+    sha256: what results record. For a Keras model that takes images as they are
+      and has the layers "pool" and "logits", it is the hash of all weights;
+      otherwise the key.
 
   Raises:
-    UserError: there is no such layer, or its output has another rank.
+    UserError: there is no such layer, its output has another rank, or the
+      preprocessing does not fit the model.
   """
 
-  def __init__(self, model: keras.Model, name: str = "features",
-               pool_layer: str = "pool", logits_layer: str = "logits"):
-    outputs = [_layer_output(model, name, layer)
-               for layer in (pool_layer, logits_layer)]
-    model.trainable = False
+  def __init__(self, model, name: str = "features", pool_layer: str = "pool",
+               logits_layer: str = "logits",
+               preprocessing: Preprocessing = Preprocessing(),
+               source: str = "keras model"):
+    if isinstance(model, keras.Model):
+      model = keras_models.KerasNetwork(model, name)
     self.name = name
-    self.model = keras.Model(model.inputs, outputs, name=model.name)
-    self.num_features = outputs[0].shape[-1]
-    self.sha256 = fingerprint.arrays_sha256(model.get_weights())
+    self.protocol = f"{source}: images clipped to [-1, 1], {preprocessing}"
+    self._preprocessing = preprocessing
+    self._input_shape = model.input_shape
+    if preprocessing.size is not None and not _fits(
+        preprocessing.size, self._input_shape[:2]):
+      raise UserError(
+          f"features {name!r} must have images resized to "
+          f"{self._input_shape[:2]}. Received: {preprocessing.size}")
+    self.image_shape = self._input_shape
+    if preprocessing.size is not None:
+      self.image_shape = (None, None, self._input_shape[2])
+    self._function, self.model, self.num_features = model.select(
+        pool_layer, logits_layer, preprocessing.size)
+    height, width = preprocessing.size or (
+        n or saved_models.INCEPTION_SIZE for n in self._input_shape[:2])
+    self.batch_size = int(np.clip(
+        _PIXELS_AT_A_TIME // (height * width), 1, 500))
     # The weights alone would not tell a network from the same one with
     # another activation, or from another layer of it.
-    self.key = fingerprint.text_sha256(json.dumps(
-        [self.sha256, pool_layer, logits_layer, model.to_json()]))
+    parts = [model.weights_sha256, pool_layer, logits_layer, model.graph]
+    if preprocessing != Preprocessing():
+      parts.append(str(preprocessing))
+    self.key = fingerprint.text_sha256(json.dumps(parts))
+    plain = (isinstance(model, keras_models.KerasNetwork)
+             and preprocessing == Preprocessing()
+             and (pool_layer, logits_layer) == _KEYS)
+    self.sha256 = model.weights_sha256 if plain else self.key
+
+  def accepts(self, image_shape) -> bool:
+    """Whether it takes images (H, W, C); None in it stands for any."""
+    return _fits(self._preprocessing.output_shape(image_shape),
+                 self._input_shape)
 
   def __call__(self, images) -> dict[str, tf.Tensor]:
     """Features of a batch; differentiable with respect to the images.
@@ -70,37 +111,23 @@ class FeatureNetwork:
       UserError: images of another shape.
     """
     images = tf.cast(tf.convert_to_tensor(images), tf.float32)
-    expected = self.model.inputs[0].shape
-    if not images.shape.is_compatible_with(expected):
+    if images.shape.rank != 4 or not self.accepts(images.shape[1:]):
       raise UserError(
           f"images for the features {self.name!r} must have the shape "
-          f"{_shape(expected)}. Received: {_shape(images.shape)}")
-    # training=False: neither dropout nor statistics of the batch.
-    outputs = self.model(tf.clip_by_value(images, -1.0, 1.0), training=False)
+          f"{_shape((None, *self.image_shape))}. "
+          f"Received: {_shape(images.shape)}")
+    images = self._preprocessing(tf.clip_by_value(images, -1.0, 1.0))
     return {key: tf.cast(value, tf.float32)
-            for key, value in zip(_KEYS, outputs)}
+            for key, value in zip(_KEYS, self._function(images))}
+
+
+def _fits(sizes, expected) -> bool:
+  return tf.TensorShape(sizes).is_compatible_with(expected)
 
 
 def _shape(shape) -> str:
   sizes = ", ".join("?" if size is None else str(size) for size in shape)
   return f"[{sizes}]"
-
-
-def _layer_output(model: keras.Model, name: str, layer: str):
-  """Symbolic output [B, features] of a layer."""
-  names = [each.name for each in model.layers]
-  if layer not in names:
-    raise UserError(f"features {name!r} must be read from one of its layers "
-                    f"{', '.join(names)}. Received: {layer!r}")
-  try:
-    output = model.get_layer(layer).output
-  except (AttributeError, ValueError) as error:
-    raise UserError(f"layer {layer!r} of {name!r} must be called exactly once, "
-                    f"in a functional or sequential model: {error}") from error
-  if len(output.shape) != 2:
-    raise UserError(f"layer {layer!r} of {name!r} must give [B, features]. "
-                    f"Received: {_shape(output.shape)}")
-  return output
 
 
 def embedded_features() -> list[str]:
@@ -110,33 +137,108 @@ def embedded_features() -> list[str]:
 
 
 @gin.register
-def load_features(path: str = gin.REQUIRED, pool_layer: str = "pool",
-                  logits_layer: str = "logits") -> FeatureNetwork:
+def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
+                  logits_layer: str | None = None, resize: str | None = None,
+                  image_size=None, value_range: str | None = None,
+                  weights: str | None = "imagenet",
+                  seed: int = 0) -> FeatureNetwork:
   """Loads a feature network.
 
   Args:
-    path: of a `.keras` file, or the name of an embedded network:
-      "digits_cnn" (for the loss) and "digits_resnet" (for reports only, so
-      that what is reported is not what was optimised).
-    pool_layer: see `FeatureNetwork`.
-    logits_layer: see `FeatureNetwork`.
+    path: one of
+      the name of an embedded network: "digits_cnn" (for the loss) and
+        "digits_resnet" (for reports only, so that what is reported is not what
+        was optimised);
+      a `.keras` file, which gets images as they are if no rule is given;
+      "https://tfhub.dev/tensorflow/tfgan/eval/inception/1", TF-GAN's Inception
+        from TF-Hub's cache (`saved_models.hub_folder`), or another handle;
+      the folder of a SavedModel, TF-GAN's Inception or any other;
+      "keras:NAME" for `keras.applications.NAME`.
+    pool_layer: see `FeatureNetwork`. None: "pool" of a file, "pool_3" of a
+      SavedModel, "avg_pool" of an application.
+    logits_layer: None: "logits", or "predictions" of an application, which is
+      built without a softmax.
+    resize: one of `preprocessing.RESIZES`. None: "bilinear", but "none" for a
+      file without `image_size`.
+    image_size: number or (height, width) to resize to; None for what the
+      network itself says, or else 299 for TF-GAN's outputs.
+    value_range: what the network expects, one of `preprocessing.VALUE_RANGES`.
+      None: what an application was trained with, or "[-1, 1]".
+    weights: of an application: a file, "imagenet" (downloaded by Keras), or
+      None for random ones.
+    seed: of random weights.
 
   Returns:
     The network, frozen. If a `.json` of the same name with a "sha256" lies
-    beside the file, the weights have been checked against it.
+    beside a file, the weights have been checked against it.
 
   Raises:
-    UserError: in one line, for a missing or damaged file, code inside it,
-      weights that are not those of its `.json`, or a missing layer.
+    UserError: in one line, for a missing or damaged file or folder, code inside
+      a file, weights that are not those of its `.json`, a missing layer or
+      output, or rules that do not fit together.
   """
+  size = None
+  if image_size is not None:
+    size = (tuple(image_size) if isinstance(image_size, (tuple, list))
+            else (image_size, image_size))
+    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+      raise UserError("image_size of features must be a positive number or "
+                      f"(height, width). Received: {image_size!r}")
   if path in embedded_features():
     path = os.path.join(_ASSETS, path + _SUFFIX)
+  is_handle = path.startswith(("https://", "http://"))
+  if path.startswith(keras_models.APPLICATION_PREFIX):
+    application = path.removeprefix(keras_models.APPLICATION_PREFIX)
+    value_range = value_range or keras_models.application_range(application)
+    network, source = keras_models.keras_application(
+        application, weights, seed, size, value_range)
+    name = path if weights is not None else f"{path}-random"
+    layers = ("avg_pool", "predictions")
+  elif is_handle or os.path.isdir(path):
+    folder = saved_models.hub_folder(path) if is_handle else path
+    network = saved_models.SavedModelNetwork(folder)
+    name = os.path.basename(os.path.normpath(path))
+    layers = ("pool_3", "logits")
+    tfgan = (pool_layer or layers[0], logits_layer or layers[1]) == layers
+    source = "tfgan" if tfgan else "saved model"
+    if path == saved_models.INCEPTION_HANDLE:
+      name = "tfgan_inception"
+    if tfgan and size is None and None in network.input_shape and (
+        resize != "none"):
+      size = (saved_models.INCEPTION_SIZE,) * 2
+  else:
+    network, name = _load_file(path)
+    layers, source = _KEYS, "keras file"
+    if resize is None and size is None:
+      resize = "none"
+  resize = resize or "bilinear"
+  if resize != "none" and size is None:
+    size = network.input_shape[:2]
+    if None in size:
+      raise UserError(f"features {name!r} take images of any size: image_size "
+                      "must say which, or resize must be 'none'")
+  plain = resize == "none" and value_range is None and source == "keras file"
+  preprocessing = Preprocessing() if plain else Preprocessing(
+      resize, size, value_range or "[-1, 1]",
+      grey_to_rgb=network.input_shape[2] == 3)
+  features = FeatureNetwork(
+      network, name, pool_layer or layers[0], logits_layer or layers[1],
+      preprocessing, source)
+  if source == "keras file":
+    _check_card(path, network.weights_sha256)
+  logging.info("features %s: %s, %d features", name, features.protocol,
+               features.num_features)
+  return features
+
+
+def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
+  """The network of a `.keras` file, and its name."""
   # Other formats that Keras reads can run code of their own.
   if not path.endswith(_SUFFIX) or not os.path.isfile(path):
     raise UserError(
-        f"features must be the path of a {_SUFFIX} file or the name of an "
-        f"embedded network ({', '.join(embedded_features())}). "
-        f"Received: {path!r}")
+        f"features must be the path of a {_SUFFIX} file or of a SavedModel's "
+        "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
+        f"network ({', '.join(embedded_features())}). Received: {path!r}")
   try:
     with frozen_variables():
       model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -144,9 +246,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str = "pool",
     raise UserError(f"{path} is not a complete and safe Keras file: "
                     f"{' '.join(str(error).split())[:200]}") from error
   name = os.path.basename(path).removesuffix(_SUFFIX)
-  features = FeatureNetwork(model, name, pool_layer, logits_layer)
-  _check_card(path, features.sha256)
-  return features
+  return keras_models.KerasNetwork(model, name), name
 
 
 def _check_card(path: str, sha256: str) -> None:
@@ -170,7 +270,7 @@ def _check_card(path: str, sha256: str) -> None:
 
 def dataset_features(features: FeatureNetwork, dataset: data.ImageDataset, *,
                      quantise: bool, cache_dir: str | None,
-                     batch_size: int = 500) -> dict[str, np.ndarray]:
+                     batch_size: int | None = None) -> dict[str, np.ndarray]:
   """Features of all images of a data set, computed once.
 
   Args:
@@ -179,7 +279,7 @@ def dataset_features(features: FeatureNetwork, dataset: data.ImageDataset, *,
     quantise: whether to round the images to bytes first, as image files do.
     cache_dir: folder, made if need be, of files named after a hash of
       everything that the features depend on; None for no cache.
-    batch_size: images at a time.
+    batch_size: images at a time, `features.batch_size` if None.
 
   Returns:
     {"pool": float32 [N, D], "logits": float32 [N, classes]}, in the order of
@@ -196,6 +296,7 @@ def dataset_features(features: FeatureNetwork, dataset: data.ImageDataset, *,
     cached = _read_cache(path, len(dataset.images))
     if cached is not None:
       return cached
+  batch_size = batch_size or features.batch_size
   batches = []
   for start in range(0, len(dataset.images), batch_size):
     images = dataset.images[start:start + batch_size]

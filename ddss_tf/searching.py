@@ -43,8 +43,8 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
   """
   shape = denoiser.image_shape
   others = [("data set", dataset.name, dataset.images.shape[1:])]
-  others += [("feature network", network.name, network.model.input_shape[1:])
-             for network in networks]
+  others += [("feature network", network.name, network.image_shape)
+             for network in networks if not network.accepts(shape)]
   for kind, name, other in others:
     if tuple(other) != shape:
       raise UserError(f"{kind} {name!r} must have the image shape {shape} of "
