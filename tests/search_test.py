@@ -120,7 +120,7 @@ def make_search(parts, **changes):
 def test_two_passes_give_the_gradient_of_one(parts, objective):
   loss, gradient = make_search(
       parts, objective=objective).loss_and_gradient(1)
-  for size in (1, 16):
+  for size in (1, 16) if objective == "kid_linear" else (16,):
     two = make_search(parts, objective=objective, micro_batch_size=size)
     two_loss, two_gradient = two.loss_and_gradient(1)
     np.testing.assert_allclose(two_loss, loss, rtol=1e-4, atol=1e-5)
