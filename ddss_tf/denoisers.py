@@ -112,7 +112,7 @@ class _GaussianEps(keras.layers.Layer):
   """eps of the exact denoiser of N(mean, std^2 I) data."""
 
   def __init__(self, betas, mean, std, **kwargs):
-    super().__init__(trainable=False, **kwargs)
+    super().__init__(**{**kwargs, "trainable": False})
     self.schedule = NoiseSchedule(betas)
     self.mean = mean
     self.std = std

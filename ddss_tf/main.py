@@ -75,6 +75,7 @@ def _dry_run(stages) -> None:
   """Builds what the stages would be given, and prints the configuration."""
   import gin  # pylint: disable=g-import-not-at-top
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf.searching import check_shapes  # pylint: disable=g-import-not-at-top
   for stage in stages:
     name = stage.__name__
     bindings = gin.get_bindings(name)
@@ -82,6 +83,10 @@ def _dry_run(stages) -> None:
       if value is gin.REQUIRED:
         raise UserError(f"gin: {name}.{key} must be bound")
     denoiser = bindings.get("denoiser")
+    if "dataset" in bindings:
+      networks = [bindings[key] for key in ("features", "heldout_features")
+                  if bindings.get(key) is not None]
+      check_shapes(denoiser, bindings["dataset"], *networks)
     factories = list(bindings.get("baselines") or [])
     factories += [bindings["sampler"]] if "sampler" in bindings else []
     for factory in factories:

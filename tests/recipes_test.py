@@ -1,0 +1,111 @@
+"""Tests that every recipe of the paper's tables builds, with stand-in weights."""
+
+import glob
+import os
+import re
+
+from absl import flags
+import gin
+import keras
+import numpy as np
+import pytest
+
+import ddss_tf
+from ddss_tf import denoisers
+from ddss_tf import main
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
+CELLS = sorted(name for name in os.listdir(RECIPES)
+               if re.search(r"_k\d+\.gin$", name))
+SIZES = {"cifar10": 32, "imagenet64": 64, "lsun_bedroom": 128,
+         "lsun_church": 128}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+  """Bindings of weights and images of the right shapes, by data set."""
+  folder = tmp_path_factory.mktemp("stand_ins")
+  inputs = keras.Input((299, 299, 3))
+  x = keras.layers.AveragePooling2D(23)(inputs)
+  x = keras.layers.Flatten()(x)
+  x = keras.layers.Dense(2048, name="pool_3")(x)
+  outputs = keras.layers.Dense(1008, name="logits")(x)
+  inception = str(folder / "inception.keras")
+  keras.Model(inputs, outputs).save(inception)
+  bindings = {}
+  for name, size in SIZES.items():
+    model = str(folder / name)
+    denoisers.gaussian_denoiser(
+        (size, size, 3),
+        schedule=ddss_tf.make_schedule("cosine", 4000)
+        if name == "imagenet64" else None).save(model)
+    images = str(folder / f"{name}.npz")
+    # LSUN's photographs have many sizes, larger than the model's.
+    side = size + 32 * name.startswith("lsun")
+    np.savez(images, images=np.zeros((4, side, side, 3), np.uint8))
+    bindings[name] = [f"load_denoiser.path = {model!r}",
+                      f"load_dataset.name = 'npz:{images}'",
+                      f"loss/load_features.path = {inception!r}"]
+  return bindings
+
+
+def dry_run(arguments):
+  gin.clear_config()
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(["main", "--dry_run", *arguments])
+  try:
+    main.main(["main"])
+  finally:
+    gin.clear_config()
+    flags.FLAGS.unparse_flags()
+    for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run"):
+      flags.FLAGS[name].unparse()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_builds(cell, stand_ins, capsys):
+  dataset = next(name for name in SIZES if cell.startswith(name))
+  path = os.path.join(RECIPES, cell)
+  with open(path) as f:
+    text = f.read()
+  # The command in its header, with stand-ins for what cannot be shipped.
+  mode = re.search(r"--mode=(\w+)", text).group(1)
+  assert f"--gin_file={os.path.relpath(path, ROOT)}" in text
+  dry_run([f"--gin_file={path}", f"--mode={mode}",
+           *(f"--gin_param={binding}" for binding in stand_ins[dataset])])
+  config = capsys.readouterr().out
+  steps = re.search(r"_k(\d+)", cell).group(1)
+  assert re.search(rf"^NUM_STEPS = {steps}$", config, re.MULTILINE)
+  assert "evaluate.num_samples = %NUM_SAMPLES" in config
+  assert "NUM_SAMPLES = 50000" in config
+
+
+def test_there_is_a_cell_for_every_published_number():
+  assert len(CELLS) == 2 * 5 * 5 + 2 * 3 * 3
+  # No number is printed as ours.
+  for cell in CELLS:
+    with open(os.path.join(RECIPES, cell)) as f:
+      assert re.search(r"# Published \(.*\): FID [\d.]+(, IS [\d.]+)?\. "
+                       r"Not measured by us\.", f.read()), cell
+
+
+def test_recipes_are_those_of_their_tool(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(os.path.join(ROOT, "tools"))
+  import make_paper_recipes  # pylint: disable=g-import-not-at-top
+  monkeypatch.setattr(make_paper_recipes, "ROOT", str(tmp_path))
+  make_paper_recipes.main()
+  shipped = glob.glob(os.path.join(RECIPES, "*.gin"))
+  assert {os.path.basename(p) for p in shipped} == set(os.listdir(tmp_path))
+  for path in shipped:
+    with open(path) as a, open(tmp_path / os.path.basename(path)) as b:
+      assert a.read() == b.read(), path
+
+
+def test_a_model_of_another_size_is_refused(stand_ins, capsys):
+  with pytest.raises(SystemExit):
+    dry_run([
+        f"--gin_file={os.path.join(RECIPES, 'cifar10_ddim_linear_k5.gin')}",
+        "--mode=evaluate", *(f"--gin_param={binding}" for binding in (
+            stand_ins["imagenet64"][0], *stand_ins["cifar10"][1:]))])
+  assert "must have the image shape (64, 64, 3)" in capsys.readouterr().err
