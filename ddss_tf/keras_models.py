@@ -145,8 +145,9 @@ def keras_application(name: str, weights: str | None, seed: int,
     reason = " ".join(str(error).split())[:200]
     hint = ("; Keras downloads it once: copy it into ~/.keras/models, or give "
             "load_features.weights a file" if weights == "imagenet" else "")
-    raise UserError(f"{APPLICATION_PREFIX}{name} cannot be built with the weights "
-                    f"{weights!r}: {reason}{hint}") from error
+    raise UserError(
+        f"{APPLICATION_PREFIX}{name} cannot be built with the weights "
+        f"{weights!r}: {reason}{hint}") from error
   label = f"{APPLICATION_PREFIX}{name}"
   sha256 = None
   if weights is None:
@@ -161,6 +162,8 @@ def keras_application(name: str, weights: str | None, seed: int,
     calibrate(model, value_range, seed)
   # Not the JSON: it counts layers of all models that the process has built.
   graph = f"{name} {model.input_shape} Keras {keras.__version__}"
+  if weights is None:
+    graph += ", calibrated"  # Which the hash of the weights is from before.
   return KerasNetwork(model, label, sha256, graph), label
 
 
