@@ -42,8 +42,8 @@ _SIGMOID_FLOOR = 1e-3
 _TIME_FLOOR = 1e-4
 
 # Where GGDM starts: the largest K, and the solver and stride that were best up
-# to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where that
-# no longer tells them apart, by FID (K = 10). Other K by neighbourhood.
+# to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
+# that no longer tells them apart, by FID (K = 10). Other K by neighbourhood.
 _BEST_STARTS = (
     (4, "dpm++3m", "linear"),
     (7, "dpm++3m", "linspace"),

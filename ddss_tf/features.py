@@ -16,7 +16,7 @@ from ddss_tf import fingerprint
 from ddss_tf import keras_models
 from ddss_tf import saved_models
 from ddss_tf import storage
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 from ddss_tf.preprocessing import Preprocessing
 
@@ -114,8 +114,8 @@ class FeatureNetwork:
     if images.shape.rank != 4 or not self.accepts(images.shape[1:]):
       raise UserError(
           f"images for the features {self.name!r} must have the shape "
-          f"{_shape((None, *self.image_shape))}. "
-          f"Received: {_shape(images.shape)}")
+          f"{shape_text((None, *self.image_shape))}. "
+          f"Received: {shape_text(images.shape)}")
     images = self._preprocessing(tf.clip_by_value(images, -1.0, 1.0))
     return {key: tf.cast(value, tf.float32)
             for key, value in zip(_KEYS, self._function(images))}
@@ -123,11 +123,6 @@ class FeatureNetwork:
 
 def _fits(sizes, expected) -> bool:
   return tf.TensorShape(sizes).is_compatible_with(expected)
-
-
-def _shape(shape) -> str:
-  sizes = ", ".join("?" if size is None else str(size) for size in shape)
-  return f"[{sizes}]"
 
 
 def embedded_features() -> list[str]:

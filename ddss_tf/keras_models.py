@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from ddss_tf import fingerprint
 from ddss_tf import preprocessing
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 
 APPLICATION_PREFIX = "keras:"
@@ -24,11 +24,6 @@ _APPLICATION_RANGES = {
     "VGG": "caffe", "DenseNet": "torch",
 }
 _CALIBRATION_IMAGES = 8
-
-
-def _shape(shape) -> str:
-  sizes = ", ".join("?" if size is None else str(size) for size in shape)
-  return f"[{sizes}]"
 
 
 class KerasNetwork:
@@ -98,7 +93,7 @@ class KerasNetwork:
           f"functional or sequential model: {error}") from error
     if len(output.shape) != 2:
       raise UserError(f"layer {name!r} of {self._name!r} must give "
-                      f"[B, features]. Received: {_shape(output.shape)}")
+                      f"[B, features]. Received: {shape_text(output.shape)}")
     return output
 
 

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 
 INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
@@ -16,11 +16,6 @@ INCEPTION_SIZE = 299
 
 def _reason(error: Exception, limit: int = 200) -> str:
   return " ".join(str(error).split())[:limit]
-
-
-def _shape(shape) -> str:
-  sizes = ", ".join("?" if size is None else str(size) for size in shape)
-  return f"[{sizes}]"
 
 
 class SavedModelNetwork:
@@ -100,7 +95,7 @@ class SavedModelNetwork:
         failures.append(f"{name}: {_reason(error, 100)}")
     else:
       raise UserError(f"{self._folder} must take images "
-                      f"{_shape(images.shape)}: {'; '.join(failures)}")
+                      f"{shape_text(images.shape)}: {'; '.join(failures)}")
     if not isinstance(outputs, dict):
       raise UserError(
           f"{self._folder} must give a dictionary with the outputs "
@@ -117,7 +112,7 @@ class SavedModelNetwork:
       if shape[0] != 2 or len(shape) < 2 or sizes[-1] != shape[-1]:
         raise UserError(
             f"output {key!r} of {self._folder} must be [B, features] or "
-            f"[B, 1, 1, features]. Received: {_shape(shape)} for 2 images")
+            f"[B, 1, 1, features]. Received: {shape_text(shape)} for 2 images")
       if not np.all(np.isfinite(outputs[key])):
         raise UserError(f"output {key!r} of {self._folder} must be finite")
 
