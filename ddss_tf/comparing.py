@@ -67,8 +67,8 @@ def compare(
 
   A family's row is that of a search with the bindings of `search`. It starts at
   the best, by the search's objective on its own noise, of: its default, the
-  three best solvers on their best strides, and the smaller families searched
-  before it, each if the family holds it. So a larger family never starts worse.
+  three best solvers, DDPM and DDIM on their best strides, and the smaller
+  families searched before it, each if the family holds it. So a larger family never starts worse.
 
   Args:
     run_dir: folder of the comparison; each search has its own below it.
@@ -128,10 +128,12 @@ def compare(
               for solver in solvers]
     for sampler in chosen:
       add(sampler)
-    # Where searches may start, besides their default.
+    # Where searches may start, besides their default. The families that hold no
+    # multistep solver start at DDPM and DDIM.
     chosen.sort(key=lambda s: stride_evaluator.record(s, stride_samples)["fid"])
     best = [{"init": sampler.solver, "stride": sampler.stride}
-            for sampler in chosen[:_BEST_SOLVERS]]
+            for i, sampler in enumerate(chosen)
+            if i < _BEST_SOLVERS or sampler.solver in ("ddpm", "ddim")]
     for family in families:
       folder = run.path(f"k{steps}", family)
       before = [run.path(f"k{steps}", smaller, card.FILE)
