@@ -403,7 +403,7 @@ def search(
     feature_weights=None,
     teacher: dict | None = None,
     teacher_samples: int = 2048,
-    learning_rate: float = 0.06,
+    learning_rate: float = 0.15,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,
