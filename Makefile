@@ -25,10 +25,10 @@ table: $(VENV)/.installed
 	cp runs/table/table.csv runs/table/table.md results/digits16/
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m 'not slow' tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 $(VENV)/.installed: requirements.txt setup.py
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), \

@@ -39,6 +39,6 @@ setuptools.setup(
         "tensorflow-probability>=0.25",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8"]},
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6"]},
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},
 )
