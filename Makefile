@@ -20,9 +20,8 @@ demo-full: $(VENV)/.installed
 	  --gin_param='NUM_STEPS = 10'
 
 table: $(VENV)/.installed
-	$(RUN) --mode=compare --gin_file=gin_configs/table.gin --run_dir=runs/table
-	mkdir -p results/digits16
-	cp runs/table/table.csv runs/table/table.md results/digits16/
+	$(RUN) --mode=compare --gin_file=gin_configs/table.gin \
+	  --run_dir=results/digits16
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests
