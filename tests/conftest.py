@@ -51,3 +51,28 @@ def gaussian_parts():
       dataset=data.ImageDataset(
           "gaussian", images, None, fingerprint.arrays_sha256([images])),
       features=features_lib.FeatureNetwork(model, "random"))
+
+
+@pytest.fixture
+def main_in_process():
+  """Runs the command line here: a process of its own would import TensorFlow.
+
+  Called with the arguments of a command, without the program.
+  """
+  from absl import flags  # pylint: disable=g-import-not-at-top
+  import gin  # pylint: disable=g-import-not-at-top
+  from ddss_tf import main  # pylint: disable=g-import-not-at-top
+
+  def run(arguments):
+    gin.clear_config()
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["main", *arguments])
+    try:
+      main.main(["main"])
+    finally:
+      gin.clear_config()
+      flags.FLAGS.unparse_flags()
+      for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run"):
+        flags.FLAGS[name].unparse()
+
+  return run

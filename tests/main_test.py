@@ -8,14 +8,11 @@ import subprocess
 import sys
 import time
 
-from absl import flags
-import gin
 import numpy as np
 import pytest
 
 import ddss_tf
 from ddss_tf import card
-from ddss_tf import main
 from ddss_tf import storage
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -186,20 +183,11 @@ DRY = ["--dry_run", f"--gin_file={DEMO}"]
     (["--dry_run", f"--gin_file={DIGITS}"], ["NUM_SAMPLES = 5"], ["NUM_STEPS"]),
     (DRY, ["search.num_search_steps = %gin.REQUIRED"], ["num_search_steps"]),
 ])
-def test_bad_input(arguments, params, words, tfds_dir, monkeypatch, capsys):
-  # In this process: each would spend 8 seconds on importing TensorFlow.
+def test_bad_input(arguments, params, words, main_in_process, tfds_dir,
+                   monkeypatch, capsys):
   monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-  gin.clear_config()
-  flags.FLAGS.unparse_flags()
-  flags.FLAGS(["main", *command(*arguments, params=params)[3:]])
-  try:
-    with pytest.raises(SystemExit) as ended:
-      main.main(["main"])
-  finally:
-    gin.clear_config()
-    flags.FLAGS.unparse_flags()
-    for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run"):
-      flags.FLAGS[name].unparse()
+  with pytest.raises(SystemExit) as ended:
+    main_in_process(command(*arguments, params=params)[3:])
   assert ended.value.code == 2
   lines = capsys.readouterr().err.splitlines()
   assert len([l for l in lines if l.startswith("error: ")]) == 1, lines

@@ -4,15 +4,12 @@ import glob
 import os
 import re
 
-from absl import flags
-import gin
 import keras
 import numpy as np
 import pytest
 
 import ddss_tf
 from ddss_tf import denoisers
-from ddss_tf import main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
@@ -50,21 +47,8 @@ def stand_ins(tmp_path_factory):
   return bindings
 
 
-def dry_run(arguments):
-  gin.clear_config()
-  flags.FLAGS.unparse_flags()
-  flags.FLAGS(["main", "--dry_run", *arguments])
-  try:
-    main.main(["main"])
-  finally:
-    gin.clear_config()
-    flags.FLAGS.unparse_flags()
-    for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run"):
-      flags.FLAGS[name].unparse()
-
-
 @pytest.mark.parametrize("cell", CELLS)
-def test_every_cell_builds(cell, stand_ins, capsys):
+def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   dataset = next(name for name in SIZES if cell.startswith(name))
   path = os.path.join(RECIPES, cell)
   with open(path) as f:
@@ -72,8 +56,9 @@ def test_every_cell_builds(cell, stand_ins, capsys):
   # The command in its header, with stand-ins for what cannot be shipped.
   mode = re.search(r"--mode=(\w+)", text).group(1)
   assert f"--gin_file={os.path.relpath(path, ROOT)}" in text
-  dry_run([f"--gin_file={path}", f"--mode={mode}",
-           *(f"--gin_param={binding}" for binding in stand_ins[dataset])])
+  main_in_process([
+      "--dry_run", f"--gin_file={path}", f"--mode={mode}",
+      *(f"--gin_param={binding}" for binding in stand_ins[dataset])])
   config = capsys.readouterr().out
   steps = re.search(r"_k(\d+)", cell).group(1)
   assert re.search(rf"^NUM_STEPS = {steps}$", config, re.MULTILINE)
@@ -102,9 +87,11 @@ def test_recipes_are_those_of_their_tool(tmp_path, monkeypatch):
       assert a.read() == b.read(), path
 
 
-def test_a_model_of_another_size_is_refused(stand_ins, capsys):
+def test_a_model_of_another_size_is_refused(
+    stand_ins, main_in_process, capsys):
   with pytest.raises(SystemExit):
-    dry_run([
+    main_in_process([
+        "--dry_run",
         f"--gin_file={os.path.join(RECIPES, 'cifar10_ddim_linear_k5.gin')}",
         "--mode=evaluate", *(f"--gin_param={binding}" for binding in (
             stand_ins["imagenet64"][0], *stand_ins["cifar10"][1:]))])
