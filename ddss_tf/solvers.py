@@ -143,14 +143,14 @@ def _linear_recursion(schedule, times, step, abar_end,
       noise_scales=np.zeros(num_steps))
 
 
-def _order(history, order, step=None):
+def _order(history, order, step=None, lower_end=True):
   """The order of a step: lower at the start, for want of history, and the end.
 
   At the end it falls by one in each of the last steps, for stability (Lu et al.
-  2022), unless `lower_order_final` is off.
+  2022), if `lower_end` and unless `lower_order_final` is off.
   """
   step = history.k if step is None else step
-  if history.lower_order_final:
+  if lower_end and history.lower_order_final:
     order = min(order, history.num_steps - step)
   return min(order, step + 1)
 
@@ -176,7 +176,7 @@ def _dpm_solver_pp(history, order, exact=False):
   alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
   if sigma == 0:
     return alpha * x0[k]
-  order = _order(history, order) if _short(history) else min(order, k + 1)
+  order = _order(history, order, lower_end=_short(history))
   h = lam[k + 1] - lam[k]
   phi_1 = -np.expm1(-h)
   x = sigma / history.sigma[k] * history.x[k] + alpha * phi_1 * x0[k]
@@ -229,9 +229,7 @@ def _adams_bashforth(history, order, integrals, lower_end):
   """
   k = history.k
   rho = history.sigma / history.alpha
-  if lower_end and _short(history):
-    order = _order(history, order)
-  order = min(order, k + 1)
+  order = _order(history, order, lower_end=lower_end and _short(history))
   used = range(k, k - order, -1)
   weights = integrals(rho[list(used)], rho[k:k + 2])
   x = history.x[k] / history.alpha[k]
