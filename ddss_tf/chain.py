@@ -24,26 +24,27 @@ _DYNAMIC_QUANTILE = 0.995
 EpsFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
-def rematerialise(eps_fn: EpsFn, jit_compile: bool = False) -> EpsFn:
+def rematerialise(eps_fn: EpsFn) -> EpsFn:
   """Wraps a network call so that backpropagation recomputes its activations.
 
   Section 3.2 of the paper: all K states are kept (a non-Markovian sampler needs
   them anyway), but of the network nothing survives its call, so memory grows by
   one image per step instead of by one set of activations.
 
-  The function inside is traced once and called K times; a bare Python call
-  would be traced anew at every step, forwards and backwards. `x_t` and `t` must
-  be passed by position: `tf.recompute_grad` silently gives no gradient to
-  tensors it does not see as arguments, and the learned times would stand still.
+  `x_t` and `t` must be passed by position: `tf.recompute_grad` silently gives
+  no gradient to tensors it does not see as arguments, and the learned times
+  would stand still.
 
   Args:
-    eps_fn: (x_t [B, H, W, C], t [B]) -> [B, H, W, C].
-    jit_compile: compile the call with XLA.
+    eps_fn: (x_t [B, H, W, C], t [B]) -> [B, H, W, C]; a `tf.function`, such as
+      `Denoiser.compiled_eps` gives, is traced once and called K times, while a
+      bare Python call would be traced anew at every step, forwards and
+      backwards.
 
   Returns:
     A function of the same signature, values and gradients.
   """
-  return tf.recompute_grad(tf.function(eps_fn, jit_compile=jit_compile))
+  return tf.recompute_grad(eps_fn)
 
 
 def bound_x0(x0_hat: tf.Tensor, x0_bound: str | None) -> tf.Tensor:

@@ -59,6 +59,7 @@ class Denoiser:
     self.image_shape = tuple(model.input_shape[0][1:])
     weights = model.get_weights()
     self.sha256 = fingerprint.arrays_sha256(weights) if weights else None
+    self._compiled = {}
 
   def network(self, x, t) -> tf.Tensor:
     """The raw prediction.
@@ -88,6 +89,21 @@ class Denoiser:
     if self.prediction == "x0":
       return (x_t - alpha_t * prediction) / sigma_t
     return sigma_t * x_t + alpha_t * prediction
+
+  def compiled_eps(self, jit_compile: bool = True):
+    """`eps` as a `tf.function`, the same one at every call.
+
+    Compiling a U-Net takes longer than many steps of a search. TensorFlow keeps
+    what it compiled, gradients too, with the function; so all chains, searches
+    and evaluations of a process share this one.
+
+    Args:
+      jit_compile: compile it with XLA.
+    """
+    if jit_compile not in self._compiled:
+      self._compiled[jit_compile] = tf.function(
+          self.eps, jit_compile=jit_compile)
+    return self._compiled[jit_compile]
 
   def save(self, path: str) -> None:
     """Writes our own format: `denoiser.json` and `network.keras`.

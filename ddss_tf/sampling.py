@@ -35,7 +35,7 @@ class Generator:
     self.denoiser = denoiser
     self.batch_size = batch_size
     self.x0_bound = x0_bound
-    self._eps = tf.function(denoiser.eps, jit_compile=jit_compile)
+    self._eps = denoiser.compiled_eps(jit_compile)
     self._sample = tf.function(self._sample_batch)
 
   def _sample_batch(self, coefficients, seed, indices):

@@ -138,8 +138,8 @@ class Search:
         step=self.step, skipped=self.skipped, best_value=self.best_value,
         best_step=self.best_step)
 
-    plain = tf.function(denoiser.eps, jit_compile=jit_compile)
-    eps_fn = chain.rematerialise(denoiser.eps, jit_compile) if remat else plain
+    plain = denoiser.compiled_eps(jit_compile)
+    eps_fn = chain.rematerialise(plain) if remat else plain
 
     def make_view(indices, network):
       x_T, step_noise = chain.draw_noise(
@@ -362,7 +362,7 @@ class _Validation:
     order = np.random.default_rng(seed).permutation(len(images))
     self._images = images[order[:num_samples]]
     self._shape = denoiser.image_shape
-    self._eps = tf.function(denoiser.eps, jit_compile=jit_compile)
+    self._eps = denoiser.compiled_eps(jit_compile)
 
     @tf.function
     def bound(coefficients, indices, x_0):

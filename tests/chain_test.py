@@ -90,7 +90,7 @@ def test_remat_changes_nothing(small, jit):
   c = random_coefficients()
   loss, plain = gradients(small.eps, c)
   loss_remat, remat = gradients(
-      chain.rematerialise(small.eps, jit_compile=jit), c)
+      chain.rematerialise(small.compiled_eps(jit)), c)
   np.testing.assert_allclose(loss_remat, loss, rtol=1e-4)
   for name, a, b in zip(c._fields, plain, remat):
     assert np.abs(a).max() > 0, name
@@ -100,7 +100,7 @@ def test_remat_changes_nothing(small, jit):
 
 def test_gradients_agree_with_finite_differences(small):
   c = random_coefficients()
-  eps_fn = chain.rematerialise(small.eps)
+  eps_fn = chain.rematerialise(small.compiled_eps(False))
   _, analytic = gradients(eps_fn, c)
   x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
   target = tf.sin(tf.range(16, dtype=tf.float32))

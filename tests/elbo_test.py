@@ -95,7 +95,7 @@ def test_gradients_reach_every_coefficient_and_lower_the_bound():
   draw = lambda *shape: tf.constant(rng.normal(size=shape), tf.float32)
   x_0 = MEAN + STD * draw(256, *SHAPE)
   x_T, noise = draw(256, *SHAPE), draw(256, 3, *SHAPE)
-  eps_fn = chain.rematerialise(DENOISER.eps)
+  eps_fn = chain.rematerialise(DENOISER.compiled_eps(False))
 
   @tf.function
   def loss_and_gradients():
