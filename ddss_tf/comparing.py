@@ -111,7 +111,7 @@ def compare(
       batch_size=batch_size, jit_compile=jit_compile)
   evaluator = make_evaluator(run, seed=seed)
   stride_evaluator = make_evaluator(
-      run_dir_lib.RunDir(run.path("strides")), seed=seed + 1)
+      run_dir_lib.RunDir(run.path("strides"), run.cache), seed=seed + 1)
 
   records = []
 
@@ -144,7 +144,7 @@ def compare(
               families_lib.make_sampler, family=family, num_steps=steps,
               init="auto"),
           start_candidates=[{}, *best, *({"init": path} for path in before)],
-          jit_compile=jit_compile)
+          cache_dir=run.cache, jit_compile=jit_compile)
       add(*evaluation.load_searched(run_dir_lib.RunDir(folder), denoiser))
   return records
 

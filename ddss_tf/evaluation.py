@@ -14,6 +14,7 @@ from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import fingerprint
 from ddss_tf import metrics
+from ddss_tf import reference as reference_lib
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
@@ -24,6 +25,7 @@ from ddss_tf.searching import check_shapes
 
 METRICS = "metrics.json"
 SAMPLES = "samples.png"
+_SPLITS = 10  # Of the Inception Score, as published.
 
 
 def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
@@ -81,7 +83,7 @@ class Evaluator:
     self._seed = seed
     self._batch_size = batch_size
     self._jit_compile = jit_compile
-    self._reference = [features_lib.dataset_features(
+    self._reference = [reference_lib.reference(
         network, dataset, quantise=True, cache_dir=run.cache)
                        for network in self._networks]
     self._extract = [tf.function(network) for network in self._networks]
@@ -121,14 +123,15 @@ class Evaluator:
     values = _measure(
         self.generator(x0_bound).batches(
             coefficients, num_samples, self._seed, sampler.label),
-        self._extract, self._reference)
+        self._extract, self._reference, num_samples)
     self._known.append({**conditions, **values})
     storage.write_json(self._run.path(METRICS), self._known)
     return self._known[-1]
 
   def _conditions(self, sampler, coefficients, num_samples, x0_bound):
     """All that decides a record's values."""
-    features = [{"name": network.name, "sha256": network.sha256}
+    features = [{"name": network.name, "sha256": network.sha256,
+                 "protocol": network.protocol}
                 for network in self._networks] + [None]
     return {
         "sampler": sampler.label,
@@ -159,6 +162,7 @@ def evaluate(
     seed: int = 1234,
     batch_size: int = 250,
     x0_bound: str | None = None,
+    cache_dir: str | None = None,
     jit_compile: bool = True,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
@@ -179,6 +183,8 @@ def evaluate(
     batch_size: images per call.
     x0_bound: see `chain.bound_x0`; of the baselines. The searched sampler keeps
       the one it was searched with.
+    cache_dir: folder of the real images' features, which runs may share;
+      run_dir/cache if None.
     jit_compile: compile the network with XLA.
 
   Returns:
@@ -188,7 +194,7 @@ def evaluate(
     UserError: parts that do not fit together, no sampler to evaluate, or too
       few samples for a metric.
   """
-  run = run_dir_lib.RunDir(run_dir)
+  run = run_dir_lib.RunDir(run_dir, cache_dir)
   evaluator = Evaluator(
       run, denoiser, dataset, features, heldout_features, seed,
       max(1, min(batch_size, num_samples)), jit_compile)
@@ -212,28 +218,30 @@ def evaluate(
   return records
 
 
-def _measure(batches, extract, reference):
-  """Metrics of one sampler's images."""
-  pools = [[] for _ in extract]
-  logits = []
-  for batch in batches:
-    images = tf.constant(data.to_float(data.to_uint8(batch.numpy())))
-    for i, network in enumerate(extract):
-      outputs = network(images)
-      pools[i].append(outputs["pool"].numpy())
-      if i == 0:
-        logits.append(outputs["logits"].numpy())
-  pools = [np.concatenate(pool) for pool in pools]
+def _measure(batches, extract, reference, num_samples):
+  """Metrics of one sampler's images, from one pass over them."""
+
+  def outputs():
+    for batch in batches:
+      images = tf.constant(data.to_float(data.to_uint8(batch.numpy())))
+      found = [network(images) for network in extract]
+      yield [found[0]["logits"], *(output["pool"] for output in found)]
+
+  logits, *pools = reference_lib.collect(outputs(), num_samples)
   if not all(np.all(np.isfinite(pool)) for pool in pools):
     raise UserError("generated images must have finite features: the sampler "
                     "or the denoiser produced NaN or infinite values")
-  kid, kid_std = metrics.kid(reference[0]["pool"], pools[0])
+  kid, kid_std = metrics.kid(reference[0].pool, pools[0])
+  splits = min(_SPLITS, num_samples)
+  split_mean, split_std = metrics.inception_score(logits, splits)
   return {
-      "fid": metrics.fid(reference[0]["pool"], pools[0]),
+      "fid": metrics.fid(reference[0].moments, pools[0]),
       "kid": kid,
       "kid_std": kid_std,
-      "inception_score": metrics.inception_score(np.concatenate(logits)),
-      "fid_heldout": (metrics.fid(reference[1]["pool"], pools[1])
+      "inception_score": metrics.inception_score(logits)[0],
+      "inception_score_splits": {
+          "splits": splits, "mean": split_mean, "std": split_std},
+      "fid_heldout": (metrics.fid(reference[1].moments, pools[1])
                       if len(extract) > 1 else None),
   }
 
@@ -263,14 +271,20 @@ def _draw(run, evaluator, samplers, records, seed):
     sampler, bound = samplers[i]
     titled.append((
         f"{sampler.label}, K = {sampler.num_steps}\n"
-        f"FID {records[i]['fid']:.2f}",
+        f"{metrics.fid_label(records[i]['num_samples'])} "
+        f"{records[i]['fid']:.2f}",
         evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
   figures.samples_png(run.path(SAMPLES), titled)
 
 
 def table(records: list[dict]) -> str:
-  """The records as a text table, also valid Markdown."""
-  head = ["sampler", "K", "FID", "FID held-out", "KID", "IS"]
+  """The records as a text table, also valid Markdown.
+
+  An FID of fewer than 50 000 samples says of how many (`metrics.fid_label`).
+  """
+  counts = {record["num_samples"] for record in records}
+  label = metrics.fid_label(counts.pop()) if len(counts) == 1 else "FID"
+  head = ["sampler", "K", label, f"{label} held-out", "KID", "IS"]
   rows = [[
       record["sampler"], str(record["num_steps"]), f"{record['fid']:.2f}",
       "-" if record["fid_heldout"] is None else f"{record['fid_heldout']:.2f}",

@@ -1,9 +1,7 @@
-"""Frozen networks that turn images into features, and a cache of theirs."""
+"""Frozen networks that turn images into features."""
 
 import json
 import os
-import zipfile
-import zlib
 
 from absl import logging
 import gin
@@ -11,11 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import data
 from ddss_tf import fingerprint
 from ddss_tf import keras_models
 from ddss_tf import saved_models
-from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 from ddss_tf.preprocessing import Preprocessing
@@ -48,9 +44,7 @@ class FeatureNetwork:
     batch_size: images at a time that leave room in a few GiB of memory.
     key: hash of the weights, the architecture, the choice of layers and the
       preprocessing: equal keys give equal features.
-    sha256: what results record. For a Keras model that takes images as they are
-      and has the layers "pool" and "logits", it is the hash of all weights;
-      otherwise the key.
+    sha256: hash of the weights, which results record beside the protocol.
 
   Raises:
     UserError: there is no such layer, its output has another rank, or the
@@ -64,7 +58,9 @@ class FeatureNetwork:
     if isinstance(model, keras.Model):
       model = keras_models.KerasNetwork(model, name)
     self.name = name
-    self.protocol = f"{source}: images clipped to [-1, 1], {preprocessing}"
+    self.protocol = (
+        f"{source}: images clipped to [-1, 1], {preprocessing}; features "
+        f"{pool_layer}, logits {logits_layer}")
     self._preprocessing = preprocessing
     self._input_shape = model.input_shape
     if preprocessing.size is not None and not _fits(
@@ -87,10 +83,7 @@ class FeatureNetwork:
     if preprocessing != Preprocessing():
       parts.append(str(preprocessing))
     self.key = fingerprint.text_sha256(json.dumps(parts))
-    plain = (isinstance(model, keras_models.KerasNetwork)
-             and preprocessing == Preprocessing()
-             and (pool_layer, logits_layer) == _KEYS)
-    self.sha256 = model.weights_sha256 if plain else self.key
+    self.sha256 = model.weights_sha256
 
   def accepts(self, image_shape) -> bool:
     """Whether it takes images (H, W, C); None in it stands for any."""
@@ -261,62 +254,3 @@ def _check_card(path: str, sha256: str) -> None:
   if sha256 != expected:
     raise UserError(f"weights in {path} must have the SHA-256 {expected} of "
                     f"{os.path.basename(card_path)}. Received: {sha256}")
-
-
-def dataset_features(features: FeatureNetwork, dataset: data.ImageDataset, *,
-                     quantise: bool, cache_dir: str | None,
-                     batch_size: int | None = None) -> dict[str, np.ndarray]:
-  """Features of all images of a data set, computed once.
-
-  Args:
-    features: the network.
-    dataset: the images.
-    quantise: whether to round the images to bytes first, as image files do.
-    cache_dir: folder, made if need be, of files named after a hash of
-      everything that the features depend on; None for no cache.
-    batch_size: images at a time, `features.batch_size` if None.
-
-  Returns:
-    {"pool": float32 [N, D], "logits": float32 [N, classes]}, in the order of
-    the data set.
-
-  Raises:
-    UserError: images of a shape that the network does not take.
-  """
-  path = None
-  if cache_dir is not None:
-    key = fingerprint.text_sha256(
-        json.dumps([dataset.sha256, features.key, bool(quantise)]))
-    path = os.path.join(cache_dir, f"features-{key[:32]}.npz")
-    cached = _read_cache(path, len(dataset.images))
-    if cached is not None:
-      return cached
-  batch_size = batch_size or features.batch_size
-  batches = []
-  for start in range(0, len(dataset.images), batch_size):
-    images = dataset.images[start:start + batch_size]
-    if quantise:
-      images = data.to_float(data.to_uint8(images))
-    batches.append(features(images))
-  arrays = {key: np.concatenate([batch[key].numpy() for batch in batches])
-            for key in _KEYS}
-  if path is not None:
-    with storage.replacing(path) as temporary:
-      np.savez(temporary, **arrays)
-  return arrays
-
-
-def _read_cache(path: str, count: int) -> dict[str, np.ndarray] | None:
-  """The arrays of a cache file; None if there is none, or no sound one."""
-  if not os.path.exists(path):
-    return None
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {key: file[key] for key in _KEYS}
-    if any(len(value) != count for value in arrays.values()):
-      raise ValueError(f"there must be {count} rows")
-    return arrays
-  except (OSError, EOFError, ValueError, KeyError, TypeError,
-          zipfile.BadZipFile, zlib.error) as error:
-    logging.warning("Cache %s is damaged and computed again: %s", path, error)
-    return None

@@ -12,9 +12,14 @@ import importlib.util
 import os
 import sys
 import types
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+
+
+FULL_SAMPLES = 50_000  # Of published values.
+_BLOCK_ROWS = 4096
 
 
 @functools.cache
@@ -43,21 +48,76 @@ def _tfgan():
       del sys.modules[name]
 
 
-def fid(real: np.ndarray, generated: np.ndarray) -> float:
+class Moments(NamedTuple):
+  """Mean and covariance of activations.
+
+  Attributes:
+    mean: float64 [D].
+    covariance: float64 [D, D], unbiased.
+  """
+  mean: np.ndarray
+  covariance: np.ndarray
+
+
+def moments(activations: np.ndarray) -> Moments:
+  """Mean and unbiased covariance, in float64.
+
+  A block of rows at a time, so that beside the activations themselves memory
+  does not grow with their number; TF-GAN's own call makes several float64
+  copies of all of them.
+
+  Args:
+    activations: float [N, D], N at least 2.
+
+  Raises:
+    ValueError: fewer than 2 rows.
+  """
+  count, width = activations.shape
+  if count < 2:
+    raise ValueError(f"a covariance needs at least 2 rows. Received: {count}")
+  mean = np.mean(activations, axis=0, dtype=np.float64)
+  covariance = np.zeros((width, width))
+  for start in range(0, count, _BLOCK_ROWS):
+    centred = activations[start:start + _BLOCK_ROWS] - mean
+    covariance += centred.T @ centred
+  return Moments(mean, covariance / (count - 1))
+
+
+def fid(real: np.ndarray | Moments, generated: np.ndarray | Moments) -> float:
   """Frechet distance of two sets of activations.
 
   Heusel et al. (2017, https://arxiv.org/abs/1706.08500). Biased upwards by few
-  samples: compare only values of the same counts.
+  samples: compare only values of the same counts (`fid_label` names them).
 
   Args:
-    real: float [N, D].
-    generated: float [M, D].
+    real: float [N, D], or its moments.
+    generated: float [M, D], or its moments.
 
   Returns:
     The distance, at least 0 up to rounding.
   """
-  return float(_tfgan().frechet_classifier_distance_from_activations(
-      tf.constant(real, tf.float32), tf.constant(generated, tf.float32)))
+  a, b = (values if isinstance(values, Moments) else moments(values)
+          for values in (real, generated))
+  root = float(_tfgan().trace_sqrt_product(
+      tf.constant(a.covariance), tf.constant(b.covariance)))
+  return float(np.sum((a.mean - b.mean) ** 2)
+               + np.trace(a.covariance + b.covariance) - 2 * root)
+
+
+def fid_label(num_samples: int) -> str:
+  """What to call an FID: "FID", but "FID-10k" of fewer than 50 000 samples.
+
+  Published values are of 50 000. One of fewer is biased upwards and must not
+  be read beside them.
+
+  Args:
+    num_samples: generated images.
+  """
+  if num_samples >= FULL_SAMPLES:
+    return "FID"
+  if num_samples % 1000 == 0:
+    return f"FID-{num_samples // 1000}k"
+  return f"FID-{num_samples}"
 
 
 def kid(real: np.ndarray, generated: np.ndarray,
@@ -92,16 +152,26 @@ def kid(real: np.ndarray, generated: np.ndarray,
   return float(value), float(error)
 
 
-def inception_score(logits: np.ndarray) -> float:
+def inception_score(logits: np.ndarray, splits: int = 1
+                    ) -> tuple[float, float]:
   """exp E KL(p(y|x) || p(y)) of a classifier's logits, at least 1.
 
-  Salimans et al. (2016, https://arxiv.org/abs/1606.03498), in one split.
+  Salimans et al. (2016, https://arxiv.org/abs/1606.03498) give mean and
+  standard deviation over 10 splits. A smaller split has a smaller score.
 
   Args:
     logits: float [N, classes].
+    splits: parts of as equal size as can be, in order.
 
   Returns:
-    The score.
+    The mean score of the splits and its standard deviation, 0 for one split.
+
+  Raises:
+    ValueError: more splits than samples, or fewer than 1.
   """
-  return float(_tfgan().classifier_score_from_logits(
-      tf.constant(logits, tf.float32)))
+  if not 1 <= splits <= len(logits):
+    raise ValueError(f"splits must be from 1 to the {len(logits)} samples. "
+                     f"Received: {splits}")
+  scores = [float(_tfgan().classifier_score_from_logits(
+      tf.constant(part, tf.float32))) for part in np.array_split(logits, splits)]
+  return float(np.mean(scores)), float(np.std(scores))

@@ -23,13 +23,16 @@ class RunDir:
 
   Args:
     root: its path; made if need be.
+    cache: folder of what can be computed again, which runs may share;
+      `root`/cache if None.
 
   Raises:
     UserError: it cannot be made or written to.
   """
 
-  def __init__(self, root: str):
+  def __init__(self, root: str, cache: str | None = None):
     self.root = root
+    self.cache = cache or self.path("cache")
     try:
       os.makedirs(root, exist_ok=True)
       # Tried, not asked: os.access says yes to root on read-only systems.
@@ -44,11 +47,6 @@ class RunDir:
   def path(self, *parts: str) -> str:
     """A path inside."""
     return os.path.join(self.root, *parts)
-
-  @property
-  def cache(self) -> str:
-    """Folder of what can be computed again."""
-    return self.path("cache")
 
   def lock(self) -> None:
     """Keeps other processes out until this one ends, however it ends.

@@ -20,10 +20,10 @@ import tensorflow as tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import elbo
-from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import objectives
 from ddss_tf import progress
+from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import starts
@@ -73,7 +73,8 @@ class Search:
     objective: what is minimised, an `objectives.Objective`.
     batch_size: images per step, which is the population of the objective.
     gradient_samples: how many of them the gradient passes through.
-    micro_batch_size: images per chain; divides both.
+    micro_batch_size: images per chain. Where it does not divide both, the last
+      one is filled up with images that count nothing.
     num_search_steps: steps in all; the learning rate rises over a tenth of them
       and then decays to 0 (cosine).
     learning_rate: Adam's highest rate, in feature standard deviations for all
@@ -224,17 +225,19 @@ class Search:
       loss, gradient = self._pull_back(
           indices, tf.zeros_like(teacher), teacher, tf.constant(True))
       return float(loss), gradient.numpy()
-    parts = [tf.constant(part)
-             for part in np.split(indices, self._batch_size // size)]
-    targets = [self._targets(part) for part in parts]
+    views = [self._population(_filled(indices[i:i + size], size))
+             for i in range(0, self._batch_size, size)]
     loss, cotangents = self._differentiate(
-        tf.concat([self._population(part) for part in parts], axis=0),
-        tf.concat(targets, axis=0))
-    chosen = self._gradient_samples // size
-    gradients = [
-        self._pull_back(part, cotangent, target, tf.constant(False))[1]
-        for part, cotangent, target in zip(
-            parts[:chosen], tf.split(cotangents, len(parts)), targets)]
+        tf.concat(views, axis=0)[:self._batch_size], self._targets(indices))
+    # What a last micro-batch is filled up with gets no gradient.
+    cotangents = tf.pad(
+        cotangents[:self._gradient_samples], [[0, size], [0, 0]])
+    gradients = []
+    for i in range(0, self._gradient_samples, size):
+      part = _filled(indices[i:min(i + size, self._gradient_samples)], size)
+      gradients.append(self._pull_back(
+          part, cotangents[i:i + size], self._targets(part),
+          tf.constant(False))[1])
     scale = self._batch_size / self._gradient_samples
     return float(loss), scale * tf.add_n(gradients).numpy()
 
@@ -332,6 +335,11 @@ class Search:
       variable.assign(best)
 
 
+def _filled(indices, size: int) -> tf.Tensor:
+  """Indices with the last one repeated: another shape would be compiled."""
+  return tf.constant(np.pad(indices, (0, size - len(indices)), mode="edge"))
+
+
 class _Validation:
   """The objective of a sampler's images on fixed noise.
 
@@ -414,6 +422,7 @@ def search(
     checkpoint_every: int = 25,
     log_every: int = 5,
     max_skipped: int = 20,
+    cache_dir: str | None = None,
     jit_compile: bool = True,
 ) -> Sampler:
   """Searches a sampler, or goes on where an earlier call stopped.
@@ -461,6 +470,8 @@ def search(
     checkpoint_every: steps between checkpoints.
     log_every: steps between TensorBoard scalars.
     max_skipped: steps with non-finite values after which the search stops.
+    cache_dir: folder of the real images' features, which runs may share;
+      run_dir/cache if None.
     jit_compile: compile the network with XLA.
 
   Returns:
@@ -506,9 +517,9 @@ def search(
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                     "a learned family, such as ggdm+pred+time")
 
-  run = run_dir_lib.RunDir(run_dir)
-  reals = [features_lib.dataset_features(
-      network, dataset, quantise=False, cache_dir=run.cache)["pool"]
+  run = run_dir_lib.RunDir(run_dir, cache_dir)
+  reals = [reference.reference(
+      network, dataset, quantise=False, cache_dir=run.cache).pool
            for network in networks]
   try:
     goal = objectives.Objective(

@@ -23,6 +23,7 @@ from ddss_tf import fingerprint
 from ddss_tf import keras_models
 from ddss_tf import metrics
 from ddss_tf import preprocessing
+from ddss_tf import reference
 from ddss_tf import registry  # pylint: disable=unused-import
 from ddss_tf import saved_models
 from ddss_tf.errors import UserError
@@ -204,7 +205,8 @@ def test_protocol_names_the_rules(small):
   network = features_lib.load_features(small)
   assert network.protocol == (
       "tfgan: images clipped to [-1, 1], bilinear, half-pixel centres, "
-      "no antialias, 299x299, 1 channel repeated to 3, [-1, 1]")
+      "no antialias, 299x299, 1 channel repeated to 3, [-1, 1]; "
+      "features pool_3, logits logits")
   assert "no resize" in features_lib.load_features("digits_cnn").protocol
 
 
@@ -221,7 +223,7 @@ def classifier_fn(loaded, key):
 def test_metrics_equal_tf_gans_own(folder):
   real, generated = rgb(40), rgb(32, 1, mean=0.3, std=0.2)
   network = features_lib.load_features(folder)
-  ours = [features_lib.dataset_features(
+  ours = [reference.reference(
       network, data.ImageDataset("some", images, None, ""), quantise=False,
       cache_dir=None) for images in (real, generated)]
   tfgan = metrics._tfgan()
@@ -233,19 +235,19 @@ def test_metrics_equal_tf_gans_own(folder):
     for fn, key in ((pool, "pool"), (logits, "logits")):
       theirs = tfgan.run_classifier_fn(
           images, fn, num_batches=4, dtypes=tf.float32).numpy()
-      np.testing.assert_allclose(own[key], theirs, rtol=1e-3,
+      np.testing.assert_allclose(getattr(own, key), theirs, rtol=1e-3,
                                  atol=1e-4 * np.abs(theirs).max())
       # The images are told apart by much more than this.
       assert np.std(theirs, axis=0).max() > 0.03 * np.abs(theirs).mean()
-  fid = metrics.fid(ours[0]["pool"], ours[1]["pool"])
+  fid = metrics.fid(ours[0].pool, ours[1].pool)
   assert fid == pytest.approx(float(tfgan.frechet_classifier_distance(
       *large, pool, num_batches=4)), rel=1e-3)
   assert fid > 0.1
-  kid, _ = metrics.kid(ours[0]["pool"], ours[1]["pool"], block_size=16)
+  kid, _ = metrics.kid(ours[0].pool, ours[1].pool, block_size=16)
   theirs = tfgan.kernel_classifier_distance(
       *large, pool, num_batches=4, max_block_size=14)
   assert kid == pytest.approx(float(theirs), rel=1e-3)
-  score = metrics.inception_score(ours[0]["logits"])
+  score = metrics.inception_score(ours[0].logits)[0]
   assert score == pytest.approx(float(
       tfgan.classifier_score(large[0], logits, num_batches=4)), rel=1e-4)
   print(f"{os.path.basename(folder)}: FID {fid:.5g} KID {kid:.5g} "
@@ -312,7 +314,7 @@ def test_loaded_once(small, monkeypatch):
       calls.append(args), load(*args, **kwargs))[1])
   network = features_lib.load_features(small)
   images = rgb(30)
-  features_lib.dataset_features(
+  reference.reference(
       network, data.ImageDataset("some", images, None, ""), quantise=True,
       cache_dir=None, batch_size=7)
   function = tf.function(network)
@@ -357,7 +359,7 @@ def test_handle_in_the_cache_of_tf_hub(small, tmp_path, monkeypatch):
   assert network.name == "tfgan_inception"
   folder = features_lib.load_features(small)
   # The same network under the same rules: reference features serve both.
-  assert network.key == folder.key == network.sha256
+  assert network.key == folder.key and network.sha256 == folder.sha256
   assert network.protocol == folder.protocol
   np.testing.assert_array_equal(network(rgb(2))["pool"], folder(rgb(2))["pool"])
   # Without the variable it is the folder of temporary files.
@@ -388,14 +390,14 @@ def test_keys_tell_protocols_and_files_apart(small, tmp_path):
   tf.saved_model.save(module, changed)
   networks.append(features_lib.load_features(changed))
   assert len({network.key for network in networks}) == len(networks)
-  assert len({network.sha256 for network in networks}) == len(networks)
+  assert len({(n.sha256, n.protocol) for n in networks}) == len(networks)
   assert load().key == networks[0].key
   some = data.ImageDataset("some", rgb(5), None, "0")
   for count, network in enumerate(networks[:3], start=1):
-    arrays = features_lib.dataset_features(
+    arrays = reference.reference(
         network, some, quantise=False, cache_dir=str(tmp_path / "cache"))
     assert len(os.listdir(tmp_path / "cache")) == count
-    np.testing.assert_allclose(arrays["pool"], network(some.images)["pool"],
+    np.testing.assert_allclose(arrays.pool, network(some.images)["pool"],
                                rtol=1e-5)
 
 
@@ -603,7 +605,8 @@ def test_search_and_evaluate(folder, tmp_path):
   [record] = ddss_tf.evaluate(
       run, **parts, num_samples=8, batch_size=4, jit_compile=False)
   assert record["features"] == {"name": os.path.basename(folder),
-                                "sha256": parts["features"].key}
+                                "sha256": parts["features"].sha256,
+                                "protocol": parts["features"].protocol}
   assert record["fid"] > 0 and record["inception_score"] >= 1
 
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 from ddss_tf import data
 from ddss_tf import features as features_lib
 from ddss_tf import fingerprint
+from ddss_tf import reference
 from ddss_tf.errors import UserError
 
 NETWORKS = {"digits_cnn": 128, "digits_resnet": 96}
@@ -213,8 +214,9 @@ def test_key_tells_networks_of_equal_weights_apart():
   relu = features_lib.FeatureNetwork(tiny_model())
   tanh = features_lib.FeatureNetwork(tiny_model("tanh"))
   flat = features_lib.FeatureNetwork(tiny_model(), pool_layer="flat")
-  assert relu.sha256 == tanh.sha256  # What results record.
-  assert flat.sha256 == flat.key
+  assert relu.sha256 == tanh.sha256 == flat.sha256
+  # What results record beside the hash of the weights.
+  assert relu.protocol != flat.protocol
   assert len({relu.key, tanh.key, flat.key}) == 3
 
 
@@ -234,12 +236,12 @@ def test_cache(cnn, some, tmp_path, monkeypatch):
   folder = str(tmp_path / "cache")
 
   def get(cache_dir=folder, quantise=False):
-    return features_lib.dataset_features(
+    return reference.reference(
         cnn, some, quantise=quantise, cache_dir=cache_dir, batch_size=32)
 
   first = get()
-  np.testing.assert_allclose(first["pool"], cnn(some.images)["pool"], atol=1e-5)
-  assert first["logits"].shape == (70, 10)
+  np.testing.assert_allclose(first.pool, cnn(some.images)["pool"], atol=1e-5)
+  assert first.logits.shape == (70, 10)
   [file] = os.listdir(folder)
   path = os.path.join(folder, file)
   calls = []
@@ -249,8 +251,8 @@ def test_cache(cnn, some, tmp_path, monkeypatch):
       lambda self, images: calls.append(1) or original(self, images))
 
   def assert_same(arrays):
-    for key, value in first.items():
-      np.testing.assert_array_equal(arrays[key], value)
+    for value, same in zip(tf.nest.flatten(first), tf.nest.flatten(arrays)):
+      np.testing.assert_array_equal(same, value)
 
   assert_same(get())
   assert not calls
@@ -271,7 +273,7 @@ def test_cache(cnn, some, tmp_path, monkeypatch):
   get(quantise=True)
   assert len(os.listdir(folder)) == 2
   other = dataclasses.replace(some, sha256="0" * 64)
-  features_lib.dataset_features(cnn, other, quantise=True, cache_dir=folder)
+  reference.reference(cnn, other, quantise=True, cache_dir=folder)
   assert len(os.listdir(folder)) == 3
   assert_same(get(cache_dir=None))
 
@@ -282,8 +284,8 @@ def test_quantise_rounds_to_bytes(cnn):
   offset = rng.uniform(-0.4, 0.4, pixels.shape)
   images = ((pixels + offset) / 127.5 - 1).astype(np.float32)
   noise = data.ImageDataset("noise", images, None, "")
-  got = features_lib.dataset_features(
-      cnn, noise, quantise=True, cache_dir=None)["pool"]
+  got = reference.reference(
+      cnn, noise, quantise=True, cache_dir=None).pool
   np.testing.assert_allclose(
       got, cnn(pixels / 127.5 - 1)["pool"], rtol=1e-4, atol=1e-4)
   assert np.any(abs(got - cnn(images)["pool"]) > 1e-2)

@@ -114,7 +114,50 @@ def test_inception_score_against_numpy():
   p = scipy.special.softmax(logits, axis=1)
   divergence = np.sum(p * (np.log(p) - np.log(p.mean(0))), axis=1)
   np.testing.assert_allclose(
-      metrics.inception_score(logits), np.exp(divergence.mean()), rtol=1e-4)
+      metrics.inception_score(logits)[0], np.exp(divergence.mean()), rtol=1e-4)
+
+
+def test_inception_score_of_splits():
+  logits = np.random.default_rng(0).normal(size=(23, 5)) * 3
+  parts = [logits[:8], logits[8:16], logits[16:]]  # As equal as can be.
+  scores = [metrics.inception_score(part)[0] for part in parts]
+  mean, std = metrics.inception_score(logits, splits=3)
+  np.testing.assert_allclose([mean, std], [np.mean(scores), np.std(scores)],
+                             rtol=1e-6)
+  assert std > 0 and metrics.inception_score(logits)[1] == 0
+  for splits in (0, 24):
+    with pytest.raises(ValueError, match=f"from 1 to the 23.*: {splits}"):
+      metrics.inception_score(logits, splits=splits)
+
+
+@pytest.mark.parametrize("count", [2, 4095, 4096, 4097, 9000])
+def test_moments_in_blocks_are_those_of_all_rows(count):
+  rng = np.random.default_rng(count)
+  # Far from 0, where sums of squares in float32 would lose the spread.
+  x = (100 + rng.normal(size=(count, 3)) @ rng.normal(size=(3, 3))).astype(
+      np.float32)
+  mean, covariance = metrics.moments(x)
+  np.testing.assert_allclose(mean, x.astype(float).mean(0), rtol=1e-12)
+  np.testing.assert_allclose(
+      covariance, np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_one_row_are_refused():
+  with pytest.raises(ValueError, match="at least 2 rows. Received: 1"):
+    metrics.moments(np.zeros((1, 3)))
+
+
+def test_fid_is_tf_gans(sets):
+  theirs = metrics._tfgan().frechet_classifier_distance_from_activations(
+      *map(tf.constant, sets))
+  np.testing.assert_allclose(metrics.fid(*sets), theirs, rtol=1e-5)
+  assert metrics.fid(*map(metrics.moments, sets)) == metrics.fid(*sets)
+
+
+def test_an_fid_of_few_samples_says_so():
+  labels = {50_000: "FID", 60_000: "FID", 49_999: "FID-49999",
+            10_000: "FID-10k", 500: "FID-500"}
+  assert labels == {n: metrics.fid_label(n) for n in labels}
 
 
 def test_metrics_tell_shifted_and_collapsed_from_equal():
