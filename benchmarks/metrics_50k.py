@@ -1,0 +1,94 @@
+"""FID, KID and IS of 50 000 samples of 2048 features, beside TF-GAN's calls.
+
+  python benchmarks/metrics_50k.py [--runs=1]
+
+Each way runs in a process of its own, in turn, on the same numbers. Ours works
+as an evaluation does: the real images' moments are there already, as they are
+computed once for a data set.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+COUNT, WIDTH, CLASSES = 50_000, 2048, 1008
+
+
+def activations(seed: int, offset: float) -> np.ndarray:
+  """float32 [COUNT, WIDTH], non-negative and correlated like Inception's."""
+  rng = np.random.default_rng(seed)
+  mixing = np.random.default_rng(0).normal(size=(64, WIDTH)).astype(np.float32)
+  result = np.empty((COUNT, WIDTH), np.float32)
+  for start in range(0, COUNT, 5000):  # No large temporary in the peak.
+    part = rng.standard_normal((5000, 64), np.float32) @ mixing / 16
+    part += rng.standard_normal((5000, WIDTH), np.float32) * 0.3 + offset
+    result[start:start + 5000] = np.maximum(part, 0)
+  return result
+
+
+def measure(way: str) -> dict:
+  """Times one way; peak memory of its process."""
+  import tensorflow as tf  # pylint: disable=g-import-not-at-top
+  from benchmarks import records  # pylint: disable=g-import-not-at-top
+  from ddss_tf import metrics  # pylint: disable=g-import-not-at-top
+  real, generated = activations(1, 0.0), activations(2, 0.05)
+  logits = 3 * np.random.default_rng(3).standard_normal(
+      (COUNT, CLASSES), np.float32)
+  tfgan = metrics._tfgan()  # pylint: disable=protected-access
+  moments = metrics.moments(real) if way == "ours" else None
+  before = records.peak_gib()
+  start = time.perf_counter()
+  if way == "ours":
+    fid = metrics.fid(moments, generated)
+    kid, _ = metrics.kid(real, generated)
+    score, _ = metrics.inception_score(logits)
+    metrics.inception_score(logits, splits=10)
+  else:
+    real, generated = tf.constant(real), tf.constant(generated)
+    fid = float(tfgan.frechet_classifier_distance_from_activations(
+        real, generated))
+    kid = float(tfgan.kernel_classifier_distance_and_std_from_activations(
+        real, generated, max_block_size=1000)[0])
+    score = float(tfgan.classifier_score_from_logits(tf.constant(logits)))
+  return {"seconds": time.perf_counter() - start, "before": before,
+          "gib": records.peak_gib(), "fid": fid, "kid": kid, "is": score}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--runs", type=int, default=1)
+  parser.add_argument("--way", choices=("ours", "tfgan"))
+  arguments = parser.parse_args()
+  if arguments.way:
+    print(json.dumps(measure(arguments.way)))
+    return
+  from benchmarks import records  # pylint: disable=g-import-not-at-top
+  ways = {"ours": [], "tfgan": []}
+  for _ in range(arguments.runs):
+    for way, results in ways.items():
+      results.append(records.part(__file__, f"--way={way}"))
+      print(way, results[-1], file=sys.stderr)
+  ours, theirs = ways["ours"], ways["tfgan"]
+  for key in ("fid", "kid", "is"):
+    np.testing.assert_allclose(ours[0][key], theirs[0][key], rtol=1e-3)
+  records.keep([
+      records.record(
+          "metrics_50k_seconds", [r["seconds"] for r in ours],
+          [r["seconds"] for r in theirs], bound=90.0, of="value", unit="s",
+          note="FID + KID + IS (also in 10 splits); yardstick: TF-GAN's plain "
+          "calls, without the splits"),
+      records.record(
+          "metrics_50k_memory", [r["gib"] for r in ours],
+          [r["gib"] for r in theirs], bound=6.0, of="value", unit="GiB",
+          note="peak of the process with all activations; yardstick: TF-GAN's "
+          "plain calls")])
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, os.path.dirname(os.path.dirname(
+      os.path.abspath(__file__))))
+  main()

@@ -1,0 +1,87 @@
+"""Figures with their yardsticks, as `benchmarks/results.json` keeps them."""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+
+from ddss_tf import storage
+
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                       "results.json")
+
+
+def peak_gib() -> float:
+  """Largest resident memory of this process so far, GiB."""
+  # Linux counts in KiB.
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def part(script: str, *arguments) -> dict:
+  """Runs a part of a benchmark in a process of its own.
+
+  A process of its own has a memory peak of its own, and what one part compiled
+  or cached does not help the other.
+
+  Args:
+    script: path of a Python file that prints one JSON object as its last line.
+    *arguments: of its command line.
+
+  Returns:
+    The object.
+
+  Raises:
+    RuntimeError: the part failed.
+  """
+  environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH":
+                 os.path.dirname(os.path.dirname(RESULTS))}
+  done = subprocess.run(
+      [sys.executable, script, *map(str, arguments)], env=environment,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+  if done.returncode:
+    raise RuntimeError(f"{script} {arguments}: {done.stderr[-2000:]}")
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def record(name: str, values, yardsticks, *, bound: float, of: str, unit: str,
+           note: str = "") -> dict:
+  """One figure beside its yardstick; the medians of paired runs.
+
+  Args:
+    name: of the figure.
+    values: as measured, one per run.
+    yardsticks: what it is compared with in the same runs; None where the bound
+      is absolute.
+    bound: the largest that holds.
+    of: "ratio" or "value", what the bound is of.
+    unit: of value and yardstick.
+    note: what the yardstick is.
+
+  Returns:
+    A record of `results.json`.
+  """
+  value = statistics.median(values)
+  yardstick = statistics.median(yardsticks) if yardsticks else None
+  ratio = value / yardstick if yardstick else None
+  return {
+      "name": name, "value": value, "yardstick": yardstick, "ratio": ratio,
+      "bound": bound, "bound_of": of,
+      "holds": (ratio if of == "ratio" else value) <= bound, "unit": unit,
+      "threads": len(os.sched_getaffinity(0)), "runs": len(values),
+      "note": note, "machine": platform.processor() or platform.machine()}
+
+
+def keep(records: list[dict]) -> None:
+  """Puts records into `results.json`, in place of those of the same names."""
+  known = []
+  if os.path.exists(RESULTS):
+    with open(RESULTS, encoding="utf-8") as f:
+      known = json.load(f)
+  names = {new["name"] for new in records}
+  known = [old for old in known if old["name"] not in names] + records
+  storage.write_json(RESULTS, sorted(known, key=lambda each: each["name"]))
+  for new in records:
+    print(json.dumps(new))

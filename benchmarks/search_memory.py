@@ -1,0 +1,68 @@
+"""Peak memory of a search step on the digits: that of a micro-batch.
+
+  python benchmarks/search_memory.py
+
+One exact step of a population of 512 at K = 10, in micro-batches of 64, and of
+a population of 64 in one chain, each in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+NUM_STEPS, MICRO_BATCH = 10, 64
+
+
+def measure(batch_size: int) -> dict:
+  """Peak memory of one step's loss and gradient."""
+  # pylint: disable=g-import-not-at-top
+  from benchmarks import records
+  from ddss_tf import data
+  from ddss_tf import denoisers
+  from ddss_tf import families
+  from ddss_tf import features as features_lib
+  from ddss_tf import objectives
+  from ddss_tf import samplers
+  from ddss_tf import searching
+  denoiser = denoisers.load_denoiser("digits16-ddpm")
+  dataset = data.load_dataset("ddss_digits", pad=2, downsample=2,
+                              max_images=1000)
+  features = features_lib.load_features("digits_cnn")
+  search = searching.Search(
+      denoiser,
+      families.make_sampler(denoiser.schedule, "ggdm+pred+time", NUM_STEPS),
+      objectives.Objective(
+          "kid_linear", [features],
+          [features(dataset.images)["pool"].numpy()], denoiser.image_shape),
+      batch_size=batch_size, gradient_samples=batch_size,
+      micro_batch_size=MICRO_BATCH, num_search_steps=1, learning_rate=0.1,
+      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0)
+  before = records.peak_gib()
+  search.loss_and_gradient(0)
+  return {"gib": records.peak_gib(), "before": before}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--batch_size", type=int)
+  arguments = parser.parse_args()
+  if arguments.batch_size:
+    print(json.dumps(measure(arguments.batch_size)))
+    return
+  from benchmarks import records  # pylint: disable=g-import-not-at-top
+  large, small = (records.part(__file__, f"--batch_size={size}")
+                  for size in (512, MICRO_BATCH))
+  print(large, small, file=sys.stderr)
+  records.keep([
+      records.record(
+          "search_512_memory", [large["gib"]], [small["gib"]], bound=6.0,
+          of="value", unit="GiB",
+          note="peak of a step's process, population 512 in micro-batches of "
+          "64, digits, K = 10; yardstick: population 64 in one chain")])
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, os.path.dirname(os.path.dirname(
+      os.path.abspath(__file__))))
+  main()
