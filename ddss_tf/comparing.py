@@ -10,6 +10,7 @@ Everything is kept: called again, it goes on where it stopped.
 import csv
 import functools
 import io
+import os
 
 from absl import logging
 import gin
@@ -53,6 +54,7 @@ def compare(
     solvers=solvers_lib.SOLVERS,
     strides=schedules.STRIDES,
     families=FAMILIES,
+    objectives=None,
     num_samples: int = gin.REQUIRED,
     stride_samples: int = 1000,
     seed: int = 1234,
@@ -80,6 +82,9 @@ def compare(
     solvers: names out of `solvers.SOLVERS`.
     strides: names out of `schedules.STRIDES`.
     families: names of learned families, smaller ones first.
+    objectives: what is minimised, for a row of each family with each of them:
+      a dict of labels to what `search.objective` takes. Then all searches of a
+      K start at its default. None: one row, with the binding of `search`.
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: of the rows' noise.
@@ -87,7 +92,8 @@ def compare(
     jit_compile: compile the network with XLA.
 
   Returns:
-    The records, in the order of the table.
+    The records, in the order of the table; with `objectives` they also have the
+    one of their search, and `search_seconds`, the time of its steps.
 
   Raises:
     UserError: an unknown name, too few samples, or a fault of a search.
@@ -115,8 +121,12 @@ def compare(
 
   records = []
 
-  def add(sampler, x0_bound=None):
-    records.append(evaluator.record(sampler, num_samples, x0_bound))
+  def add(sampler, x0_bound=None, search=None):
+    record = evaluator.record(sampler, num_samples, x0_bound)
+    if objectives:
+      record = {**record, "objective": search and search["objective"],
+                "search_seconds": search and search["seconds"]}
+    records.append(record)
     logging.info("%s", records[-1])
     write_table(run.path(TABLE), records)
 
@@ -135,17 +145,27 @@ def compare(
             for i, sampler in enumerate(chosen)
             if i < _BEST_SOLVERS or sampler.solver in ("ddpm", "ddim")]
     for family in families:
-      folder = run.path(f"k{steps}", family)
-      before = [run.path(f"k{steps}", smaller, card.FILE)
-                for smaller in _CONTAINS.get(family, ()) if smaller in families]
-      searching.search(
-          folder, denoiser=denoiser, dataset=dataset, features=features,
-          sampler=functools.partial(
-              families_lib.make_sampler, family=family, num_steps=steps,
-              init="auto"),
-          start_candidates=[{}, *best, *({"init": path} for path in before)],
-          cache_dir=run.cache, jit_compile=jit_compile)
-      add(*evaluation.load_searched(run_dir_lib.RunDir(folder), denoiser))
+      for label, objective in (objectives or {None: None}).items():
+        folder = run.path(f"k{steps}", family, *([label] if label else []))
+        candidates = [{}]
+        changes = {"objective": objective} if label else {}
+        if not label:
+          candidates += [*best, *(
+              {"init": run.path(f"k{steps}", smaller, card.FILE)}
+              for smaller in _CONTAINS.get(family, ()) if smaller in families)]
+        searching.search(
+            folder, denoiser=denoiser, dataset=dataset, features=features,
+            sampler=functools.partial(
+                families_lib.make_sampler, family=family, num_steps=steps,
+                init="auto"),
+            start_candidates=candidates, cache_dir=run.cache,
+            jit_compile=jit_compile, **changes)
+        found = card.read(os.path.join(folder, card.FILE))
+        sampler, bound = evaluation.load_searched(
+            run_dir_lib.RunDir(folder), denoiser)
+        if label:
+          sampler.label = f"{sampler.label}, {label}"
+        add(sampler, bound, found.search)
   return records
 
 

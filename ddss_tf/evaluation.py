@@ -290,6 +290,11 @@ def table(records: list[dict]) -> str:
       "-" if record["fid_heldout"] is None else f"{record['fid_heldout']:.2f}",
       f"{record['kid']:.4f} ± {record['kid_std']:.4f}",
       f"{record['inception_score']:.2f}"] for record in records]
+  if any(record.get("search_seconds") for record in records):
+    head.append("search, s")
+    for row, record in zip(rows, records):
+      seconds = record.get("search_seconds")
+      row.append("-" if seconds is None else f"{seconds:.0f}")
   widths = [max(map(len, column)) for column in zip(head, *rows)]
   lines = [head, ["-" * width for width in widths], *rows]
   return "\n".join(

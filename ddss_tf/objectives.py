@@ -11,6 +11,7 @@
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import scipy.spatial.distance
@@ -18,6 +19,7 @@ import tensorflow as tf
 
 DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
 MATCHING = ("teacher_pixels", "teacher_features")
+MOMENTS = ("kid_linear", "frechet_axes", "frechet")  # Distances of moments.
 ELBO = "elbo"
 OBJECTIVES = (*DISTANCES, *MATCHING, ELBO)
 # Real features that a kernel is evaluated against, at the most.
@@ -25,7 +27,49 @@ _KERNEL_REAL = 5000
 _RBF_SCALES = (0.5, 1.0, 2.0)
 
 
-def kid_linear(features: tf.Tensor, real_mean: tf.Tensor) -> tf.Tensor:
+class Control(NamedTuple):
+  """What is known of a control variate: another sampler on the same noise.
+
+  The moments of a population are uncertain, its samples being few. Another
+  sampler's images from the same noise are off by nearly the same, and its
+  moments over many more samples are known once and for all. So
+
+    E f  ~  mean_i (f_i - c_i) + E c,
+
+  and likewise for second moments, with the variance of f - c where f's own was.
+  Unbiased, but for the error of E c, which does not change from step to step.
+  Our choice; the textbook method of control variates with the factor 1.
+
+  Attributes:
+    features: float32 [N, D], c_i, of the population's own noise.
+    mean: float32 [D], the mean of c - m with the real mean m, of many samples.
+    second: float32 [D, D], the mean of (c - m) (c - m)^T of many samples.
+  """
+  features: tf.Tensor
+  mean: tf.Tensor
+  second: tf.Tensor
+
+
+def _about(features, real_mean, control):
+  """Features less the real mean; the residuals and mean with a control."""
+  own = tf.cast(features, tf.float32) - real_mean
+  if control is None:
+    return own, None, own, tf.reduce_mean(own, axis=0)
+  other = control.features - real_mean
+  residual = own - other
+  return own, other, residual, tf.reduce_mean(residual, axis=0) + control.mean
+
+
+def _squared_mean(residual, mean):
+  """Unbiased estimate of the squared norm of the expected mean."""
+  count = tf.cast(tf.shape(residual)[0], tf.float32)
+  centred = residual - tf.reduce_mean(residual, axis=0)
+  return tf.reduce_sum(mean**2) - tf.reduce_sum(centred**2) / (
+      count * (count - 1.0))
+
+
+def kid_linear(features: tf.Tensor, real_mean: tf.Tensor,
+               control: Control | None = None) -> tf.Tensor:
   """Unbiased Kernel Inception Distance with the linear kernel, as a loss.
 
   With k(a, b) = a . b, N generated features f_i and the mean m of the features
@@ -42,17 +86,14 @@ def kid_linear(features: tf.Tensor, real_mean: tf.Tensor) -> tf.Tensor:
   Args:
     features: float [N, D], N at least 2.
     real_mean: float [D].
+    control: a control variate, or None.
 
   Returns:
     float32 scalar.
   """
-  features = tf.cast(features, tf.float32)
-  count = tf.cast(tf.shape(features)[0], tf.float32)
   # The distance is a small difference of large numbers: shift by m first.
-  centred = features - real_mean
-  total = tf.reduce_sum(centred, axis=0)
-  return (tf.reduce_sum(total**2) - tf.reduce_sum(centred**2)) / (
-      count * (count - 1.0))
+  _, _, residual, mean = _about(features, real_mean, control)
+  return _squared_mean(residual, mean)
 
 
 def cubic_kernel(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
@@ -102,7 +143,8 @@ def kid(features: tf.Tensor, real: tf.Tensor, kernel,
 
 
 def frechet_axes(features: tf.Tensor, real_mean: tf.Tensor, axes: tf.Tensor,
-                 deviations: tf.Tensor) -> tf.Tensor:
+                 deviations: tf.Tensor,
+                 control: Control | None = None) -> tf.Tensor:
   """Frechet distance along the principal axes of the real features, as a loss.
 
     KID with the linear kernel + sum_d (s_d - sigma_d)^2
@@ -120,23 +162,32 @@ def frechet_axes(features: tf.Tensor, real_mean: tf.Tensor, axes: tf.Tensor,
     real_mean: float [D].
     axes: float [D, D], the principal axes as columns.
     deviations: float [D], standard deviations of the real features along them.
+    control: a control variate, or None.
 
   Returns:
     float32 scalar.
   """
-  features = tf.cast(features, tf.float32)
-  count = tf.cast(tf.shape(features)[0], tf.float32)
-  along = tf.matmul(features - real_mean, axes)
-  centred = along - tf.reduce_mean(along, axis=0)
-  variance = tf.reduce_sum(centred**2, axis=0) / (count - 1.0)
-  # The root has no finite gradient at 0, where a collapsed population is.
+  own, other, residual, mean = _about(features, real_mean, control)
+  count = tf.cast(tf.shape(own)[0], tf.float32)
+  squares = tf.matmul(own, axes) ** 2
+  if control is not None:
+    squares += (tf.reduce_sum(axes * tf.matmul(control.second, axes), axis=0)
+                - tf.matmul(other, axes) ** 2)
+  along = tf.matmul(residual, axes)
+  own_noise = tf.math.reduce_variance(along, axis=0) / (count - 1.0)
+  variance = (tf.reduce_mean(squares, axis=0)
+              - tf.matmul(mean[None], axes)[0] ** 2 + own_noise)
+  # The root has no finite gradient at 0, where a collapsed population is; and
+  # with a control the estimate of a small variance can be below.
   floor = 1e-8 * tf.reduce_max(deviations) ** 2
+  variance = tf.maximum(variance, 0.0)
   spread = tf.reduce_sum((tf.sqrt(variance + floor) - deviations) ** 2)
-  return kid_linear(features, real_mean) + spread
+  return _squared_mean(residual, mean) + spread
 
 
 def frechet(features: tf.Tensor, real_mean: tf.Tensor,
-            real_covariance: tf.Tensor) -> tf.Tensor:
+            real_covariance: tf.Tensor,
+            control: Control | None = None) -> tf.Tensor:
   """Frechet distance of Gaussian fits, as a loss (Heusel et al. 2017).
 
     |f - m|^2 + tr(S + C - 2 (C^1/2 S C^1/2)^1/2)
@@ -149,25 +200,33 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor,
     features: float [N, D].
     real_mean: float [D].
     real_covariance: float [D, D].
+    control: a control variate, or None.
 
   Returns:
     float32 scalar.
   """
-  features = tf.cast(features, tf.float32)
-  count = tf.cast(tf.shape(features)[0], tf.float32)
-  mean = tf.reduce_mean(features, axis=0)
-  centred = features - mean
-  covariance = tf.matmul(centred, centred, transpose_a=True) / (count - 1.0)
+  own, other, residual, mean = _about(features, real_mean, control)
+  count = tf.cast(tf.shape(own)[0], tf.float32)
+  second = tf.matmul(own, own, transpose_a=True) / count
+  if control is not None:
+    second += control.second - tf.matmul(other, other, transpose_a=True) / count
+  centred = residual - tf.reduce_mean(residual, axis=0)
+  own_noise = tf.matmul(centred, centred, transpose_a=True) / (
+      count * (count - 1.0))
+  covariance = second - mean[:, None] * mean + own_noise
   values, vectors = tf.linalg.eigh(real_covariance)
-  root = tf.matmul(vectors * tf.sqrt(tf.maximum(values, 0.0)), vectors,
+  root = tf.matmul(vectors * tf.sqrt(values), vectors,
                    transpose_b=True)
-  # The root of an eigenvalue near 0 has a gradient without bound.
+  # The root of an eigenvalue near 0 has a gradient without bound, and is mostly
+  # noise. The shift that this floor brings, at S = C, is taken off.
   floor = 1e-6 * tf.reduce_max(values) ** 2
+  values = tf.maximum(values, 0.0)
+  shift = 2.0 * tf.reduce_sum(tf.sqrt(values**2 + floor) - values)
   product = tf.linalg.eigvalsh(
       tf.matmul(root, tf.matmul(covariance, root))
       + floor * tf.eye(tf.shape(root)[0]))
-  return (tf.reduce_sum((mean - real_mean) ** 2) + tf.linalg.trace(covariance)
-          + tf.linalg.trace(real_covariance)
+  return (tf.reduce_sum(mean**2) + tf.linalg.trace(covariance)
+          + tf.linalg.trace(real_covariance) + shift
           - 2.0 * tf.reduce_sum(tf.sqrt(tf.maximum(product, floor))))
 
 
@@ -182,7 +241,8 @@ def make_distance(name: str, real: np.ndarray):
       first 1 000 of these.
 
   Returns:
-    A function from features [N, D] to a float32 scalar.
+    A function from features [N, D], and a `Control` or None if the distance is
+    one of `MOMENTS`, to a float32 scalar.
 
   Raises:
     ValueError: unknown name.
@@ -192,15 +252,18 @@ def make_distance(name: str, real: np.ndarray):
                      f"Received: {name!r}")
   real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
   if name == "kid_linear":
-    return lambda features: kid_linear(features, real_mean)
+    return lambda features, control=None: kid_linear(
+        features, real_mean, control)
   if name == "frechet_axes":
     values, axes = np.linalg.eigh(np.cov(real.astype(np.float64).T))
     axes = tf.constant(axes, tf.float32)
     deviations = tf.constant(np.sqrt(np.maximum(values, 0)), tf.float32)
-    return lambda features: frechet_axes(features, real_mean, axes, deviations)
+    return lambda features, control=None: frechet_axes(
+        features, real_mean, axes, deviations, control)
   if name == "frechet":
     covariance = tf.constant(np.cov(real.astype(np.float64).T), tf.float32)
-    return lambda features: frechet(features, real_mean, covariance)
+    return lambda features, control=None: frechet(
+        features, real_mean, covariance, control)
   if len(real) > _KERNEL_REAL:
     order = np.random.default_rng(0).permutation(len(real))
     real = real[order[:_KERNEL_REAL]]
@@ -244,6 +307,7 @@ class Objective:
     width: of a view.
     uses_teacher: whether `value` needs the teacher's view.
     is_elbo: whether it is the bound, which is no function of a view.
+    uses_control: whether a control variate helps any of the terms.
 
   Raises:
     ValueError: unknown or no terms, weights that do not fit, or "elbo" among
@@ -278,6 +342,8 @@ class Objective:
     self._distances = {
         name: [make_distance(name, real) for real in reals]
         for name in self.terms if name in DISTANCES}
+    self._means = [real.mean(axis=0, dtype=np.float64) for real in reals]
+    self.uses_control = any(name in MOMENTS for name in self.terms)
     self._pixels = "teacher_pixels" in self.terms
     self.width = sum(self._sizes)
     if self._pixels:
@@ -300,20 +366,47 @@ class Objective:
       parts.append(tf.reshape(images, [-1, np.prod(images.shape[1:])]))
     return tf.concat(parts, axis=1)
 
-  def value(self, view: tf.Tensor, teacher: tf.Tensor | None = None):
+  def control_moments(self, views: np.ndarray):
+    """What `value` needs to know of a control variate.
+
+    Args:
+      views: float32 [M, width], of many of its samples.
+
+    Returns:
+      For each network, mean and second moment as in `Control`.
+    """
+    moments, start = [], 0
+    for size, mean in zip(self._sizes, self._means):
+      own = views[:, start:start + size] - mean
+      moments.append((tf.constant(own.mean(axis=0), tf.float32),
+                      tf.constant(own.T @ own / len(own), tf.float32)))
+      start += size
+    return moments
+
+  def value(self, view: tf.Tensor, teacher: tf.Tensor | None = None,
+            control=None):
     """The objective of a population, a float32 scalar.
 
     Args:
       view: [N, width].
       teacher: [N, width], of the teacher's images from the same noise; only
         used if `uses_teacher`.
+      control: None, or a pair of a control variate's views of the same noise,
+        [N, width], and its `control_moments`.
     """
     total = sum(self._sizes)
     pools = tf.split(view[:, :total], self._sizes, axis=1)
     loss = tf.zeros([])
+    controls = [None] * len(pools)
+    if control is not None:
+      rows = tf.split(control[0][:, :total], self._sizes, axis=1)
+      controls = [Control(own, *moments)
+                  for own, moments in zip(rows, control[1])]
     for name, distances in self._distances.items():
-      for pool, weight, distance in zip(pools, self._weights, distances):
-        loss += self.terms[name] * weight * distance(pool)
+      for pool, weight, distance, known in zip(
+          pools, self._weights, distances, controls):
+        values = (pool, known) if name in MOMENTS else (pool,)
+        loss += self.terms[name] * weight * distance(*values)
     if "teacher_features" in self.terms:
       targets = tf.split(teacher[:, :total], self._sizes, axis=1)
       for pool, target, weight, variance in zip(

@@ -8,6 +8,7 @@
 """
 
 import functools
+import json
 import os
 import time
 
@@ -27,6 +28,7 @@ from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import starts
+from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
@@ -84,6 +86,8 @@ class Search:
     teacher: float32 [M, width], the teacher's views of the first M samples of
       the seed, for an objective that uses them; then the samples of all steps
       are among these.
+    control: float32 [M, width], a control variate's views of the same samples,
+      see `objectives.Control`, or None.
     images: float32 [R, H, W, C], the training set, for the ELBO.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
@@ -92,8 +96,8 @@ class Search:
 
   def __init__(self, denoiser, sampler, objective, *, batch_size,
                gradient_samples, micro_batch_size, num_search_steps,
-               learning_rate, rate_multipliers, seed, teacher=None, images=None,
-               x0_bound=None, jit_compile=True, remat=True):
+               learning_rate, rate_multipliers, seed, teacher=None, control=None,
+               images=None, x0_bound=None, jit_compile=True, remat=True):
     self.sampler = sampler
     self.kinds, self.variables = [], []
     for kind, variables in sampler.variables_by_kind.items():
@@ -104,6 +108,9 @@ class Search:
     self._micro_batch_size = micro_batch_size
     self._objective = objective
     self._teacher = teacher
+    self._control = control
+    self._control_moments = (
+        None if control is None else objective.control_moments(control))
     self._images = images
     self._seed = seed
     self._pair = sampling.seed_pair(seed)
@@ -159,21 +166,22 @@ class Search:
       return make_view(indices, plain)
 
     @tf.function
-    def differentiate(view, teacher):
+    def differentiate(view, teacher, control):
       with tf.GradientTape() as tape:
         tape.watch(view)
-        loss = objective.value(view, teacher)
+        loss = objective.value(view, teacher, control)
       # The bound is no function of a view: a gradient of 0.
       return loss, tape.gradient(loss, view, unconnected_gradients="zero")
 
     @tf.function
-    def pull_back(indices, cotangents, teacher, own):
+    def pull_back(indices, cotangents, teacher, control, own):
       """Gradient of sum(view * cotangents), or of the objective if own."""
       with tf.GradientTape() as tape:
         view = make_view(indices, eps_fn)
       # A branch: a micro-batch may be too small for the objective.
       loss, cotangents = tf.cond(
-          own, lambda: differentiate(view, teacher), lambda: (0.0, cotangents))
+          own, lambda: differentiate(view, teacher, control),
+          lambda: (0.0, cotangents))
       return loss, flat_gradient(tape, view, cotangents)
 
     @tf.function
@@ -216,19 +224,22 @@ class Search:
     indices = step * self._batch_size + np.arange(self._batch_size)
     if self._objective.is_elbo:
       return self._bound_and_gradient(step, indices)
-    if self._teacher is not None:
-      indices %= len(self._teacher)
+    for known in (self._teacher, self._control):
+      if known is not None:
+        indices %= len(known)
     size = self._micro_batch_size
     if size == self._batch_size == self._gradient_samples:
       indices = tf.constant(indices)
       teacher = self._targets(indices)
       loss, gradient = self._pull_back(
-          indices, tf.zeros_like(teacher), teacher, tf.constant(True))
+          indices, tf.zeros_like(teacher), teacher, self._controls(indices),
+          tf.constant(True))
       return float(loss), gradient.numpy()
     views = [self._population(_filled(indices[i:i + size], size))
              for i in range(0, self._batch_size, size)]
     loss, cotangents = self._differentiate(
-        tf.concat(views, axis=0)[:self._batch_size], self._targets(indices))
+        tf.concat(views, axis=0)[:self._batch_size], self._targets(indices),
+        self._controls(indices))
     # What a last micro-batch is filled up with gets no gradient.
     cotangents = tf.pad(
         cotangents[:self._gradient_samples], [[0, size], [0, 0]])
@@ -237,7 +248,7 @@ class Search:
       part = _filled(indices[i:min(i + size, self._gradient_samples)], size)
       gradients.append(self._pull_back(
           part, cotangents[i:i + size], self._targets(part),
-          tf.constant(False))[1])
+          self._controls(part), tf.constant(False))[1])
     scale = self._batch_size / self._gradient_samples
     return float(loss), scale * tf.add_n(gradients).numpy()
 
@@ -246,6 +257,13 @@ class Search:
     if self._teacher is None:
       return tf.zeros([len(indices), self._objective.width])
     return tf.constant(self._teacher[np.asarray(indices)])
+
+  def _controls(self, indices):
+    """The control variate on samples, as `Objective.value` takes it."""
+    if self._control is None:
+      return None
+    rows = np.asarray(indices) % len(self._control)
+    return tf.constant(self._control[rows]), self._control_moments
 
   def _bound_and_gradient(self, step, indices):
     """The ELBO objective: a mean over samples, so micro-batches average."""
@@ -279,7 +297,8 @@ class Search:
               [size, objective.feature_width], [draw, 0], alg="philox"),
           [[0, 0], [0, objective.width - objective.feature_width]])
       _, gradient = self._pull_back(
-          tf.constant(indices), r, tf.zeros_like(r), tf.constant(False))
+          tf.constant(indices), r, tf.zeros_like(r), self._controls(indices),
+          tf.constant(False))
       squares = squares + gradient.numpy().astype(np.float64) ** 2
     squares = squares / (_SCALE_DRAWS * size) / objective.feature_std**2
     if not np.all(np.isfinite(squares)) or not np.any(squares):
@@ -349,6 +368,7 @@ class _Validation:
     images: float32 [R, H, W, C], the training set; the ELBO takes a fixed draw.
     num_samples: how many.
     teacher: the teacher's views of these samples, or None.
+    control: a control variate on them, as `Objective.value` takes it, or None.
     seed: of the noise.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
@@ -357,12 +377,13 @@ class _Validation:
     generator: of images without gradient.
   """
 
-  def __init__(self, objective, denoiser, images, num_samples, teacher, *, seed,
-               x0_bound, jit_compile):
+  def __init__(self, objective, denoiser, images, num_samples, teacher, control, *,
+               seed, x0_bound, jit_compile):
     self._objective = objective
     self._num_samples = num_samples
     self._seed = seed
     self._teacher = None if teacher is None else tf.constant(teacher)
+    self._control = control
     self.generator = sampling.Generator(
         denoiser, min(250, num_samples), jit_compile, x0_bound)
     self._view = tf.function(objective.view)
@@ -393,7 +414,7 @@ class _Validation:
         [self._view(images) for images in self.generator.batches(
             coefficients, self._num_samples, self._seed)], axis=0)
     teacher = tf.zeros([1]) if self._teacher is None else self._teacher
-    return float(self._value(view, teacher))
+    return float(self._value(view, teacher, self._control))
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -410,7 +431,8 @@ def search(
     objective="kid_linear",
     feature_weights=None,
     teacher: dict | None = None,
-    teacher_samples: int = 2048,
+    control_variate: bool = True,
+    pool_samples: int = 8192,
     learning_rate: float = 0.15,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
@@ -454,8 +476,12 @@ def search(
     feature_weights: weights of the networks in it; 1 each if None.
     teacher: of the matching objectives: solver, stride and num_steps; those
       left out keep `teacher.DEFAULT`.
-    teacher_samples: how many of the teacher's images are made; the steps take
-      their samples from these in turn.
+    control_variate: whether the start's images from the same noise correct the
+      moments of the population, for objectives made of moments
+      (`objectives.MOMENTS`): more precise, for the price of `pool_samples`
+      images before the first step.
+    pool_samples: how many images the teacher and the control variate make
+      beforehand; the steps take their samples from these in turn.
     learning_rate: Adam's highest rate, as the share of the features' standard
       deviation by which one step of all variables together moves them. It
       serves every K.
@@ -488,7 +514,7 @@ def search(
       ("gradient_samples", gradient_samples, 1),
       ("micro_batch_size", micro_batch_size, 1),
       ("start_samples", start_samples, 2),
-      ("teacher_samples", teacher_samples, 2),
+      ("pool_samples", pool_samples, 2),
       ("validation_samples", validation_samples, 2),
       ("validate_every", validate_every, 1),
       ("checkpoint_every", checkpoint_every, 1), ("log_every", log_every, 1)):
@@ -527,18 +553,21 @@ def search(
   except (TypeError, ValueError) as error:
     raise UserError(f"search: {error}") from error
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
+  control_variate = control_variate and goal.uses_control
+
+  make_views = functools.partial(
+      teacher_lib.views, goal, denoiser, cache_dir=run.cache,
+      identity=[n.key for n in networks] + ["teacher_pixels" in goal.terms],
+      x0_bound=x0_bound, jit_compile=jit_compile)
 
   def views_of_teacher(num_samples, noise_seed):
     if not goal.uses_teacher:
       return None
     try:
-      return teacher_lib.teacher_views(
-          goal, denoiser, num_samples=num_samples, seed=noise_seed,
-          cache_dir=run.cache, identity=[n.key for n in networks] + [
-              "teacher_pixels" in goal.terms],
-          x0_bound=x0_bound, jit_compile=jit_compile, **teacher)
+      known = teacher_lib.coefficients(denoiser.schedule, **teacher)
     except (TypeError, ValueError) as error:
       raise UserError(f"search.teacher: {error}") from error
+    return make_views(known, num_samples=num_samples, seed=noise_seed)
 
   make_value = functools.partial(
       _Validation, goal, denoiser, dataset.images, seed=seed + 1,
@@ -549,12 +578,13 @@ def search(
       "feature_weights": feature_weights, "objective": goal.terms,
       "x0_bound": x0_bound}
   if goal.uses_teacher:
-    identity["teacher"] = {**teacher, "samples": teacher_samples}
+    identity["teacher"] = teacher
 
   if getattr(sampler, "init", None) == "auto":
     sampler = starts.choose(
         functools.partial(make_sampler, denoiser.schedule),
-        make_value(start_samples, views_of_teacher(start_samples, seed + 1)),
+        make_value(
+            start_samples, views_of_teacher(start_samples, seed + 1), None),
         run.path(starts.FILE), {
             **identity, "family": sampler.get_config(),
             "samples": start_samples, "seed": seed + 1}, start_candidates)
@@ -564,15 +594,27 @@ def search(
       **identity, "sampler": sampler.get_config(),
       "num_search_steps": num_search_steps, "batch_size": batch_size,
       "gradient_samples": gradient_samples,
+      "pool_samples": (
+          pool_samples if goal.uses_teacher or control_variate else None),
+      "control_variate": control_variate,
       "learning_rate": learning_rate, "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every})
+  control, known = None, None
+  if control_variate:
+    control, known = (
+        make_views(sampler.coefficients().numpy(), num_samples=count,
+                   seed=noise_seed, description="control variate")
+        for count, noise_seed in (
+            (pool_samples, seed), (validation_samples, seed + 1)))
+    known = known, goal.control_moments(control)
   state = Search(
       denoiser, sampler, goal, batch_size=batch_size,
       gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
       num_search_steps=num_search_steps, learning_rate=learning_rate,
       rate_multipliers=multipliers, seed=seed,
-      teacher=views_of_teacher(teacher_samples, seed), images=dataset.images,
+      teacher=views_of_teacher(pool_samples, seed), control=control,
+      images=dataset.images,
       x0_bound=x0_bound, jit_compile=jit_compile)
   manager = tf.train.CheckpointManager(
       state.checkpoint, run.path("checkpoints"), max_to_keep=3)
@@ -580,7 +622,15 @@ def search(
     state.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
     logging.info("going on from step %d", int(state.step))
   validation = make_value(
-      validation_samples, views_of_teacher(validation_samples, seed + 1))
+      validation_samples, views_of_teacher(validation_samples, seed + 1), known)
+
+  # Of the steps alone. Beside the checkpoints, for two runs of one search differ
+  # in it.
+  clock_path = run.path("checkpoints", "clock.json")
+  seconds = 0.0
+  if int(state.step) and os.path.exists(clock_path):
+    with open(clock_path) as f:
+      seconds = json.load(f)["seconds"]
 
   def validate() -> float:
     return validation(sampler.coefficients().numpy())
@@ -603,7 +653,9 @@ def search(
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)
     clock = time.monotonic()
     while int(state.step) < num_search_steps:
+      began = time.monotonic()
       loss, norm, taken = state.advance()
+      seconds += time.monotonic() - began
       step = int(state.step)
       bar.update(1)
       if not taken:
@@ -615,11 +667,11 @@ def search(
               "values that are not finite; the last good checkpoint is "
               f"{manager.latest_checkpoint}")
       if step % log_every == 0 or step == num_search_steps:
-        seconds = (time.monotonic() - clock) / min(log_every, step - start)
+        pace = (time.monotonic() - clock) / min(log_every, step - start)
         clock = time.monotonic()
         for name, value in (
             ("search/loss", loss), ("search/gradient_norm", norm),
-            ("search/seconds_per_step", seconds),
+            ("search/seconds_per_step", pace),
             ("search/skipped_steps", int(state.skipped))):
           tf.summary.scalar(name, value, step=step)
         bar.set_postfix(loss=f"{loss:.3f}",
@@ -634,6 +686,7 @@ def search(
       if step % checkpoint_every == 0 or step == num_search_steps:
         tf.summary.flush()
         manager.save(checkpoint_number=step)
+        storage.write_json(clock_path, {"seconds": seconds})
         clock = time.monotonic()
 
   if not np.isfinite(float(state.best_value)):
@@ -649,8 +702,10 @@ def search(
           "steps": num_search_steps, "best_step": int(state.best_step),
           "skipped_steps": int(state.skipped), "batch_size": batch_size,
           "gradient_samples": gradient_samples, "objective": goal.terms,
+          "control_variate": control_variate,
           "learning_rate": learning_rate, "rate_multipliers": multipliers,
-          "seed": seed, "validation": float(state.best_value),
+          "seed": seed, "seconds": round(seconds, 1),
+          "validation": float(state.best_value),
           "validation_samples": validation_samples,
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in networks],

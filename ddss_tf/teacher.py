@@ -16,59 +16,71 @@ from ddss_tf import fingerprint
 from ddss_tf import sampling
 from ddss_tf import solvers
 from ddss_tf import storage
+from ddss_tf.coefficients import Coefficients
 
 DEFAULT = {"solver": "dpm++3m", "stride": "logsnr", "num_steps": 25}
 
 
-def teacher_views(objective, denoiser, *, solver: str, stride, num_steps: int,
-                  num_samples: int, seed: int, cache_dir: str,
-                  identity: list, x0_bound: str | None = None,
-                  jit_compile: bool = True) -> np.ndarray:
-  """What an objective sees of the teacher's images, made once and cached.
+def coefficients(schedule, solver: str, stride, num_steps: int) -> Coefficients:
+  """The teacher's coefficients, NumPy.
 
   Args:
-    objective: its `view` is taken.
-    denoiser: the frozen model, which the teacher shares.
+    schedule: of the denoiser, which the teacher shares.
     solver: a deterministic one of `solvers.SOLVERS`.
     stride: see `NoiseSchedule.stride`.
     num_steps: of the teacher.
+
+  Raises:
+    ValueError: unknown solver or stride, or a teacher that adds noise, whose
+      images the noise of the first state does not decide.
+  """
+  result = solvers.solver_coefficients(
+      schedule, solver, num_steps, stride).numpy()
+  if np.any(result.noise_scales):
+    raise ValueError(
+        f"the teacher must be deterministic. Received: solver={solver!r}")
+  return result
+
+
+def views(objective, denoiser, known: Coefficients, *, num_samples: int,
+          seed: int, cache_dir: str, identity: list,
+          x0_bound: str | None = None, jit_compile: bool = True,
+          description: str = "teacher") -> np.ndarray:
+  """What an objective sees of a fixed sampler's images, made once and cached.
+
+  Args:
+    objective: its `view` is taken.
+    denoiser: the frozen model.
+    known: the sampler's coefficients, NumPy.
     num_samples: images 0 ... num_samples - 1 of the seed.
     seed: of the noise.
     cache_dir: folder of the cache.
     identity: all else that decides a view, such as the networks' keys; JSON.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
+    description: of the progress bar.
 
   Returns:
     float32 [num_samples, width].
-
-  Raises:
-    ValueError: unknown solver or stride, or a teacher that adds noise, whose
-      images the noise of the first state does not decide.
   """
-  coefficients = solvers.solver_coefficients(
-      denoiser.schedule, solver, num_steps, stride).numpy()
-  if np.any(coefficients.noise_scales):
-    raise ValueError(
-        f"the teacher must be deterministic. Received: solver={solver!r}")
   key = fingerprint.text_sha256(json.dumps([
-      fingerprint.arrays_sha256(coefficients), denoiser.sha256, num_samples,
+      fingerprint.arrays_sha256(known), denoiser.sha256, num_samples,
       seed, x0_bound, *identity]))
-  path = os.path.join(cache_dir, f"teacher-{key[:32]}.npz")
+  path = os.path.join(cache_dir, f"views-{key[:32]}.npz")
   if os.path.exists(path):
     try:
       with np.load(path, allow_pickle=False) as file:
-        views = file["views"]
-      if len(views) == num_samples:
-        return views
+        found = file["views"]
+      if len(found) == num_samples:
+        return found
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
       pass  # Damaged: made again.
   generator = sampling.Generator(
       denoiser, min(250, num_samples), jit_compile, x0_bound)
   view = tf.function(objective.view)
-  views = np.concatenate([view(images).numpy() for images in generator.batches(
-      coefficients, num_samples, seed, f"teacher, {num_steps} steps")])
+  found = np.concatenate([view(images).numpy() for images in generator.batches(
+      known, num_samples, seed, description)])
   os.makedirs(cache_dir, exist_ok=True)
   with storage.replacing(path) as temporary:
-    np.savez(temporary, views=views)
-  return views
+    np.savez(temporary, views=found)
+  return found

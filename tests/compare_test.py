@@ -29,7 +29,8 @@ def compared(arguments, tmp_path_factory):
   run = str(tmp_path_factory.mktemp("compared"))
   bindings = {
       "num_search_steps": 4, "batch_size": 32, "gradient_samples": 16,
-      "validation_samples": 64, "start_samples": 64, "validate_every": 2}
+      "validation_samples": 64, "start_samples": 64, "validate_every": 2,
+      "control_variate": False}
   with gin.unlock_config():
     for name, value in bindings.items():
       gin.bind_parameter(f"search.{name}", value)
@@ -100,6 +101,32 @@ def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
   monkeypatch.setattr(evaluation, "_measure", None)
   monkeypatch.setattr(searching.Search, "advance", None)
   assert ddss_tf.compare(run, **arguments) == records
+
+
+def test_a_row_for_every_objective(arguments, tmp_path):
+  with gin.unlock_config():
+    for name, value in {"num_search_steps": 2, "batch_size": 16,
+                        "pool_samples": 32, "validation_samples": 32, "start_samples": 32}.items():
+      gin.bind_parameter(f"search.{name}", value)
+  try:
+    records = ddss_tf.compare(str(tmp_path), **{
+        **arguments, "solvers": ("ddim",), "strides": ("linear",),
+        "families": ("ggdm",), "objectives": {
+            "KID": "kid_linear", "ELBO": "elbo",
+            "both": {"kid_linear": 1.0, "kid_cubic": 2.0}}})
+  finally:
+    gin.clear_config()
+  assert [r["sampler"] for r in records] == [
+      "DDIM linear", "GGDM, KID", "GGDM, ELBO", "GGDM, both"]
+  assert [r["objective"] for r in records] == [
+      None, {"kid_linear": 1.0}, {"elbo": 1.0},
+      {"kid_linear": 1.0, "kid_cubic": 2.0}]
+  assert records[0]["search_seconds"] is None
+  assert all(r["search_seconds"] > 0 for r in records[1:])
+  # Three searches, three samplers.
+  assert len({r["coefficients_sha256"] for r in records[1:]}) == 3
+  with open(tmp_path / "table.md") as f:
+    assert "search, s |" in f.read()
 
 
 @pytest.mark.parametrize("changes,message", [

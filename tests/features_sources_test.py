@@ -598,6 +598,7 @@ def test_search_and_evaluate(folder, tmp_path):
       families.make_sampler, family="ggdm+pred+time", num_steps=2, init="ddim")
   sampler = ddss_tf.search(
       run, **parts, sampler=make_sampler, num_search_steps=2, batch_size=4,
+      pool_samples=8,
       validation_samples=4, validate_every=1, jit_compile=False)
   start = make_sampler(parts["denoiser"].schedule).coefficients()
   moved = [np.abs(a - b).max() for a, b in zip(sampler.coefficients(), start)]

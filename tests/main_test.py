@@ -21,7 +21,7 @@ DIGITS = os.path.join(ROOT, "gin_configs", "digits.gin")
 TINY = [
     "NUM_STEPS = 2", "NUM_SAMPLES = 32", "evaluate.batch_size = 16",
     "search.num_search_steps = 6", "search.batch_size = 4",
-    "search.gradient_samples = 2",
+    "search.gradient_samples = 2", "search.pool_samples = 16",
     "search.validation_samples = 8", "search.validate_every = 2",
     "search.checkpoint_every = 2", "search.jit_compile = False",
     "evaluate.jit_compile = False", "sample.jit_compile = False",
@@ -102,7 +102,7 @@ def test_killed_search_equals_uninterrupted(run, digits, tmp_path):
       sampler=functools.partial(
           ddss_tf.make_sampler, family="ggdm+pred+time", num_steps=2),
       num_search_steps=6, batch_size=4, gradient_samples=2,
-      objective="frechet_axes", validation_samples=8, validate_every=2,
+      objective="frechet", pool_samples=16, validation_samples=8, validate_every=2,
       checkpoint_every=2, jit_compile=False)
   found = card.read(os.path.join(run[0], "sampler.json"))
   for name, a, b in zip(found.coefficients._fields, found.coefficients,

@@ -41,7 +41,8 @@ def options(**changes):
   family = dict(family="ggdm+pred+time", num_steps=3, init="ddpm")
   return {**dict(
       sampler=functools.partial(families.make_sampler, **family),
-      num_search_steps=12, batch_size=16, validation_samples=64,
+      num_search_steps=12, batch_size=16, pool_samples=80,
+      validation_samples=64,
       validate_every=4, checkpoint_every=4, jit_compile=False), **changes}
 
 
@@ -109,24 +110,55 @@ def make_search(parts, **changes):
   if objective.uses_teacher:
     teacher = 3 + np.random.default_rng(0).normal(
         size=(256, objective.width)).astype(np.float32)
+  control = None
+  if values.pop("control", False):
+    control = 0.2 + np.random.default_rng(1).normal(
+        size=(100, objective.width)).astype(np.float32)
   return searching.Search(
-      parts["denoiser"], sampler, objective, teacher=teacher,
+      parts["denoiser"], sampler, objective, teacher=teacher, control=control,
       images=parts["dataset"].images, **values)
 
 
 @pytest.mark.parametrize("objective", [
     *objectives.DISTANCES,
     {"kid_linear": 1.0, "teacher_pixels": 5.0, "teacher_features": 2.0}])
-def test_two_passes_give_the_gradient_of_one(parts, objective):
-  loss, gradient = make_search(
-      parts, objective=objective).loss_and_gradient(1)
+@pytest.mark.parametrize("control", [False, True])
+def test_two_passes_give_the_gradient_of_one(parts, objective, control):
+  if control and objective not in objectives.MOMENTS:
+    pytest.skip("no moments")
+  make = functools.partial(make_search, parts, objective=objective,
+                           control=control)
+  loss, gradient = make().loss_and_gradient(1)
   # The last micro-batch of 7 has one sample of the 64.
   for size in (1, 7, 32) if objective == "kid_linear" else (7, 32):
-    two = make_search(parts, objective=objective, micro_batch_size=size)
+    two = make(micro_batch_size=size)
     two_loss, two_gradient = two.loss_and_gradient(1)
     np.testing.assert_allclose(two_loss, loss, rtol=1e-4, atol=1e-5)
     error = np.linalg.norm(two_gradient - gradient)
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
+
+
+def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
+  # At the start both are the same images: what is left is the distance of all
+  # of the pool, whichever samples the step has.
+  pool_samples, losses = 320, []
+  original = searching.Search.loss_and_gradient
+  monkeypatch.setattr(
+      searching.Search, "loss_and_gradient", lambda self, step: (
+          losses.append([original(self, i)[0] for i in range(3)]),
+          original(self, step))[1])
+  changes = dict(num_search_steps=1, pool_samples=pool_samples)
+  ddss_tf.search(str(tmp_path / "a"), **parts, **options(**changes))
+  ddss_tf.search(str(tmp_path / "b"), **parts, **options(
+      **changes, control_variate=False))
+  start = options()["sampler"](parts["denoiser"].schedule).coefficients()
+  pool = parts["features"](sampling.Generator(
+      parts["denoiser"], pool_samples, jit_compile=False).images(
+          start, pool_samples, 0))["pool"].numpy().mean(0)
+  real = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
+  np.testing.assert_allclose(
+      losses[0], np.sum((pool - real) ** 2), rtol=1e-3)
+  assert np.std(losses[1]) > 0.01 * np.mean(losses[1])
 
 
 def test_a_part_of_the_population_estimates_its_gradient(parts):
@@ -136,11 +168,12 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
   pool = [part._population(tf.constant(np.arange(i, i + 16)))
           for i in range(0, 64, 16)]
   nothing = tf.zeros([64, pool[0].shape[1]])
-  _, cotangents = part._differentiate(tf.concat(pool, axis=0), nothing)
+  _, cotangents = part._differentiate(
+      tf.concat(pool, axis=0), nothing, None)
   estimates = [
       4 * part._pull_back(
           tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16],
-          nothing[:16], tf.constant(False))[1].numpy() for i in range(0, 64, 16)]
+          nothing[:16], None, tf.constant(False))[1].numpy() for i in range(0, 64, 16)]
   np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
                              atol=1e-4 * np.abs(whole).max())
   np.testing.assert_allclose(
@@ -307,7 +340,7 @@ def test_matching_a_teacher(parts, tmp_path):
                              num_steps=3, init="ddim", stride="linear")
   sampler = ddss_tf.search(str(tmp_path), **parts, **options(
       sampler=family, objective="teacher_pixels", num_search_steps=30,
-      batch_size=32, learning_rate=0.1, teacher_samples=64,
+      batch_size=32, learning_rate=0.1, pool_samples=64,
       validation_samples=64, teacher={"num_steps": 20}))
   x_T, _ = chain.draw_noise(tf.constant([9, 0]), tf.range(64), SHAPE, 3)
   # From abar_T to a clean image: mean + std (x_T - ...), see solvers_test.
@@ -324,7 +357,7 @@ def test_matching_a_teacher(parts, tmp_path):
   assert error(sampler.coefficients()) < 0.3 * error(start)
   # The teacher's views are kept, and used again.
   cached = [name for name in os.listdir(tmp_path / "cache")
-            if name.startswith("teacher-")]
+            if name.startswith("views-")]
   assert len(cached) == 2  # Of the steps and of the validation.
   with pytest.raises(UserError, match="teacher must be deterministic.*ddpm"):
     ddss_tf.search(str(tmp_path / "noisy"), **parts, **options(

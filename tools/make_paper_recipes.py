@@ -101,6 +101,7 @@ search.batch_size = 512
 search.micro_batch_size = 8
 search.num_search_steps = 50000
 search.objective = "kid_linear"
+search.control_variate = False
 search.validation_samples = 5000
 search.validate_every = 1000
 search.checkpoint_every = 250
