@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo demo-full table test test-all clean
+.PHONY: demo demo-full table objectives bench test test-all clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -22,6 +22,14 @@ demo-full: $(VENV)/.installed
 table: $(VENV)/.installed
 	$(RUN) --mode=compare --gin_file=gin_configs/table.gin \
 	  --run_dir=results/digits16
+
+objectives: $(VENV)/.installed
+	$(RUN) --mode=compare --gin_file=gin_configs/objectives.gin \
+	  --run_dir=results/objectives
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.metrics_50k
+	$(BIN)/python -m benchmarks.search_memory
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests

@@ -1,6 +1,6 @@
 """FID, KID and IS of 50 000 samples of 2048 features, beside TF-GAN's calls.
 
-  python benchmarks/metrics_50k.py [--runs=1]
+  python -m benchmarks.metrics_50k [--runs=1]
 
 Each way runs in a process of its own, in turn, on the same numbers. Ours works
 as an evaluation does: the real images' moments are there already, as they are
@@ -9,11 +9,12 @@ computed once for a data set.
 
 import argparse
 import json
-import os
 import sys
 import time
 
 import numpy as np
+
+from benchmarks import records
 
 COUNT, WIDTH, CLASSES = 50_000, 2048, 1008
 
@@ -33,7 +34,6 @@ def activations(seed: int, offset: float) -> np.ndarray:
 def measure(way: str) -> dict:
   """Times one way; peak memory of its process."""
   import tensorflow as tf  # pylint: disable=g-import-not-at-top
-  from benchmarks import records  # pylint: disable=g-import-not-at-top
   from ddss_tf import metrics  # pylint: disable=g-import-not-at-top
   real, generated = activations(1, 0.0), activations(2, 0.05)
   logits = 3 * np.random.default_rng(3).standard_normal(
@@ -66,11 +66,10 @@ def main():
   if arguments.way:
     print(json.dumps(measure(arguments.way)))
     return
-  from benchmarks import records  # pylint: disable=g-import-not-at-top
   ways = {"ours": [], "tfgan": []}
   for _ in range(arguments.runs):
     for way, results in ways.items():
-      results.append(records.part(__file__, f"--way={way}"))
+      results.append(records.part("benchmarks.metrics_50k", f"--way={way}"))
       print(way, results[-1], file=sys.stderr)
   ours, theirs = ways["ours"], ways["tfgan"]
   for key in ("fid", "kid", "is"):
@@ -89,6 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, os.path.dirname(os.path.dirname(
-      os.path.abspath(__file__))))
   main()

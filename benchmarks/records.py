@@ -20,14 +20,14 @@ def peak_gib() -> float:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def part(script: str, *arguments) -> dict:
+def part(module: str, *arguments) -> dict:
   """Runs a part of a benchmark in a process of its own.
 
   A process of its own has a memory peak of its own, and what one part compiled
   or cached does not help the other.
 
   Args:
-    script: path of a Python file that prints one JSON object as its last line.
+    module: one that prints one JSON object as its last line.
     *arguments: of its command line.
 
   Returns:
@@ -36,13 +36,13 @@ def part(script: str, *arguments) -> dict:
   Raises:
     RuntimeError: the part failed.
   """
-  environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH":
-                 os.path.dirname(os.path.dirname(RESULTS))}
   done = subprocess.run(
-      [sys.executable, script, *map(str, arguments)], env=environment,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+      [sys.executable, "-m", module, *map(str, arguments)],
+      cwd=os.path.dirname(os.path.dirname(RESULTS)), text=True, check=False,
+      env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   if done.returncode:
-    raise RuntimeError(f"{script} {arguments}: {done.stderr[-2000:]}")
+    raise RuntimeError(f"{module} {arguments}: {done.stderr[-2000:]}")
   return json.loads(done.stdout.strip().splitlines()[-1])
 
 

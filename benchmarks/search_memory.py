@@ -1,6 +1,6 @@
 """Peak memory of a search step on the digits: that of a micro-batch.
 
-  python benchmarks/search_memory.py
+  python -m benchmarks.search_memory
 
 One exact step of a population of 512 at K = 10, in micro-batches of 64, and of
 a population of 64 in one chain, each in a process of its own.
@@ -8,8 +8,9 @@ a population of 64 in one chain, each in a process of its own.
 
 import argparse
 import json
-import os
 import sys
+
+from benchmarks import records
 
 NUM_STEPS, MICRO_BATCH = 10, 64
 
@@ -17,7 +18,6 @@ NUM_STEPS, MICRO_BATCH = 10, 64
 def measure(batch_size: int) -> dict:
   """Peak memory of one step's loss and gradient."""
   # pylint: disable=g-import-not-at-top
-  from benchmarks import records
   from ddss_tf import data
   from ddss_tf import denoisers
   from ddss_tf import families
@@ -50,8 +50,7 @@ def main():
   if arguments.batch_size:
     print(json.dumps(measure(arguments.batch_size)))
     return
-  from benchmarks import records  # pylint: disable=g-import-not-at-top
-  large, small = (records.part(__file__, f"--batch_size={size}")
+  large, small = (records.part("benchmarks.search_memory", f"--batch_size={size}")
                   for size in (512, MICRO_BATCH))
   print(large, small, file=sys.stderr)
   records.keep([
@@ -63,6 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, os.path.dirname(os.path.dirname(
-      os.path.abspath(__file__))))
   main()

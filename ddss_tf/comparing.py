@@ -70,7 +70,8 @@ def compare(
   A family's row is that of a search with the bindings of `search`. It starts at
   the best, by the search's objective on its own noise, of: its default, the
   three best solvers, DDPM and DDIM on their best strides, and the smaller
-  families searched before it, each if the family holds it. So a larger family never starts worse.
+  families searched before it, each if the family holds it. So a larger family
+  never starts worse.
 
   Args:
     run_dir: folder of the comparison; each search has its own below it.

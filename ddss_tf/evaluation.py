@@ -21,7 +21,7 @@ from ddss_tf import storage
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers import FixedSampler, Sampler
-from ddss_tf.searching import check_shapes
+from ddss_tf.searching import check_shapes, check_x0_bound
 
 METRICS = "metrics.json"
 SAMPLES = "samples.png"
@@ -194,6 +194,7 @@ def evaluate(
     UserError: parts that do not fit together, no sampler to evaluate, or too
       few samples for a metric.
   """
+  check_x0_bound("evaluate", x0_bound)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   evaluator = Evaluator(
       run, denoiser, dataset, features, heldout_features, seed,

@@ -71,8 +71,12 @@ def _stages(mode: str):
   return [getattr(registry, mode)]
 
 
-def _dry_run(stages) -> None:
-  """Builds what the stages would be given, and prints the configuration."""
+def _build(stages) -> None:
+  """Builds what the stages will be given, and checks that it fits together.
+
+  So a fault in what only the last stage needs shows before the first has run
+  for hours. What is large is a `gin.singleton`, and so built once.
+  """
   import gin  # pylint: disable=g-import-not-at-top
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
   from ddss_tf.searching import check_shapes  # pylint: disable=g-import-not-at-top
@@ -91,7 +95,6 @@ def _dry_run(stages) -> None:
     factories += [bindings["sampler"]] if "sampler" in bindings else []
     for factory in factories:
       factory(denoiser.schedule)
-  print(gin.config_str())
 
 
 def main(argv):
@@ -139,10 +142,12 @@ def _run():
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
   stages = _stages(_MODE.value)
   if _DRY_RUN.value:
-    _dry_run(stages)
+    _build(stages)
+    print(gin.config_str())
     return
   run = run_dir_lib.RunDir(_RUN_DIR.value)
   run.lock()
+  _build(stages)
   storage.write_text(run.path("config.gin"), gin.config_str())
   results = {}
   for stage in stages:

@@ -173,5 +173,6 @@ def inception_score(logits: np.ndarray, splits: int = 1
     raise ValueError(f"splits must be from 1 to the {len(logits)} samples. "
                      f"Received: {splits}")
   scores = [float(_tfgan().classifier_score_from_logits(
-      tf.constant(part, tf.float32))) for part in np.array_split(logits, splits)]
+      tf.constant(part, tf.float32)))
+            for part in np.array_split(logits, splits)]
   return float(np.mean(scores)), float(np.std(scores))

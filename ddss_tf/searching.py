@@ -53,6 +53,17 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
                       f"the denoiser {denoiser.name!r}. Received: {other}")
 
 
+def check_x0_bound(root: str, x0_bound: str | None) -> None:
+  """Checks a bound's name, before it is met inside the chain.
+
+  Raises:
+    UserError: unknown; in the name of the gin root.
+  """
+  if x0_bound not in (None, *chain.X0_BOUNDS):
+    raise UserError(f"{root}.x0_bound must be None, "
+                    f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
+
+
 # Adam's second moment: short, for searches are short. Our choice.
 _ADAM_BETA_2 = 0.99
 _SCALE_DRAWS = 8
@@ -96,8 +107,9 @@ class Search:
 
   def __init__(self, denoiser, sampler, objective, *, batch_size,
                gradient_samples, micro_batch_size, num_search_steps,
-               learning_rate, rate_multipliers, seed, teacher=None, control=None,
-               images=None, x0_bound=None, jit_compile=True, remat=True):
+               learning_rate, rate_multipliers, seed, teacher=None,
+               control=None, images=None, x0_bound=None, jit_compile=True,
+               remat=True):
     self.sampler = sampler
     self.kinds, self.variables = [], []
     for kind, variables in sampler.variables_by_kind.items():
@@ -377,8 +389,8 @@ class _Validation:
     generator: of images without gradient.
   """
 
-  def __init__(self, objective, denoiser, images, num_samples, teacher, control, *,
-               seed, x0_bound, jit_compile):
+  def __init__(self, objective, denoiser, images, num_samples, teacher,
+               control, *, seed, x0_bound, jit_compile):
     self._objective = objective
     self._num_samples = num_samples
     self._seed = seed
@@ -528,9 +540,7 @@ def search(
         "batch_size, and batch_size. Received: micro_batch_size="
         f"{micro_batch_size}, gradient_samples={gradient_samples}, "
         f"batch_size={batch_size}")
-  if x0_bound not in (None, *chain.X0_BOUNDS):
-    raise UserError("search.x0_bound must be None, "
-                    f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
+  check_x0_bound("search", x0_bound)
   networks = list(features) if isinstance(features, (list, tuple)) else [
       features]
   check_shapes(denoiser, dataset, *networks)
@@ -552,6 +562,9 @@ def search(
         objective, networks, reals, denoiser.image_shape, feature_weights)
   except (TypeError, ValueError) as error:
     raise UserError(f"search: {error}") from error
+  if goal.is_elbo and x0_bound is not None:
+    raise UserError("search.x0_bound must be None for the objective 'elbo', "
+                    f"whose states are not sampled. Received: {x0_bound!r}")
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
   control_variate = control_variate and goal.uses_control
 
@@ -624,8 +637,8 @@ def search(
   validation = make_value(
       validation_samples, views_of_teacher(validation_samples, seed + 1), known)
 
-  # Of the steps alone. Beside the checkpoints, for two runs of one search differ
-  # in it.
+  # Of the steps alone, and beside the checkpoints, which two runs of one search
+  # have in common.
   clock_path = run.path("checkpoints", "clock.json")
   seconds = 0.0
   if int(state.step) and os.path.exists(clock_path):

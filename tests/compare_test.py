@@ -106,7 +106,8 @@ def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
 def test_a_row_for_every_objective(arguments, tmp_path):
   with gin.unlock_config():
     for name, value in {"num_search_steps": 2, "batch_size": 16,
-                        "pool_samples": 32, "validation_samples": 32, "start_samples": 32}.items():
+                        "pool_samples": 32, "validation_samples": 32,
+                        "start_samples": 32}.items():
       gin.bind_parameter(f"search.{name}", value)
   try:
     records = ddss_tf.compare(str(tmp_path), **{

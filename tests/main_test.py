@@ -102,8 +102,8 @@ def test_killed_search_equals_uninterrupted(run, digits, tmp_path):
       sampler=functools.partial(
           ddss_tf.make_sampler, family="ggdm+pred+time", num_steps=2),
       num_search_steps=6, batch_size=4, gradient_samples=2,
-      objective="frechet", pool_samples=16, validation_samples=8, validate_every=2,
-      checkpoint_every=2, jit_compile=False)
+      objective="frechet", pool_samples=16, validation_samples=8,
+      validate_every=2, checkpoint_every=2, jit_compile=False)
   found = card.read(os.path.join(run[0], "sampler.json"))
   for name, a, b in zip(found.coefficients._fields, found.coefficients,
                         sampler.coefficients()):
@@ -164,6 +164,18 @@ def test_bad_input_ends_with_one_line(arguments, words, tfds_dir):
 DRY = ["--dry_run", f"--gin_file={DEMO}"]
 
 
+def test_a_fault_of_the_last_stage_shows_before_the_first(
+    main_in_process, tfds_dir, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+  run = str(tmp_path / "run")
+  with pytest.raises(SystemExit):
+    main_in_process(command(
+        f"--gin_file={DEMO}", f"--run_dir={run}",
+        params=[*TINY, "heldout/load_features.path = 'lost'"])[3:])
+  assert "'lost'" in capsys.readouterr().err
+  assert not os.path.exists(os.path.join(run, "checkpoints"))
+
+
 @pytest.mark.parametrize("arguments,params,words", [
     (["--run_dir=x"], [], ["--gin_file"]),
     (["--mode=dance"], [], ["'dance'", "run, search, evaluate"]),
@@ -203,7 +215,8 @@ PARTS = ("digits.gin", "digits_search.gin", "demo.gin")
     "config", sorted(n for n in os.listdir(os.path.join(ROOT, "gin_configs"))
                      if n.endswith(".gin") and n not in PARTS))
 def test_every_shipped_config_builds(config, tfds_dir):
-  mode = "compare" if config.startswith("table") else "run"
+  compares = config.startswith(("table", "objectives"))
+  mode = "compare" if compares else "run"
   result = call(f"--gin_file={os.path.join(ROOT, 'gin_configs', config)}",
                 "--dry_run", f"--mode={mode}", data_dir=tfds_dir)
   assert result.returncode == 0, result.stderr

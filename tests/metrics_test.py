@@ -262,7 +262,8 @@ def test_a_control_variate_sharpens_a_distance(sets, name):
   # f - c = -0.1 common + 0.1 noise: a fiftieth of the variance of f.
   assert np.std(sharp) < 0.3 * np.std(plain)
   error = np.std(sharp) / len(sharp) ** 0.5
-  np.testing.assert_allclose(np.mean(sharp), truth, atol=5 * error + 2e-3 * truth)
+  np.testing.assert_allclose(
+      np.mean(sharp), truth, atol=5 * error + 2e-3 * truth)
 
 
 @pytest.mark.parametrize("name", objectives.MOMENTS)

@@ -173,7 +173,8 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
   estimates = [
       4 * part._pull_back(
           tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16],
-          nothing[:16], None, tf.constant(False))[1].numpy() for i in range(0, 64, 16)]
+          nothing[:16], None, tf.constant(False))[1].numpy()
+      for i in range(0, 64, 16)]
   np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
                              atol=1e-4 * np.abs(whole).max())
   np.testing.assert_allclose(
@@ -470,6 +471,7 @@ def test_another_search_in_the_same_place_is_refused(parts, finished):
     (dict(rate_multipliers={"colour": 1.0}), "colour"),
     (dict(objective="beauty"), "kid_linear.*'beauty'"),
     (dict(x0_bound="soft"), "clip or dynamic.*'soft'"),
+    (dict(x0_bound="clip", objective="elbo"), "must be None.*'elbo'.*'clip'"),
     (dict(micro_batch_size=5), "must divide.*micro_batch_size=5"),
     (dict(gradient_samples=32), "at most batch_size.*gradient_samples=32"),
     (dict(sampler=functools.partial(
@@ -526,6 +528,11 @@ def test_evaluation(parts, finished, monkeypatch):
   assert f"| FID-{records[0]['num_samples']} |" in text
   full = evaluation.table([{**records[0], "num_samples": 50_000}])
   assert "| FID " in full and "FID-" not in full
+
+
+def test_evaluation_with_an_unknown_bound(parts, finished):
+  with pytest.raises(UserError, match="evaluate.x0_bound.*'soft'"):
+    evaluate(parts, finished[0], x0_bound="soft")
 
 
 def test_image_i_is_the_same_in_any_batch(parts):
