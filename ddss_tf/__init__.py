@@ -23,6 +23,7 @@ _PUBLIC = {
     "evaluate": "evaluation",
     "export": "exporting",
     "gaussian_denoiser": "denoisers",
+    "inspect": "inspecting",
     "load_dataset": "data",
     "load_denoiser": "denoisers",
     "load_features": "features",

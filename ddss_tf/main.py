@@ -18,7 +18,8 @@ from absl import logging
 # TensorFlow and gin are imported only once the flags are fine: `--help` and a
 # misspelt flag answer at once.
 
-MODES = ("run", "search", "evaluate", "compare", "sample", "export")
+MODES = ("run", "search", "evaluate", "compare", "sample", "export",
+         "inspect")
 
 _GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "Configuration file; repeatable, later ones win.")
@@ -130,7 +131,8 @@ def _run():
   if not _GIN_FILE.value and not _GIN_PARAM.value:
     raise UserError("--gin_file must name a configuration, such as "
                     "gin_configs/demo.gin")
-  if not _RUN_DIR.value and not _DRY_RUN.value:
+  inspecting = _MODE.value == "inspect"
+  if not _RUN_DIR.value and not _DRY_RUN.value and not inspecting:
     raise UserError("--run_dir must name a folder")
   _parse_gin(_GIN_FILE.value, _GIN_PARAM.value)
   import gin  # pylint: disable=g-import-not-at-top
@@ -144,6 +146,9 @@ def _run():
   if _DRY_RUN.value:
     _build(stages)
     print(gin.config_str())
+    return
+  if inspecting:
+    print(stages[0]())
     return
   run = run_dir_lib.RunDir(_RUN_DIR.value)
   run.lock()

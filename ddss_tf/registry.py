@@ -1,7 +1,7 @@
 """Imports every module whose names gin may bind.
 
-The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample` and
-`export`.
+The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
+`export` and `inspect`.
 """
 
 from ddss_tf.comparing import compare
@@ -13,11 +13,12 @@ from ddss_tf.exporting import export
 from ddss_tf.exporting import sample
 from ddss_tf.families import make_sampler
 from ddss_tf.features import load_features
+from ddss_tf.inspecting import inspect
 from ddss_tf.schedules import make_schedule
 from ddss_tf.searching import search
 
 __all__ = [
-    "compare", "evaluate", "export", "gaussian_denoiser", "load_dataset",
-    "load_denoiser", "load_features", "make_sampler", "make_schedule",
-    "sample", "search",
+    "compare", "evaluate", "export", "gaussian_denoiser", "inspect",
+    "load_dataset", "load_denoiser", "load_features", "make_sampler",
+    "make_schedule", "sample", "search",
 ]

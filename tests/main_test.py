@@ -208,7 +208,7 @@ def test_bad_input(arguments, params, words, main_in_process, tfds_dir,
 
 
 # Parts that others include: they leave things to bind.
-PARTS = ("digits.gin", "digits_search.gin", "demo.gin")
+PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,22 @@ def test_every_shipped_config_builds(config, tfds_dir):
   result = call(f"--gin_file={os.path.join(ROOT, 'gin_configs', config)}",
                 "--dry_run", f"--mode={mode}", data_dir=tfds_dir)
   assert result.returncode == 0, result.stderr
+
+
+def test_inspect(main_in_process, capsys):
+  file = os.path.join(ROOT, "gin_configs", "inspect.gin")
+  main_in_process(["--mode=inspect", f"--gin_file={file}", "--gin_param="
+                   "load_denoiser.path = 'digits16-ddpm'"])
+  rows = dict(line.split(maxsplit=1) for line
+              in capsys.readouterr().out.splitlines())
+  denoiser = ddss_tf.load_denoiser("digits16-ddpm")
+  assert rows["sha256"] == denoiser.sha256
+  assert rows["parameters"].startswith(f"{denoiser.model.count_params():,} in")
+  assert rows["images"].startswith("16 x 16 x 1") and rows["prediction"] == "eps"
+  assert "T = 1000, beta from 0.0001 to 0.02" in rows["schedule"]
+  with pytest.raises(SystemExit):
+    main_in_process(["--mode=inspect", f"--gin_file={file}"])
+  assert "load_denoiser.path" in capsys.readouterr().err
 
 
 def test_storage_keeps_the_old_file_on_failure(tmp_path):
