@@ -39,6 +39,10 @@ setuptools.setup(
         "tensorflow-probability>=0.25",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6"]},
+    extras_require={
+        # Only to read .pt files.
+        "torch": ["torch>=2.4"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6"],
+    },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},
 )

@@ -12,10 +12,12 @@ import gin
 import keras
 import tensorflow as tf
 
+from ddss_tf import checkpoints
+from ddss_tf import ddpm_format
 from ddss_tf import diffusers_format
 from ddss_tf import fingerprint
+from ddss_tf import openai_format
 from ddss_tf import storage
-from ddss_tf import unet
 from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
 from ddss_tf.schedules import NoiseSchedule
@@ -171,7 +173,14 @@ def gaussian_denoiser(image_shape=(8, 8, 1), mean: float = 0.0,
 
 
 @gin.register
-def load_denoiser(path: str = gin.REQUIRED) -> Denoiser:
+def load_denoiser(
+    path: str = gin.REQUIRED,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    diffusion_steps: int | None = None,
+    noise_schedule: str | None = None,
+    rescale_timesteps: bool | None = None,
+) -> Denoiser:
   """Loads a frozen, pre-trained denoiser.
 
   Args:
@@ -179,29 +188,63 @@ def load_denoiser(path: str = gin.REQUIRED) -> Denoiser:
       - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
         `scheduler_config.json`, `diffusion_pytorch_model.safetensors`;
+      - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
+        by its prefix ("folder/model.ckpt-790000") or its folder;
+      - a state dict of improved-diffusion (`.pt`, unconditional; reading it
+        needs PyTorch), with a card beside it, `<path>.json`, of what tensors do
+        not tell: the arguments below by their names;
       - the name of an embedded model: "digits16-ddpm".
+    image_size: height and width, for the two formats that do not say; None: the
+      card's, or, for DDPM, such that attention is at 16x16.
+    num_heads: of improved-diffusion; None: the card's, as for all below.
+    diffusion_steps: T of improved-diffusion.
+    noise_schedule: of improved-diffusion, "linear" or "cosine".
+    rescale_timesteps: whether improved-diffusion's network was fed with
+      t * 1000 / T. The denoiser's own times are training steps either way.
 
   Returns:
     The denoiser, frozen.
 
   Raises:
     UserError: nothing there, not a format we read, an architecture switch we do
-      not implement, a truncated or mismatched file; in one line.
+      not implement, a truncated or mismatched file, an argument that the file
+      itself answers; in one line.
   """
+  given = {
+      "image_size": image_size, "num_heads": num_heads,
+      "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
+      "rescale_timesteps": rescale_timesteps,
+  }
+  if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
+    return _load_openai(path, given)
   folder = path
   if not os.path.exists(folder) and os.sep not in path:
     folder = os.path.join(_ASSETS, path)
+  own = os.path.exists(os.path.join(folder, _CARD))
+  if own or os.path.exists(os.path.join(folder, diffusers_format.CONFIG)):
+    _refuse_given(path, given, ())
+    return _load_own(folder) if own else _load_diffusers(folder)
+  prefix = ddpm_format.find_prefix(path)
+  if prefix is not None:
+    _refuse_given(path, given, ("image_size",))
+    return _load_ddpm(prefix, image_size)
   if not os.path.isdir(folder):
     raise UserError(
-        "denoiser path must be a folder or the name of an embedded model "
-        f"({', '.join(embedded_denoisers())}). Received: {path!r}")
-  if os.path.exists(os.path.join(folder, _CARD)):
-    return _load_own(folder)
-  if os.path.exists(os.path.join(folder, diffusers_format.CONFIG)):
-    return _load_diffusers(folder)
+        "denoiser path must be a folder, a checkpoint prefix, a .pt file or "
+        f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
+        f"Received: {path!r}")
   raise UserError(
-      f"denoiser folder must hold {_CARD} (ours) or {diffusers_format.CONFIG} "
-      f"(diffusers). Received: {folder!r} with {sorted(os.listdir(folder))}")
+      f"denoiser folder must hold {_CARD} (ours), {diffusers_format.CONFIG} "
+      "(diffusers) or a TensorFlow checkpoint (*.index). "
+      f"Received: {folder!r} with {sorted(os.listdir(folder))}")
+
+
+def _refuse_given(path, given, allowed):
+  """Refuses arguments that the file answers itself."""
+  for key, value in given.items():
+    if value is not None and key not in allowed:
+      raise UserError(f"{key} must not be given for {path!r}, which has its "
+                      f"own. Received: {key}={value!r}")
 
 
 def embedded_denoisers() -> list[str]:
@@ -243,19 +286,26 @@ def _load_diffusers(folder: str) -> Denoiser:
   """Reads a diffusers folder into our U-Net."""
   config, betas, prediction = diffusers_format.read_config(folder)
   weights = diffusers_format.read_weights(folder)
-  try:
-    with frozen_variables():
-      model = unet.build_unet(config)
-  except ValueError as error:
-    raise UserError(
-        f"{folder} describes a network that cannot be built: {error}"
-    ) from error
-  model.trainable = False
-  values = diffusers_format.to_keras(
-      weights, [(v.path, tuple(v.shape)) for v in model.weights])
-  for variable in model.weights:
-    variable.assign(values[variable.path])
+  model = checkpoints.build_frozen(
+      folder, config,
+      lambda variables: diffusers_format.to_keras(weights, variables))
   name = os.path.basename(os.path.normpath(folder))
   return Denoiser(model, NoiseSchedule(betas), prediction, name)
 
 
+def _load_ddpm(prefix: str, image_size: int | None) -> Denoiser:
+  """Reads a checkpoint of the original DDPM; all use one process."""
+  model = ddpm_format.convert(
+      prefix, ddpm_format.read_weights(prefix), image_size)
+  return Denoiser(model, NoiseSchedule.linear(), name=os.path.basename(prefix))
+
+
+def _load_openai(path: str, given: dict) -> Denoiser:
+  """Reads a state dict of improved-diffusion."""
+  # The card first: its faults are cheaper to find.
+  card = openai_format.read_card(path, given)
+  betas = openai_format.betas(card)
+  model = openai_format.convert(path, openai_format.read_weights(path), card)
+  name = os.path.basename(path).removesuffix(openai_format.SUFFIX)
+  return Denoiser(model, NoiseSchedule(betas),
+                  "x0" if card["predict_xstart"] else "eps", name)

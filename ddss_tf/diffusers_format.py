@@ -6,7 +6,6 @@ Every config key is either honoured or required to have the one value we
 implement; everything else is refused by name.
 """
 
-import json
 import os
 import re
 
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ddss_tf import checkpoints
 from ddss_tf import schedules
 from ddss_tf.errors import UserError
 from ddss_tf.unet import UNetConfig
@@ -58,14 +58,7 @@ def _read_json(folder: str, name: str) -> dict:
   if not os.path.exists(path):
     raise UserError(f"a diffusers folder must hold {name}. "
                     f"Received: {folder!r} with {sorted(os.listdir(folder))}")
-  try:
-    with open(path) as f:
-      values = json.load(f)
-  except ValueError as error:
-    raise UserError(f"{path} is not JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{path} must be a JSON object")
-  return values
+  return checkpoints.read_json_object(path)
 
 
 def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
@@ -183,10 +176,7 @@ def read_weights(folder: str) -> dict[str, np.ndarray]:
   except safetensors.SafetensorError as error:
     raise UserError(
         f"{path} is not a complete safetensors file: {error}") from error
-  for name, value in weights.items():
-    if not np.all(np.isfinite(value)):
-      raise UserError(f"{path}: {name} holds NaN or infinite weights")
-  return {name: value.astype(np.float32) for name, value in weights.items()}
+  return checkpoints.finite_float32(path, weights)
 
 
 # Our names of the layers inside a block, and theirs.
@@ -236,8 +226,6 @@ def to_keras(
 ) -> dict[str, np.ndarray]:
   """Renames and re-lays weights for the network of `unet.build_unet`.
 
-  Convolutions go from OIHW to HWIO, dense layers from [out, in] to [in, out].
-
   Args:
     weights: as `read_weights` gives them.
     variables: (path, shape) of every variable to fill.
@@ -249,36 +237,14 @@ def to_keras(
     UserError: a variable finds no tensor or one of another shape, or a tensor
       finds no variable; with the names.
   """
-  names, missing = {}, []
-  for path, _ in variables:
+
+  def source_name(path):
     name = _source_name(path)
     for new, old in _OLD_ATTENTION.items():
       if name not in weights:
-        name = name.replace(f".{new}.", f".{old}.")
-    if name in weights:
-      names[path] = name
-    else:
-      missing.append(_source_name(path))
-  unused = sorted(set(weights) - set(names.values()))
-  if missing or unused:
-    raise UserError("weights and architecture must match. "
-                    f"Missing: {_some(missing)}. Unused: {_some(unused)}")
+        old_name = name.replace(f".{new}.", f".{old}.")
+        name = old_name if old_name in weights else name
+    return name
 
-  values = {}
-  for path, shape in variables:
-    value = weights[names[path]]
-    if path.endswith("/kernel"):
-      # 1x1 convolutions of the original stand in for some dense layers.
-      if value.ndim == 4 and len(shape) == 2:
-        value = value[:, :, 0, 0]
-      value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
-    if value.shape != shape:
-      raise UserError(f"tensor {names[path]} must have the shape {shape} "
-                      f"(ours). Received: {value.shape}")
-    values[path] = value
-  return values
-
-
-def _some(names: list[str]) -> str:
-  shown = ", ".join(names[:5]) or "none"
-  return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+  return checkpoints.matched(
+      weights, variables, source_name, checkpoints.torch_layout)

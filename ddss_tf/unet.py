@@ -27,7 +27,10 @@ class UNetConfig:
       has one more.
     attention_levels: indices into `channels` of the levels with attention. The
       middle has attention always unless `mid_attention` is False.
-    head_channels: channels of one attention head; None: a single head.
+    head_channels: channels of one attention head; None: a single head, or
+      `num_heads`.
+    num_heads: heads of every attention layer, whatever its width; None: as
+      `head_channels` says.
     norm_groups: groups of every group normalisation.
     norm_epsilon: its epsilon (1e-6 in the TensorFlow original, 1e-5 in the
       PyTorch descendants; Keras's own default of 1e-3 is wrong for both).
@@ -38,6 +41,8 @@ class UNetConfig:
       if False. Weights of one give wrong images in the other.
     scale_shift: the time enters as h * (1 + scale) + shift after the second
       normalisation if True, as an addition before it if False.
+    time_scale: the embedded time is `t` times this; networks of any T may be
+      trained on times from 0 to 1000.
     mid_attention: whether the middle has an attention layer.
     mid_attention_norm: whether that layer normalises its input.
   """
@@ -49,12 +54,14 @@ class UNetConfig:
   blocks_per_level: int
   attention_levels: tuple[int, ...] = ()
   head_channels: int | None = None
+  num_heads: int | None = None
   norm_groups: int = 32
   norm_epsilon: float = 1e-6
   sin_first: bool = True
   frequency_shift: float = 1.0
   symmetric_downsample: bool = False
   scale_shift: bool = False
+  time_scale: float = 1.0
   mid_attention: bool = True
   mid_attention_norm: bool = True
 
@@ -251,8 +258,13 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     `t`, float [B], to float [B, S, S, out_channels].
 
   Raises:
-    ValueError: the image size does not divide, or groups do not divide widths.
+    ValueError: the image size does not divide, or groups do not divide widths,
+      or heads do not, or they are given twice.
   """
+  if None not in (config.num_heads, config.head_channels):
+    raise ValueError(
+        "num_heads and head_channels must not both be given. Received: "
+        f"{config.num_heads} and {config.head_channels}")
   levels = len(config.channels)
   factor = 2 ** (levels - 1)
   if config.image_size % factor:
@@ -265,8 +277,14 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
 
   x = keras.Input((size, size, config.in_channels), name="x_t")
   t = keras.Input((), name="t")
+  scaled = t
+  if config.time_scale != 1:
+    # In float32 for the reason of TimeEmbedding.
+    scaled = keras.layers.Rescaling(
+        config.time_scale, dtype="float32", name="time_scale")(t)
   time = TimeEmbedding(
-      base, config.sin_first, config.frequency_shift, name="time_embedding")(t)
+      base, config.sin_first, config.frequency_shift,
+      name="time_embedding")(scaled)
   time = keras.layers.Dense(4 * base, activation="silu", name="time_1")(time)
   time = keras.layers.Dense(4 * base, name="time_2")(time)
 
@@ -275,9 +293,16 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
         width, **norm, scale_shift=config.scale_shift, name=place)(h, time)
 
   def attention(h, place, normalised=True):
+    head_channels = config.head_channels
+    if config.num_heads is not None:
+      if config.num_heads < 1 or h.shape[-1] % config.num_heads:
+        raise ValueError(
+            f"num_heads must divide the {h.shape[-1]} channels of {place}. "
+            f"Received: num_heads={config.num_heads}")
+      head_channels = h.shape[-1] // config.num_heads
     return SelfAttention(
         config.norm_groups if normalised else None, config.norm_epsilon,
-        config.head_channels, name=place)(h)
+        head_channels, name=place)(h)
 
   h = keras.layers.Conv2D(base, 3, padding="same", name="conv_in")(x)
   skips = [h]

@@ -107,6 +107,19 @@ def test_diffusers_folder_matches_pytorch(tiny_folder):
       np.linspace(0.00085**0.5, 0.012**0.5, 500) ** 2)
 
 
+def test_old_names_of_attention(tiny_folder):
+  expected = ddss_tf.load_denoiser(tiny_folder).sha256
+  path = os.path.join(tiny_folder, diffusers_format.WEIGHTS)
+  tensors = safetensors.numpy.load_file(path)
+  for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                   ("to_out.0", "proj_attn")):
+    tensors = {name.replace(f".{new}.", f".{old}."): value
+               for name, value in tensors.items()}
+  assert "mid_block.attentions.0.query.weight" in tensors
+  safetensors.numpy.save_file(tensors, path)
+  assert ddss_tf.load_denoiser(tiny_folder).sha256 == expected
+
+
 def test_save_and_load(tiny_folder, tmp_path):
   denoiser = ddss_tf.load_denoiser(tiny_folder)
   denoiser.save(str(tmp_path / "own"))

@@ -61,3 +61,27 @@ def test_image_size_must_divide():
     unet.build_unet(unet.UNetConfig(
         image_size=10, in_channels=1, out_channels=1, channels=(8, 8, 8),
         blocks_per_level=1, norm_groups=4))
+
+
+def test_heads_of_two_widths():
+  config = dict(image_size=4, in_channels=1, out_channels=1, channels=(4, 8),
+                blocks_per_level=1, attention_levels=(0, 1), norm_groups=2)
+  model = unet.build_unet(unet.UNetConfig(**config, num_heads=2))
+  assert model.get_layer("down_0_attention_0").head_channels == 2
+  assert model.get_layer("down_1_attention_0").head_channels == 4
+  with pytest.raises(ValueError, match="divide the 4 channels.*num_heads=3"):
+    unet.build_unet(unet.UNetConfig(**config, num_heads=3))
+  with pytest.raises(ValueError, match="must not both.*2 and 4"):
+    unet.build_unet(unet.UNetConfig(**config, num_heads=2, head_channels=4))
+
+
+def test_time_scale():
+  config = dict(image_size=4, in_channels=1, out_channels=1, channels=(4,),
+                blocks_per_level=1, norm_groups=2)
+  keras.utils.set_random_seed(0)
+  plain = unet.build_unet(unet.UNetConfig(**config))
+  scaled = unet.build_unet(unet.UNetConfig(**config, time_scale=20.0))
+  scaled.set_weights(plain.get_weights())
+  x = tf.random.stateless_normal([2, 4, 4, 1], [0, 1])
+  t = tf.constant([1.5, 40.0])
+  np.testing.assert_allclose(scaled([x, t]), plain([x, 20 * t]), atol=1e-6)

@@ -1,0 +1,153 @@
+"""What the readers of foreign checkpoints share.
+
+A reader knows its format's names and layouts. That no tensor is left over, no
+variable left unfilled, and no weight NaN, is checked here for all of them.
+"""
+
+import json
+from typing import Callable, Iterable, Mapping
+
+import keras
+import numpy as np
+
+from ddss_tf import unet
+from ddss_tf.errors import UserError
+from ddss_tf.frozen import frozen_variables
+
+# Of a variable: where its value comes from, and how it is laid out there.
+Relayout = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def read_json_object(path: str) -> dict:
+  """Reads a JSON file that holds an object.
+
+  Raises:
+    UserError: not JSON, or not an object.
+  """
+  try:
+    with open(path) as f:
+      values = json.load(f)
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{path} must be a JSON object")
+  return values
+
+
+def one_line(error: Exception) -> str:
+  """The text of a library's error, short enough for a message of ours."""
+  return " ".join(str(error).split())[:200]
+
+
+def finite_float32(
+    source: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Casts weights to float32.
+
+  Args:
+    source: what they were read from, for the message.
+    weights: arrays by name.
+
+  Raises:
+    UserError: one of them holds NaN or infinity; with its name.
+  """
+  for name, value in weights.items():
+    if not np.all(np.isfinite(value)):
+      raise UserError(f"{source}: {name} holds NaN or infinite weights")
+  return {name: value.astype(np.float32) for name, value in weights.items()}
+
+
+def torch_layout(path: str, value: np.ndarray,
+                 shape: tuple[int, ...]) -> np.ndarray:
+  """Re-lays a tensor of PyTorch for a variable of Keras.
+
+  Convolutions go from OIHW to HWIO, dense layers from [out, in] to [in, out];
+  1x1 convolutions of one or two dimensions stand in for some dense layers.
+  What does not fit passes unchanged, for `matched` to refuse.
+
+  Args:
+    path: of the variable; only kernels change.
+    value: the tensor.
+    shape: of the variable.
+  """
+  if not path.endswith("/kernel"):
+    return value
+  if len(shape) == 2 and value.ndim > 2 and set(value.shape[2:]) == {1}:
+    value = value.reshape(value.shape[:2])
+  if value.ndim == 4:
+    return value.transpose(2, 3, 1, 0)
+  return value.T if value.ndim == 2 else value
+
+
+def matched(
+    weights: Mapping[str, np.ndarray],
+    variables: Iterable[tuple[str, tuple[int, ...]]],
+    source_name: Callable[[str], str],
+    relayout: Relayout,
+) -> dict[str, np.ndarray]:
+  """Finds and re-lays the value of every variable.
+
+  Args:
+    weights: the tensors of the checkpoint by its names.
+    variables: (path, shape) of every variable to fill.
+    source_name: the checkpoint's name of what fills the variable `path`.
+      Several variables may share a tensor.
+    relayout: from (path, tensor, shape of the variable) to its value.
+
+  Returns:
+    Values by our paths.
+
+  Raises:
+    UserError: a variable finds no tensor or one of another shape, or a tensor
+      finds no variable; with the names.
+  """
+  names = {path: source_name(path) for path, _ in variables}
+  missing = list(dict.fromkeys(
+      name for name in names.values() if name not in weights))
+  unused = sorted(set(weights) - set(names.values()))
+  if missing or unused:
+    raise UserError("weights and architecture must match. "
+                    f"Missing: {_some(missing)}. Unused: {_some(unused)}")
+  values = {}
+  for path, shape in variables:
+    value = relayout(path, weights[names[path]], shape)
+    if value.shape != shape:
+      raise UserError(
+          f"tensor {names[path]} must have the shape {shape} (ours). "
+          f"Received: {value.shape}")
+    values[path] = value
+  return values
+
+
+def _some(names: list[str]) -> str:
+  shown = ", ".join(names[:5]) or "none"
+  return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def build_frozen(
+    source: str,
+    config: unet.UNetConfig,
+    to_keras: Callable[[list[tuple[str, tuple[int, ...]]]],
+                       dict[str, np.ndarray]],
+) -> keras.Model:
+  """Builds the U-Net of a checkpoint, frozen, with its weights.
+
+  Args:
+    source: what is read, for the message.
+    config: the architecture.
+    to_keras: from (path, shape) of every variable to their values by path.
+
+  Raises:
+    UserError: the architecture cannot be built, or what `to_keras` raises.
+  """
+  try:
+    with frozen_variables():
+      model = unet.build_unet(config)
+  except ValueError as error:
+    raise UserError(
+        f"{source} describes a network that cannot be built: "
+        f"{one_line(error)}") from error
+  model.trainable = False
+  values = to_keras([(v.path, tuple(v.shape)) for v in model.weights])
+  for variable in model.weights:
+    variable.assign(values[variable.path])
+  return model

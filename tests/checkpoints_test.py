@@ -1,0 +1,514 @@
+"""Tests of the readers of original DDPM and improved-diffusion checkpoints.
+
+Golden outputs are of the original code of both, on random tiny networks.
+"""
+
+import json
+import os
+import sys
+import types
+
+from absl import logging
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import ddss_tf
+from ddss_tf import ddpm_format
+from ddss_tf import denoisers
+from ddss_tf import openai_format
+from ddss_tf.errors import UserError
+
+DATA = os.path.join(os.path.dirname(__file__), "testdata")
+OPENAI = ["openai_learned_sigma", "openai_plain"]
+
+
+def read_fixture(name):
+  """(weights by name, golden arrays): see tools/small_fixture.py."""
+  with np.load(os.path.join(DATA, name + ".npz")) as file:
+    golden = dict(file)
+  flat = golden.pop("weights").astype(np.float32)
+  weights = {}
+  for tensor, shape, scale in json.loads(str(golden.pop("index"))):
+    values, flat = np.split(flat, [int(np.prod(shape))])
+    weights[tensor] = (values * np.float32(scale)).reshape(shape)
+  return weights, golden
+
+
+def numbered(name, network):
+  """Weights of the shapes of a published network, each tensor another number.
+
+  The networks have the published depth and a quarter of the width.
+  """
+  with open(os.path.join(DATA, name)) as f:
+    shapes = json.load(f)[network]
+  return {tensor: np.full(shape, i, np.float32)
+          for i, (tensor, shape) in enumerate(shapes.items())}
+
+
+def refusal(function, *arguments, **keywords):
+  """The one line with which `function` refuses its arguments."""
+  with pytest.raises(UserError) as error:
+    function(*arguments, **keywords)
+  message = str(error.value).split("\n  In call to configurable")[0]
+  assert "\n" not in message
+  return message
+
+
+# --- The original DDPM ---
+
+
+def save_checkpoint(prefix, weights):
+  """Writes variables as TensorFlow 1 does."""
+  tf.raw_ops.SaveV2(
+      prefix=prefix, tensor_names=list(weights),
+      shape_and_slices=[""] * len(weights), tensors=list(weights.values()))
+
+
+def training_state(weights):
+  """All that a training run leaves: the raw weights are not the average's."""
+  state = {"global_step": np.int64(790_000), "beta1_power": np.float32(0.0)}
+  for name, value in weights.items():
+    state[name] = value + np.float32(0.1)
+    state[f"{name}/ExponentialMovingAverage"] = value
+    state[f"{name}/Adam"] = state[f"{name}/Adam_1"] = np.zeros_like(value)
+  return state
+
+
+@pytest.fixture(scope="module")
+def ddpm():
+  return read_fixture("ddpm_tf1")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  """The warnings logged, as they read."""
+  logged = []
+  monkeypatch.setattr(logging, "warning",
+                      lambda text, *values: logged.append(text % values))
+  return logged
+
+
+def test_ddpm_checkpoint_matches_the_original(ddpm, tmp_path, warnings):
+  weights, golden = ddpm
+  prefix = str(tmp_path / "cifar" / "model.ckpt-790000")
+  os.makedirs(os.path.dirname(prefix))
+  save_checkpoint(prefix, training_state(weights))
+  denoiser = ddss_tf.load_denoiser(prefix)
+  # Attention is at 16x16, one level below the images.
+  assert denoiser.image_shape == (32, 32, 3)
+  assert np.any(golden["t"] % 1)
+  np.testing.assert_allclose(
+      denoiser.network(golden["x"], golden["t"]), golden["output"], atol=1e-4)
+  assert denoiser.prediction == "eps"
+  assert denoiser.name == "model.ckpt-790000"
+  np.testing.assert_allclose(
+      denoiser.schedule.betas, np.linspace(1e-4, 0.02, 1000))
+  assert not any(v.value.trainable for v in denoiser.model.weights)
+  assert not warnings
+
+  # By its folder it is the same; at another size the same weights serve.
+  folder = os.path.dirname(prefix)
+  smaller = ddss_tf.load_denoiser(folder, image_size=8)
+  assert smaller.image_shape == (8, 8, 3)
+  assert smaller.sha256 == denoiser.sha256
+  assert "num_heads must not be given" in refusal(
+      ddss_tf.load_denoiser, folder, num_heads=4)
+  assert "cannot be built" in refusal(
+      ddss_tf.load_denoiser, folder, image_size=9)
+  save_checkpoint(prefix + "1", {"a": np.zeros(1, np.float32)})
+  message = refusal(ddss_tf.load_denoiser, folder)
+  assert "model.ckpt-7900001.index" in message and "one checkpoint" in message
+
+
+@pytest.mark.parametrize("network,size,widths,attention", [
+    ("cifar10", 32, (32, 64, 64, 64), 1),
+    ("lsun", 256, (32, 32, 64, 64, 128, 128), 4),
+])
+def test_published_ddpm_architectures(network, size, widths, attention):
+  weights = numbered("ddpm_shapes.json", network)
+  config = ddpm_format.infer_config(weights)
+  assert config.image_size == size
+  assert config.channels == widths
+  assert config.attention_levels == (attention,)
+  assert config.blocks_per_level == 2
+  model = ddpm_format.convert("here", weights)
+  numbers = list(weights)
+
+  def source(place):
+    return numbers[int(model.get_layer(place).weights[0].numpy().flat[0])]
+
+  last = len(widths) - 1
+  assert source(f"down_{attention}_attention_1") == (
+      f"model/down_{attention}/attn_1/norm/gamma")
+  assert source("up_0_block_2") == f"model/up_{last}/block_2/norm1/gamma"
+  assert source(f"up_{last}_block_0") == "model/up_0/block_0/norm1/gamma"
+  assert source("up_0_upsample") == f"model/up_{last}/upsample/conv/W"
+
+
+def test_ddpm_weights_without_average(ddpm, tmp_path, warnings):
+  weights, _ = ddpm
+  prefix = str(tmp_path / "model.ckpt-1")
+  save_checkpoint(prefix, weights)
+  raw = ddpm_format.read_weights(prefix)
+  assert len(warnings) == 1 and "raw weights" in warnings[0]
+  # One average is missing: none is used.
+  state = training_state(weights)
+  del state["model/conv_in/b/ExponentialMovingAverage"]
+  save_checkpoint(prefix, state)
+  partly = ddpm_format.read_weights(prefix)
+  assert len(warnings) == 2 and "of 1 variables" in warnings[1]
+  # Averages alone are a network.
+  save_checkpoint(prefix, {f"{name}/ExponentialMovingAverage": value
+                           for name, value in weights.items()})
+  averaged = ddpm_format.read_weights(prefix)
+  assert len(warnings) == 2
+  assert set(raw) == set(partly) == set(averaged) == set(weights)
+  for name, value in weights.items():
+    np.testing.assert_array_equal(raw[name], value)
+    np.testing.assert_array_equal(partly[name], value + np.float32(0.1))
+    np.testing.assert_array_equal(averaged[name], value)
+
+
+def test_ddpm_weights_that_do_not_match(ddpm):
+  weights, _ = ddpm
+
+  def message(changes, *removed):
+    changed = {**weights, **changes}
+    for name in removed:
+      del changed[name]
+    return refusal(ddpm_format.convert, "here", changed)
+
+  renamed = "model/up_0/block_1/conv2/W"
+  text = message({"model/up_0/block_1/conv3/W": weights[renamed]}, renamed)
+  assert f"Missing: {renamed}. Unused: model/up_0/block_1/conv3/W" in text
+  assert "Missing: model/mid/attn_1/q/b. Unused: none" in message(
+      {}, "model/mid/attn_1/q/b")
+  assert "model/label/W" in message({"model/label/W": np.zeros(3)})
+  assert "model/conv_in/W" in message({}, "model/conv_in/W")
+  assert "model/down_0/block_0" in refusal(ddpm_format.convert, "here", {
+      name: value for name, value in weights.items() if "down" not in name})
+  name = "model/down_0/block_0/conv2/W"
+  text = message({name: weights[name][..., :5]})
+  assert name in text and "(3, 3, 32, 32)" in text and "32, 5)" in text
+  assert "4 dimensions" in message({"model/conv_in/W": np.zeros(4)})
+  assert "conv_out/W must have 3" in message(
+      {"model/conv_out/W": np.zeros((3, 3, 32, 6))})
+
+
+def test_ddpm_image_size_that_attention_does_not_tell(ddpm):
+  weights, _ = ddpm
+  none = {name: value for name, value in weights.items()
+          if "attn" not in name or "mid" in name}
+  assert "image_size must be given" in refusal(ddpm_format.infer_config, none)
+  assert ddpm_format.infer_config(none, 64).image_size == 64
+  both = weights | {"model/down_0/attn_0/q/b": np.zeros(32)}
+  assert "levels [0, 1]" in refusal(ddpm_format.infer_config, both)
+
+
+def test_damaged_ddpm_checkpoints(ddpm, tmp_path):
+  weights, _ = ddpm
+  prefix = str(tmp_path / "model.ckpt-1")
+  name = "model/conv_in/b"
+  save_checkpoint(prefix, training_state(weights) | {
+      f"{name}/ExponentialMovingAverage": weights[name] * np.float32("nan")})
+  message = refusal(ddss_tf.load_denoiser, prefix)
+  assert name in message and "NaN" in message
+  for ending in (".data-00000-of-00001", ".index"):
+    with open(prefix + ending, "r+b") as f:
+      f.truncate(os.path.getsize(prefix + ending) // 2)
+    assert "not a complete TensorFlow checkpoint" in refusal(
+        ddss_tf.load_denoiser, prefix)
+  assert "checkpoint prefix" in refusal(ddss_tf.load_denoiser, prefix + "2")
+
+
+# --- improved-diffusion ---
+
+
+@pytest.fixture(scope="module")
+def openai():
+  """(weights, golden, card) by fixture."""
+  fixtures = {}
+  for name in OPENAI:
+    weights, golden = read_fixture(name)
+    fixtures[name] = weights, golden, json.loads(str(golden["card"]))
+  return fixtures
+
+
+class FakeTensor:
+  """As much of torch.Tensor as the reader uses."""
+
+  def __init__(self, value):
+    self.value = value
+
+  def float(self):
+    return FakeTensor(self.value.astype(np.float32))
+
+  def numpy(self):
+    return self.value
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+  """Stands in for PyTorch: its `state` is what every file holds."""
+  torch = types.ModuleType("torch")
+  torch.Tensor = FakeTensor
+
+  def load(path, map_location, weights_only):
+    assert os.path.exists(path) and map_location == "cpu" and weights_only
+    if isinstance(torch.state, Exception):
+      raise torch.state
+    return torch.state
+
+  torch.load = load
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  return torch
+
+
+@pytest.fixture
+def state_dict(openai, fake_torch, tmp_path):
+  """Path of a file with a card, and its tensors."""
+  weights, _, card = openai["openai_plain"]
+  path = str(tmp_path / "lsun.pt")
+  with open(path, "w") as f:
+    f.write("PyTorch reads this, not we")
+  with open(path + ".json", "w") as f:
+    json.dump(card, f)
+  fake_torch.state = {
+      name: FakeTensor(value) for name, value in weights.items()}
+  return path
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_openai_network_matches_the_original(openai, name):
+  weights, golden, card = openai[name]
+  model = openai_format.convert("here", weights, card)
+  # Of a learned variance, only the mean's channels are left.
+  expected = golden["output"][..., :3]
+  assert np.any(golden["t"] % 1)
+  output = model([golden["x"], golden["t"]], training=False)
+  np.testing.assert_allclose(output, expected, atol=1e-4)
+  np.testing.assert_allclose(openai_format.betas(card), golden["betas"])
+  assert not any(v.value.trainable for v in model.weights)
+
+
+@pytest.mark.parametrize("network,widths,attention,blocks", [
+    ("cifar10", (32, 64, 64, 64), (1, 2), 3),
+    ("lsun", (32, 32, 64, 64, 128, 128), (4,), 2),
+])
+def test_published_openai_architectures(network, widths, attention, blocks):
+  weights = numbered("openai_shapes.json", network)
+  card = dict(image_size=32, num_heads=4, diffusion_steps=4000,
+              rescale_timesteps=True)
+  config = openai_format.infer_config(weights, card)
+  assert config.channels == widths
+  assert config.attention_levels == attention
+  assert config.blocks_per_level == blocks
+  assert config.scale_shift == (network == "cifar10")
+  assert config.time_scale == 0.25
+  model = openai_format.convert("here", weights, card)
+  numbers = list(weights)
+
+  def source(place):
+    return numbers[int(model.get_layer(place).weights[0].numpy().flat[0])]
+
+  last = len(widths) - 1
+  end = (last + 1) * (blocks + 1) - 1
+  for place, name in {
+      # The first convolution is number 0 of the way down.
+      "down_0_block_0": "input_blocks.1.0.in_layers.0.weight",
+      "down_0_downsample": f"input_blocks.{blocks + 1}.0.op.weight",
+      "down_1_block_1": f"input_blocks.{blocks + 3}.0.in_layers.0.weight",
+      "up_0_upsample": f"output_blocks.{blocks}.1.conv.weight",
+      "up_1_attention_0": f"output_blocks.{blocks + 1}.1.norm.weight",
+      "up_1_upsample": f"output_blocks.{2 * blocks + 1}.2.conv.weight",
+      f"up_{last}_block_{blocks}": f"output_blocks.{end}.0.in_layers.0.weight",
+  }.items():
+    assert source(place) == name
+
+
+def test_openai_times_are_differentiable(openai):
+  weights, golden, card = openai["openai_learned_sigma"]
+  assert card["rescale_timesteps"]
+  model = openai_format.convert("here", weights, card)
+  x = tf.constant(golden["x"][:1])
+
+  def total(t):
+    return tf.reduce_sum(model([x, t], training=False) ** 2)
+
+  t = tf.constant([7.25])
+  with tf.GradientTape() as tape:
+    tape.watch(t)
+    value = total(t)
+  slope = tape.gradient(value, t)
+  # These random networks turn sharply: a short step, in float32.
+  difference = (total(t + 1e-3) - total(t - 1e-3)) / 2e-3
+  np.testing.assert_allclose(slope[0], difference, rtol=0.02)
+
+
+def test_openai_file(state_dict, openai, tmp_path):
+  weights, golden, card = openai["openai_plain"]
+  denoiser = ddss_tf.load_denoiser(state_dict)
+  np.testing.assert_allclose(
+      denoiser.eps(golden["x"], golden["t"]), golden["output"], atol=1e-4)
+  assert denoiser.name == "lsun" and denoiser.prediction == "eps"
+  np.testing.assert_allclose(denoiser.schedule.betas, golden["betas"])
+  # Arguments in place of the card, and before it.
+  assert ddss_tf.load_denoiser(state_dict, image_size=16).image_shape == (
+      16, 16, 3)
+  os.remove(state_dict + ".json")
+  again = ddss_tf.load_denoiser(state_dict, **card)
+  assert again.sha256 == denoiser.sha256
+  # What was read can be kept without PyTorch.
+  again.save(str(tmp_path / "own"))
+  np.testing.assert_array_equal(
+      ddss_tf.load_denoiser(str(tmp_path / "own")).eps(
+          golden["x"], golden["t"]),
+      denoiser.eps(golden["x"], golden["t"]))
+  with open(state_dict + ".json", "w") as f:
+    json.dump({**card, "predict_xstart": True}, f)
+  assert ddss_tf.load_denoiser(state_dict).prediction == "x0"
+
+
+def test_rescaled_times_survive_saving(openai, tmp_path):
+  weights, golden, card = openai["openai_learned_sigma"]
+  denoiser = denoisers.Denoiser(
+      openai_format.convert("here", weights, card),
+      ddss_tf.make_schedule("cosine", 50))
+  denoiser.save(str(tmp_path / "own"))
+  np.testing.assert_allclose(
+      ddss_tf.load_denoiser(str(tmp_path / "own")).eps(
+          golden["x"], golden["t"]),
+      golden["output"][..., :3], atol=1e-4)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(class_cond=True), ["class_cond", "False"]),
+    (dict(use_new_attention_order=True), ["use_new_attention_order"]),
+    (dict(resblock_updown=True), ["resblock_updown"]),
+    (dict(num_heads_upsample=2), ["num_heads_upsample", "-1", "2"]),
+    (dict(noise_schedule="sigmoid"), ["linear, cosine", "'sigmoid'"]),
+    (dict(noise_schedule=3), ["noise_schedule", "3"]),
+    (dict(diffusion_steps="50"), ["diffusion_steps", "'50'"]),
+    (dict(diffusion_steps=10), ["diffusion_steps = 10", "between 0 and 1"]),
+    (dict(num_heads=True), ["num_heads", "True"]),
+    (dict(num_heads=0), ["num_heads", "0"]),
+    (dict(num_heads=5), ["num_heads", "5", "cannot be built"]),
+    (dict(rescale_timesteps=1), ["rescale_timesteps", "true or false"]),
+    (dict(predict_xstart="no"), ["predict_xstart", "'no'"]),
+    (dict(image_size=7), ["image_size=7"]),
+    (dict(brand_new_key=1), ["brand_new_key"]),
+])
+def test_cards_that_are_refused(state_dict, changes, words):
+  with open(state_dict + ".json") as f:
+    card = json.load(f)
+  with open(state_dict + ".json", "w") as f:
+    json.dump(card | changes, f)
+  message = refusal(ddss_tf.load_denoiser, state_dict)
+  for word in words:
+    assert word in message, message
+
+
+def test_missing_card(state_dict):
+  os.remove(state_dict + ".json")
+  message = refusal(ddss_tf.load_denoiser, state_dict, num_heads=1,
+                    rescale_timesteps=False)
+  assert message.startswith(
+      "image_size, diffusion_steps, noise_schedule must be given")
+  assert state_dict + ".json" in message
+  with open(state_dict + ".json", "w") as f:
+    f.write("{")
+  assert "not JSON" in refusal(ddss_tf.load_denoiser, state_dict)
+
+
+def test_openai_files_that_cannot_be_read(state_dict, fake_torch, monkeypatch):
+  whole = fake_torch.state
+  fake_torch.state = RuntimeError("PytorchStreamReader failed\nfinding archive")
+  assert "not a complete PyTorch state dict: PytorchStreamReader failed" in (
+      refusal(ddss_tf.load_denoiser, state_dict))
+  name = "middle_block.1.qkv.bias"
+  fake_torch.state = whole | {
+      name: FakeTensor(whole[name].value * np.float32("nan"))}
+  message = refusal(ddss_tf.load_denoiser, state_dict)
+  assert name in message and "NaN" in message
+  for other in ([1], {"state_dict": whole}):
+    fake_torch.state = other
+    assert "must hold a state dict" in refusal(
+        ddss_tf.load_denoiser, state_dict)
+  assert "a .pt file" in refusal(ddss_tf.load_denoiser, "nowhere.pt")
+  # None there makes `import torch` fail.
+  monkeypatch.setitem(sys.modules, "torch", None)
+  message = refusal(ddss_tf.load_denoiser, state_dict)
+  assert "PyTorch must be installed" in message and state_dict in message
+
+
+def test_real_torch_files(openai, tmp_path):
+  # Where PyTorch is installed; the other tests need none.
+  torch = pytest.importorskip("torch")
+  weights, golden, card = openai["openai_learned_sigma"]
+  path = str(tmp_path / "cifar10.pt")
+  torch.save({name: torch.from_numpy(value)
+              for name, value in weights.items()}, path)
+  denoiser = ddss_tf.load_denoiser(path, **card)
+  np.testing.assert_allclose(
+      denoiser.eps(golden["x"], golden["t"]), golden["output"][..., :3],
+      atol=1e-4)
+  with open(path, "r+b") as f:
+    f.truncate(os.path.getsize(path) // 2)
+  assert "not a complete PyTorch state dict" in refusal(
+      ddss_tf.load_denoiser, path, **card)
+
+
+def test_openai_weights_that_do_not_match(openai):
+  weights, _, card = openai["openai_learned_sigma"]
+
+  def message(changes, *removed):
+    changed = {**weights, **changes}
+    for name in removed:
+      del changed[name]
+    return refusal(openai_format.convert, "here", changed, card)
+
+  renamed = "output_blocks.1.2.conv.weight"  # The upsampling.
+  text = message({"output_blocks.1.3.conv.weight": weights[renamed]}, renamed)
+  assert f"Missing: {renamed}. Unused: output_blocks.1.3.conv.weight" in text
+  # One tensor for three variables is named once.
+  assert "Missing: input_blocks.1.1.qkv.bias. Unused: none" in message(
+      {}, "input_blocks.1.1.qkv.bias")
+  assert "extra.weight" in message({"extra.weight": np.zeros(3)})
+  for name in ("input_blocks.0.0.weight", "out.2.weight"):
+    assert name in message({}, name)
+  for name in ("middle_block.1.qkv.weight", "middle_block.0.in_layers.2.weight",
+               "time_embed.0.weight", "input_blocks.2.0.op.bias"):
+    text = message({name: weights[name][1:]})
+    assert name in text and "shape" in text
+    assert name in message({name: np.zeros(())})
+  assert "4 dimensions" in message({"out.2.weight": np.zeros(4)})
+  assert "out.2.bias must have 6" in message({"out.2.bias": np.zeros(3)})
+  assert "out.2.weight must have 3" in message(
+      {"out.2.weight": np.zeros((4, 32, 3, 3))})
+
+
+def test_openai_variants_that_are_refused(openai):
+  weights, _, card = openai["openai_plain"]
+
+  def message(changed):
+    return refusal(openai_format.convert, "here", changed, card)
+
+  assert "label_emb.weight" in message(
+      weights | {"label_emb.weight": np.zeros((1000, 128))})
+  assert "super-resolution" in message(
+      weights | {"input_blocks.0.0.weight": np.zeros((32, 6, 3, 3))})
+  # With resblock_updown, residual blocks stand where convolutions did.
+  pooled = {name: value for name, value in weights.items()
+            if ".op." not in name}
+  updown = pooled | {name.replace("input_blocks.1.0", "input_blocks.2.0"): value
+             for name, value in weights.items()
+             if name.startswith("input_blocks.1.0")}
+  assert "resblock_updown" in message(updown)
+  # Without conv_resample, nothing does.
+  assert "input_blocks.2.0" in message(pooled)
+  extra = {name.replace("input_blocks.3", "input_blocks.4"): value
+           for name, value in weights.items()
+           if name.startswith("input_blocks.3")}
+  assert "same number of residual blocks. Received: [1, 2]" in message(
+      weights | extra)
