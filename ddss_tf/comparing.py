@@ -10,10 +10,12 @@ Everything is kept: called again, it goes on where it stopped.
 import csv
 import functools
 import io
+import itertools
 import os
 
 from absl import logging
 import gin
+import numpy as np
 
 from ddss_tf import card
 from ddss_tf import evaluation
@@ -29,7 +31,6 @@ from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 
 TABLE = "table"
-_BEST_SOLVERS = 3
 # What a family can take over from a smaller one that was searched before.
 _CONTAINS = {
     "rddim": ("ddim-learned", "vars"),
@@ -39,6 +40,7 @@ _CONTAINS = {
     "ggdm+pred+time": ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred",
                        "ggdm+time"),
 }
+_MULTISTEP = ("ggdm", "ggdm+pred", "ggdm+time", "ggdm+pred+time")
 FAMILIES = ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred", "ggdm+time",
             "ggdm+pred+time")
 
@@ -68,10 +70,14 @@ def compare(
   These images come from seed + 1, not from those of the table.
 
   A family's row is that of a search with the bindings of `search`. It starts at
-  the best, by the search's objective on its own noise, of: its default, the
-  three best solvers, DDPM and DDIM on their best strides, and the smaller
-  families searched before it, each if the family holds it. So a larger family
-  never starts worse.
+  the best, by the search's objective on its own noise, of the samplers that the
+  family holds: its default, DDPM and DDIM on their best strides, and the
+  smaller families' searched ones. So a larger family never starts worse. The
+  first family that holds multistep solvers is searched from the best solver,
+  and again from the best one at other times; its row is the better, chosen as
+  strides are, and larger families may start at either. For two starts of one
+  distance can end far apart: at K = 5 the searches of the digits end lower from
+  t = 800 than from t = 999, whose first prediction says little.
 
   Args:
     run_dir: folder of the comparison; each search has its own below it.
@@ -85,7 +91,9 @@ def compare(
     families: names of learned families, smaller ones first.
     objectives: what is minimised, for a row of each family with each of them:
       a dict of labels to what `search.objective` takes. Then all searches of a
-      K start at its default. None: one row, with the binding of `search`.
+      K start at its default, those at DDPM for which that has no finite value,
+      as the ELBO of a sampler without noise. None: one row, with the binding of
+      `search`.
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: of the rows' noise.
@@ -134,44 +142,76 @@ def compare(
   for steps in num_steps:
     make = functools.partial(
         families_lib.make_sampler, denoiser.schedule, num_steps=steps)
-    chosen = [_best_stride(functools.partial(make, family=solver), strides,
-                           stride_evaluator, stride_samples)
+    ranked = [_best_strides(functools.partial(make, family=solver), strides,
+                            stride_evaluator, stride_samples)
               for solver in solvers]
-    for sampler in chosen:
+    for sampler, *_ in ranked:
       add(sampler)
-    # Where searches may start, besides their default. The families that hold no
-    # multistep solver start at DDPM and DDIM.
-    chosen.sort(key=lambda s: stride_evaluator.record(s, stride_samples)["fid"])
-    best = [{"init": sampler.solver, "stride": sampler.stride}
-            for i, sampler in enumerate(chosen)
-            if i < _BEST_SOLVERS or sampler.solver in ("ddpm", "ddim")]
+
+    # Where searches may start, besides their default.
+    simple = [_as_start(sampler) for sampler, *_ in ranked
+              if sampler.solver in ("ddpm", "ddim")]
+    best, *others = sorted(
+        itertools.chain(*ranked),
+        key=lambda s: stride_evaluator.record(s, stride_samples)["fid"])
+    other = next((s for s in others if _apart(best, s)), None)
+    ends = {}  # Of each family, the folders of its searches.
+
+    def searched(folder, family, candidates, **changes):
+      searching.search(
+          folder, denoiser=denoiser, dataset=dataset, features=features,
+          sampler=functools.partial(
+              families_lib.make_sampler, family=family, num_steps=steps,
+              init="auto"),
+          start_candidates=candidates, cache_dir=run.cache,
+          jit_compile=jit_compile, **changes)
+      return evaluation.load_searched(run_dir_lib.RunDir(folder), denoiser)
+
     for family in families:
-      for label, objective in (objectives or {None: None}).items():
-        folder = run.path(f"k{steps}", family, *([label] if label else []))
-        candidates = [{}]
-        changes = {"objective": objective} if label else {}
-        if not label:
-          candidates += [*best, *(
-              {"init": run.path(f"k{steps}", smaller, card.FILE)}
-              for smaller in _CONTAINS.get(family, ()) if smaller in families)]
-        searching.search(
-            folder, denoiser=denoiser, dataset=dataset, features=features,
-            sampler=functools.partial(
-                families_lib.make_sampler, family=family, num_steps=steps,
-                init="auto"),
-            start_candidates=candidates, cache_dir=run.cache,
-            jit_compile=jit_compile, **changes)
-        found = card.read(os.path.join(folder, card.FILE))
-        sampler, bound = evaluation.load_searched(
-            run_dir_lib.RunDir(folder), denoiser)
-        if label:
-          sampler.label = f"{sampler.label}, {label}"
-        add(sampler, bound, found.search)
+      folder = run.path(f"k{steps}", family)
+      for label, objective in (objectives or {}).items():
+        # No noise, no bound: the ELBO leaves the default for DDPM.
+        path = os.path.join(folder, label)
+        sampler, bound = searched(
+            path, family, [{}, {"init": "ddpm"}], objective=objective)
+        sampler.label = f"{sampler.label}, {label}"
+        add(sampler, bound, _search_of(path))
+      if objectives:
+        continue
+      inside = [name for name in _CONTAINS.get(family, ()) if name in ends]
+      # Those inside another one of them have been started from already.
+      inside = [name for name in inside if not any(
+          name in _CONTAINS.get(other, ()) for other in inside)]
+      starts = [{}, *simple, *(
+          {"init": os.path.join(path, card.FILE)}
+          for name in inside for path in ends[name])]
+      rounds = {folder: starts}
+      if family in _MULTISTEP and not set(inside) & set(_MULTISTEP):
+        rounds[folder] = [*starts, _as_start(best)]
+        if other:
+          rounds[f"{folder}-{other.stride}"] = [_as_start(other)]
+      found = {path: searched(path, family, candidates)
+               for path, candidates in rounds.items()}
+      ends[family] = list(found)
+      path = folder if len(found) == 1 else min(
+          found, key=lambda path: stride_evaluator.record(
+              found[path][0], stride_samples, found[path][1])["fid"])
+      add(*found[path], _search_of(path))
   return records
 
 
-def _best_stride(make, strides, evaluator, num_samples):
-  """The sampler on the stride with the lowest FID, by successive halving."""
+def _as_start(sampler):
+  """The options of a family that starts at this solver."""
+  return {"init": sampler.solver, "stride": sampler.stride}
+
+
+def _search_of(folder):
+  """How the sampler of a folder was searched."""
+  return card.read(os.path.join(folder, card.FILE)).search
+
+
+def _best_strides(make, strides, evaluator, num_samples):
+  """Samplers on the best strides: the best two, and one with other times."""
   candidates = []
   for stride in strides:
     try:
@@ -180,11 +220,19 @@ def _best_stride(make, strides, evaluator, num_samples):
       continue  # Not a stride for this K.
   if not candidates:
     raise UserError(f"none of the strides {', '.join(strides)} fits")
-  for count, keep in ((num_samples // 4, 2), (num_samples, 1)):
-    if len(candidates) > keep:
-      candidates.sort(key=lambda s: evaluator.record(s, count)["fid"])
-      candidates = candidates[:keep]
-  return candidates[0]
+  if len(candidates) == 1:
+    return candidates
+  candidates.sort(key=lambda s: evaluator.record(s, num_samples // 4)["fid"])
+  kept = candidates[:2]
+  if not _apart(*kept):
+    kept += [s for s in candidates[2:] if _apart(kept[0], s)][:1]
+  return sorted(kept, key=lambda s: evaluator.record(s, num_samples)["fid"])
+
+
+def _apart(sampler, other):
+  """Whether their times differ by more than half a step somewhere."""
+  times, others = (s.coefficients().numpy().times for s in (sampler, other))
+  return np.max(np.abs(times - others)) > np.max(times) / (2 * len(times))
 
 
 def write_table(path: str, records: list[dict]) -> None:

@@ -717,7 +717,7 @@ def search(
           "gradient_samples": gradient_samples, "objective": goal.terms,
           "control_variate": control_variate,
           "learning_rate": learning_rate, "rate_multipliers": multipliers,
-          "seed": seed, "seconds": round(seconds, 1),
+          "seed": seed, "seconds": round(seconds, 3),
           "validation": float(state.best_value),
           "validation_samples": validation_samples,
           "features": [{"name": network.name, "sha256": network.sha256}

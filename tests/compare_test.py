@@ -1,6 +1,7 @@
 """Tests of the comparison on a Gaussian data set."""
 
 import csv
+import functools
 import json
 import os
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 import ddss_tf
+from ddss_tf import card
 from ddss_tf import evaluation
+from ddss_tf import fingerprint
 from ddss_tf import searching
 from ddss_tf.errors import UserError
 
@@ -74,26 +77,63 @@ def test_a_solver_is_shown_on_its_best_stride(arguments, compared):
     assert all(r["seed"] != record["seed"] for r in tried)
 
 
+def ranking_of(folder):
+  """Where the search of a folder could start, the best first."""
+  with open(os.path.join(folder, "starts.json")) as f:
+    ranking = json.load(f)["ranking"]
+  return [(entry["start"].get("init", "default"), entry["start"].get("stride"),
+           entry["distance"]) for entry in ranking]
+
+
+def end_of(folder):
+  with open(os.path.join(folder, "sampler.json")) as f:
+    return json.load(f)["search"]["validation"]
+
+
 def test_a_larger_family_never_starts_worse(compared):
   run, _ = compared
-  ends = {}
-  for family in ("rddim", "ggdm+pred", "ggdm+pred+time"):
-    folder = os.path.join(run, "k3", family)
-    with open(os.path.join(folder, "starts.json")) as f:
-      ranking = json.load(f)["ranking"]
-    inits = [entry["start"].get("init", "default") for entry in ranking]
-    for smaller, end in ends.items():
-      path = os.path.join(run, "k3", smaller, "sampler.json")
-      assert path in inits
-      # The end of the smaller one, on the images of another seed's search.
-      entry = ranking[inits.index(path)]
-      assert ranking[0]["distance"] <= entry["distance"]
-      np.testing.assert_allclose(entry["distance"], end, rtol=1e-4)
-    with open(os.path.join(folder, "sampler.json")) as f:
-      end = json.load(f)["search"]["validation"]
-    # start_samples = validation_samples here, so these are comparable.
-    assert end <= ranking[0]["distance"] + 1e-4
-    ends[family] = end
+  k3 = functools.partial(os.path.join, run, "k3")
+  (other,) = [name for name in os.listdir(k3())
+              if name.startswith("ggdm+pred-")]
+  inside = {"rddim": [], "ggdm+pred": ["rddim"],
+            # RDDIM is inside GGDM+PRED, which started there already.
+            "ggdm+pred+time": ["ggdm+pred", other]}
+  for family, smaller in inside.items():
+    ranking = ranking_of(k3(family))
+    ends = {init: distance for init, _, distance in ranking
+            if init.startswith(run)}
+    assert sorted(ends) == sorted(
+        k3(name, "sampler.json") for name in smaller)
+    for name in smaller:
+      # The end of the smaller one, on the same images: start_samples =
+      # validation_samples here.
+      np.testing.assert_allclose(
+          ends[k3(name, "sampler.json")], end_of(k3(name)), rtol=1e-4)
+    assert end_of(k3(family)) <= ranking[0][-1] + 1e-4
+
+
+def test_the_first_multistep_family_is_searched_on_two_strides(compared):
+  run, records = compared
+  with open(os.path.join(run, "strides", "metrics.json")) as f:
+    tried = {r["coefficients_sha256"]: r["fid"] for r in json.load(f)
+             if r["num_samples"] == 64}
+  (other,) = [name for name in os.listdir(os.path.join(run, "k3"))
+              if name.startswith("ggdm+pred-")]
+  folders = [os.path.join(run, "k3", name) for name in ("ggdm+pred", other)]
+  best, second = (ranking_of(folder) for folder in folders)
+  # The first ranks a solver beside the default, DDPM, DDIM and RDDIM's end.
+  assert len(best) == 5
+  ((init, stride, _),) = second
+  assert init in ("ddpm", "ddim", "dpm++2m") and other.endswith(f"-{stride}")
+  assert stride not in {stride for name, stride, _ in best if name == init}
+  coefficients = [
+      fingerprint.arrays_sha256(
+          card.read(os.path.join(folder, card.FILE)).coefficients)
+      for folder in folders]
+  # The row is the one that is better on the images by which strides are chosen.
+  better = min(coefficients, key=tried.__getitem__)
+  assert records[4]["sampler"] == "GGDM+PRED"
+  assert records[4]["coefficients_sha256"] == better
 
 
 def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):

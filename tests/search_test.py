@@ -30,6 +30,9 @@ from ddss_tf import starts
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
+# An eager chain and a graph, which TensorFlow folds and fuses, differ by some
+# 1e-6 after three steps in float32.
+ROUNDING = 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +408,7 @@ def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
   served = tf.saved_model.load(ddss_tf.export(run, parts["denoiser"]))
   np.testing.assert_allclose(
       served.signatures["from_noise"](x_T=3 * x_T, step_noise=noise)["images"],
-      bounded, atol=1e-6)
+      bounded, atol=ROUNDING)
   records = evaluate(parts, run)
   assert [r["x0_bound"] for r in records] == [None, None, "clip"]
 
@@ -572,7 +575,7 @@ np.savez({str(tmp_path / "images.npz")!r}, images=images, again=again)
   loaded = tf.saved_model.load(path)
   np.testing.assert_allclose(
       loaded.signatures["from_noise"](x_T=x_T, step_noise=noise)["images"],
-      np.clip(images, -1, 1), atol=1e-6)
+      np.clip(images, -1, 1), atol=ROUNDING)
 
 
 def test_sampling_to_files(parts, finished):
