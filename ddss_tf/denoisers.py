@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from ddss_tf import checkpoints
+from ddss_tf import conventions
 from ddss_tf import ddpm_format
 from ddss_tf import diffusers_format
 from ddss_tf import fingerprint
@@ -22,7 +23,7 @@ from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
 from ddss_tf.schedules import NoiseSchedule
 
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = conventions.PREDICTIONS
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _CARD = "denoiser.json"
 _NETWORK = "network.keras"
@@ -35,25 +36,24 @@ class Denoiser:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
       [B, H, W, C].
     schedule: its forward process.
-    prediction: "eps"; "x0"; or "v" = alpha_t eps - sigma_t x0 (Salimans and Ho
-      2022, https://arxiv.org/abs/2202.00512).
+    prediction: "eps", "x0", "v" or "score", see `conventions.Convention`.
     name: what results call it.
+    **convention: the rest of `conventions.Convention`, for networks of another
+      process or another clock: process, time_input, time_scale, time_offset.
 
   Attributes:
+    convention: how the network is called and read.
     image_shape: (H, W, C).
     sha256: hash of all weights, whatever file they came from; None if the
       network has none.
 
   Raises:
-    ValueError: unknown prediction.
+    ValueError: unknown prediction, or a convention that there is not.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
-               name: str = "denoiser"):
-    if prediction not in PREDICTIONS:
-      raise ValueError(
-          f"prediction must be one of {', '.join(PREDICTIONS)}. "
-          f"Received: {prediction!r}")
+               name: str = "denoiser", **convention):
+    self.convention = conventions.Convention(prediction, **convention)
     self.model = model
     self.schedule = schedule
     self.prediction = prediction
@@ -64,11 +64,12 @@ class Denoiser:
     self._compiled = {}
 
   def network(self, x, t) -> tf.Tensor:
-    """The raw prediction.
+    """The raw prediction, in the network's own units (`self.convention`).
 
     Args:
       x: float [B, H, W, C].
-      t: float [B], or a scalar for all of them, in [0, T - 1].
+      t: float [B], or a scalar for all of them; training steps in [0, T - 1]
+        unless the network has another clock.
 
     Returns:
       float32 [B, H, W, C].
@@ -81,16 +82,17 @@ class Denoiser:
     return tf.cast(self.model([x, t], training=False), tf.float32)
 
   def eps(self, x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-    """The predicted noise [B, H, W, C], whatever the network predicts."""
-    prediction = self.network(x_t, t)
-    if self.prediction == "eps":
-      return prediction
-    alpha_t, sigma_t = self.schedule.alpha_sigma(t)
-    alpha_t = alpha_t[..., None, None, None]
-    sigma_t = sigma_t[..., None, None, None]
-    if self.prediction == "x0":
-      return (x_t - alpha_t * prediction) / sigma_t
-    return sigma_t * x_t + alpha_t * prediction
+    """The predicted noise [B, H, W, C], whatever the network predicts.
+
+    Args:
+      x_t: float [B, H, W, C] of the variance-preserving process.
+      t: float [B], or a scalar for all of them, in [0, T - 1].
+    """
+    x_t = tf.convert_to_tensor(x_t, tf.float32)
+    t = tf.convert_to_tensor(t, tf.float32)
+    x, time = self.convention.inputs(self.schedule, x_t, t)
+    return self.convention.eps(
+        self.schedule, x_t, t, self.network(x, time))
 
   def compiled_eps(self, jit_compile: bool = True):
     """`eps` as a `tf.function`, the same one at every call.
@@ -119,6 +121,7 @@ class Denoiser:
         "format": "ddss_tf.denoiser",
         "version": 1,
         "name": self.name,
+        **self.convention.non_default(),
         "prediction": self.prediction,
         "betas": self.schedule.betas.tolist(),
         "sha256": self.sha256,
