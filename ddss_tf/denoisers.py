@@ -17,9 +17,10 @@ from ddss_tf import conventions
 from ddss_tf import ddpm_format
 from ddss_tf import diffusers_format
 from ddss_tf import fingerprint
+from ddss_tf import foreign
 from ddss_tf import openai_format
 from ddss_tf import storage
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 from ddss_tf.schedules import NoiseSchedule
 
@@ -34,16 +35,26 @@ class Denoiser:
 
   Args:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
-      [B, H, W, C].
+      [B, H, W, C]. Of a Keras model the inputs may come in the other order, and
+      the times be [B, 1] or integers (see `foreign.adapted`). Where it gives
+      2 C channels, the last C are taken for a learned variance and left out:
+      samplers bring their own. Loaded or built under
+      `frozen.frozen_variables()`, a search of it is cheaper by a third.
     schedule: its forward process.
     prediction: "eps", "x0", "v" or "score", see `conventions.Convention`.
     name: what results call it.
+    image_shape: (H, W, C), needed if the model has no `input_shape`.
+    sha256: hash, if not that of the weights.
+    continuous_time: whether fractional times mean something to the network;
+      None: unless it takes integers.
     **convention: the rest of `conventions.Convention`, for networks of another
       process or another clock: process, time_input, time_scale, time_offset.
 
   Attributes:
     convention: how the network is called and read.
     image_shape: (H, W, C).
+    continuous_time: False if times are rounded to integers, or have no
+      gradient: they cannot be learned then, all else works.
     sha256: hash of all weights, whatever file they came from; None if the
       network has none.
 
@@ -52,15 +63,22 @@ class Denoiser:
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
-               name: str = "denoiser", **convention):
+               name: str = "denoiser", *, image_shape=None,
+               sha256: str | None = None, continuous_time: bool | None = None,
+               **convention):
     self.convention = conventions.Convention(prediction, **convention)
-    self.model = model
+    self.model = model = foreign.adapted(model)
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
-    self.image_shape = tuple(model.input_shape[0][1:])
-    weights = model.get_weights()
-    self.sha256 = fingerprint.arrays_sha256(weights) if weights else None
+    self.image_shape = tuple(image_shape or model.input_shape[0][1:])
+    if continuous_time is None:
+      continuous_time = foreign.is_continuous(model)
+    self.continuous_time = continuous_time
+    if sha256 is None:
+      weights = model.get_weights()
+      sha256 = fingerprint.arrays_sha256(weights) if weights else None
+    self.sha256 = sha256
     self._compiled = {}
 
   def network(self, x, t) -> tf.Tensor:
@@ -73,13 +91,28 @@ class Denoiser:
 
     Returns:
       float32 [B, H, W, C].
+
+    Raises:
+      UserError: the model gives another shape.
     """
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], tf.shape(x)[0])
     # training=False: no dropout, or rematerialisation would redraw its mask.
-    return tf.cast(self.model([x, t], training=False), tf.float32)
+    output = self.model([x, t], training=False)
+    return tf.cast(self._without_variance(output), tf.float32)
+
+  def _without_variance(self, output):
+    """[B, H, W, C] of [B, H, W, C] or [B, H, W, 2 C]."""
+    *size, channels = self.image_shape
+    if not any(output.shape.is_compatible_with((None, *size, c))
+               for c in (channels, 2 * channels)):
+      raise UserError(
+          f"denoiser {self.name!r} must give "
+          f"{shape_text((None, *self.image_shape))}, or {2 * channels} channels "
+          f"with a learned variance. Received: {shape_text(output.shape)}")
+    return output[..., :channels]
 
   def eps(self, x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
     """The predicted noise [B, H, W, C], whatever the network predicts.
@@ -109,12 +142,26 @@ class Denoiser:
           self.eps, jit_compile=jit_compile)
     return self._compiled[jit_compile]
 
+  @property
+  def tracked(self) -> list:
+    """What a SavedModel that calls this denoiser must hold."""
+    tracked = getattr(self.model, "tracked", None)
+    return tracked or [variable.value for variable in self.model.variables]
+
   def save(self, path: str) -> None:
     """Writes our own format: `denoiser.json` and `network.keras`.
 
     Args:
       path: a folder, made if need be.
+
+    Raises:
+      UserError: the network is a SavedModel, which is a format itself.
     """
+    if isinstance(self.model, foreign.SavedModelNetwork):
+      raise UserError(
+          f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
+          " a SavedModel: copy its folder and its card, which load_denoiser "
+          "reads")
     with storage.replacing(os.path.join(path, _NETWORK)) as temporary:
       self.model.save(temporary)
     storage.write_json(os.path.join(path, _CARD), {
@@ -125,6 +172,7 @@ class Denoiser:
         "prediction": self.prediction,
         "betas": self.schedule.betas.tolist(),
         "sha256": self.sha256,
+        **({} if self.continuous_time else {"continuous_time": False}),
     })
 
 
@@ -183,6 +231,14 @@ def load_denoiser(
     diffusion_steps: int | None = None,
     noise_schedule: str | None = None,
     rescale_timesteps: bool | None = None,
+    prediction: str | None = None,
+    schedule: NoiseSchedule | dict | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    process: str | None = None,
+    time_input: str | None = None,
+    time_scale: float | None = None,
+    time_offset: float | None = None,
+    signature: str | None = None,
 ) -> Denoiser:
   """Loads a frozen, pre-trained denoiser.
 
@@ -196,6 +252,10 @@ def load_denoiser(
       - a state dict of improved-diffusion (`.pt`, unconditional; reading it
         needs PyTorch), with a card beside it, `<path>.json`, of what tensors do
         not tell: the arguments below by their names;
+      - a folder with a TensorFlow SavedModel, or a Keras file (`.keras`), from
+        images and times to a prediction (see `Denoiser`), with what it does not
+        tell as arguments, `prediction` and `schedule` at least, or in a card
+        beside it, `<path>.json`, of the same words;
       - the name of an embedded model: "digits16-ddpm".
     image_size: height and width, for the two formats that do not say; None: the
       card's, or, for DDPM, such that attention is at 16x16.
@@ -204,6 +264,16 @@ def load_denoiser(
     noise_schedule: of improved-diffusion, "linear" or "cosine".
     rescale_timesteps: whether improved-diffusion's network was fed with
       t * 1000 / T. The denoiser's own times are training steps either way.
+    prediction: of a SavedModel or a Keras file, "eps", "x0", "v" or "score";
+      this and all below see `conventions.Convention`.
+    schedule: likewise, the process it was trained for: a schedule, or the
+      arguments of `make_schedule` by name.
+    image_shape: likewise, (H, W, C), where its inputs do not tell.
+    process: likewise, "vp" or "ve".
+    time_input: likewise, "step", "sigma" or "log_sigma".
+    time_scale: likewise, of the times that it is fed with.
+    time_offset: likewise.
+    signature: of a SavedModel, if there is a choice.
 
   Returns:
     The denoiser, frozen.
@@ -218,6 +288,18 @@ def load_denoiser(
       "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
       "rescale_timesteps": rescale_timesteps,
   }
+  told = {
+      "prediction": prediction, "schedule": schedule,
+      "image_shape": image_shape, "process": process, "time_input": time_input,
+      "time_scale": time_scale, "time_offset": time_offset,
+      "signature": signature,
+  }
+  own_card = os.path.exists(os.path.join(path, _CARD))
+  if foreign.is_keras_file(path) or (
+      foreign.is_saved_model(path) and not own_card):
+    _refuse_given(path, given, ())
+    return _load_foreign(path, told)
+  _refuse_given(path, told, ())
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _load_openai(path, given)
   folder = path
@@ -233,12 +315,13 @@ def load_denoiser(
     return _load_ddpm(prefix, image_size)
   if not os.path.isdir(folder):
     raise UserError(
-        "denoiser path must be a folder, a checkpoint prefix, a .pt file or "
+        "denoiser path must be a folder, a checkpoint prefix, a .pt file, a "
+        ".keras file or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(
       f"denoiser folder must hold {_CARD} (ours), {diffusers_format.CONFIG} "
-      "(diffusers) or a TensorFlow checkpoint (*.index). "
+      "(diffusers), saved_model.pb or a TensorFlow checkpoint (*.index). "
       f"Received: {folder!r} with {sorted(os.listdir(folder))}")
 
 
@@ -264,6 +347,9 @@ def _load_own(folder: str) -> Denoiser:
       card = json.load(f)
     name, prediction = card["name"], card["prediction"]
     betas, sha256 = card["betas"], card["sha256"]
+    convention = {key: card[key] for key in foreign.CONVENTION_KEYS
+                  if key in card}
+    continuous_time = card.get("continuous_time")
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{card_path} is damaged: {error!r}") from error
   network_path = os.path.join(folder, _NETWORK)
@@ -277,7 +363,8 @@ def _load_own(folder: str) -> Denoiser:
         f"{network_path} is not a complete Keras file: "
         f"{' '.join(str(error).split())[:200]}") from error
   model.trainable = False
-  denoiser = Denoiser(model, NoiseSchedule(betas), prediction, name)
+  denoiser = Denoiser(model, NoiseSchedule(betas), prediction, name,
+                      continuous_time=continuous_time, **convention)
   if denoiser.sha256 != sha256:
     raise UserError(
         f"weights in {network_path} must have the SHA-256 {sha256} of their "
@@ -312,3 +399,29 @@ def _load_openai(path: str, given: dict) -> Denoiser:
   name = os.path.basename(path).removesuffix(openai_format.SUFFIX)
   return Denoiser(model, NoiseSchedule(betas),
                   "x0" if card["predict_xstart"] else "eps", name)
+
+
+def _load_foreign(path: str, given: dict) -> Denoiser:
+  """Reads a SavedModel or a Keras file, and tries it."""
+  card = foreign.read_card(path, given)
+  name = os.path.basename(os.path.normpath(path))
+  sha256 = None
+  if foreign.is_keras_file(path):
+    name = name.removesuffix(foreign.KERAS_SUFFIX)
+    if card["signature"] is not None:
+      raise UserError("signature must not be given for a Keras file. Received: "
+                      f"{card['signature']!r}")
+    model = foreign.load_keras(path)
+  else:
+    model = foreign.SavedModelNetwork(
+        path, card["signature"], card["image_shape"])
+    sha256 = model.sha256
+  try:
+    denoiser = Denoiser(
+        model, card["schedule"], card["prediction"], name,
+        image_shape=card["image_shape"], sha256=sha256, **card["convention"])
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  if not foreign.check(denoiser, path):
+    denoiser.continuous_time = False
+  return denoiser

@@ -36,7 +36,7 @@ class SamplerModule(tf.Module):
                x0_bound: str | None = None):
     super().__init__(name="sampler")
     self._denoiser = denoiser
-    self.weights = [variable.value for variable in denoiser.model.variables]
+    self.weights = denoiser.tracked
     coefficients = Coefficients(
         *(tf.convert_to_tensor(v, tf.float32) for v in coefficients))
     height, width, channels = shape = denoiser.image_shape

@@ -38,23 +38,10 @@ class SavedModelNetwork:
   graph = ""  # The hash is of the files, which hold weights and graph.
 
   def __init__(self, folder: str):
-    _check_complete(folder)
     self._folder = folder
-    self.weights_sha256 = _saved_model_sha256(folder)
-    # TF-Hub's first format has no tags.
-    tags = ([] if os.path.exists(os.path.join(folder, "tfhub_module.pb"))
-            else None)
-    try:
-      with frozen_variables():
-        # Kept: its variables live only as long as it does.
-        self._loaded = tf.saved_model.load(folder, tags=tags)
-    except Exception as error:  # TensorFlow raises many kinds for damage.
-      hint = ""
-      if not os.path.exists(os.path.join(folder, "variables",
-                                         "variables.index")):
-        hint = "variables/variables.index is missing; "
-      raise UserError(f"{folder} is not a complete SavedModel: {hint}"
-                      f"{_reason(error)}") from error
+    # Kept: its variables live only as long as it does.
+    self._loaded = load(folder)
+    self.weights_sha256 = sha256(folder)
     self._ways, refused = [], []
     for name, function, specs in _entry_points(self._loaded):
       if (len(specs) == 1 and specs[0].dtype.is_floating
@@ -137,10 +124,7 @@ def _entry_points(loaded):
   for name in ("serving_default", "default"):
     if name in signatures:
       signature = signatures[name]
-      # TensorFlow 1's variables come out of a collection, past
-      # `frozen_variables`; there is no public way to freeze them.
-      for variable in signature.graph.variables:
-        variable._trainable = False  # pylint: disable=protected-access
+      freeze_signature(signature)
       arguments = signature.structured_input_signature[1]
       if len(arguments) == 1:
         [key] = arguments
@@ -148,6 +132,43 @@ def _entry_points(loaded):
       else:
         function = signature
       yield name, function, list(arguments.values())
+
+
+def load(folder: str):
+  """Loads a SavedModel with all variables frozen.
+
+  Args:
+    folder: with saved_model.pb and variables.
+
+  Returns:
+    What TensorFlow makes of it; its variables live only as long as it does.
+
+  Raises:
+    UserError: not a complete SavedModel; in one line.
+  """
+  _check_complete(folder)
+  # TF-Hub's first format has no tags.
+  tags = ([] if os.path.exists(os.path.join(folder, "tfhub_module.pb"))
+          else None)
+  try:
+    with frozen_variables():
+      return tf.saved_model.load(folder, tags=tags)
+  except Exception as error:  # TensorFlow raises many kinds for damage.
+    hint = ""
+    if not os.path.exists(os.path.join(folder, "variables",
+                                       "variables.index")):
+      hint = "variables/variables.index is missing; "
+    raise UserError(f"{folder} is not a complete SavedModel: {hint}"
+                    f"{_reason(error)}") from error
+
+
+def freeze_signature(signature) -> None:
+  """Freezes what TensorFlow 1's variables, out of a collection, leave trainable.
+
+  They come past `frozen_variables`; there is no public way to freeze them.
+  """
+  for variable in signature.graph.variables:
+    variable._trainable = False  # pylint: disable=protected-access
 
 
 def _check_complete(folder: str) -> None:
@@ -169,7 +190,7 @@ def _check_complete(folder: str) -> None:
           "SavedModel and unpack it again")
 
 
-def _saved_model_sha256(folder: str) -> str:
+def sha256(folder: str) -> str:
   """Hash of the names and contents of what a SavedModel computes with."""
   paths = ["saved_model.pb", "saved_model.pbtxt", "tfhub_module.pb"]
   for part in ("variables", "assets"):

@@ -53,6 +53,20 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
                       f"the denoiser {denoiser.name!r}. Received: {other}")
 
 
+def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
+  """Checks that times are learned only of a network that they reach.
+
+  Raises:
+    UserError: the sampler learns times, the denoiser takes whole ones or has
+      no gradient in them.
+  """
+  if "times" in sampler.variables_by_kind and not denoiser.continuous_time:
+    raise UserError(
+        f"sampler {sampler.label!r} must not learn times with the denoiser "
+        f"{denoiser.name!r}, which takes whole steps only or has no gradient "
+        "in the time: search a family without +time")
+
+
 def check_x0_bound(root: str, x0_bound: str | None) -> None:
   """Checks a bound's name, before it is met inside the chain.
 
@@ -552,6 +566,7 @@ def search(
   if not sampler.variables_by_kind:
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                     "a learned family, such as ggdm+pred+time")
+  check_times(denoiser, sampler)
 
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   reals = [reference.reference(

@@ -1,0 +1,419 @@
+"""Denoisers of any maker: TensorFlow SavedModels and Keras models.
+
+Such a file says what is computed, not what it means: prediction and schedule
+are arguments of `load_denoiser`, or in a card beside it, `<path>.json`, of the
+same words, such as
+
+  {"prediction": "v", "schedule": {"name": "cosine", "num_train_steps": 1000},
+   "time_scale": 0.001}
+
+A SavedModel and a Keras file are programs: load only those that you trust.
+"""
+
+import os
+from typing import Mapping
+
+import keras
+from keras import ops
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf import checkpoints
+from ddss_tf import conventions
+from ddss_tf import saved_models
+from ddss_tf import schedules
+from ddss_tf.errors import UserError, shape_text
+from ddss_tf.frozen import frozen_variables
+
+KERAS_SUFFIX = ".keras"
+
+CONVENTION_KEYS = ("process", "time_input", "time_scale", "time_offset")
+CARD_KEYS = ("prediction", "schedule", "image_shape", "signature",
+             *CONVENTION_KEYS)
+
+
+def is_keras_file(path: str) -> bool:
+  """Whether it is a Keras model in one file."""
+  return path.endswith(KERAS_SUFFIX) and os.path.isfile(path)
+
+
+def is_saved_model(path: str) -> bool:
+  """Whether it is a folder with a SavedModel, perhaps a damaged one."""
+  return any(os.path.exists(os.path.join(path, name))
+             for name in ("saved_model.pb", "saved_model.pbtxt", "variables"))
+
+
+def read_card(path: str, given: Mapping[str, object]) -> dict:
+  """Reads what the file does not tell.
+
+  Args:
+    path: of the model; `<path>.json` is read if it is there.
+    given: values of `CARD_KEYS` that take precedence; None: not given.
+
+  Returns:
+    "prediction"; "schedule", a `NoiseSchedule`; "convention", the rest of
+    `conventions.Convention`; "image_shape" and "signature", None if not given.
+
+  Raises:
+    UserError: keys that are missing, unknown, or of a value that is none.
+  """
+  source = os.path.normpath(path) + ".json"
+  card = {}
+  if os.path.exists(source):
+    card = checkpoints.read_json_object(source)
+  unknown = sorted(set(card) - set(CARD_KEYS))
+  if unknown:
+    raise UserError(f"{source}: keys must be among {', '.join(CARD_KEYS)}. "
+                    f"Received: {', '.join(unknown)}")
+  card |= {key: value for key, value in given.items() if value is not None}
+  missing = [key for key in ("prediction", "schedule") if key not in card]
+  if missing:
+    raise UserError(
+        f"{', '.join(missing)} must be given, by {source} or as arguments: the "
+        f"network does not tell. Received: {sorted(card)}")
+  convention = {key: card[key] for key in CONVENTION_KEYS if key in card}
+  try:
+    conventions.Convention(card["prediction"], **convention)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  return {
+      "prediction": card["prediction"],
+      "schedule": _schedule(path, card["schedule"]),
+      "convention": convention,
+      "image_shape": _image_shape(path, card.get("image_shape")),
+      "signature": card.get("signature"),
+  }
+
+
+def _schedule(path, value):
+  """A schedule from itself or from the arguments of `make_schedule`."""
+  if isinstance(value, schedules.NoiseSchedule):
+    return value
+  if not isinstance(value, dict):
+    raise UserError(
+        f"{path}: schedule must be a NoiseSchedule, or the arguments of "
+        f"make_schedule by name. Received: {value!r}")
+  try:
+    return schedules.make_schedule(**value)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{path}: schedule: {checkpoints.one_line(error)}"
+                    ) from error
+
+
+def _image_shape(path, value):
+  if value is None:
+    return None
+  if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(
+      type(size) is int and size > 0 for size in value):
+    raise UserError(f"{path}: image_shape must be (height, width, channels). "
+                    f"Received: {value!r}")
+  return tuple(value)
+
+
+def _places(specs) -> tuple[int, int] | None:
+  """Which of two inputs are the images and the times, by dtype and rank.
+
+  Args:
+    specs: things with `shape` and `dtype`.
+
+  Returns:
+    Their two indices; None if these are not images [B, H, W, C] of any B, in
+    floats, and a time for each of them, [B] or [B, 1].
+  """
+  if len(specs) != 2:
+    return None
+  kinds = []
+  for spec in specs:
+    shape = tf.TensorShape(spec.shape)
+    dtype = tf.as_dtype(spec.dtype)
+    if shape.rank not in (None, 1, 2, 4) or (
+        shape.rank is not None and shape[0] is not None) or (
+            shape.rank == 2 and shape[1] != 1) or (
+                shape.rank == 4 and not dtype.is_floating) or (
+                    not dtype.is_floating and not dtype.is_integer):
+      return None
+    kinds.append({None: "?", 4: "x"}.get(shape.rank, "t"))
+  for order in ((0, 1), (1, 0)):
+    if kinds[order[0]] in "x?" and kinds[order[1]] in "t?" and (
+        kinds != ["?", "?"]):
+      return order
+  return None
+
+
+# --- SavedModels ---
+
+
+class SavedModelNetwork:
+  """A SavedModel from images and times to a prediction, loaded once.
+
+  To `Denoiser` it looks as a Keras model does.
+
+  Args:
+    folder: with saved_model.pb and variables.
+    signature: the one to call, "__call__" for the object itself; None: that
+      one, or else "serving_default", or else the only one.
+    image_shape: (H, W, C) where the signature does not say.
+
+  Attributes:
+    continuous_time: False if it takes whole numbers for times; those given are
+      rounded.
+    sha256: hash of the files, which hold weights and graph.
+    variables: all of them.
+
+  Raises:
+    UserError: in one line, a folder that is not a complete SavedModel, without
+      such a signature, or with one that takes anything but images and times.
+  """
+
+  def __init__(self, folder: str, signature: str | None = None,
+               image_shape=None):
+    self._loaded = saved_models.load(folder)
+    self.sha256 = saved_models.sha256(folder)
+    found = list(_entry_points(self._loaded))
+    names = list(dict.fromkeys(name for name, *_ in found))
+    if signature is not None and signature not in names:
+      raise UserError(f"{folder}: signature must be one of {', '.join(names)}. "
+                      f"Received: {signature!r}")
+    if signature is None and len(names) > 1:
+      known = [name for name in ("__call__", "serving_default")
+               if name in names]
+      found = [way for way in found if way[0] in known]
+    elif signature is not None:
+      found = [way for way in found if way[0] == signature]
+    fitting = [(way, _places(way[2])) for way in found]
+    fitting = [(way, places) for way, places in fitting if places]
+    if not fitting:
+      refused = "; ".join(f"{name}({', '.join(map(str, specs))})"
+                          for name, _, specs in found)
+      raise UserError(
+          f"{folder} must be callable, or have a signature, with two inputs: "
+          "float images [B, H, W, C] of any B and a time for each, [B]. "
+          f"Received: {refused[:300] or 'neither'}"
+          + (f"; name one of the signatures {', '.join(names)}"
+             if names and not found else ""))
+    (self.entry_point, self._function, specs), places = fitting[0]
+    self._image_place = places[0]
+    self._image, self._time = specs[places[0]], specs[places[1]]
+    self.continuous_time = self._time.dtype.is_floating
+    shape = self._image.shape[1:] if self._image.shape.rank else [None] * 3
+    known = image_shape or (None,) * 3
+    if any(None not in (a, b) and a != b for a, b in zip(shape, known)):
+      raise UserError(f"{folder}: image_shape must be {shape_text(shape)}. "
+                      f"Received: {shape_text(known)}")
+    shape = tuple(a or b for a, b in zip(shape, known))
+    if None in shape:
+      raise UserError(f"{folder}: image_shape must be given, for its "
+                      f"{self.entry_point} takes {shape_text(shape)}")
+    self.input_shape = ((None, *shape), (None,))
+    self.variables = _variables(self._loaded, self._function)
+    # What `inspect` counts, and what a SavedModel that calls this must hold.
+    self.weights = self.variables
+    self.layers = [self]
+    self.tracked = [self._loaded]
+
+  def __call__(self, inputs, training: bool = False):
+    del training  # Decided when it was exported.
+    x, t = inputs
+    x = tf.cast(x, self._image.dtype)
+    t = tf.cast(t if self.continuous_time else tf.round(t), self._time.dtype)
+    if self._time.shape.rank == 2:
+      t = t[:, None]
+    outputs = self._function(*((x, t) if self._image_place == 0 else (t, x)))
+    flat = tf.nest.flatten(outputs)
+    if len(flat) != 1:
+      raise UserError(f"{self.entry_point} of the SavedModel must give one "
+                      f"output, the prediction. Received: {len(flat)}")
+    return flat[0]
+
+  def count_params(self) -> int:
+    """Number of weights."""
+    return sum(int(np.prod(v.shape)) for v in self.variables)
+
+
+def _entry_points(loaded):
+  """Yields (name, function of the tensor inputs in order, their specs)."""
+  if callable(loaded):
+    concretes = getattr(loaded.__call__, "concrete_functions", [])
+    # Of a Keras model, that without dropout first.
+    for concrete in sorted(concretes, key=lambda c: True in tf.nest.flatten(
+        c.structured_input_signature)):
+      structure = concrete.structured_input_signature
+      flat = tf.nest.flatten(structure)
+      places = [i for i, spec in enumerate(flat)
+                if isinstance(spec, tf.TensorSpec)]
+
+      def function(*tensors, structure=structure, flat=flat, places=places):
+        values = list(flat)
+        for place, tensor in zip(places, tensors):
+          values[place] = tensor
+        args, kwargs = tf.nest.pack_sequence_as(structure, values)
+        return loaded(*args, **kwargs)
+
+      yield "__call__", function, [flat[place] for place in places]
+  for name, signature in getattr(loaded, "signatures", {}).items():
+    saved_models.freeze_signature(signature)
+    specs = signature.structured_input_signature[1]
+
+    def call(*tensors, signature=signature, names=tuple(specs)):
+      return signature(**dict(zip(names, tensors)))
+
+    yield name, call, list(specs.values())
+
+
+def _variables(loaded, function) -> list[tf.Variable]:
+  """All variables, each once, wherever the SavedModel keeps them."""
+  del function
+  found = list(getattr(loaded, "variables", []))
+  for signature in getattr(loaded, "signatures", {}).values():
+    found += signature.graph.variables
+  functions = getattr(getattr(loaded, "__call__", None),
+                      "concrete_functions", []) if callable(loaded) else []
+  for concrete in functions:
+    found += concrete.graph.variables
+  return list({id(v.handle): v for v in found}.values())
+
+
+# --- Keras models ---
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class TimeInput(keras.layers.Layer):
+  """Times as another model takes them.
+
+  Args:
+    integer: the integer type they are rounded to; None: floats.
+    column: [B, 1] if True, [B] if False.
+
+  Call arguments:
+    t: float [B].
+  """
+
+  def __init__(self, integer=None, column=False, **kwargs):
+    # Times reach 1000 and more: see `unet.TimeEmbedding`.
+    kwargs.setdefault("dtype", "float32")
+    super().__init__(**kwargs)
+    self.integer = integer
+    self.column = column
+
+  def call(self, t):
+    if self.integer is not None:
+      t = ops.cast(ops.round(t), self.integer)
+    return t[:, None] if self.column else t
+
+  def get_config(self):
+    return {**super().get_config(), "integer": self.integer,
+            "column": self.column}
+
+
+def adapted(model):
+  """A Keras model that takes [x_t, t], float32 [B, H, W, C] and float32 [B].
+
+  Args:
+    model: one that takes these in either order, and times as integers or as
+      [B, 1], too. Models with other numbers of inputs, and subclassed ones,
+      which do not tell, pass as they are.
+
+  Raises:
+    ValueError: of two inputs, one is not images or the other not times.
+  """
+  inputs = getattr(model, "inputs", None)
+  if inputs is None or len(inputs) > 2:
+    return model
+  places = _places(inputs)
+  if places is None:
+    raise ValueError(
+        "a denoiser must have two inputs, float images [B, H, W, C] and a time "
+        "for each, [B]. Received: "
+        + ", ".join(f"{i.name} {shape_text(i.shape)} {i.dtype}"
+                    for i in inputs))
+  image, time = (inputs[place] for place in places)
+  floating = keras.backend.is_float_dtype(time.dtype)
+  if (places == (0, 1) and floating and len(time.shape) == 1
+      and isinstance(model.input, (list, tuple))):
+    return model
+  x = keras.Input(image.shape[1:], name="x_t")
+  t = keras.Input((), name="t")
+  fed = TimeInput(None if floating else time.dtype, len(time.shape) == 2,
+                  name="time_input")(t)
+  ordered = [x, fed] if places == (0, 1) else [fed, x]
+  return keras.Model([x, t], model(keras.tree.pack_sequence_as(
+      model.input, ordered)), name=model.name)
+
+
+def is_continuous(model) -> bool:
+  """Whether a network takes fractional times, as far as its inputs tell."""
+  if hasattr(model, "continuous_time"):
+    return model.continuous_time
+  return not any(isinstance(layer, TimeInput) and layer.integer is not None
+                 for layer in getattr(model, "layers", ()))
+
+
+def load_keras(path: str) -> keras.Model:
+  """Loads a Keras file, frozen.
+
+  Raises:
+    UserError: not a complete Keras file, or classes that nobody registered.
+  """
+  try:
+    with frozen_variables():
+      model = keras.saving.load_model(path, compile=False)
+  except Exception as error:  # Keras raises many kinds for a damaged file.
+    raise UserError(f"{path} is not a complete Keras file: "
+                    f"{checkpoints.one_line(error)}") from error
+  model.trainable = False
+  return model
+
+
+# --- Both ---
+
+
+def check(denoiser, source: str) -> bool:
+  """Tries a network that nobody knows, on two images at four times.
+
+  Args:
+    denoiser: the `Denoiser`.
+    source: what the messages call it.
+
+  Returns:
+    Whether its prediction depends on the time in a differentiable way.
+
+  Raises:
+    UserError: in one line, a network that fails, whose output has another shape
+      or is not finite, or without a gradient with respect to its images.
+  """
+  last = denoiser.schedule.num_train_steps - 1
+  by_time = False
+  for times in ([0, last // 3], [2 * last // 3, last]):
+    x, t = denoiser.convention.inputs(
+        denoiser.schedule,
+        tf.random.stateless_normal([2, *denoiser.image_shape], [0, last]),
+        tf.constant(times, tf.float32))
+    try:
+      with tf.GradientTape() as tape:
+        tape.watch([x, t])
+        output = denoiser.network(x, t)
+    except UserError:
+      raise
+    except Exception as error:  # Whatever the graph raises.
+      raise UserError(
+          f"{source} must take images {shape_text((2, *denoiser.image_shape))} "
+          f"and times [2]: {checkpoints.one_line(error)}") from error
+    if not np.all(np.isfinite(output)):
+      raise UserError(f"{source} must give finite predictions. Received: NaN or "
+                      f"infinity at the times {np.asarray(t).tolist()}")
+    try:
+      by_x, by_t = tape.gradient(output, [x, t])
+    except Exception as error:  # TensorFlow raises many kinds.
+      raise UserError(
+          f"{source} must have a gradient with respect to its images: "
+          f"{checkpoints.one_line(error)}") from error
+    # A called function without one gives zeros, not None.
+    if by_x is None or not np.any(by_x):
+      raise UserError(f"{source} must have a gradient with respect to its "
+                      "images. Received: none")
+    if not np.all(np.isfinite(by_x)):
+      raise UserError(f"{source} must have a finite gradient with respect to "
+                      "its images. Received: NaN or infinity")
+    by_time |= (by_t is not None and bool(np.any(by_t))
+                and bool(np.all(np.isfinite(by_t))))
+  return by_time

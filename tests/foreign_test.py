@@ -1,0 +1,334 @@
+"""Tests of denoisers in SavedModels and Keras files.
+
+All of them hold the exact network of Gaussian images, whose eps is known.
+"""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import ddss_tf
+from ddss_tf import chain
+from ddss_tf import exporting
+from ddss_tf import families
+from ddss_tf import searching
+from ddss_tf.errors import UserError
+
+SHAPE = (4, 4, 1)
+SCHEDULE = {"name": "linear", "num_train_steps": 1000}
+TOLD = {"prediction": "eps", "schedule": SCHEDULE}
+TIMES = [0.0, 100.5, 400.0, 999.0]
+
+
+@pytest.fixture(scope="module")
+def exact():
+  return ddss_tf.gaussian_denoiser(SHAPE, mean=0.3, std=0.25)
+
+
+def states():
+  return (tf.random.stateless_normal([4, *SHAPE], [0, 1]),
+          tf.constant(TIMES))
+
+
+def images_of(denoiser):
+  sampler = ddss_tf.make_sampler(denoiser.schedule, "ddim", 4)
+  x_T, noise = chain.draw_noise([0, 1], tf.range(3), denoiser.image_shape, 4)
+  return chain.run_chain(denoiser.eps, sampler.coefficients(), x_T, noise)
+
+
+def write(folder, network, shape=(None, *SHAPE), time=((None,), tf.float32),
+          names=("x", "t"), as_call=True):
+  """Saves `network(x, t)`; with `as_call` False as the signature "denoise"."""
+  specs = [tf.TensorSpec(shape, tf.float32, names[0]),
+           tf.TensorSpec(*time, names[1])]
+
+  class Module(tf.Module):
+
+    @tf.function(input_signature=specs)
+    def __call__(self, x, t):
+      return network(x, t) * self.gain
+
+  class Named(tf.Module):
+    pass
+
+  module = Module() if as_call else Named()
+  module.gain = tf.Variable(1.0)
+  signatures = None if as_call else {"denoise": tf.function(
+      lambda **k: {"eps": network(k[names[0]], k[names[1]]) * module.gain}
+      ).get_concrete_function(**dict(zip(names, specs)))}
+  tf.saved_model.save(module, str(folder), signatures=signatures)
+  return str(folder)
+
+
+def refused(path, *words, **keywords):
+  with pytest.raises(UserError) as error:
+    ddss_tf.load_denoiser(path, **keywords)
+  message = str(error.value).split("\n  In call to configurable")[0]
+  assert "\n" not in message
+  for word in words:
+    assert word in message, message
+
+
+# --- SavedModels ---
+
+
+@pytest.mark.parametrize("as_call,names", [
+    (True, ("x", "t")), (False, ("x", "t")), (False, ("noisy", "clock"))])
+def test_saved_model_is_the_network(exact, tmp_path, as_call, names):
+  folder = write(tmp_path / "net", exact.eps, names=names, as_call=as_call)
+  denoiser = ddss_tf.load_denoiser(folder, **TOLD)
+  assert denoiser.image_shape == SHAPE
+  assert denoiser.name == "net"
+  assert denoiser.continuous_time
+  x, t = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x, t), exact.eps(x, t), atol=1e-6)
+  np.testing.assert_allclose(
+      images_of(denoiser), images_of(exact), atol=1e-5)
+  with tf.GradientTape() as tape:
+    tape.watch([x, t])
+    eps = denoiser.compiled_eps()(x, t)
+  with tf.GradientTape() as other:
+    other.watch([x, t])
+    expected = exact.eps(x, t)
+  for gradient, wanted in zip(tape.gradient(eps, [x, t]),
+                              other.gradient(expected, [x, t])):
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+  assert not any(v.trainable for v in tape.watched_variables())
+  # The hash is of the files: another gain is another denoiser.
+  assert len(denoiser.sha256) == 64
+  assert denoiser.model.count_params() >= 1
+
+
+def test_keras_export_is_the_network(exact, tmp_path):
+  folder = str(tmp_path / "exported")
+  exact.model.export(folder, verbose=False)
+  denoiser = ddss_tf.load_denoiser(folder, **TOLD)
+  x, t = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x, t), exact.eps(x, t), atol=1e-6)
+
+
+def test_card_beside_a_saved_model(exact, tmp_path):
+  v = lambda x, t: exact.network(x, t) * 0.5
+  folder = write(tmp_path / "net", v, shape=(None, None, None, 1))
+  refused(folder, "image_shape must be given", "[?, ?, 1]", **TOLD)
+  card = {"prediction": "score", "image_shape": [4, 4, 1],
+          "schedule": {"name": "cosine", "num_train_steps": 50}}
+  with open(folder + ".json", "w") as f:
+    json.dump(card, f)
+  denoiser = ddss_tf.load_denoiser(folder + "/")
+  assert (denoiser.prediction, denoiser.image_shape) == ("score", SHAPE)
+  assert denoiser.schedule.num_train_steps == 50
+  # Arguments count more.
+  assert ddss_tf.load_denoiser(folder, prediction="v").prediction == "v"
+  refused(folder, "image_shape must be [?, ?, 1]", "[4, 4, 3]",
+          image_shape=(4, 4, 3))
+  with open(folder + ".json", "w") as f:
+    json.dump(card | {"beta": 1}, f)
+  refused(folder, "keys must be among", "beta")
+
+
+def test_rounded_times(exact, tmp_path, gaussian_parts):
+  folder = write(
+      tmp_path / "net", lambda x, t: exact.network(
+          x, tf.cast(t[:, 0], tf.float32)), time=((None, 1), tf.int64))
+  denoiser = ddss_tf.load_denoiser(folder, **TOLD)
+  x, _ = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x, tf.constant([0.4, 99.6, 400.0, 999.0])),
+      exact.eps(x, tf.constant([0.0, 100.0, 400.0, 999.0])), atol=1e-6)
+  assert not denoiser.continuous_time
+  np.testing.assert_allclose(
+      images_of(denoiser), images_of(exact), atol=1e-5)
+  # Weights are searched, times are not.
+  schedule = denoiser.schedule
+  searching.check_times(denoiser, families.make_sampler(
+      schedule, "ggdm+pred", num_steps=3))
+  arguments = dict(
+      denoiser=denoiser, dataset=gaussian_parts["dataset"],
+      features=gaussian_parts["features"], num_search_steps=1, batch_size=8,
+      pool_samples=8, validation_samples=8)
+  with pytest.raises(UserError, match="net.*whole steps.*without \\+time"):
+    ddss_tf.search(str(tmp_path / "run"), sampler=lambda s: (
+        families.make_sampler(s, "ggdm+time", num_steps=2)), **arguments)
+  sampler = ddss_tf.search(str(tmp_path / "run2"), sampler=lambda s: (
+      families.make_sampler(s, "ggdm", num_steps=2)), **arguments)
+  assert np.all(np.isfinite(sampler.coefficients().numpy().state_weights))
+
+
+def test_times_without_gradient_are_not_learned(exact, tmp_path):
+  folder = write(tmp_path / "net", lambda x, t: exact.network(
+      x, tf.cast(tf.cast(t, tf.int32), tf.float32)))
+  assert not ddss_tf.load_denoiser(folder, **TOLD).continuous_time
+
+
+def test_learned_variance_is_left_out(exact, tmp_path):
+  folder = write(tmp_path / "net", lambda x, t: tf.concat(
+      [exact.network(x, t), tf.fill(tf.shape(x), 7.0)], -1))
+  denoiser = ddss_tf.load_denoiser(folder, **TOLD)
+  x, t = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x, t), exact.eps(x, t), atol=1e-6)
+
+
+@pytest.mark.parametrize("network,words", [
+    (lambda x, t: tf.stop_gradient(x), ["gradient", "images"]),
+    (lambda x, t: x * 0.0, ["gradient", "images"]),
+    (lambda x, t: x / tf.where(t > 400.0, 0.0, 1.0)[:, None, None, None],
+     ["finite", "666", "999"]),
+    (lambda x, t: x[:, :2], ["[?, 4, 4, 1]", "2 channels", "[2, 2, 4, 1]"]),
+    (lambda x, t: tf.concat([x, x, x], -1), ["[2, 4, 4, 3]"]),
+    (lambda x, t: x + tf.reshape(t, [1, 1, 1, 1]), ["must take images", "[2]"]),
+])
+def test_networks_that_are_refused(tmp_path, network, words):
+  refused(write(tmp_path / "net", network), *words, **TOLD)
+
+
+@pytest.mark.parametrize("options", [
+    dict(shape=(1, *SHAPE)), dict(time=((), tf.float32)),
+    dict(time=((None, 2), tf.float32)), dict(shape=(None, 4, 4)),
+])
+def test_inputs_that_are_refused(tmp_path, options):
+  folder = write(tmp_path / "net", lambda x, t: x, **options)
+  refused(folder, "must be callable", "a time for each", "TensorSpec", **TOLD)
+
+
+def test_signatures(exact, tmp_path):
+  module = tf.Module()
+  specs = dict(x=tf.TensorSpec((None, *SHAPE)), t=tf.TensorSpec((None,)))
+  network = lambda gain: tf.function(
+      lambda x, t: {"out": gain * exact.network(x, t)}
+      ).get_concrete_function(**specs)
+  folder = str(tmp_path / "net")
+  tf.saved_model.save(module, folder, signatures={
+      "average": network(1.0), "raw": network(2.0)})
+  x, t = states()
+  for name, gain in (("average", 1), ("raw", 2)):
+    denoiser = ddss_tf.load_denoiser(folder, signature=name, **TOLD)
+    np.testing.assert_allclose(
+        denoiser.eps(x, t), gain * exact.eps(x, t), atol=1e-5)
+  refused(folder, "average, raw", "'ema'", signature="ema", **TOLD)
+  refused(folder, "name one of the signatures average, raw", **TOLD)
+
+
+@pytest.mark.parametrize("told,words", [
+    ({}, ["prediction, schedule must be given"]),
+    (dict(TOLD, prediction="flow"), ["'flow'", "score"]),
+    (dict(TOLD, schedule="linear"), ["make_schedule", "'linear'"]),
+    (dict(TOLD, schedule={"name": "sigmoid"}), ["schedule", "'sigmoid'"]),
+    (dict(TOLD, schedule={"nam": "linear"}), ["schedule", "nam"]),
+    (dict(TOLD, image_shape=(4, 4)), ["image_shape", "(4, 4)"]),
+    (dict(TOLD, num_heads=2), ["num_heads must not be given"]),
+    (dict(TOLD, time_scale="a"), ["time_scale", "'a'"]),
+])
+def test_arguments_that_are_refused(exact, tmp_path, told, words):
+  refused(write(tmp_path / "net", exact.eps), *words, **told)
+
+
+def test_arguments_of_other_formats_are_refused():
+  refused("digits16-ddpm", "prediction must not be given", prediction="eps")
+
+
+def test_damaged_saved_model(exact, tmp_path):
+  folder = write(tmp_path / "net", exact.eps)
+  with open(os.path.join(folder, "saved_model.pb"), "r+b") as f:
+    f.truncate(100)
+  refused(folder, "not a complete SavedModel", **TOLD)
+  os.remove(os.path.join(folder, "saved_model.pb"))
+  refused(folder, "without saved_model.pb", **TOLD)
+
+
+def test_a_saved_model_is_exported_with_its_sampler(exact, tmp_path):
+  denoiser = ddss_tf.load_denoiser(
+      write(tmp_path / "net", exact.eps), **TOLD)
+  coefficients = ddss_tf.make_sampler(
+      denoiser.schedule, "ddim", 4).coefficients().numpy()
+  module = exporting.SamplerModule(denoiser, coefficients)
+  path = str(tmp_path / "export")
+  tf.saved_model.save(module, path, signatures={
+      "from_noise": module.from_noise})
+  x_T, noise = chain.draw_noise([0, 1], tf.range(3), SHAPE, 4)
+  images = tf.saved_model.load(path).signatures["from_noise"](
+      x_T=x_T, step_noise=noise)["images"]
+  np.testing.assert_allclose(
+      images, tf.clip_by_value(images_of(exact), -1, 1), atol=1e-5)
+  with pytest.raises(UserError, match="SavedModel: copy its folder"):
+    denoiser.save(str(tmp_path / "own"))
+
+
+# --- Keras models ---
+
+
+def other_way_round(exact, dtype="int32"):
+  """The exact network from [times [B, 1], images]."""
+  t = keras.Input((1,), dtype=dtype, name="when")
+  x = keras.Input(SHAPE, name="image")
+  flat = keras.layers.Reshape(())(keras.layers.Rescaling(1.0)(t))
+  return keras.Model([t, x], exact.model([x, flat]))
+
+
+def test_keras_file(exact, tmp_path):
+  path = str(tmp_path / "model.keras")
+  exact.model.save(path)
+  denoiser = ddss_tf.load_denoiser(path, **TOLD)
+  assert denoiser.name == "model"
+  x, t = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x, t), exact.eps(x, t), atol=1e-6)
+  with open(path + ".json", "w") as f:
+    json.dump(TOLD, f)
+  assert ddss_tf.load_denoiser(path).continuous_time
+  refused(path, "signature", "serve", signature="serve")
+  with open(path, "r+b") as f:
+    f.truncate(os.path.getsize(path) // 2)
+  refused(path, "not a complete Keras file")
+  refused(str(tmp_path / "none.keras"), ".keras file")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_keras_models_of_other_inputs(exact, tmp_path, dtype):
+  x, _ = states()
+  t = tf.constant([0.4, 99.6, 400.0, 999.0])
+  seen = tf.round(t) if dtype == "int32" else t
+  path = str(tmp_path / "model.keras")
+  model = other_way_round(exact, dtype)
+  model.save(path)
+  for denoiser in (ddss_tf.Denoiser(model, exact.schedule),
+                   ddss_tf.load_denoiser(path, **TOLD)):
+    assert denoiser.image_shape == SHAPE
+    assert denoiser.continuous_time == (dtype == "float32")
+    np.testing.assert_allclose(
+        denoiser.eps(x, t), exact.eps(x, seen), atol=1e-6)
+  # Our own format keeps it.
+  denoiser.save(str(tmp_path / "own"))
+  again = ddss_tf.load_denoiser(str(tmp_path / "own"))
+  assert again.continuous_time == denoiser.continuous_time
+  np.testing.assert_array_equal(again.eps(x, t), denoiser.eps(x, t))
+
+
+def test_keras_models_that_are_refused(exact, tmp_path):
+  x = keras.Input(SHAPE)
+  path = str(tmp_path / "model.keras")
+  keras.Model(x, keras.layers.Rescaling(2.0)(x)).save(path)
+  refused(path, "two inputs", "[?, 4, 4, 1]", **TOLD)
+  with pytest.raises(ValueError, match="two inputs"):
+    ddss_tf.Denoiser(keras.Model(x, x), exact.schedule)
+  t = keras.Input(())
+  keras.Model([x, t], keras.layers.Conv2D(3, 1)(x)).save(path)
+  refused(path, "[?, 4, 4, 1], or 2 channels", "[2, 4, 4, 3]", **TOLD)
+
+
+def test_subclassed_model(exact):
+  class Network(keras.Model):
+    def call(self, inputs, training=False):
+      return exact.model(inputs)
+
+  denoiser = ddss_tf.Denoiser(Network(), exact.schedule, image_shape=SHAPE)
+  x, t = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x, t), exact.eps(x, t), atol=1e-6)
