@@ -22,7 +22,7 @@ from ddss_tf import openai_format
 from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
-from ddss_tf.schedules import NoiseSchedule
+from ddss_tf.schedules import ExplodingSchedule, NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -170,10 +170,17 @@ class Denoiser:
         "name": self.name,
         **self.convention.non_default(),
         "prediction": self.prediction,
-        "betas": self.schedule.betas.tolist(),
+        **_schedule_card(self.schedule),
         "sha256": self.sha256,
         **({} if self.continuous_time else {"continuous_time": False}),
     })
+
+
+def _schedule_card(schedule: NoiseSchedule) -> dict:
+  """What makes a schedule again: its betas, or its sigmas if it has them."""
+  if isinstance(schedule, ExplodingSchedule):
+    return {"sigmas": schedule.sigmas.tolist()}
+  return {"betas": schedule.betas.tolist()}
 
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
@@ -346,7 +353,9 @@ def _load_own(folder: str) -> Denoiser:
     with open(card_path) as f:
       card = json.load(f)
     name, prediction = card["name"], card["prediction"]
-    betas, sha256 = card["betas"], card["sha256"]
+    sha256 = card["sha256"]
+    schedule = (ExplodingSchedule(card["sigmas"]) if "sigmas" in card
+                else NoiseSchedule(card["betas"]))
     convention = {key: card[key] for key in foreign.CONVENTION_KEYS
                   if key in card}
     continuous_time = card.get("continuous_time")
@@ -363,7 +372,7 @@ def _load_own(folder: str) -> Denoiser:
         f"{network_path} is not a complete Keras file: "
         f"{' '.join(str(error).split())[:200]}") from error
   model.trainable = False
-  denoiser = Denoiser(model, NoiseSchedule(betas), prediction, name,
+  denoiser = Denoiser(model, schedule, prediction, name,
                       continuous_time=continuous_time, **convention)
   if denoiser.sha256 != sha256:
     raise UserError(

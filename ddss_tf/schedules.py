@@ -80,14 +80,7 @@ class NoiseSchedule:
 
   def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(alpha_t, sigma_t) in float32 at times `t`, differentiable in `t`."""
-    t = tf.convert_to_tensor(t, tf.float32)
-    table = tf.constant(self._log_abar, tf.float32)
-    last = max(self.num_train_steps - 2, 0)
-    left = tf.clip_by_value(tf.cast(tf.floor(t), tf.int32), 0, last)
-    right = tf.minimum(left + 1, self.num_train_steps - 1)
-    fraction = tf.clip_by_value(t - tf.cast(left, tf.float32), 0.0, 1.0)
-    lower = tf.gather(table, left)
-    log_abar = lower + fraction * (tf.gather(table, right) - lower)
+    log_abar = _interpolated(self._log_abar, t)
     # expm1 keeps sigma exact where abar is close to one.
     return tf.exp(0.5 * log_abar), tf.sqrt(-tf.math.expm1(log_abar))
 
@@ -194,30 +187,115 @@ class NoiseSchedule:
     return times
 
 
+class ExplodingSchedule(NoiseSchedule):
+  """A variance-exploding process in its variance-preserving form.
+
+  x_0 + s eps, divided by sqrt(1 + s^2), has alpha = 1 / sqrt(1 + s^2) and
+  sigma = s alpha; so log(alpha / sigma) = -log s. Between steps log s is
+  interpolated linearly, exact at integers: a geometric process stays one.
+
+  Args:
+    sigmas: float [T], the s of the T steps, positive, increasing.
+
+  Raises:
+    ValueError: `sigmas` is empty, not one-dimensional, or not increasing.
+  """
+
+  def __init__(self, sigmas):
+    sigmas = np.asarray(sigmas, np.float64)
+    if sigmas.ndim != 1 or not sigmas.size:
+      raise ValueError(
+          f"sigmas must be a non-empty list. Received: shape {sigmas.shape}")
+    if not (sigmas[0] > 0 and np.all(np.diff(sigmas) > 0)
+            and np.isfinite(sigmas[-1])):
+      raise ValueError("sigmas must be positive and increase. Received: "
+                       f"{sigmas[:3].tolist()} ... {sigmas[-1]:g}")
+    variances = sigmas**2
+    super().__init__(np.diff(variances, prepend=0.0) / (1 + variances))
+    self.sigmas = sigmas
+    self._log_abar = -np.log1p(variances)
+    self._log_sigmas = np.log(sigmas)
+
+  @classmethod
+  def geometric(cls, sigma_min: float, sigma_max: float,
+                num_train_steps: int = 1000) -> "ExplodingSchedule":
+    """Sigmas in equal ratios (Song et al. 2021, appendix C)."""
+    if not 0 < sigma_min < sigma_max:
+      raise ValueError("sigma_min must be positive and below sigma_max. "
+                       f"Received: {sigma_min} and {sigma_max}")
+    return cls(np.geomspace(sigma_min, sigma_max, num_train_steps))
+
+  def abar(self, t) -> np.ndarray:
+    """See the base class."""
+    return 1 / (1 + np.exp(-2 * self.log_snr(t)))
+
+  def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """See the base class."""
+    sigma = tf.exp(_interpolated(self._log_sigmas, t))
+    alpha = tf.math.rsqrt(1.0 + sigma**2)
+    return alpha, sigma * alpha
+
+  def log_snr(self, t) -> np.ndarray:
+    """See the base class."""
+    t = np.asarray(t, np.float64)
+    return -np.interp(t, np.arange(self.num_train_steps), self._log_sigmas)
+
+  def time_of_log_snr(self, log_snr) -> np.ndarray:
+    """See the base class."""
+    return np.interp(-np.asarray(log_snr, np.float64), self._log_sigmas,
+                     np.arange(self.num_train_steps))
+
+
+def _interpolated(table: np.ndarray, t) -> tf.Tensor:
+  """A table, float [T], at fractional t, clipped to its ends; float32."""
+  t = tf.convert_to_tensor(t, tf.float32)
+  end = len(table) - 1
+  table = tf.constant(table, tf.float32)
+  left = tf.clip_by_value(tf.cast(tf.floor(t), tf.int32), 0, max(end - 1, 0))
+  right = tf.minimum(left + 1, end)
+  fraction = tf.clip_by_value(t - tf.cast(left, tf.float32), 0.0, 1.0)
+  lower = tf.gather(table, left)
+  return lower + fraction * (tf.gather(table, right) - lower)
+
+
 @gin.register
 def make_schedule(name: str = "linear", num_train_steps: int = 1000,
                   beta_start: float = 1e-4, beta_end: float = 0.02,
-                  betas=None) -> NoiseSchedule:
+                  betas=None, sigma_min: float = 0.01, sigma_max: float = 50.0,
+                  sigmas=None) -> NoiseSchedule:
   """Makes a noise schedule from its name.
 
   Args:
-    name: "linear", "scaled_linear", "cosine", or "betas" for given ones.
-    num_train_steps: T; the number of `betas` where they are given.
+    name: "linear", "scaled_linear", "cosine", or "betas" for given ones; of
+      variance-exploding processes "geometric", or "sigmas" for given ones, see
+      `ExplodingSchedule`.
+    num_train_steps: T; the number of `betas` or `sigmas` where they are given.
     beta_start: of the two linear ones.
     beta_end: likewise.
     betas: float [T], for "betas" only.
+    sigma_min: of the geometric one; its default and the next are those of Song
+      et al. (2021, https://arxiv.org/abs/2011.13456) for CIFAR-10.
+    sigma_max: likewise.
+    sigmas: float [T], for "sigmas" only.
 
   Returns:
     The schedule.
 
   Raises:
-    ValueError: unknown name, or betas missing, not asked for, or out of range.
+    ValueError: unknown name, or betas or sigmas missing, not asked for, or out
+      of range.
   """
-  if (betas is not None) != (name == "betas"):
-    raise ValueError("betas must be given with the schedule 'betas', and only "
-                     f"then. Received: name={name!r}, betas={betas!r}")
+  for key, values in (("betas", betas), ("sigmas", sigmas)):
+    if (values is not None) != (name == key):
+      raise ValueError(
+          f"{key} must be given with the schedule {key!r}, and only then. "
+          f"Received: name={name!r}, {key}={values!r}")
   if name == "betas":
     return NoiseSchedule(betas)
+  if name == "sigmas":
+    return ExplodingSchedule(sigmas)
+  if name == "geometric":
+    return ExplodingSchedule.geometric(sigma_min, sigma_max, num_train_steps)
   if name == "cosine":
     return NoiseSchedule.cosine(num_train_steps)
   if name == "linear":
@@ -225,4 +303,4 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
   if name == "scaled_linear":
     return NoiseSchedule.scaled_linear(num_train_steps, beta_start, beta_end)
   raise ValueError("schedule must be one of linear, scaled_linear, cosine, "
-                   f"betas. Received: {name!r}")
+                   f"betas, geometric, sigmas. Received: {name!r}")

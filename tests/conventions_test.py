@@ -102,6 +102,88 @@ def test_gradient_in_time_of_every_prediction(vp, prediction):
       rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale,offset", [
+    (1 / 999, 0.0), (1 / 1000, 1 / 1000), (-1.0, 999.0)])
+def test_other_clocks(vp, scale, offset):
+  # Networks that were trained on times from 0 to 1, from 1/T to 1, and on
+  # steps that count from the noisiest.
+  own = lambda time: vp.schedule.alpha_sigma((time - offset) / scale)
+  denoiser = ddss_tf.Denoiser(
+      Exact("eps", own), vp.schedule, time_scale=scale, time_offset=offset)
+  x_t, t = states()
+  np.testing.assert_allclose(
+      denoiser.eps(x_t, t), vp.eps(x_t, t), atol=1e-4)
+  np.testing.assert_allclose(sampled(denoiser), sampled(vp), atol=1e-4)
+  # `network` is in its own units.
+  np.testing.assert_allclose(
+      denoiser.network(x_t, t * scale + offset), vp.eps(x_t, t), atol=1e-4)
+  # The gradient is with respect to steps.
+  gradients = []
+  for each in (denoiser, vp):
+    middle = tf.constant([20.3, 100.5, 300.7, 400.4, 800.3, 990.5])
+    with tf.GradientTape() as tape:
+      tape.watch(middle)
+      eps = each.eps(x_t, middle)
+    gradients.append(tape.gradient(eps, middle))
+  np.testing.assert_allclose(*gradients, rtol=2e-3, atol=1e-5)
+
+
+VE = {"geometric": dict(name="geometric", sigma_min=0.01, sigma_max=50.0),
+      "sigmas": dict(name="sigmas", sigmas=np.linspace(0.2, 9.0, 40) ** 2)}
+
+
+@pytest.mark.parametrize("kind", VE)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "score"])
+@pytest.mark.parametrize("time_input", ["sigma", "log_sigma", "step"])
+def test_exploding_networks_in_preserving_form(kind, prediction, time_input):
+  schedule = ddss_tf.make_schedule(**VE[kind])
+  own = {"sigma": lambda s: (tf.ones_like(s), s),
+         "log_sigma": lambda s: (tf.ones_like(s), tf.exp(s)),
+         "step": lambda t: (tf.ones_like(t), tf.exp(tf.cast(
+             -schedule.log_snr(t), tf.float32)))}[time_input]
+  denoiser = ddss_tf.Denoiser(
+      Exact(prediction, own), schedule, prediction, process="ve",
+      time_input=time_input)
+  x_t, t = states()
+  t = t * ((schedule.num_train_steps - 1) / 999)
+  np.testing.assert_allclose(
+      denoiser.eps(x_t, t), expected_eps(schedule, x_t, t), atol=3e-5)
+  exact = ddss_tf.Denoiser(Exact("eps", schedule.alpha_sigma), schedule)
+  np.testing.assert_allclose(sampled(denoiser), sampled(exact), atol=2e-5)
+
+
+def test_exploding_gradient_in_time():
+  schedule = ddss_tf.make_schedule(**VE["geometric"])
+  denoiser = ddss_tf.Denoiser(
+      Exact("score", lambda s: (tf.ones_like(s), s)), schedule, "score",
+      process="ve", time_input="sigma")
+  x_t, _ = states()
+  t = tf.constant([20.3, 100.5, 300.7, 400.2, 800.2, 990.5])
+  with tf.GradientTape() as tape:
+    tape.watch(t)
+    eps = denoiser.eps(x_t, t)
+  high, low = (expected_eps(schedule, x_t, t.numpy() + d)
+               for d in (1e-3, -1e-3))
+  np.testing.assert_allclose(
+      tape.gradient(eps, t), np.sum((high - low) / 2e-3, axis=(1, 2, 3)),
+      rtol=1e-2, atol=1e-5)
+
+
+def test_own_format_keeps_the_convention(tmp_path):
+  schedule = ddss_tf.make_schedule(**VE["sigmas"])
+  model = ddss_tf.gaussian_denoiser(SHAPE).model
+  denoiser = ddss_tf.Denoiser(
+      model, schedule, "x0", process="ve", time_input="log_sigma",
+      time_scale=0.25, time_offset=3.0)
+  denoiser.save(str(tmp_path / "own"))
+  again = ddss_tf.load_denoiser(str(tmp_path / "own"))
+  assert again.convention == denoiser.convention
+  np.testing.assert_array_equal(again.schedule.sigmas, schedule.sigmas)
+  x_t, _ = states()
+  np.testing.assert_array_equal(
+      again.eps(x_t, 7.5), denoiser.eps(x_t, 7.5))
+
+
 @pytest.mark.parametrize("changes,words", [
     (dict(prediction="flow"), "eps, x0, v, score.*'flow'"),
     (dict(process="sub-vp"), "vp, ve.*'sub-vp'"),

@@ -152,7 +152,7 @@ def test_rounded_times(exact, tmp_path, gaussian_parts):
   arguments = dict(
       denoiser=denoiser, dataset=gaussian_parts["dataset"],
       features=gaussian_parts["features"], num_search_steps=1, batch_size=8,
-      pool_samples=8, validation_samples=8)
+      pool_samples=8, validation_samples=8, jit_compile=False)
   with pytest.raises(UserError, match="net.*whole steps.*without \\+time"):
     ddss_tf.search(str(tmp_path / "run"), sampler=lambda s: (
         families.make_sampler(s, "ggdm+time", num_steps=2)), **arguments)

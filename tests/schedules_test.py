@@ -148,3 +148,37 @@ def test_schedules_by_name():
                     dict(name="linear", betas=[0.1])):
     with pytest.raises(ValueError, match="Received"):
       schedules.make_schedule(**arguments)
+
+
+def test_exploding_schedule_in_closed_form():
+  schedule = schedules.make_schedule(
+      "geometric", 101, sigma_min=0.02, sigma_max=80.0)
+  t = np.array([0.0, 12.25, 50.0, 99.5, 100.0])
+  sigma = 0.02 * 4000 ** (t / 100)  # Geometric between the steps, too.
+  np.testing.assert_allclose(schedule.abar(t), 1 / (1 + sigma**2), rtol=1e-12)
+  np.testing.assert_allclose(schedule.log_snr(t), -np.log(sigma), rtol=1e-12)
+  np.testing.assert_allclose(schedule.time_of_log_snr(-np.log(sigma)), t,
+                             atol=1e-9)
+  alpha_t, sigma_t = schedule.alpha_sigma(t)
+  np.testing.assert_allclose(alpha_t, 1 / np.sqrt(1 + sigma**2), rtol=2e-6)
+  np.testing.assert_allclose(sigma_t, sigma / np.sqrt(1 + sigma**2), rtol=2e-6)
+  # At the steps it is the process of its betas.
+  np.testing.assert_allclose(
+      NoiseSchedule(schedule.betas).abar(np.arange(101)),
+      schedule.abar(np.arange(101)), rtol=1e-10)
+  # A stride of the base class.
+  times = schedule.stride("logsnr", 5)
+  np.testing.assert_allclose(times, [100, 75, 50, 25, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(name="sigmas"), "sigmas must be given"),
+    (dict(name="cosine", sigmas=[1.0]), "sigmas must be given.*only then"),
+    (dict(name="sigmas", sigmas=[1.0, 1.0]), "positive and increase"),
+    (dict(name="sigmas", sigmas=[0.0, 1.0]), "positive and increase"),
+    (dict(name="sigmas", sigmas=[]), "non-empty"),
+    (dict(name="geometric", sigma_min=3, sigma_max=2), "below sigma_max.*3"),
+])
+def test_exploding_schedules_that_are_refused(changes, words):
+  with pytest.raises(ValueError, match=words):
+    schedules.make_schedule(**changes)
