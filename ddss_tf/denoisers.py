@@ -16,6 +16,7 @@ from ddss_tf import checkpoints
 from ddss_tf import conventions
 from ddss_tf import ddpm_format
 from ddss_tf import diffusers_format
+from ddss_tf import edm_format
 from ddss_tf import fingerprint
 from ddss_tf import foreign
 from ddss_tf import openai_format
@@ -259,6 +260,8 @@ def load_denoiser(
       - a state dict of improved-diffusion (`.pt`, unconditional; reading it
         needs PyTorch), with a card beside it, `<path>.json`, of what tensors do
         not tell: the arguments below by their names;
+      - weights of EDM (`.npz` or `.safetensors`) with their card, as
+        tools/convert_edm.py makes them (see `edm_format`);
       - a folder with a TensorFlow SavedModel, or a Keras file (`.keras`), from
         images and times to a prediction (see `Denoiser`), with what it does not
         tell as arguments, `prediction` and `schedule` at least, or in a card
@@ -274,7 +277,8 @@ def load_denoiser(
     prediction: of a SavedModel or a Keras file, "eps", "x0", "v" or "score";
       this and all below see `conventions.Convention`.
     schedule: likewise, the process it was trained for: a schedule, or the
-      arguments of `make_schedule` by name.
+      arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
+      "geometric" or "sigmas".
     image_shape: likewise, (H, W, C), where its inputs do not tell.
     process: likewise, "vp" or "ve".
     time_input: likewise, "step", "sigma" or "log_sigma".
@@ -306,6 +310,9 @@ def load_denoiser(
       foreign.is_saved_model(path) and not own_card):
     _refuse_given(path, given, ())
     return _load_foreign(path, told)
+  if edm_format.is_edm(path):
+    _refuse_given(path, given | told, ("schedule",))
+    return _load_edm(path, schedule)
   _refuse_given(path, told, ())
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _load_openai(path, given)
@@ -322,8 +329,8 @@ def load_denoiser(
     return _load_ddpm(prefix, image_size)
   if not os.path.isdir(folder):
     raise UserError(
-        "denoiser path must be a folder, a checkpoint prefix, a .pt file, a "
-        ".keras file or "
+        "denoiser path must be a folder, a checkpoint prefix, a .pt, .keras, "
+        ".npz or .safetensors file or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(
@@ -408,6 +415,23 @@ def _load_openai(path: str, given: dict) -> Denoiser:
   name = os.path.basename(path).removesuffix(openai_format.SUFFIX)
   return Denoiser(model, NoiseSchedule(betas),
                   "x0" if card["predict_xstart"] else "eps", name)
+
+
+def _load_edm(path: str, given) -> Denoiser:
+  """Reads weights of EDM, whose network is of a variance-exploding process."""
+  config, schedule = edm_format.read_card(path)
+  if config.label_dim:
+    raise UserError(f"{path} must be an unconditional network. Received: "
+                    f"label_dim = {config.label_dim}")
+  if given is not None:
+    schedule = foreign.read_schedule(path, given)
+    if not isinstance(schedule, ExplodingSchedule):
+      raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
+                      f"'sigmas'. Received: {given!r}")
+  model = edm_format.convert(path, edm_format.read_weights(path), config)
+  name = os.path.splitext(os.path.basename(path))[0]
+  return Denoiser(model, schedule, "eps", name, process="ve",
+                  time_input="sigma")
 
 
 def _load_foreign(path: str, given: dict) -> Denoiser:

@@ -78,15 +78,23 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     raise UserError(f"{path}: {error}") from error
   return {
       "prediction": card["prediction"],
-      "schedule": _schedule(path, card["schedule"]),
+      "schedule": read_schedule(path, card["schedule"]),
       "convention": convention,
       "image_shape": _image_shape(path, card.get("image_shape")),
       "signature": card.get("signature"),
   }
 
 
-def _schedule(path, value):
-  """A schedule from itself or from the arguments of `make_schedule`."""
+def read_schedule(path: str, value) -> schedules.NoiseSchedule:
+  """A schedule from itself or from the arguments of `make_schedule`.
+
+  Args:
+    path: of the model, for messages.
+    value: a `NoiseSchedule`, or a dictionary.
+
+  Raises:
+    UserError: neither, or no such arguments.
+  """
   if isinstance(value, schedules.NoiseSchedule):
     return value
   if not isinstance(value, dict):

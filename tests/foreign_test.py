@@ -287,7 +287,7 @@ def test_keras_file(exact, tmp_path):
   with open(path, "r+b") as f:
     f.truncate(os.path.getsize(path) // 2)
   refused(path, "not a complete Keras file")
-  refused(str(tmp_path / "none.keras"), ".keras file")
+  refused(str(tmp_path / "none.keras"), ".keras")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])

@@ -1,0 +1,235 @@
+"""Reads weights of EDM networks (https://github.com/NVlabs/edm).
+
+The published pickles hold source code, which unpickling runs; this library
+never does. `tools/convert_edm.py` makes of one, on a machine where it is
+trusted, what is read here: the tensors of its `ema` in a `.npz` or
+`.safetensors` file, and beside it `<file>.json`,
+
+  {"class_name": "EDMPrecond", "init_kwargs": {...}}
+
+of the words with which the original built the network. Weights keep the licence
+of what they were made from (CC BY-NC-SA 4.0 for the published ones).
+"""
+
+import os
+from typing import Mapping
+
+import keras
+import numpy as np
+import safetensors.numpy
+
+from ddss_tf import checkpoints
+from ddss_tf import edm_unet
+from ddss_tf import schedules
+from ddss_tf.edm_unet import EDMConfig
+from ddss_tf.errors import UserError
+from ddss_tf.frozen import frozen_variables
+
+SUFFIXES = (".npz", ".safetensors")
+
+# Where the original's samplers begin and end, whatever the network allows.
+_SIGMAS = (0.002, 80.0)
+_NUM_STEPS = 1000
+
+# The words of both networks that are ours as well, and their types.
+_SHARED = {
+    "model_channels": int, "channel_mult": tuple, "channel_mult_emb": int,
+    "num_blocks": int, "attn_resolutions": tuple,
+}
+_ARCHITECTURES = {
+    "SongUNet": {**_SHARED, "channel_mult_noise": int},
+    "DhariwalUNet": _SHARED,
+}
+# What the original has where nothing is said, as far as `EDMConfig` has not.
+_DEFAULTS = {
+    "DhariwalUNet": dict(
+        model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
+        attn_resolutions=(32, 16, 8)),
+}
+# Switches of which a single value, the default, is implemented.
+_REQUIRED = {
+    "SongUNet": {
+        "embedding_type": "positional", "encoder_type": "standard",
+        "decoder_type": "standard", "resample_filter": [1, 1]},
+    "DhariwalUNet": {},
+}
+_PRECONDITIONINGS = {
+    "EDMPrecond": {"sigma_data": float},
+    "VPPrecond": {"beta_d": float, "beta_min": float, "M": int},
+    "VEPrecond": {},
+}
+_DEFAULT_MODEL = {"EDMPrecond": "DhariwalUNet"}
+# Sigmas that the preconditionings allow by default.
+_DEFAULT_SIGMAS = {"VEPrecond": (0.02, 100.0)}
+# What changes nothing of an image: training, precision, and the augmentation,
+# whose labels are zero when images are made.
+_IGNORED = ("use_fp16", "augment_dim", "dropout", "label_dropout", "epsilon_t")
+
+
+def is_edm(path: str) -> bool:
+  """Whether it is a file of these formats; the card may still be missing."""
+  return path.endswith(SUFFIXES) and os.path.isfile(path)
+
+
+def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
+  """Reads what the tensors do not tell.
+
+  Args:
+    path: of the weights; `<path>.json` is read.
+
+  Returns:
+    The architecture, and 1000 sigmas in equal ratios between the ends of the
+    original's samplers, 0.002 and 80, or those of the network if it is
+    narrower.
+
+  Raises:
+    UserError: no card, or one of a network that is not implemented.
+  """
+  source = path + ".json"
+  if not os.path.exists(source):
+    raise UserError(f"{path} must have a card, {source}, as "
+                    "tools/convert_edm.py writes it. Received: none")
+  card = checkpoints.read_json_object(source)
+  if set(card) != {"class_name", "init_kwargs"} or not isinstance(
+      card["init_kwargs"], dict):
+    raise UserError(f"{source} must have the keys class_name and init_kwargs. "
+                    f"Received: {sorted(card)}")
+  kind, words = card["class_name"], dict(card["init_kwargs"])
+  if kind not in _PRECONDITIONINGS:
+    raise UserError(
+        f"{source}: class_name must be one of {', '.join(_PRECONDITIONINGS)}. "
+        f"Received: {kind!r}")
+  model = words.pop("model_type", _DEFAULT_MODEL.get(kind, "SongUNet"))
+  if model not in _ARCHITECTURES:
+    raise UserError(
+        f"{source}: model_type must be one of {', '.join(_ARCHITECTURES)}. "
+        f"Received: {model!r}")
+  low, high = _DEFAULT_SIGMAS.get(kind, (0.0, float("inf")))
+  low, high = words.pop("sigma_min", low), words.pop("sigma_max", high)
+  for key, value in _REQUIRED[model].items():
+    received = words.pop(key, value)
+    if received != value:
+      raise UserError(f"{source}: {key} must be {value!r}, as in DDPM++. "
+                      f"Received: {received!r}")
+  for key in _IGNORED:
+    words.pop(key, None)
+  types = {"img_resolution": int, "img_channels": int, "label_dim": int,
+           **_ARCHITECTURES[model], **_PRECONDITIONINGS[kind]}
+  unknown = sorted(set(words) - set(types))
+  if unknown:
+    raise UserError(f"{source}: init_kwargs of {kind} and {model} must be among "
+                    f"{', '.join(types)}. Received: {', '.join(unknown)}")
+  ours = {"img_resolution": "image_size", "img_channels": "image_channels",
+          "M": "timesteps"}
+  values = dict(_DEFAULTS.get(model, {}))
+  for key, value in words.items():
+    values[ours.get(key, key)] = _typed(source, key, value, types[key])
+  missing = [key for key in ("img_resolution", "img_channels")
+             if key not in words]
+  if missing:
+    raise UserError(f"{source}: init_kwargs must have {', '.join(missing)}. "
+                    f"Received: {sorted(words)}")
+  try:
+    schedule = schedules.ExplodingSchedule.geometric(
+        max(low, _SIGMAS[0]), min(high, _SIGMAS[1]), _NUM_STEPS)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{source}: {error}") from error
+  return EDMConfig(
+      architecture=model, preconditioning=kind, **values), schedule
+
+
+def _typed(source, key, value, kind):
+  """A value of the card as `EDMConfig` has it."""
+  words = {int: "a whole number", float: "a positive number",
+           tuple: "a list of whole numbers"}[kind]
+  # type(), because True is an int.
+  if kind is tuple:
+    if isinstance(value, list) and all(
+        type(item) is int and item > 0 for item in value):
+      return tuple(value)
+  elif kind is float:
+    if type(value) in (int, float) and value > 0:
+      return float(value)
+  elif type(value) is int and value >= (0 if key == "label_dim" else 1):
+    return value
+  raise UserError(f"{source}: {key} must be {words}. Received: {value!r}")
+
+
+def read_weights(path: str) -> dict[str, np.ndarray]:
+  """Reads the tensors, without those that make no difference to images.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    float32 arrays by the original's names, without the leading "model.".
+
+  Raises:
+    UserError: the file is truncated, a resampling filter is not a box, or
+      values are not finite.
+  """
+  try:
+    if path.endswith(".npz"):
+      with np.load(path, allow_pickle=False) as file:
+        weights = dict(file)
+    else:
+      weights = safetensors.numpy.load_file(path)
+  except Exception as error:  # Zip files alone break in five ways.
+    raise UserError(f"{path} is not a complete {path.rsplit('.', 1)[-1]} file: "
+                    f"{checkpoints.one_line(error)}") from error
+  kept = {}
+  for name, value in weights.items():
+    name = name.removeprefix("model.")
+    if name.endswith(".resample_filter"):
+      if value.shape != (1, 1, 2, 2) or not np.all(value == 0.25):
+        raise UserError(f"{path}: {name} must be a box of 2x2. "
+                        f"Received: {value.tolist()}")
+    elif name != "map_augment.weight":
+      kept[name] = value
+  return checkpoints.finite_float32(path, kept)
+
+
+def convert(source: str, weights: Mapping[str, np.ndarray],
+            config: EDMConfig) -> keras.Model:
+  """Makes the network.
+
+  Args:
+    source: what the weights were read from, for messages.
+    weights: as `read_weights` gives them.
+    config: the architecture.
+
+  Returns:
+    A frozen network, see `edm_unet.build_edm`.
+
+  Raises:
+    UserError: it cannot be built, or weights and architecture do not match.
+  """
+  try:
+    with frozen_variables():
+      model = edm_unet.build_edm(config)
+  except ValueError as error:
+    raise UserError(f"{source} describes a network that cannot be built: "
+                    f"{checkpoints.one_line(error)}") from error
+  model.trainable = False
+  size = config.image_size
+  out = ("out_norm", "out_conv")
+  if config.architecture == "SongUNet":
+    out = (f"dec.{size}x{size}_aux_norm", f"dec.{size}x{size}_aux_conv")
+
+  def source_name(path):
+    *layers, leaf = path.split("/")
+    place = layers[0]
+    if place in ("out_norm", "out_conv"):
+      place = out[place == "out_conv"]
+    else:
+      place = place.replace("enc_", "enc.").replace("dec_", "dec.")
+    leaf = {"kernel": "weight", "gamma": "weight", "beta": "bias"}.get(
+        leaf, leaf)
+    return ".".join([place, *layers[1:], leaf])
+
+  values = checkpoints.matched(
+      weights, [(v.path, tuple(v.shape)) for v in model.weights], source_name,
+      checkpoints.torch_layout)
+  for variable in model.weights:
+    variable.assign(values[variable.path])
+  return model

@@ -1,0 +1,416 @@
+"""The networks of EDM as Keras functional models (`keras.ops`).
+
+Karras et al. (2022, https://arxiv.org/abs/2206.00364) name two: "SongUNet", as
+DDPM++ of Song et al. (2021, https://arxiv.org/abs/2011.13456), and
+"DhariwalUNet", ADM of Dhariwal and Nichol (2021,
+https://arxiv.org/abs/2105.05233). Both are `unet`'s idea with other blocks:
+these resample inside, and attend inside. Around them is a preconditioning by
+sigma; what leaves here is eps of x_0 + sigma eps.
+"""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from ddss_tf.unet import TimeEmbedding
+
+ARCHITECTURES = ("SongUNet", "DhariwalUNet")
+PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond")
+
+_HEAD_CHANNELS = 64  # Of DhariwalUNet; a narrower layer has no attention.
+
+
+@dataclasses.dataclass(frozen=True)
+class EDMConfig:
+  """Everything that fixes the network; the words are the original's.
+
+  Attributes:
+    image_size: height and width, a multiple of 2 ** (levels - 1).
+    image_channels: of images and predictions.
+    architecture: one of `ARCHITECTURES`.
+    preconditioning: one of `PRECONDITIONINGS`.
+    model_channels: the width that the multipliers multiply.
+    channel_mult: of each level, finest first.
+    channel_mult_emb: width of the embedding, likewise.
+    channel_mult_noise: width of the sinusoids, likewise.
+    num_blocks: residual blocks of a level on the way down; the way up has one
+      more.
+    attn_resolutions: heights of the levels with attention.
+    label_dim: classes; 0 for none.
+    sigma_data: of "EDMPrecond".
+    beta_d: of "VPPrecond".
+    beta_min: likewise.
+    timesteps: likewise, there called M.
+  """
+
+  image_size: int
+  image_channels: int
+  architecture: str = "SongUNet"
+  preconditioning: str = "EDMPrecond"
+  model_channels: int = 128
+  channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+  channel_mult_emb: int = 4
+  channel_mult_noise: int = 1
+  num_blocks: int = 4
+  attn_resolutions: tuple[int, ...] = (16,)
+  label_dim: int = 0
+  sigma_data: float = 0.5
+  beta_d: float = 19.9
+  beta_min: float = 0.1
+  timesteps: int = 1000
+
+
+def _group_norm(channels, epsilon, name):
+  return keras.layers.GroupNormalization(
+      groups=min(32, channels // 4), epsilon=epsilon, name=name)
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class EDMBlock(keras.layers.Layer):
+  """A residual block that may resample first and attend last.
+
+  Resampling is by a box: the mean of 2x2 pixels, or each pixel four times. It
+  comes before the first convolution, and before that of the shortcut.
+
+  Args:
+    channels: channels of the output.
+    resample: "down", "up" or None.
+    num_heads: of the attention; 0: none.
+    epsilon: of the normalisations.
+    skip_scale: factor on both sums.
+    scale_shift: the embedding enters as norm(h) * (1 + scale) + shift if True,
+      as norm(h + shift) if False.
+    project_resampled: a resampled shortcut has a convolution even where the
+      width stays.
+
+  Call arguments:
+    x: float [B, H, W, C].
+    embedding: float [B, E].
+
+  Returns:
+    float [B, H', W', channels].
+  """
+
+  def __init__(self, channels, resample=None, num_heads=0, epsilon=1e-5,
+               skip_scale=1.0, scale_shift=True, project_resampled=False,
+               **kwargs):
+    super().__init__(**kwargs)
+    self.channels = channels
+    self.resample = resample
+    self.num_heads = num_heads
+    self.epsilon = epsilon
+    self.skip_scale = skip_scale
+    self.scale_shift = scale_shift
+    self.project_resampled = project_resampled
+
+  def build(self, x_shape, embedding_shape):
+    width = self.channels
+    inner = (*self.compute_output_shape(x_shape)[:-1], width)
+
+    def made(layer, shape):
+      layer.build(shape)
+      return layer
+
+    def conv(name, size, shape, filters=width):
+      return made(keras.layers.Conv2D(
+          filters, size, padding="same", name=name), shape)
+
+    self.norm0 = made(_group_norm(x_shape[-1], self.epsilon, "norm0"), x_shape)
+    self.conv0 = conv("conv0", 3, (*inner[:-1], x_shape[-1]))
+    self.affine = made(keras.layers.Dense(
+        width * (2 if self.scale_shift else 1), name="affine"),
+                       embedding_shape)
+    self.norm1 = made(_group_norm(width, self.epsilon, "norm1"), inner)
+    self.conv1 = conv("conv1", 3, inner)
+    self.skip = None
+    if x_shape[-1] != width or (self.resample and self.project_resampled):
+      self.skip = conv("skip", 1, (*inner[:-1], x_shape[-1]))
+    if self.num_heads:
+      self.norm2 = made(_group_norm(width, self.epsilon, "norm2"), inner)
+      self.qkv = conv("qkv", 1, inner, 3 * width)
+      self.proj = conv("proj", 1, inner)
+    self.built = True
+
+  def _resampled(self, x):
+    if self.resample == "down":
+      return ops.average_pool(x, 2, strides=2)
+    if self.resample == "up":
+      return ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+    return x
+
+  def call(self, x, embedding):
+    h = self.conv0(self._resampled(ops.silu(self.norm0(x))))
+    shift = self.affine(embedding)[:, None, None, :]
+    if self.scale_shift:
+      scale, shift = ops.split(shift, 2, axis=-1)
+      h = self.norm1(h) * (1.0 + scale) + shift
+    else:
+      h = self.norm1(h + shift)
+    h = self.conv1(ops.silu(h))
+    shortcut = self._resampled(x)
+    if self.skip is not None:
+      shortcut = self.skip(shortcut)
+    h = (h + shortcut) * self.skip_scale
+    if self.num_heads:
+      h = (h + self.proj(self._attended(self.norm2(h)))) * self.skip_scale
+    return h
+
+  def _attended(self, h):
+    _, height, width, channels = h.shape
+    # Of the 3 C channels, query, key and value change fastest, heads slowest.
+    qkv = ops.reshape(self.qkv(h), (
+        -1, height * width, self.num_heads, channels // self.num_heads, 3))
+    h = ops.dot_product_attention(qkv[..., 0], qkv[..., 1], qkv[..., 2])
+    return ops.reshape(h, (-1, height, width, channels))
+
+  def compute_output_shape(self, x_shape, embedding_shape=None):
+    del embedding_shape
+    batch, height, width, _ = x_shape
+    if self.resample == "down":
+      height, width = height // 2, width // 2
+    elif self.resample == "up":
+      height, width = height * 2, width * 2
+    return (batch, height, width, self.channels)
+
+  def get_config(self):
+    return {
+        **super().get_config(),
+        "channels": self.channels,
+        "resample": self.resample,
+        "num_heads": self.num_heads,
+        "epsilon": self.epsilon,
+        "skip_scale": self.skip_scale,
+        "scale_shift": self.scale_shift,
+        "project_resampled": self.project_resampled,
+    }
+
+
+class _Preconditioning(keras.layers.Layer):
+  """What both ends of the network know.
+
+  Args:
+    kind: one of `PRECONDITIONINGS`.
+    sigma_data: see `EDMConfig`, as all below.
+    beta_d: likewise.
+    beta_min: likewise.
+    timesteps: likewise.
+  """
+
+  def __init__(self, kind, sigma_data, beta_d, beta_min, timesteps, **kwargs):
+    # Sigmas span five decades: see `unet.TimeEmbedding`.
+    kwargs.setdefault("dtype", "float32")
+    super().__init__(**kwargs)
+    self.kind = kind
+    self.sigma_data = sigma_data
+    self.beta_d = beta_d
+    self.beta_min = beta_min
+    self.timesteps = timesteps
+
+  def get_config(self):
+    return {
+        **super().get_config(),
+        "kind": self.kind,
+        "sigma_data": self.sigma_data,
+        "beta_d": self.beta_d,
+        "beta_min": self.beta_min,
+        "timesteps": self.timesteps,
+    }
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class EDMInput(_Preconditioning):
+  """Scales images and sigma for the network (Karras et al., table 1).
+
+  Call arguments:
+    x: float [B, H, W, C], x_0 + sigma eps.
+    sigma: float [B], positive.
+
+  Returns:
+    The images c_in x, and c_noise, float [B].
+  """
+
+  def call(self, x, sigma):
+    if self.kind == "VEPrecond":
+      return x, ops.log(0.5 * sigma)
+    if self.kind == "EDMPrecond":
+      c_in = ops.rsqrt(sigma**2 + self.sigma_data**2)
+      c_noise = ops.log(sigma) / 4
+    else:
+      c_in = ops.rsqrt(sigma**2 + 1.0)
+      # t of sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, without the
+      # difference that cancels where sigma is small.
+      log = ops.log1p(sigma**2)
+      c_noise = (self.timesteps - 1) * 2 * log / (
+          self.beta_min + ops.sqrt(self.beta_min**2 + 2 * self.beta_d * log))
+    return c_in[:, None, None, None] * x, c_noise
+
+  def compute_output_shape(self, x_shape, sigma_shape):
+    return x_shape, sigma_shape
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class EDMOutput(_Preconditioning):
+  """eps = (x - D) / sigma of the denoised D = c_skip x + c_out F.
+
+  Written such that nothing cancels: D itself is x but for the last digits where
+  sigma is small.
+
+  Call arguments:
+    x: float [B, H, W, C], x_0 + sigma eps.
+    sigma: float [B], positive.
+    output: float [B, H, W, C], F of the network.
+
+  Returns:
+    eps, float [B, H, W, C].
+  """
+
+  def call(self, x, sigma, output):
+    if self.kind == "VPPrecond":
+      return output
+    if self.kind == "VEPrecond":
+      return -output
+    sigma = sigma[:, None, None, None]
+    variance = sigma**2 + self.sigma_data**2
+    return sigma / variance * x - self.sigma_data * ops.rsqrt(variance) * output
+
+  def compute_output_shape(self, x_shape, sigma_shape, output_shape):
+    del sigma_shape, output_shape
+    return x_shape
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class OneHot(keras.layers.Layer):
+  """Class indices, int [B], to float [B, classes]; zeros for those outside."""
+
+  def __init__(self, classes, scale=1.0, **kwargs):
+    super().__init__(**kwargs)
+    self.classes = classes
+    self.scale = scale
+
+  def call(self, labels):
+    return self.scale * ops.one_hot(
+        labels, self.classes, dtype=self.compute_dtype)
+
+  def compute_output_shape(self, labels_shape):
+    return (*labels_shape, self.classes)
+
+  def get_config(self):
+    return {**super().get_config(), "classes": self.classes,
+            "scale": self.scale}
+
+
+def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
+  """Builds `[x, sigma] -> eps`, or `[x, sigma, labels] -> eps`.
+
+  Layers carry the original's names ("enc_32x32_block0").
+
+  Args:
+    config: the architecture.
+    name: name of the model.
+
+  Returns:
+    A functional model from `x` = x_0 + sigma eps, float [B, S, S, C]; `sigma`,
+    float [B], positive; and, if there are classes, `labels`, int32 [B], those
+    outside [0, label_dim) for no class; to eps, float [B, S, S, C].
+
+  Raises:
+    ValueError: unknown names, or an image size or widths that do not divide.
+  """
+  for key, known in (("architecture", ARCHITECTURES),
+                     ("preconditioning", PRECONDITIONINGS)):
+    if getattr(config, key) not in known:
+      raise ValueError(f"{key} must be one of {', '.join(known)}. "
+                       f"Received: {getattr(config, key)!r}")
+  levels = len(config.channel_mult)
+  if not levels or config.image_size % 2 ** (levels - 1):
+    raise ValueError(
+        f"img_resolution must be a multiple of {2 ** max(levels - 1, 0)} for "
+        f"{levels} levels. Received: {config.image_size}")
+  if config.model_channels % 4:
+    raise ValueError("model_channels must be a multiple of 4. "
+                     f"Received: {config.model_channels}")
+  song = config.architecture == "SongUNet"
+  base = config.model_channels
+  block_options = dict(epsilon=1e-5)
+  if song:
+    block_options = dict(epsilon=1e-6, skip_scale=0.5**0.5, scale_shift=False,
+                         project_resampled=True)
+  ends = dict(kind=config.preconditioning, sigma_data=config.sigma_data,
+              beta_d=config.beta_d, beta_min=config.beta_min,
+              timesteps=config.timesteps)
+
+  x = keras.Input((config.image_size, config.image_size,
+                   config.image_channels), name="x")
+  sigma = keras.Input((), name="sigma")
+  inputs = [x, sigma]
+  h, noise = EDMInput(**ends, name="scaled_input")(x, sigma)
+  label = None
+  if config.label_dim:
+    labels = keras.Input((), dtype="int32", name="labels")
+    inputs.append(labels)
+    label = OneHot(config.label_dim, config.label_dim**0.5 if song else 1.0,
+                   name="one_hot")(labels)
+
+  wide = base * config.channel_mult_emb
+  embedding = TimeEmbedding(
+      base * (config.channel_mult_noise if song else 1), sin_first=song,
+      frequency_shift=1.0 if song else 0.0, name="map_noise")(noise)
+  if song and label is not None:
+    embedding = keras.layers.Add(name="add_label")([
+        embedding,
+        keras.layers.Dense(embedding.shape[-1], name="map_label")(label)])
+  embedding = keras.layers.Dense(
+      wide, activation="silu", name="map_layer0")(embedding)
+  embedding = keras.layers.Dense(wide, name="map_layer1")(embedding)
+  if not song and label is not None:
+    embedding = keras.layers.Add(name="add_label")([
+        embedding,
+        keras.layers.Dense(wide, use_bias=False, name="map_label")(label)])
+  # Once more than in other networks, where blocks do it.
+  embedding = keras.layers.Activation("silu", name="map_silu")(embedding)
+
+  def block(h, width, place, resample=None, attention=False):
+    heads = 0
+    if attention:
+      heads = 1 if song else width // _HEAD_CHANNELS
+    return EDMBlock(width, resample, heads, **block_options, name=place)(
+        h, embedding)
+
+  resolutions = [config.image_size >> level for level in range(levels)]
+  attends = [size in config.attn_resolutions for size in resolutions]
+  skips = []
+  for level, (size, factor) in enumerate(zip(resolutions,
+                                             config.channel_mult)):
+    place = f"enc_{size}x{size}"
+    if level == 0:
+      h = keras.layers.Conv2D(base if song else base * factor, 3,
+                              padding="same", name=f"{place}_conv")(h)
+    else:
+      h = block(h, h.shape[-1], f"{place}_down", "down")
+    skips.append(h)
+    for i in range(config.num_blocks):
+      h = block(h, base * factor, f"{place}_block{i}",
+                attention=attends[level])
+      skips.append(h)
+
+  for level in reversed(range(levels)):
+    place = f"dec_{resolutions[level]}x{resolutions[level]}"
+    if level == levels - 1:
+      h = block(h, h.shape[-1], f"{place}_in0", attention=True)
+      h = block(h, h.shape[-1], f"{place}_in1")
+    else:
+      h = block(h, h.shape[-1], f"{place}_up", "up")
+    for i in range(config.num_blocks + 1):
+      h = keras.layers.Concatenate(name=f"{place}_skip{i}")([h, skips.pop()])
+      # SongUNet attends once on the way up, after the last block.
+      last = i == config.num_blocks
+      h = block(h, base * config.channel_mult[level], f"{place}_block{i}",
+                attention=attends[level] and (last or not song))
+
+  h = _group_norm(h.shape[-1], block_options["epsilon"], "out_norm")(h)
+  h = keras.layers.Activation("silu", name="out_silu")(h)
+  h = keras.layers.Conv2D(config.image_channels, 3, padding="same",
+                          dtype="float32", name="out_conv")(h)
+  eps = EDMOutput(**ends, name="eps")(x, sigma, h)
+  return keras.Model(inputs, eps, name=name)
