@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
+from ddss_tf.foreign import SavedModelNetwork
+from ddss_tf.schedules import ExplodingSchedule
 
 # Operations whose results are not kept for backpropagation, or are views.
 _NOT_KEPT = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN",
@@ -21,15 +23,61 @@ def activation_bytes(denoiser: Denoiser) -> int:
   """Bytes of the activations of one call for one image.
 
   The sum of all floating-point results in the call's graph: what
-  backpropagation through it keeps at the most.
+  backpropagation through it keeps at the most. Of a SavedModel, whose graph is
+  closed, what it does keep, which is about a fifth less.
   """
-  graph = tf.function(denoiser.eps).get_concrete_function(
-      tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))).graph
+  specs = tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))
+  if isinstance(denoiser.model, SavedModelNetwork):
+    return _kept_bytes(denoiser, specs)
+  graph = tf.function(denoiser.eps).get_concrete_function(*specs).graph
   return sum(
       output.dtype.size * int(np.prod(output.shape))
       for operation in graph.get_operations()
       if operation.type not in _NOT_KEPT for output in operation.outputs
       if output.dtype.is_floating and output.shape.is_fully_defined())
+
+
+def _kept_bytes(denoiser: Denoiser, specs) -> int:
+  """Bytes that calls of functions hand to their gradients."""
+
+  def gradient(x, t):
+    with tf.GradientTape() as tape:
+      tape.watch([x, t])
+      eps = denoiser.eps(x, t)
+    return tape.gradient(eps, [x, t])
+
+  graph = tf.function(gradient).get_concrete_function(*specs).graph
+  # Weights are handed over, too; their shapes are all known, while those of
+  # activations have an open batch.
+  return sum(
+      output.dtype.size * int(np.prod([size or 1 for size in output.shape]))
+      for operation in graph.get_operations()
+      if operation.type in ("PartitionedCall", "StatefulPartitionedCall")
+      for output in operation.outputs
+      if output.dtype.is_floating and output.shape.rank is not None
+      and not output.shape.is_fully_defined())
+
+
+def _process(denoiser: Denoiser) -> str:
+  """The forward process in a line."""
+  schedule = denoiser.schedule
+  steps = schedule.num_train_steps
+  noise = (f"sigma from {schedule.sigmas[0]:.3g} to {schedule.sigmas[-1]:.3g}"
+           if isinstance(schedule, ExplodingSchedule) else
+           f"beta from {schedule.betas[0]:.3g} to {schedule.betas[-1]:.3g}")
+  return (f"T = {steps}, {noise}, "
+          f"alpha_bar_T = {float(schedule.abar(steps - 1)):.3g}")
+
+
+def _times(denoiser: Denoiser) -> str:
+  """What the network is fed with in a line."""
+  fed = denoiser.convention.non_default()
+  fed.pop("prediction", None)
+  parts = [f"{name} = {value:.4g}" if isinstance(value, float) else
+           f"{name} = {value}" for name, value in fed.items()]
+  parts.append("may be learned" if denoiser.continuous_time else
+               "whole steps, or without gradient: no +time")
+  return ", ".join(parts)
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -44,7 +92,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
     micro_batch_size: images per chain of the search.
 
   Returns:
-    Lines of text: prediction, image shape, parameters, hash, kinds of layers,
+    Lines of text: prediction, image shape, times, parameters, hash, kinds of layers,
     schedule, and an estimate of the memory of a rematerialised step, which is
     one call's activations with their gradients, plus K states.
 
@@ -55,10 +103,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   if num_steps < 1 or micro_batch_size < 1:
     raise UserError("inspect.num_steps and micro_batch_size must be at least "
                     f"1. Received: {num_steps} and {micro_batch_size}")
-  model, schedule = denoiser.model, denoiser.schedule
+  model = denoiser.model
   layers = collections.Counter(type(layer).__name__ for layer in model.layers)
-  betas = schedule.betas
-  abar = float(schedule.abar(len(betas) - 1))
   state = 4 * int(np.prod(denoiser.image_shape))
   network = activation_bytes(denoiser)
   needed = micro_batch_size * (
@@ -72,8 +118,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "sha256": denoiser.sha256 or "none: no weights",
       "layers": ", ".join(f"{count} {name}" for name, count
                           in layers.most_common()),
-      "schedule": f"T = {len(betas)}, beta from {betas[0]:.3g} to "
-                  f"{betas[-1]:.3g}, alpha_bar_T = {abar:.3g}",
+      "times": _times(denoiser),
+      "schedule": _process(denoiser),
       "a search": f"K = {num_steps}, micro-batch {micro_batch_size}: about "
                   f"{needed / 2**30:.2f} GiB above the idle process "
                   f"({network / 2**20:.1f} MiB of activations an image)",

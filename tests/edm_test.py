@@ -11,6 +11,7 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import edm_format
 from ddss_tf import edm_unet
+from ddss_tf import inspecting
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -277,3 +278,16 @@ def test_files_that_are_refused(tmp_path):
       f.truncate(os.path.getsize(path) // 2)
     assert f"not a complete {suffix[1:]} file" in refusal(
         ddss_tf.load_denoiser, path)
+
+
+@pytest.mark.parametrize("name", UNCONDITIONAL)
+def test_inspecting(tmp_path, name):
+  path, _ = write(tmp_path, name)
+  denoiser = ddss_tf.load_denoiser(path)
+  text = inspecting.inspect(denoiser=denoiser)
+  for words in ("EDMBlock", "process = ve, time_input = sigma",
+                "to 80, alpha_bar_T = 0.000156", denoiser.sha256,
+                f"{denoiser.model.count_params():,} in"):
+    assert words in text, text
+  # One activation alone: 8x8 pixels, 16 or 32 channels, float32.
+  assert inspecting.activation_bytes(denoiser) > 50 * 8 * 8 * 16 * 4

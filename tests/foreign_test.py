@@ -15,6 +15,7 @@ import ddss_tf
 from ddss_tf import chain
 from ddss_tf import exporting
 from ddss_tf import families
+from ddss_tf import inspecting
 from ddss_tf import searching
 from ddss_tf.errors import UserError
 
@@ -332,3 +333,46 @@ def test_subclassed_model(exact):
   x, t = states()
   np.testing.assert_allclose(
       denoiser.eps(x, t), exact.eps(x, t), atol=1e-6)
+
+
+# --- Mode inspect ---
+
+
+def small_network():
+  """A convolutional network [x, t] -> eps that depends on t."""
+  x, t = keras.Input((8, 8, 1)), keras.Input(())
+  shift = keras.layers.Dense(4)(keras.layers.Reshape((1,))(t))
+  h = keras.layers.Conv2D(4, 3, padding="same", activation="silu")(x)
+  h = keras.layers.Add()([h, keras.layers.Reshape((1, 1, 4))(shift)])
+  h = keras.layers.Conv2D(4, 3, padding="same", activation="silu")(h)
+  return keras.Model([x, t], keras.layers.Conv2D(1, 3, padding="same")(h))
+
+
+def test_inspecting_a_saved_model(tmp_path):
+  schedule = {"name": "linear", "num_train_steps": 100}
+  model = small_network()
+  plain = ddss_tf.Denoiser(model, ddss_tf.make_schedule(**schedule))
+  folder = str(tmp_path / "net")
+  model.export(folder, verbose=False)
+  denoiser = ddss_tf.load_denoiser(
+      folder, prediction="v", schedule=schedule, time_scale=0.01)
+  text = inspecting.inspect(denoiser=denoiser)
+  for words in ("prediction  v\n", "8 x 8 x 1", f"{model.count_params():,} in 8",
+                denoiser.sha256, "1 SavedModelNetwork", "time_scale = 0.01",
+                "may be learned", "T = 100, beta from 0.0001 to 0.02"):
+    assert words in text, text
+  # As much as of the same network in the open, but for what is not kept.
+  ratio = inspecting.activation_bytes(denoiser) / inspecting.activation_bytes(
+      plain)
+  assert 0.5 < ratio < 1.2
+
+
+def test_inspecting_rounded_times():
+  exact = ddss_tf.gaussian_denoiser((4, 4, 1))
+  x, t = keras.Input((4, 4, 1)), keras.Input((), dtype="int32")
+  scaled = keras.layers.Rescaling(1.0)(t)
+  denoiser = ddss_tf.Denoiser(
+      keras.Model([x, t], exact.model([x, scaled])), exact.schedule, "score")
+  text = inspecting.inspect(denoiser=denoiser)
+  assert "prediction  score" in text
+  assert "whole steps" in text and "no +time" in text
