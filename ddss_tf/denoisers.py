@@ -111,8 +111,9 @@ class Denoiser:
                for c in (channels, 2 * channels)):
       raise UserError(
           f"denoiser {self.name!r} must give "
-          f"{shape_text((None, *self.image_shape))}, or {2 * channels} channels "
-          f"with a learned variance. Received: {shape_text(output.shape)}")
+          f"{shape_text((None, *self.image_shape))}, or {2 * channels} "
+          "channels with a learned variance. Received: "
+          f"{shape_text(output.shape)}")
     return output[..., :channels]
 
   def eps(self, x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:

@@ -37,7 +37,8 @@ _SHARED = {
     "num_blocks": int, "attn_resolutions": tuple,
 }
 _ARCHITECTURES = {
-    "SongUNet": {**_SHARED, "channel_mult_noise": int},
+    "SongUNet": {
+        **_SHARED, "channel_mult_noise": int, "resample_filter": tuple},
     "DhariwalUNet": _SHARED,
 }
 # What the original has where nothing is said, as far as `EDMConfig` has not.
@@ -46,12 +47,11 @@ _DEFAULTS = {
         model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
         attn_resolutions=(32, 16, 8)),
 }
-# Switches of which a single value, the default, is implemented.
-_REQUIRED = {
-    "SongUNet": {
-        "embedding_type": "positional", "encoder_type": "standard",
-        "decoder_type": "standard", "resample_filter": [1, 1]},
-    "DhariwalUNet": {},
+# Switches of the SongUNet: the values that are implemented, the default first.
+_SWITCHES = {
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "residual"),
+    "decoder_type": ("standard",),
 }
 _PRECONDITIONINGS = {
     "EDMPrecond": {"sigma_data": float},
@@ -106,19 +106,21 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
         f"Received: {model!r}")
   low, high = _DEFAULT_SIGMAS.get(kind, (0.0, float("inf")))
   low, high = words.pop("sigma_min", low), words.pop("sigma_max", high)
-  for key, value in _REQUIRED[model].items():
-    received = words.pop(key, value)
-    if received != value:
-      raise UserError(f"{source}: {key} must be {value!r}, as in DDPM++. "
-                      f"Received: {received!r}")
+  switches = {}
+  for key, known in _SWITCHES.items() if model == "SongUNet" else ():
+    switches[key] = words.pop(key, known[0])
+    if switches[key] not in known:
+      raise UserError(f"{source}: {key} must be one of {', '.join(known)}. "
+                      f"Received: {switches[key]!r}")
   for key in _IGNORED:
     words.pop(key, None)
   types = {"img_resolution": int, "img_channels": int, "label_dim": int,
            **_ARCHITECTURES[model], **_PRECONDITIONINGS[kind]}
   unknown = sorted(set(words) - set(types))
   if unknown:
-    raise UserError(f"{source}: init_kwargs of {kind} and {model} must be among "
-                    f"{', '.join(types)}. Received: {', '.join(unknown)}")
+    raise UserError(
+        f"{source}: init_kwargs of {kind} and {model} must be among "
+        f"{', '.join(types)}. Received: {', '.join(unknown)}")
   ours = {"img_resolution": "image_size", "img_channels": "image_channels",
           "M": "timesteps"}
   values = dict(_DEFAULTS.get(model, {}))
@@ -135,7 +137,10 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
   except (TypeError, ValueError) as error:
     raise UserError(f"{source}: {error}") from error
   return EDMConfig(
-      architecture=model, preconditioning=kind, **values), schedule
+      architecture=model, preconditioning=kind,
+      fourier=switches.get("embedding_type") == "fourier",
+      residual_encoder=switches.get("encoder_type") == "residual",
+      **values), schedule
 
 
 def _typed(source, key, value, kind):
@@ -165,8 +170,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     float32 arrays by the original's names, without the leading "model.".
 
   Raises:
-    UserError: the file is truncated, a resampling filter is not a box, or
-      values are not finite.
+    UserError: the file is truncated, or values are not finite.
   """
   try:
     if path.endswith(".npz"):
@@ -177,16 +181,10 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   except Exception as error:  # Zip files alone break in five ways.
     raise UserError(f"{path} is not a complete {path.rsplit('.', 1)[-1]} file: "
                     f"{checkpoints.one_line(error)}") from error
-  kept = {}
-  for name, value in weights.items():
-    name = name.removeprefix("model.")
-    if name.endswith(".resample_filter"):
-      if value.shape != (1, 1, 2, 2) or not np.all(value == 0.25):
-        raise UserError(f"{path}: {name} must be a box of 2x2. "
-                        f"Received: {value.tolist()}")
-    elif name != "map_augment.weight":
-      kept[name] = value
-  return checkpoints.finite_float32(path, kept)
+  weights = {name.removeprefix("model."): value
+             for name, value in weights.items()}
+  weights.pop("map_augment.weight", None)
+  return checkpoints.finite_float32(path, weights)
 
 
 def convert(source: str, weights: Mapping[str, np.ndarray],
@@ -202,7 +200,8 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     A frozen network, see `edm_unet.build_edm`.
 
   Raises:
-    UserError: it cannot be built, or weights and architecture do not match.
+    UserError: it cannot be built, or weights and architecture do not match,
+      resampling filters among them.
   """
   try:
     with frozen_variables():
@@ -227,8 +226,17 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
         leaf, leaf)
     return ".".join([place, *layers[1:], leaf])
 
+  taps = np.asarray(config.resample_filter, np.float64)
+  expected = np.outer(taps, taps)[None, None] / taps.sum() ** 2
+  learned = {}
+  for key, value in weights.items():
+    if not key.endswith(".resample_filter"):
+      learned[key] = value
+    elif value.shape != expected.shape or not np.allclose(value, expected):
+      raise UserError(f"{source}: {key} must be that of the taps "
+                      f"{taps.tolist()}. Received: {value.tolist()}")
   values = checkpoints.matched(
-      weights, [(v.path, tuple(v.shape)) for v in model.weights], source_name,
+      learned, [(v.path, tuple(v.shape)) for v in model.weights], source_name,
       checkpoints.torch_layout)
   for variable in model.weights:
     variable.assign(values[variable.path])

@@ -1,7 +1,7 @@
 """The networks of EDM as Keras functional models (`keras.ops`).
 
 Karras et al. (2022, https://arxiv.org/abs/2206.00364) name two: "SongUNet", as
-DDPM++ of Song et al. (2021, https://arxiv.org/abs/2011.13456), and
+DDPM++ and NCSN++ of Song et al. (2021, https://arxiv.org/abs/2011.13456), and
 "DhariwalUNet", ADM of Dhariwal and Nichol (2021,
 https://arxiv.org/abs/2105.05233). Both are `unet`'s idea with other blocks:
 these resample inside, and attend inside. Around them is a preconditioning by
@@ -9,6 +9,7 @@ sigma; what leaves here is eps of x_0 + sigma eps.
 """
 
 import dataclasses
+import math
 
 import keras
 from keras import ops
@@ -38,6 +39,11 @@ class EDMConfig:
       more.
     attn_resolutions: heights of the levels with attention.
     label_dim: classes; 0 for none.
+    fourier: of "SongUNet", sinusoids of learned frequencies.
+    residual_encoder: of "SongUNet", the way down adds the images themselves,
+      filtered, to every level below the first.
+    resample_filter: of "SongUNet", the filter of both resamplings, symmetric,
+      of an even number of taps; others have (1, 1), a box.
     sigma_data: of "EDMPrecond".
     beta_d: of "VPPrecond".
     beta_min: likewise.
@@ -55,10 +61,121 @@ class EDMConfig:
   num_blocks: int = 4
   attn_resolutions: tuple[int, ...] = (16,)
   label_dim: int = 0
+  fourier: bool = False
+  residual_encoder: bool = False
+  resample_filter: tuple[int, ...] = (1, 1)
   sigma_data: float = 0.5
   beta_d: float = 19.9
   beta_min: float = 0.1
   timesteps: int = 1000
+
+
+def resampled(x, direction, taps, padding=None):
+  """Halves or doubles both sides of images, through a filter.
+
+  Args:
+    x: float [B, H, W, C].
+    direction: "down", "up" or None.
+    taps: the filter of one side, symmetric, of an even number of taps; they are
+      divided by their sum. (1, 1) gives means of 2x2 pixels, or each pixel four
+      times.
+    padding: zeros on every side before "down"; None for those that halve H.
+
+  Returns:
+    float [B, H', W', C].
+  """
+  if direction is None:
+    return x
+  if padding is None:
+    padding = (len(taps) - 1) // 2
+  total = float(sum(taps))
+  for axis in (1, 2):
+    size = x.shape[axis]
+    if direction == "down":
+      before, after, stride = padding, padding, 2
+      length = (size + 2 * padding - len(taps)) // 2 + 1
+      scale = 1 / total
+    else:
+      # A transposed convolution: zeros between the pixels, then the filter.
+      zeros = ops.zeros_like(x)
+      shape = [-1, *x.shape[1:]]
+      shape[axis] = 2 * size
+      x = ops.reshape(ops.stack([x, zeros], axis=axis + 1), shape)
+      before, after, stride = len(taps) - 1 - padding, padding, 1
+      length = 2 * size
+      scale = 2 / total
+    pads = [(0, 0)] * 4
+    pads[axis] = (before, after)
+    padded = ops.pad(x, pads)
+    parts = []
+    for k, tap in enumerate(taps):
+      window = [slice(None)] * 4
+      window[axis] = slice(k, k + stride * (length - 1) + 1, stride)
+      parts.append(tap * scale * padded[tuple(window)])
+    x = sum(parts[1:], parts[0])
+  return x
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class FilteredDown(keras.layers.Layer):
+  """`resampled` without padding, as a layer.
+
+  Args:
+    taps: the filter.
+
+  Call arguments:
+    x: float [B, H, W, C].
+  """
+
+  def __init__(self, taps, **kwargs):
+    super().__init__(**kwargs)
+    self.taps = tuple(taps)
+
+  def call(self, x):
+    return resampled(x, "down", self.taps, padding=0)
+
+  def get_config(self):
+    return {**super().get_config(), "taps": self.taps}
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class FourierEmbedding(keras.layers.Layer):
+  """[sin, cos] of a float time at frequencies that are weights.
+
+  Args:
+    dim: even number of features.
+
+  Call arguments:
+    t: float [B].
+
+  Returns:
+    float [B, dim] in [-1, 1].
+
+  Reference: Tancik et al. (2020), https://arxiv.org/abs/2006.10739.
+  """
+
+  def __init__(self, dim, **kwargs):
+    # Angles reach hundreds: see `unet.TimeEmbedding`.
+    kwargs.setdefault("dtype", "float32")
+    super().__init__(**kwargs)
+    self.dim = dim
+
+  def build(self, t_shape):
+    del t_shape
+    self.freqs = self.add_weight(
+        shape=(self.dim // 2,), initializer="random_normal", trainable=False,
+        name="freqs")
+    self.built = True
+
+  def call(self, t):
+    angles = t[:, None] * (2 * math.pi * self.freqs)[None, :]
+    return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+
+  def compute_output_shape(self, t_shape):
+    return (t_shape[0], self.dim)
+
+  def get_config(self):
+    return {**super().get_config(), "dim": self.dim}
 
 
 def _group_norm(channels, epsilon, name):
@@ -70,8 +187,8 @@ def _group_norm(channels, epsilon, name):
 class EDMBlock(keras.layers.Layer):
   """A residual block that may resample first and attend last.
 
-  Resampling is by a box: the mean of 2x2 pixels, or each pixel four times. It
-  comes before the first convolution, and before that of the shortcut.
+  Resampling, see `resampled`, comes before the first convolution, and before
+  that of the shortcut.
 
   Args:
     channels: channels of the output.
@@ -83,6 +200,7 @@ class EDMBlock(keras.layers.Layer):
       as norm(h + shift) if False.
     project_resampled: a resampled shortcut has a convolution even where the
       width stays.
+    resample_filter: see `EDMConfig`.
 
   Call arguments:
     x: float [B, H, W, C].
@@ -94,7 +212,7 @@ class EDMBlock(keras.layers.Layer):
 
   def __init__(self, channels, resample=None, num_heads=0, epsilon=1e-5,
                skip_scale=1.0, scale_shift=True, project_resampled=False,
-               **kwargs):
+               resample_filter=(1, 1), **kwargs):
     super().__init__(**kwargs)
     self.channels = channels
     self.resample = resample
@@ -103,6 +221,7 @@ class EDMBlock(keras.layers.Layer):
     self.skip_scale = skip_scale
     self.scale_shift = scale_shift
     self.project_resampled = project_resampled
+    self.resample_filter = tuple(resample_filter)
 
   def build(self, x_shape, embedding_shape):
     width = self.channels
@@ -133,11 +252,7 @@ class EDMBlock(keras.layers.Layer):
     self.built = True
 
   def _resampled(self, x):
-    if self.resample == "down":
-      return ops.average_pool(x, 2, strides=2)
-    if self.resample == "up":
-      return ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
-    return x
+    return resampled(x, self.resample, self.resample_filter)
 
   def call(self, x, embedding):
     h = self.conv0(self._resampled(ops.silu(self.norm0(x))))
@@ -183,6 +298,7 @@ class EDMBlock(keras.layers.Layer):
         "skip_scale": self.skip_scale,
         "scale_shift": self.scale_shift,
         "project_resampled": self.project_resampled,
+        "resample_filter": self.resample_filter,
     }
 
 
@@ -331,11 +447,15 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
     raise ValueError("model_channels must be a multiple of 4. "
                      f"Received: {config.model_channels}")
   song = config.architecture == "SongUNet"
+  taps = config.resample_filter
+  if len(taps) < 2 or len(taps) % 2 or taps != taps[::-1] or not sum(taps):
+    raise ValueError("resample_filter must be symmetric, of an even number of "
+                     f"taps. Received: {taps}")
   base = config.model_channels
   block_options = dict(epsilon=1e-5)
   if song:
     block_options = dict(epsilon=1e-6, skip_scale=0.5**0.5, scale_shift=False,
-                         project_resampled=True)
+                         project_resampled=True, resample_filter=taps)
   ends = dict(kind=config.preconditioning, sigma_data=config.sigma_data,
               beta_d=config.beta_d, beta_min=config.beta_min,
               timesteps=config.timesteps)
@@ -353,9 +473,13 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
                    name="one_hot")(labels)
 
   wide = base * config.channel_mult_emb
-  embedding = TimeEmbedding(
-      base * (config.channel_mult_noise if song else 1), sin_first=song,
-      frequency_shift=1.0 if song else 0.0, name="map_noise")(noise)
+  features = base * (config.channel_mult_noise if song else 1)
+  if config.fourier:
+    embedding = FourierEmbedding(features, name="map_noise")(noise)
+  else:
+    embedding = TimeEmbedding(
+        features, sin_first=song, frequency_shift=1.0 if song else 0.0,
+        name="map_noise")(noise)
   if song and label is not None:
     embedding = keras.layers.Add(name="add_label")([
         embedding,
@@ -380,6 +504,7 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
   resolutions = [config.image_size >> level for level in range(levels)]
   attends = [size in config.attn_resolutions for size in resolutions]
   skips = []
+  images = h
   for level, (size, factor) in enumerate(zip(resolutions,
                                              config.channel_mult)):
     place = f"enc_{size}x{size}"
@@ -388,6 +513,17 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
                               padding="same", name=f"{place}_conv")(h)
     else:
       h = block(h, h.shape[-1], f"{place}_down", "down")
+      if config.residual_encoder:
+        # Zeros around all, then neither layer pads; so the bias of the one may
+        # come before the filter of the other.
+        images = keras.layers.ZeroPadding2D(
+            1 + (len(taps) - 1) // 2, name=f"{place}_pad")(images)
+        images = keras.layers.Conv2D(
+            h.shape[-1], 3, name=f"{place}_aux_residual")(images)
+        images = FilteredDown(taps, name=f"{place}_filter")(images)
+        images = keras.layers.Add(name=f"{place}_add")([h, images])
+        h = images = keras.layers.Rescaling(
+            0.5**0.5, name=f"{place}_scale")(images)
     skips.append(h)
     for i in range(config.num_blocks):
       h = block(h, base * factor, f"{place}_block{i}",

@@ -407,8 +407,8 @@ def check(denoiser, source: str) -> bool:
           f"{source} must take images {shape_text((2, *denoiser.image_shape))} "
           f"and times [2]: {checkpoints.one_line(error)}") from error
     if not np.all(np.isfinite(output)):
-      raise UserError(f"{source} must give finite predictions. Received: NaN or "
-                      f"infinity at the times {np.asarray(t).tolist()}")
+      raise UserError(f"{source} must give finite predictions. Received: NaN "
+                      f"or infinity at the times {np.asarray(t).tolist()}")
     try:
       by_x, by_t = tape.gradient(output, [x, t])
     except Exception as error:  # TensorFlow raises many kinds.

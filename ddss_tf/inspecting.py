@@ -92,8 +92,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
     micro_batch_size: images per chain of the search.
 
   Returns:
-    Lines of text: prediction, image shape, times, parameters, hash, kinds of layers,
-    schedule, and an estimate of the memory of a rematerialised step, which is
+    Lines of text: prediction, image shape, times, parameters, hash, kinds of
+    layers, schedule, and an estimate of the memory of a rematerialised step, which is
     one call's activations with their gradients, plus K states.
 
   Raises:

@@ -163,7 +163,7 @@ def load(folder: str):
 
 
 def freeze_signature(signature) -> None:
-  """Freezes what TensorFlow 1's variables, out of a collection, leave trainable.
+  """Freezes TensorFlow 1's variables, which come out of a collection.
 
   They come past `frozen_variables`; there is no public way to freeze them.
   """

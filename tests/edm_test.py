@@ -15,8 +15,9 @@ from ddss_tf import inspecting
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
-NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve"]
-UNCONDITIONAL = ["edm_song", "edm_dhariwal_ve"]
+NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve",
+            "edm_ncsnpp"]
+UNCONDITIONAL = ["edm_song", "edm_dhariwal_ve", "edm_ncsnpp"]
 
 
 def read_fixture(name):
@@ -167,7 +168,7 @@ def test_denoiser_is_in_preserving_form(name, suffix, tmp_path):
   assert denoiser.name == name
   assert denoiser.image_shape == golden["x"].shape[1:]
   assert schedule.sigmas[0] == pytest.approx(
-      0.002 if name == "edm_song" else 0.02)
+      0.02 if name == "edm_dhariwal_ve" else 0.002)
   assert schedule.sigmas[-1] == pytest.approx(80.0)
   # The golden sigmas, at fractional steps; x_t = x / sqrt(1 + sigma^2).
   inside = golden["sigma"] >= schedule.sigmas[0]
@@ -207,7 +208,7 @@ def test_own_format(tmp_path):
       ddss_tf.load_denoiser, path, prediction="x0")
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet64"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_ve", "imagenet64"])
 def test_published_networks(name, tmp_path):
   # All tensors of the published depth find their place.
   with open(os.path.join(DATA, "edm_shapes.json")) as f:
@@ -216,8 +217,10 @@ def test_published_networks(name, tmp_path):
   with open(path + ".json", "w") as f:
     json.dump(published["card"], f)
   config, _ = edm_format.read_card(path)
+  taps = np.outer(config.resample_filter, config.resample_filter)
   np.savez(path, **{
-      key: np.full(shape, 0.25 if "resample" in key else i, np.float32)
+      key: (taps[None, None] / taps.sum() if key.endswith("resample_filter")
+            else np.full(shape, i, np.float32))
       for i, (key, shape) in enumerate(published["shapes"].items())})
   model = edm_format.convert(path, edm_format.read_weights(path), config)
   first = [float(np.ravel(v)[0]) for v in model.get_weights()]
@@ -227,9 +230,12 @@ def test_published_networks(name, tmp_path):
 
 
 @pytest.mark.parametrize("name,changes,words", [
-    ("edm_song", dict(embedding_type="fourier"), ["'positional'", "fourier"]),
-    ("edm_song", dict(encoder_type="residual"), ["encoder_type", "residual"]),
-    ("edm_song", dict(resample_filter=[1, 3, 3, 1]), ["[1, 1]", "[1, 3, 3, 1]"]),
+    ("edm_song", dict(embedding_type="sin"), ["fourier", "'sin'"]),
+    ("edm_song", dict(embedding_type="fourier"), ["map_noise.freqs"]),
+    ("edm_song", dict(encoder_type="skip"), ["residual", "'skip'"]),
+    ("edm_song", dict(decoder_type="skip"), ["decoder_type", "'skip'"]),
+    ("edm_song", dict(resample_filter=[1, 3, 3, 1]), ["resample_filter", "3.0"]),
+    ("edm_song", dict(resample_filter=[1, 2]), ["symmetric", "(1, 2)"]),
     ("edm_song", dict(model_type="MyUNet"), ["SongUNet", "'MyUNet'"]),
     ("edm_song", dict(brand_new=1), ["brand_new"]),
     ("edm_song", dict(beta_d=1.0), ["beta_d"]),
@@ -269,7 +275,7 @@ def test_files_that_are_refused(tmp_path):
       ({"model.map_layer0.bias": np.float32([np.nan] * 64)}, "NaN"),
       ({"model.other": np.zeros(1)}, "Unused: other"),
       ({"model.enc.4x4_down.conv0.resample_filter": np.ones((1, 1, 2, 2))},
-       "box")):
+       "taps")):
     path, _ = write(tmp_path, "edm_song", changes=changes)
     assert words in refusal(ddss_tf.load_denoiser, path)
   for suffix in edm_format.SUFFIXES:

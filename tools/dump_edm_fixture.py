@@ -21,7 +21,8 @@ from training import networks
 # Together, every switch in which the published networks differ, and some in
 # which they do not. In the first, attention is at both levels, in two blocks a
 # level on the way down and in the last one on the way up; in the third, the
-# finer level is too narrow for a head, and the coarser one has one.
+# finer level is too narrow for a head, and the coarser one has one. The last is
+# NCSN++.
 _MODELS = {
     "edm_song": (networks.EDMPrecond, dict(
         img_resolution=8, img_channels=3, model_type="SongUNet",
@@ -42,12 +43,23 @@ _MODELS = {
         img_resolution=8, img_channels=1, model_type="DhariwalUNet",
         model_channels=16, channel_mult=[2, 1], num_blocks=1,
         attn_resolutions=[], channel_mult_emb=3)),
+    "edm_ncsnpp": (networks.EDMPrecond, dict(
+        img_resolution=8, img_channels=3, model_type="SongUNet",
+        model_channels=8, channel_mult=[1, 2, 2], num_blocks=1,
+        attn_resolutions=[4], embedding_type="fourier",
+        encoder_type="residual", decoder_type="standard",
+        channel_mult_noise=2, resample_filter=[1, 3, 3, 1])),
 }
 # The published networks for CIFAR-10 and ImageNet at 64, less wide.
 _PUBLISHED = {
     "cifar10": (networks.VPPrecond, dict(
         img_resolution=32, img_channels=3, label_dim=10, augment_dim=9,
         model_type="SongUNet", model_channels=32, channel_mult=[2, 2, 2])),
+    "cifar10_ve": (networks.EDMPrecond, dict(
+        img_resolution=32, img_channels=3, label_dim=10, augment_dim=9,
+        model_type="SongUNet", model_channels=32, channel_mult=[2, 2, 2],
+        embedding_type="fourier", encoder_type="residual",
+        channel_mult_noise=2, resample_filter=[1, 3, 3, 1])),
     "imagenet64": (networks.EDMPrecond, dict(
         img_resolution=64, img_channels=3, label_dim=20,
         model_type="DhariwalUNet", model_channels=64,
@@ -73,11 +85,14 @@ def main(folder: str) -> None:
     rng = np.random.default_rng(seed)
     network = kind(**words).eval()
     drawn = _random(network, rng)
-    filters = {
-        key: (np.ones((1, 1, 2, 2), np.int8), 0.25)
-        for key, value in network.named_buffers()}
     for key, value in network.named_buffers():
-      assert torch.all(value == 0.25), key
+      if key.endswith("freqs"):
+        values, scale = rng.integers(-40, 40, value.shape, np.int8), 0.25
+      else:  # A resampling filter, of small whole numbers.
+        scale = float(value.min())
+        values = np.round(value.numpy() / scale).astype(np.int8)
+      value.copy_(torch.from_numpy(values * np.float32(scale)))
+      drawn[key] = values, scale
     size, channels = words["img_resolution"], words["img_channels"]
     sigma = np.array(_SIGMAS, np.float32)
     x = rng.standard_normal((5, channels, size, size)).astype(np.float32)
@@ -96,7 +111,7 @@ def main(folder: str) -> None:
           torch.from_numpy(x), torch.from_numpy(sigma),
           torch.from_numpy(one_hot) if classes else None).numpy()
     small_fixture.save(
-        os.path.join(folder, name + ".npz"), drawn | filters,
+        os.path.join(folder, name + ".npz"), drawn,
         card=json.dumps(convert_edm.card(network)), x=x.transpose(_NHWC),
         sigma=sigma, labels=labels, denoised=denoised.transpose(_NHWC))
 
