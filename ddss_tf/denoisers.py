@@ -330,8 +330,8 @@ def load_denoiser(
     return _load_ddpm(prefix, image_size)
   if not os.path.isdir(folder):
     raise UserError(
-        "denoiser path must be a folder, a checkpoint prefix, a .pt, .keras, "
-        ".npz or .safetensors file or "
+        "denoiser path must be a folder, a checkpoint prefix, a .pt file, a "
+        ".keras file, weights of EDM (.npz or .safetensors) or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(

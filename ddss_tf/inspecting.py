@@ -93,8 +93,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
 
   Returns:
     Lines of text: prediction, image shape, times, parameters, hash, kinds of
-    layers, schedule, and an estimate of the memory of a rematerialised step, which is
-    one call's activations with their gradients, plus K states.
+    layers, schedule, and an estimate of the memory of a rematerialised step,
+    which is one call's activations with their gradients, plus K states.
 
   Raises:
     UserError: `num_steps` or `micro_batch_size` below 1.

@@ -358,7 +358,8 @@ def test_inspecting_a_saved_model(tmp_path):
       folder, prediction="v", schedule=schedule, time_scale=0.01)
   text = inspecting.inspect(denoiser=denoiser)
   for words in ("prediction  v\n", "8 x 8 x 1",
-                f"{model.count_params():,} in 8", denoiser.sha256, "1 SavedModelNetwork", "time_scale = 0.01",
+                f"{model.count_params():,} in 8", denoiser.sha256,
+                "1 SavedModelNetwork", "time_scale = 0.01",
                 "may be learned", "T = 100, beta from 0.0001 to 0.02"):
     assert words in text, text
   # As much as of the same network in the open, but for what is not kept.
