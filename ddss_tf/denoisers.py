@@ -56,11 +56,13 @@ class Denoiser:
     image_shape: (H, W, C).
     continuous_time: False if times are rounded to integers, or have no
       gradient: they cannot be learned then, all else works.
-    sha256: hash of all weights, whatever file they came from; None if the
-      network has none.
+    sha256: hash of all weights, whatever file they came from, together with
+      what arguments of `load_denoiser` told about them; None if the network has
+      none.
 
   Raises:
-    ValueError: unknown prediction, or a convention that there is not.
+    ValueError: unknown prediction, a convention that there is not, or an image
+      shape that is missing or not the model's.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
@@ -72,7 +74,7 @@ class Denoiser:
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
-    self.image_shape = tuple(image_shape or model.input_shape[0][1:])
+    self.image_shape = _image_shape(model, image_shape)
     if continuous_time is None:
       continuous_time = foreign.is_continuous(model)
     self.continuous_time = continuous_time
@@ -102,7 +104,10 @@ class Denoiser:
       t = tf.repeat(t[None], tf.shape(x)[0])
     # training=False: no dropout, or rematerialisation would redraw its mask.
     output = self.model([x, t], training=False)
-    return tf.cast(self._without_variance(output), tf.float32)
+    output = tf.cast(self._without_variance(output), tf.float32)
+    if output.shape != x.shape:  # A SavedModel tells less than it takes.
+      output = tf.ensure_shape(output, x.shape)
+    return output
 
   def _without_variance(self, output):
     """[B, H, W, C] of [B, H, W, C] or [B, H, W, 2 C]."""
@@ -164,6 +169,7 @@ class Denoiser:
           f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
           " a SavedModel: copy its folder and its card, which load_denoiser "
           "reads")
+    weights = self.model.get_weights()
     with storage.replacing(os.path.join(path, _NETWORK)) as temporary:
       self.model.save(temporary)
     storage.write_json(os.path.join(path, _CARD), {
@@ -173,9 +179,35 @@ class Denoiser:
         **self.convention.non_default(),
         "prediction": self.prediction,
         **_schedule_card(self.schedule),
-        "sha256": self.sha256,
+        "sha256": fingerprint.arrays_sha256(weights) if weights else None,
         **({} if self.continuous_time else {"continuous_time": False}),
     })
+
+
+def _image_shape(model, told) -> tuple[int, int, int]:
+  """(H, W, C) of a model, or what was told of it, where it is open."""
+  shape = model.input_shape[0][1:] if hasattr(model, "input_shape") else None
+  shape = tuple(shape or (None,) * 3)
+  told = tuple(told or shape)
+  if len(told) != 3 or any(
+      None not in (a, b) and a != b for a, b in zip(shape, told)):
+    raise ValueError(f"image_shape must be {shape_text(shape)}. "
+                     f"Received: {shape_text(told)}")
+  if None in told:
+    raise ValueError("image_shape must be given, for the model takes "
+                     f"{shape_text(shape)}")
+  return told
+
+
+def _told_sha256(sha256: str | None, prediction: str,
+                 schedule: NoiseSchedule, convention: dict) -> str:
+  """Hash of a network and of what its file does not tell.
+
+  A run must not go on, and no cached result be taken, where these change.
+  """
+  return fingerprint.text_sha256(json.dumps(
+      [sha256, prediction, _schedule_card(schedule), convention],
+      sort_keys=True))
 
 
 def _schedule_card(schedule: NoiseSchedule) -> dict:
@@ -314,19 +346,19 @@ def load_denoiser(
   if edm_format.is_edm(path):
     _refuse_given(path, given | told, ("schedule",))
     return _load_edm(path, schedule)
-  _refuse_given(path, told, ())
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
+    _refuse_given(path, told, ())
     return _load_openai(path, given)
   folder = path
   if not os.path.exists(folder) and os.sep not in path:
     folder = os.path.join(_ASSETS, path)
   own = os.path.exists(os.path.join(folder, _CARD))
   if own or os.path.exists(os.path.join(folder, diffusers_format.CONFIG)):
-    _refuse_given(path, given, ())
+    _refuse_given(path, given | told, ())
     return _load_own(folder) if own else _load_diffusers(folder)
   prefix = ddpm_format.find_prefix(path)
   if prefix is not None:
-    _refuse_given(path, given, ("image_size",))
+    _refuse_given(path, given | told, ("image_size",))
     return _load_ddpm(prefix, image_size)
   if not os.path.isdir(folder):
     raise UserError(
@@ -431,8 +463,11 @@ def _load_edm(path: str, given) -> Denoiser:
                       f"'sigmas'. Received: {given!r}")
   model = edm_format.convert(path, edm_format.read_weights(path), config)
   name = os.path.splitext(os.path.basename(path))[0]
-  return Denoiser(model, schedule, "eps", name, process="ve",
-                  time_input="sigma")
+  denoiser = Denoiser(model, schedule, "eps", name, process="ve",
+                      time_input="sigma")
+  if given is not None:
+    denoiser.sha256 = _told_sha256(denoiser.sha256, "eps", schedule, {})
+  return denoiser
 
 
 def _load_foreign(path: str, given: dict) -> Denoiser:
@@ -456,6 +491,9 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
         image_shape=card["image_shape"], sha256=sha256, **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
+  denoiser.sha256 = _told_sha256(
+      denoiser.sha256, card["prediction"], card["schedule"],
+      card["convention"])
   if not foreign.check(denoiser, path):
     denoiser.continuous_time = False
   return denoiser

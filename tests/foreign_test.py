@@ -125,8 +125,11 @@ def test_card_beside_a_saved_model(exact, tmp_path):
   denoiser = ddss_tf.load_denoiser(folder + "/")
   assert (denoiser.prediction, denoiser.image_shape) == ("score", SHAPE)
   assert denoiser.schedule.num_train_steps == 50
-  # Arguments count more.
-  assert ddss_tf.load_denoiser(folder, prediction="v").prediction == "v"
+  # Arguments count more; a run of the one is not a run of the other.
+  other = ddss_tf.load_denoiser(folder, prediction="v")
+  assert other.prediction == "v" and other.sha256 != denoiser.sha256
+  assert other.sha256 == ddss_tf.load_denoiser(
+      folder, prediction="v").sha256
   refused(folder, "image_shape must be [?, ?, 1]", "[4, 4, 3]",
           image_shape=(4, 4, 3))
   with open(folder + ".json", "w") as f:
@@ -232,6 +235,7 @@ def test_arguments_that_are_refused(exact, tmp_path, told, words):
 
 
 def test_arguments_of_other_formats_are_refused():
+  refused("nowhere", "path must be a folder", **TOLD)
   refused("digits16-ddpm", "prediction must not be given", prediction="eps")
 
 
@@ -319,7 +323,14 @@ def test_keras_models_that_are_refused(exact, tmp_path):
   refused(path, "two inputs", "[?, 4, 4, 1]", **TOLD)
   with pytest.raises(ValueError, match="two inputs"):
     ddss_tf.Denoiser(keras.Model(x, x), exact.schedule)
-  t = keras.Input(())
+  anywhere, t = keras.Input((None, None, 1)), keras.Input(())
+  open_model = keras.Model([anywhere, t], keras.layers.Rescaling(2.0)(anywhere))
+  with pytest.raises(ValueError, match="image_shape must be given"):
+    ddss_tf.Denoiser(open_model, exact.schedule)
+  with pytest.raises(ValueError, match=r"must be \[\?, \?, 1\].*4, 4, 3"):
+    ddss_tf.Denoiser(open_model, exact.schedule, image_shape=(4, 4, 3))
+  open_model.save(path)
+  refused(path, "image_shape must be given", **TOLD)
   keras.Model([x, t], keras.layers.Conv2D(3, 1)(x)).save(path)
   refused(path, "[?, 4, 4, 1], or 2 channels", "[2, 4, 4, 3]", **TOLD)
 
