@@ -213,7 +213,7 @@ class SavedModelNetwork:
       raise UserError(f"{folder}: image_shape must be given, for its "
                       f"{self.entry_point} takes {shape_text(shape)}")
     self.input_shape = ((None, *shape), (None,))
-    self.variables = _variables(self._loaded, self._function)
+    self.variables = _variables(self._loaded)
     # What `inspect` counts, and what a SavedModel that calls this must hold.
     self.weights = self.variables
     self.layers = [self]
@@ -268,15 +268,13 @@ def _entry_points(loaded):
     yield name, call, list(specs.values())
 
 
-def _variables(loaded, function) -> list[tf.Variable]:
+def _variables(loaded) -> list[tf.Variable]:
   """All variables, each once, wherever the SavedModel keeps them."""
-  del function
   found = list(getattr(loaded, "variables", []))
   for signature in getattr(loaded, "signatures", {}).values():
     found += signature.graph.variables
-  functions = getattr(getattr(loaded, "__call__", None),
-                      "concrete_functions", []) if callable(loaded) else []
-  for concrete in functions:
+  for concrete in getattr(
+      getattr(loaded, "__call__", None), "concrete_functions", []):
     found += concrete.graph.variables
   return list({id(v.handle): v for v in found}.values())
 
