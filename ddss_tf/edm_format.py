@@ -67,8 +67,9 @@ _IGNORED = ("use_fp16", "augment_dim", "dropout", "label_dropout", "epsilon_t")
 
 
 def is_edm(path: str) -> bool:
-  """Whether it is a file of these formats; the card may still be missing."""
-  return path.endswith(SUFFIXES) and os.path.isfile(path)
+  """Whether it is such a file; safetensors are others', too, without a card."""
+  return path.endswith(SUFFIXES) and os.path.isfile(path) and (
+      path.endswith(".npz") or os.path.exists(path + ".json"))
 
 
 def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
