@@ -105,9 +105,11 @@ def main(argv):
   if not flags.FLAGS["verbosity"].present:
     # Libraries' news is for --verbosity=0; ours is the bar and TensorBoard.
     logging.set_verbosity(logging.WARNING)
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf.errors import Terminated, UserError  # pylint: disable=g-import-not-at-top
   try:
     _run()
+  except Terminated as error:
+    _fail(error, 143)
   except (UserError, OSError) as error:
     _fail(error)
   except RuntimeError as error:
@@ -116,11 +118,11 @@ def main(argv):
     _fail(f"gin: {error}")
 
 
-def _fail(error):
+def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(status)
 
 
 def _run():

@@ -8,7 +8,6 @@
 """
 
 import functools
-import json
 import os
 import time
 
@@ -20,6 +19,7 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
+from ddss_tf import checkpointing
 from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import objectives
@@ -28,12 +28,11 @@ from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import starts
-from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import Terminated, UserError
 from ddss_tf.samplers import KINDS, Sampler
 
 
@@ -152,6 +151,7 @@ class Search:
     self.best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
     self.best_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
     self.best = [tf.Variable(v.value, trainable=False) for v in self.variables]
+    self.not_finite = ""  # What was not, in the last step.
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
         units=self.units.value, scales=self.scales, optimizer=self.optimizer,
@@ -336,6 +336,7 @@ class Search:
     gradient = gradient * scales
     norm = float(np.linalg.norm(gradient.astype(np.float64)))
     taken = bool(np.isfinite(loss) and np.isfinite(norm))
+    self.not_finite = self._not_finite(loss, gradient)
     if taken:
       self.optimizer.apply([tf.constant(gradient)], [self.units])
       flat = self._start + self.scales * self.units.value
@@ -351,6 +352,15 @@ class Search:
       self.skipped.assign_add(1)
     self.step.assign_add(1)
     return loss, norm, taken
+
+  def _not_finite(self, loss, gradient) -> str:
+    """Names what is NaN or infinite."""
+    parts = [] if np.isfinite(loss) else ["the loss"]
+    ends = np.cumsum([int(np.prod(v.shape)) for v in self.variables])
+    parts += [f"the gradient of {variable.name}" for variable, part in zip(
+        self.variables, np.split(gradient, ends[:-1]))
+              if not np.all(np.isfinite(part))]
+    return ", ".join(parts)
 
   def keep_if_best(self, value: float) -> None:
     """Remembers the variables if `value` is the lowest validation so far."""
@@ -456,6 +466,7 @@ def search(
     checkpoint_every: int = 25,
     log_every: int = 5,
     max_skipped: int = 20,
+    restart: bool = False,
     cache_dir: str | None = None,
     jit_compile: bool = True,
 ) -> Sampler:
@@ -508,6 +519,8 @@ def search(
     checkpoint_every: steps between checkpoints.
     log_every: steps between TensorBoard scalars.
     max_skipped: steps with non-finite values after which the search stops.
+    restart: where `run_dir` holds another search, begin anew instead of
+      refusing; what the other one left is deleted.
     cache_dir: folder of the real images' features, which runs may share;
       run_dir/cache if None.
     jit_compile: compile the network with XLA.
@@ -612,7 +625,7 @@ def search(
       "control_variate": control_variate,
       "learning_rate": learning_rate, "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
-      "validate_every": validate_every})
+      "validate_every": validate_every}, restart)
   control, known = None, None
   if control_variate:
     control, known = (
@@ -629,29 +642,23 @@ def search(
       teacher=views_of_teacher(pool_samples, seed), control=control,
       images=dataset.images,
       x0_bound=x0_bound, jit_compile=jit_compile)
-  manager = tf.train.CheckpointManager(
-      state.checkpoint, run.path("checkpoints"), max_to_keep=3)
-  if manager.latest_checkpoint:
-    state.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+  checkpoints = checkpointing.Checkpoints(
+      state.checkpoint, run.path("checkpoints"), run.path("tensorboard"))
+  checkpoints.restore()
+  if checkpoints.latest:
     logging.info("going on from step %d", int(state.step))
   validation = make_value(
       validation_samples, views_of_teacher(validation_samples, seed + 1), known)
 
-  # Of the steps alone, and beside the checkpoints, which two runs of one search
-  # have in common.
-  clock_path = run.path("checkpoints", "clock.json")
-  seconds = 0.0
-  if int(state.step) and os.path.exists(clock_path):
-    with open(clock_path) as f:
-      seconds = json.load(f)["seconds"]
+  seconds = checkpoints.seconds  # Of the steps alone.
 
   def validate() -> float:
     return validation(sampler.coefficients().numpy())
 
-  with tf.summary.create_file_writer(run.path("tensorboard")).as_default(), \
-      progress.bar(
-          num_search_steps, f"search {sampler.label} K={sampler.num_steps}",
-          "step", initial=int(state.step)) as bar:
+  with checkpoints.writer().as_default(), progress.bar(
+      num_search_steps, f"search {sampler.label} K={sampler.num_steps}", "step",
+      initial=int(state.step)) as bar, (
+          checkpointing.deferred_termination()) as termination:
     start = int(state.step)
     if start == 0:
       tf.summary.text("config", f"```\n{gin.config_str()}\n```", step=0)
@@ -677,8 +684,8 @@ def search(
         if int(state.skipped) > max_skipped:
           raise UserError(
               f"search stopped at step {step}: {int(state.skipped)} steps had "
-              "values that are not finite; the last good checkpoint is "
-              f"{manager.latest_checkpoint}")
+              f"values that are not finite, this one in {state.not_finite}; "
+              f"the last good checkpoint is {checkpoints.latest}")
       if step % log_every == 0 or step == num_search_steps:
         pace = (time.monotonic() - clock) / min(log_every, step - start)
         clock = time.monotonic()
@@ -696,11 +703,14 @@ def search(
         logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
                      value, float(state.best_value), int(state.best_step))
         clock = time.monotonic()
-      if step % checkpoint_every == 0 or step == num_search_steps:
-        tf.summary.flush()
-        manager.save(checkpoint_number=step)
-        storage.write_json(clock_path, {"seconds": seconds})
+      if step % checkpoint_every == 0 or step == num_search_steps or (
+          termination.received):
+        checkpoints.save(step, seconds)
         clock = time.monotonic()
+      if termination.received:
+        raise Terminated(f"search ended by SIGTERM after step {step} of "
+                         f"{num_search_steps}, with checkpoint "
+                         f"{checkpoints.latest}; called again it goes on")
 
   if not np.isfinite(float(state.best_value)):
     raise UserError("no step of the search had a finite validation value: the "
