@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import data
+from ddss_tf import distribution
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import fingerprint
@@ -86,7 +87,8 @@ class Evaluator:
     self._reference = [reference_lib.reference(
         network, dataset, quantise=True, cache_dir=run.cache)
                        for network in self._networks]
-    self._extract = [tf.function(network) for network in self._networks]
+    self._extract = [distribution.row_wise(network)
+                     for network in self._networks]
     self._generators = {}
     self._known = _read_records(run.path(METRICS))
 

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import chain
+from ddss_tf import distribution
 from ddss_tf import progress
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
@@ -24,7 +25,8 @@ class Generator:
 
   Args:
     denoiser: the frozen network.
-    batch_size: images per call. The last batch of a request is filled up with
+    batch_size: images per call, rounded up to a multiple of the number of
+      replicas. The last batch of a request is filled up with
       images that are thrown away, since a new shape means a new compilation.
     jit_compile: compile the network with XLA.
     x0_bound: see `chain.bound_x0`.
@@ -33,16 +35,17 @@ class Generator:
   def __init__(self, denoiser: Denoiser, batch_size: int = 250,
                jit_compile: bool = True, x0_bound: str | None = None):
     self.denoiser = denoiser
-    self.batch_size = batch_size
+    self.batch_size = distribution.filled(batch_size)
     self.x0_bound = x0_bound
     self._eps = denoiser.compiled_eps(jit_compile)
-    self._sample = tf.function(self._sample_batch)
+    self._sample = distribution.replicated(self._sample_batch)
 
   def _sample_batch(self, coefficients, seed, indices):
     x_T, step_noise = chain.draw_noise(
-        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
-    return chain.run_chain(self._eps, coefficients, x_T, step_noise,
-                           x0_bound=self.x0_bound)
+        seed, distribution.own_rows(indices), self.denoiser.image_shape,
+        coefficients.num_steps)
+    return distribution.all_rows(chain.run_chain(
+        self._eps, coefficients, x_T, step_noise, x0_bound=self.x0_bound))
 
   def batches(self, coefficients: Coefficients, num_images: int, seed: int,
               description: str = "") -> Iterator[tf.Tensor]:

@@ -10,8 +10,8 @@ import os
 import zipfile
 
 import numpy as np
-import tensorflow as tf
 
+from ddss_tf import distribution
 from ddss_tf import fingerprint
 from ddss_tf import sampling
 from ddss_tf import solvers
@@ -77,7 +77,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
       pass  # Damaged: made again.
   generator = sampling.Generator(
       denoiser, min(250, num_samples), jit_compile, x0_bound)
-  view = tf.function(objective.view)
+  view = distribution.row_wise(objective.view)
   found = np.concatenate([view(images).numpy() for images in generator.batches(
       known, num_samples, seed, description)])
   os.makedirs(cache_dir, exist_ok=True)
