@@ -43,6 +43,7 @@ class Denoiser:
 
   Attributes:
     image_shape: (H, W, C).
+    num_classes: of a class-conditional network; None: it is unconditional.
     sha256: hash of all weights, whatever file they came from; None if the
       network has none.
 

@@ -130,6 +130,11 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
     if not isinstance(size, int):
       raise UserError(f"{source}: sample_size must be one whole number, for "
                       f"square images. Received: {size!r}")
+    if config["out_channels"] != config["in_channels"]:
+      raise UserError(
+          f"{source}: out_channels must be {config['in_channels']}, as "
+          "in_channels is; learned variances are not read. Received: "
+          f"{config['out_channels']!r}")
     unet_config = UNetConfig(
         image_size=size,
         in_channels=config["in_channels"],

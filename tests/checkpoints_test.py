@@ -744,6 +744,7 @@ def test_dropout_is_off(tmp_path):
     (dict(upsample_type="conv"), ["Missing: up_blocks.1.upsamplers.0.conv"]),
     (dict(downsample_padding=2), ["downsample_padding", "2"]),
     (dict(mid_block_type=None), ["mid_block_type", "None"]),
+    (dict(out_channels=6), ["out_channels must be 3", "6"]),
     (dict(attention_head_dim=3), ["head_channels=3", "cannot be built"]),
     (dict(time_embedding_dim="24"), ["cannot be built"]),
 ])
