@@ -2,7 +2,8 @@
 
 What a foreign model is - its architecture, what it predicts, how its times are
 scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
-[-1, 1], `t` a (fractional) index of a training step.
+[-1, 1], `t` a (fractional) index of a training step; and `eps(x_t, t, labels)`
+of a class-conditional network.
 """
 
 import json
