@@ -2,7 +2,8 @@
 
 What a foreign model is - its architecture, what it predicts, how its times are
 scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
-[-1, 1], `t` a (fractional) index of a training step.
+[-1, 1], `t` a (fractional) index of a training step; and `eps(x_t, t, labels)`
+of a class-conditional network.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 
 import gin
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ddss_tf import checkpoints
@@ -33,28 +35,35 @@ class Denoiser:
 
   Args:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
-      [B, H, W, C].
+      [B, H, W, C]; a class-conditional one `[x_t, t, labels]`, labels int [B].
     schedule: its forward process.
     prediction: "eps"; "x0"; or "v" = alpha_t eps - sigma_t x0 (Salimans and Ho
       2022, https://arxiv.org/abs/2202.00512).
     name: what results call it.
+    num_classes: given exactly if the model is class-conditional.
 
   Attributes:
     image_shape: (H, W, C).
+    num_classes: of a class-conditional network; None: it is unconditional.
     sha256: hash of all weights, whatever file they came from; None if the
       network has none.
 
   Raises:
-    ValueError: unknown prediction.
+    ValueError: unknown prediction; `num_classes` does not fit the model.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
-               name: str = "denoiser"):
+               name: str = "denoiser", num_classes: int | None = None):
     if prediction not in PREDICTIONS:
       raise ValueError(
           f"prediction must be one of {', '.join(PREDICTIONS)}. "
           f"Received: {prediction!r}")
+    if len(model.input_shape) != (2 if num_classes is None else 3):
+      raise ValueError(
+          "num_classes must be given exactly for a model of three inputs. "
+          f"Received: {num_classes} for {len(model.input_shape)} inputs")
     self.model = model
+    self.num_classes = num_classes
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
@@ -63,26 +72,63 @@ class Denoiser:
     self.sha256 = fingerprint.arrays_sha256(weights) if weights else None
     self._compiled = {}
 
-  def network(self, x, t) -> tf.Tensor:
+  def network(self, x, t, labels=None) -> tf.Tensor:
     """The raw prediction.
 
     Args:
       x: float [B, H, W, C].
       t: float [B], or a scalar for all of them, in [0, T - 1].
+      labels: int [B], or a scalar for all of them, in [0, num_classes - 1];
+        None exactly if the network is unconditional. Labels that are symbolic,
+        inside a `tf.function`, are not checked.
 
     Returns:
       float32 [B, H, W, C].
+
+    Raises:
+      ValueError: labels are missing, not wanted, not whole numbers or out of
+        range.
     """
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], tf.shape(x)[0])
+    inputs = [x, t, *self._label_input(labels, tf.shape(x)[0])]
     # training=False: no dropout, or rematerialisation would redraw its mask.
-    return tf.cast(self.model([x, t], training=False), tf.float32)
+    return tf.cast(self.model(inputs, training=False), tf.float32)
 
-  def eps(self, x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-    """The predicted noise [B, H, W, C], whatever the network predicts."""
-    prediction = self.network(x_t, t)
+  def _label_input(self, labels, batch_size) -> list[tf.Tensor]:
+    """The network's third input, int32 [B], in a list; empty if it has none."""
+    if self.num_classes is None:
+      if labels is not None:
+        raise ValueError(f"labels must be None: {self.name!r} is unconditional."
+                         f" Received: {type(labels).__name__}")
+      return []
+    if labels is None:
+      raise ValueError(f"labels must be given: {self.name!r} has "
+                       f"{self.num_classes} classes. Received: None")
+    labels = tf.convert_to_tensor(labels)
+    if not labels.dtype.is_integer:
+      raise ValueError("labels must be whole numbers. "
+                       f"Received: {labels.dtype.name}")
+    known = tf.get_static_value(labels)
+    if known is not None and not np.all(
+        (0 <= known) & (known < self.num_classes)):
+      raise ValueError(f"labels must be in [0, {self.num_classes - 1}]. "
+                       f"Received: {known.min()} to {known.max()}")
+    labels = tf.cast(labels, tf.int32)
+    return [tf.repeat(labels[None], batch_size) if labels.shape.rank == 0
+            else labels]
+
+  def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels=None) -> tf.Tensor:
+    """The predicted noise [B, H, W, C], whatever the network predicts.
+
+    Args:
+      x_t: float [B, H, W, C].
+      t: float [B], or a scalar for all of them.
+      labels: see `network`.
+    """
+    prediction = self.network(x_t, t, labels)
     if self.prediction == "eps":
       return prediction
     alpha_t, sigma_t = self.schedule.alpha_sigma(t)
@@ -122,6 +168,7 @@ class Denoiser:
         "prediction": self.prediction,
         "betas": self.schedule.betas.tolist(),
         "sha256": self.sha256,
+        "num_classes": self.num_classes,
     })
 
 
@@ -177,6 +224,8 @@ def load_denoiser(
     path: str = gin.REQUIRED,
     image_size: int | None = None,
     num_heads: int | None = None,
+    num_head_channels: int | None = None,
+    use_new_attention_order: bool | None = None,
     diffusion_steps: int | None = None,
     noise_schedule: str | None = None,
     rescale_timesteps: bool | None = None,
@@ -187,20 +236,25 @@ def load_denoiser(
     path: one of
       - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
-        `scheduler_config.json`, `diffusion_pytorch_model.safetensors`;
+        `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
+        `.bin` (which needs PyTorch); or such a file of any name, with the two
+        others beside it;
       - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
         by its prefix ("folder/model.ckpt-790000") or its folder;
-      - a state dict of improved-diffusion (`.pt`, unconditional; reading it
-        needs PyTorch), with a card beside it, `<path>.json`, of what tensors do
-        not tell: the arguments below by their names;
+      - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
+        it needs PyTorch), with a card beside it, `<path>.json`, of what tensors
+        do not tell: the arguments below by their names;
       - the name of an embedded model: "digits16-ddpm".
     image_size: height and width, for the two formats that do not say; None: the
       card's, or, for DDPM, such that attention is at 16x16.
-    num_heads: of improved-diffusion; None: the card's, as for all below.
-    diffusion_steps: T of improved-diffusion.
-    noise_schedule: of improved-diffusion, "linear" or "cosine".
-    rescale_timesteps: whether improved-diffusion's network was fed with
-      t * 1000 / T. The denoiser's own times are training steps either way.
+    num_heads: of a `.pt` network; None: the card's, as for all below.
+    num_head_channels: of each head, instead of their number.
+    use_new_attention_order: of guided-diffusion, whose networks differ in it
+      without a trace in names or shapes.
+    diffusion_steps: T.
+    noise_schedule: "linear" or "cosine".
+    rescale_timesteps: whether the network was fed with t * 1000 / T. The
+      denoiser's own times are training steps either way.
 
   Returns:
     The denoiser, frozen.
@@ -212,11 +266,16 @@ def load_denoiser(
   """
   given = {
       "image_size": image_size, "num_heads": num_heads,
+      "num_head_channels": num_head_channels,
+      "use_new_attention_order": use_new_attention_order,
       "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
       "rescale_timesteps": rescale_timesteps,
   }
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _load_openai(path, given)
+  if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path):
+    _refuse_given(path, given, ())
+    return _load_diffusers(path)
   folder = path
   if not os.path.exists(folder) and os.sep not in path:
     folder = os.path.join(_ASSETS, path)
@@ -230,7 +289,8 @@ def load_denoiser(
     return _load_ddpm(prefix, image_size)
   if not os.path.isdir(folder):
     raise UserError(
-        "denoiser path must be a folder, a checkpoint prefix, a .pt file or "
+        "denoiser path must be a folder, a checkpoint prefix, a .pt, "
+        ".safetensors or .bin file or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(
@@ -261,6 +321,7 @@ def _load_own(folder: str) -> Denoiser:
       card = json.load(f)
     name, prediction = card["name"], card["prediction"]
     betas, sha256 = card["betas"], card["sha256"]
+    num_classes = card.get("num_classes")  # Older cards have none.
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{card_path} is damaged: {error!r}") from error
   network_path = os.path.join(folder, _NETWORK)
@@ -274,7 +335,11 @@ def _load_own(folder: str) -> Denoiser:
         f"{network_path} is not a complete Keras file: "
         f"{' '.join(str(error).split())[:200]}") from error
   model.trainable = False
-  denoiser = Denoiser(model, NoiseSchedule(betas), prediction, name)
+  try:
+    denoiser = Denoiser(
+        model, NoiseSchedule(betas), prediction, name, num_classes)
+  except ValueError as error:
+    raise UserError(f"{card_path} is damaged: {error}") from error
   if denoiser.sha256 != sha256:
     raise UserError(
         f"weights in {network_path} must have the SHA-256 {sha256} of their "
@@ -282,15 +347,18 @@ def _load_own(folder: str) -> Denoiser:
   return denoiser
 
 
-def _load_diffusers(folder: str) -> Denoiser:
-  """Reads a diffusers folder into our U-Net."""
-  config, betas, prediction = diffusers_format.read_config(folder)
-  weights = diffusers_format.read_weights(folder)
+def _load_diffusers(path: str) -> Denoiser:
+  """Reads a diffusers folder, or a weights file in it, into our U-Net."""
+  config, betas, prediction = diffusers_format.read_config(path)
+  weights = diffusers_format.read_weights(path)
   model = checkpoints.build_frozen(
-      folder, config,
+      path, config,
       lambda variables: diffusers_format.to_keras(weights, variables))
-  name = os.path.basename(os.path.normpath(folder))
-  return Denoiser(model, NoiseSchedule(betas), prediction, name)
+  name = os.path.basename(os.path.normpath(path))
+  for suffix in diffusers_format.SUFFIXES:
+    name = name.removesuffix(suffix)
+  return Denoiser(
+      model, NoiseSchedule(betas), prediction, name, config.num_classes)
 
 
 def _load_ddpm(prefix: str, image_size: int | None) -> Denoiser:
@@ -301,11 +369,13 @@ def _load_ddpm(prefix: str, image_size: int | None) -> Denoiser:
 
 
 def _load_openai(path: str, given: dict) -> Denoiser:
-  """Reads a state dict of improved-diffusion."""
+  """Reads a state dict of improved-diffusion or guided-diffusion."""
   # The card first: its faults are cheaper to find.
   card = openai_format.read_card(path, given)
   betas = openai_format.betas(card)
-  model = openai_format.convert(path, openai_format.read_weights(path), card)
+  weights = checkpoints.read_state_dict(path)
+  model = openai_format.convert(path, weights, card)
   name = os.path.basename(path).removesuffix(openai_format.SUFFIX)
   return Denoiser(model, NoiseSchedule(betas),
-                  "x0" if card["predict_xstart"] else "eps", name)
+                  "x0" if card["predict_xstart"] else "eps", name,
+                  openai_format.num_classes(weights))

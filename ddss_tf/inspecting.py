@@ -23,8 +23,10 @@ def activation_bytes(denoiser: Denoiser) -> int:
   The sum of all floating-point results in the call's graph: what
   backpropagation through it keeps at the most.
   """
-  graph = tf.function(denoiser.eps).get_concrete_function(
-      tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))).graph
+  specs = [tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))]
+  if denoiser.num_classes is not None:
+    specs.append(tf.TensorSpec((1,), tf.int32))
+  graph = tf.function(denoiser.eps).get_concrete_function(*specs).graph
   return sum(
       output.dtype.size * int(np.prod(output.shape))
       for operation in graph.get_operations()
@@ -67,6 +69,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "name": denoiser.name,
       "prediction": denoiser.prediction,
       "images": " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]",
+      "classes": denoiser.num_classes or "none: unconditional",
       "parameters": f"{model.count_params():,} in {len(model.weights)} "
                     "variables",
       "sha256": denoiser.sha256 or "none: no weights",

@@ -38,11 +38,16 @@ from ddss_tf.samplers import KINDS, Sampler
 
 
 def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
-  """Checks that all parts speak of images of one shape.
+  """Checks that all parts speak of images of one shape, without classes.
 
   Raises:
-    UserError: names the part that differs.
+    UserError: names the part that differs; the denoiser is class-conditional.
   """
+  if denoiser.num_classes is not None:
+    raise UserError(
+        "search and evaluation need an unconditional denoiser: they give no "
+        f"labels. Received: {denoiser.name!r} with {denoiser.num_classes} "
+        "classes")
   shape = denoiser.image_shape
   others = [("data set", dataset.name, dataset.images.shape[1:])]
   others += [("feature network", network.name, network.image_shape)
