@@ -41,19 +41,29 @@ class Denoiser:
       2022, https://arxiv.org/abs/2202.00512).
     name: what results call it.
     num_classes: given exactly if the model is class-conditional.
+    guidance_scale: of classifier-free guidance (Ho and Salimans 2022,
+      https://arxiv.org/abs/2207.12598), s in eps(null) + s (eps(label) -
+      eps(null)): 1 is none, 0 unconditional. It takes two network calls, made
+      as one of twice the batch. None: no guidance, one call.
+    null_label: the label that stands for no class, with which the network was
+      trained to be unconditional; never drawn.
 
   Attributes:
     image_shape: (H, W, C).
     num_classes: of a class-conditional network; None: it is unconditional.
     sha256: hash of all weights, whatever file they came from; None if the
       network has none.
+    key: `sha256`, or with guidance a hash that covers it too: what decides eps.
 
   Raises:
-    ValueError: unknown prediction; `num_classes` does not fit the model.
+    ValueError: unknown prediction; `num_classes` does not fit the model;
+      guidance of an unconditional network or without a null label.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
-               name: str = "denoiser", num_classes: int | None = None):
+               name: str = "denoiser", num_classes: int | None = None,
+               guidance_scale: float | None = None,
+               null_label: int | None = None):
     if prediction not in PREDICTIONS:
       raise ValueError(
           f"prediction must be one of {', '.join(PREDICTIONS)}. "
@@ -62,15 +72,37 @@ class Denoiser:
       raise ValueError(
           "num_classes must be given exactly for a model of three inputs. "
           f"Received: {num_classes} for {len(model.input_shape)} inputs")
+    if null_label is not None and not (
+        num_classes and 0 <= null_label < num_classes):
+      raise ValueError(
+          "null_label must be one of the network's classes, of which there are "
+          f"{num_classes or 'none'}. Received: {null_label}")
+    if guidance_scale is not None and null_label is None:
+      raise ValueError(
+          "guidance_scale needs a null_label: the class with which the network "
+          f"is unconditional. Received: guidance_scale={guidance_scale}")
     self.model = model
     self.num_classes = num_classes
+    self.guidance_scale = guidance_scale
+    self.null_label = null_label
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
     self.image_shape = tuple(model.input_shape[0][1:])
     weights = model.get_weights()
     self.sha256 = fingerprint.arrays_sha256(weights) if weights else None
+    self.key = self.sha256
+    if guidance_scale is not None:
+      self.key = fingerprint.text_sha256(
+          f"{self.sha256} {float(guidance_scale)} {null_label}")
     self._compiled = {}
+
+  @property
+  def identity(self) -> dict:
+    """How results name it: "name", "sha256", and its guidance if there is."""
+    guidance = {} if self.guidance_scale is None else {
+        "guidance_scale": self.guidance_scale, "null_label": self.null_label}
+    return {"name": self.name, "sha256": self.sha256, **guidance}
 
   def network(self, x, t, labels=None) -> tf.Tensor:
     """The raw prediction.
@@ -128,7 +160,10 @@ class Denoiser:
       t: float [B], or a scalar for all of them.
       labels: see `network`.
     """
-    prediction = self.network(x_t, t, labels)
+    if self.guidance_scale is None:
+      prediction = self.network(x_t, t, labels)
+    else:
+      prediction = self._guided(x_t, t, labels)
     if self.prediction == "eps":
       return prediction
     alpha_t, sigma_t = self.schedule.alpha_sigma(t)
@@ -137,6 +172,49 @@ class Denoiser:
     if self.prediction == "x0":
       return (x_t - alpha_t * prediction) / sigma_t
     return sigma_t * x_t + alpha_t * prediction
+
+  def _guided(self, x_t, t, labels):
+    """The prediction with guidance: eps, x0 and v are affine in each other."""
+    batch_size = tf.shape(x_t)[0]
+    (labels,) = self._label_input(labels, batch_size)
+    t = tf.convert_to_tensor(t, tf.float32)
+    if t.shape.rank == 0:
+      t = tf.repeat(t[None], batch_size)
+    null = tf.fill(tf.shape(labels), self.null_label)
+    given, free = tf.split(self.network(
+        tf.concat([x_t, x_t], axis=0), tf.concat([t, t], axis=0),
+        tf.concat([labels, null], axis=0)), 2)
+    return free + self.guidance_scale * (given - free)
+
+  def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
+    """Draws a class for every sample, from its own seed.
+
+    All classes but the null one are as frequent: our choice, and right for a
+    data set with as many images of each.
+
+    Args:
+      seed: int32 [2].
+      indices: int [B], the global indices of the samples.
+
+    Returns:
+      int32 [B]; None for an unconditional network.
+    """
+    if self.num_classes is None:
+      return None
+    count = self.num_classes - (self.null_label is not None)
+
+    def one(index):
+      own = tf.random.experimental.stateless_fold_in(
+          tf.cast(seed, tf.int32), index, alg="philox")
+      # 0 and 1 are the noise's, see chain.draw_noise.
+      own = tf.random.experimental.stateless_fold_in(own, 2, alg="philox")
+      return tf.random.stateless_uniform(
+          [], own, 0, count, tf.int32, alg="philox")
+
+    labels = tf.map_fn(one, tf.cast(indices, tf.int32))
+    if self.null_label is None:
+      return labels
+    return labels + tf.cast(labels >= self.null_label, tf.int32)
 
   def compiled_eps(self, jit_compile: bool = True):
     """`eps` as a `tf.function`, the same one at every call.
@@ -169,6 +247,8 @@ class Denoiser:
         "betas": self.schedule.betas.tolist(),
         "sha256": self.sha256,
         "num_classes": self.num_classes,
+        "guidance_scale": self.guidance_scale,
+        "null_label": self.null_label,
     })
 
 
@@ -229,6 +309,8 @@ def load_denoiser(
     diffusion_steps: int | None = None,
     noise_schedule: str | None = None,
     rescale_timesteps: bool | None = None,
+    null_label: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Denoiser:
   """Loads a frozen, pre-trained denoiser.
 
@@ -255,6 +337,9 @@ def load_denoiser(
     noise_schedule: "linear" or "cosine".
     rescale_timesteps: whether the network was fed with t * 1000 / T. The
       denoiser's own times are training steps either way.
+    null_label: of a class-conditional network, the label that stands for no
+      class; None: it has none, or our own format's card says.
+    guidance_scale: see `Denoiser`; needs a null label.
 
   Returns:
     The denoiser, frozen.
@@ -271,6 +356,21 @@ def load_denoiser(
       "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
       "rescale_timesteps": rescale_timesteps,
   }
+  denoiser = _load(path, given)
+  if null_label is None and guidance_scale is None:
+    return denoiser
+  try:
+    return Denoiser(
+        denoiser.model, denoiser.schedule, denoiser.prediction, denoiser.name,
+        denoiser.num_classes,
+        denoiser.guidance_scale if guidance_scale is None else guidance_scale,
+        denoiser.null_label if null_label is None else null_label)
+  except ValueError as error:
+    raise UserError(f"load_denoiser: {error}") from error
+
+
+def _load(path: str, given: dict) -> Denoiser:
+  """Finds out what a path is, and reads it; see `load_denoiser`."""
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _load_openai(path, given)
   if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path):
@@ -286,7 +386,7 @@ def load_denoiser(
   prefix = ddpm_format.find_prefix(path)
   if prefix is not None:
     _refuse_given(path, given, ("image_size",))
-    return _load_ddpm(prefix, image_size)
+    return _load_ddpm(prefix, given["image_size"])
   if not os.path.isdir(folder):
     raise UserError(
         "denoiser path must be a folder, a checkpoint prefix, a .pt, "
@@ -337,7 +437,8 @@ def _load_own(folder: str) -> Denoiser:
   model.trainable = False
   try:
     denoiser = Denoiser(
-        model, NoiseSchedule(betas), prediction, name, num_classes)
+        model, NoiseSchedule(betas), prediction, name, num_classes,
+        card.get("guidance_scale"), card.get("null_label"))
   except ValueError as error:
     raise UserError(f"{card_path} is damaged: {error}") from error
   if denoiser.sha256 != sha256:

@@ -43,6 +43,11 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
         f"{found.denoiser.get('name')!r} with SHA-256 "
         f"{found.denoiser.get('sha256')}. Received: {denoiser.name!r} with "
         f"{denoiser.sha256}")
+  if found.denoiser.get("guidance_scale") != denoiser.guidance_scale:
+    raise UserError(
+        f"{run.path(card.FILE)} was found with guidance_scale "
+        f"{found.denoiser.get('guidance_scale')}. Received: {denoiser.name!r} "
+        f"with {denoiser.guidance_scale}")
   sampler = FixedSampler(denoiser.schedule, found.coefficients, found.label)
   return sampler, found.x0_bound
 
@@ -145,8 +150,7 @@ class Evaluator:
         "seed": self._seed,
         "features": features[0],
         "features_heldout": features[1],
-        "denoiser": {"name": self._denoiser.name,
-                     "sha256": self._denoiser.sha256},
+        "denoiser": self._denoiser.identity,
         "dataset": self._dataset.name,
         "dataset_sha256": self._dataset.sha256,
     }

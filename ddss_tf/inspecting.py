@@ -34,6 +34,17 @@ def activation_bytes(denoiser: Denoiser) -> int:
       if output.dtype.is_floating and output.shape.is_fully_defined())
 
 
+def _classes(denoiser):
+  """How many classes, and what of guidance."""
+  if denoiser.num_classes is None:
+    return "none: unconditional"
+  null = ("" if denoiser.null_label is None
+          else f", label {denoiser.null_label} stands for none")
+  guidance = ("" if denoiser.guidance_scale is None else
+              f", guidance {denoiser.guidance_scale:g}: 2 calls a step")
+  return f"{denoiser.num_classes}{null}{guidance}"
+
+
 @gin.configurable(denylist=["run_dir"])
 def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
             num_steps: int = 10, micro_batch_size: int = 64) -> str:
@@ -69,7 +80,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "name": denoiser.name,
       "prediction": denoiser.prediction,
       "images": " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]",
-      "classes": denoiser.num_classes or "none: unconditional",
+      "classes": _classes(denoiser),
       "parameters": f"{model.count_params():,} in {len(model.weights)} "
                     "variables",
       "sha256": denoiser.sha256 or "none: no weights",

@@ -40,15 +40,21 @@ class Generator:
     self._eps = denoiser.compiled_eps(jit_compile)
     self._sample = distribution.replicated(self._sample_batch)
 
-  def _sample_batch(self, coefficients, seed, indices):
+  def _sample_batch(self, coefficients, seed, indices, labels=None):
+    indices = distribution.own_rows(indices)
+    if labels is None:
+      labels = self.denoiser.draw_labels(seed, indices)
+    else:
+      labels = distribution.own_rows(labels)
     x_T, step_noise = chain.draw_noise(
-        seed, distribution.own_rows(indices), self.denoiser.image_shape,
-        coefficients.num_steps)
+        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
     return distribution.all_rows(chain.run_chain(
-        self._eps, coefficients, x_T, step_noise, x0_bound=self.x0_bound))
+        chain.with_labels(self._eps, labels), coefficients, x_T, step_noise,
+        x0_bound=self.x0_bound))
 
   def batches(self, coefficients: Coefficients, num_images: int, seed: int,
-              description: str = "") -> Iterator[tf.Tensor]:
+              description: str = "", label: int | None = None
+              ) -> Iterator[tf.Tensor]:
     """Yields images 0 ... num_images - 1 of a seed.
 
     Args:
@@ -56,6 +62,8 @@ class Generator:
       num_images: how many.
       seed: of the run; image i depends on it and on i only.
       description: text of the progress bar; none is shown if empty.
+      label: the class of all images of a class-conditional network; None:
+        each image's class is drawn (`Denoiser.draw_labels`).
 
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
@@ -63,15 +71,16 @@ class Generator:
     coefficients = Coefficients(
         *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
     pair = seed_pair(seed)
+    labels = None if label is None else tf.fill([self.batch_size], label)
     with progress.bar(num_images, description, "image") as bar:
       for start in range(0, num_images, self.batch_size):
         indices = tf.range(start, start + self.batch_size)
         count = min(self.batch_size, num_images - start)
-        yield self._sample(coefficients, pair, indices)[:count]
+        yield self._sample(coefficients, pair, indices, labels)[:count]
         bar.update(count)
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,
-             description: str = "") -> np.ndarray:
+             description: str = "", label: int | None = None) -> np.ndarray:
     """All of `batches` as one array, float32 [N, H, W, C]."""
     return np.concatenate([batch.numpy() for batch in self.batches(
-        coefficients, num_images, seed, description)])
+        coefficients, num_images, seed, description, label)])

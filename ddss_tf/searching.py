@@ -38,16 +38,11 @@ from ddss_tf.samplers import KINDS, Sampler
 
 
 def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
-  """Checks that all parts speak of images of one shape, without classes.
+  """Checks that all parts speak of images of one shape.
 
   Raises:
-    UserError: names the part that differs; the denoiser is class-conditional.
+    UserError: names the part that differs.
   """
-  if denoiser.num_classes is not None:
-    raise UserError(
-        "search and evaluation need an unconditional denoiser: they give no "
-        f"labels. Received: {denoiser.name!r} with {denoiser.num_classes} "
-        "classes")
   shape = denoiser.image_shape
   others = [("data set", dataset.name, dataset.images.shape[1:])]
   others += [("feature network", network.name, network.image_shape)
@@ -165,13 +160,15 @@ class Search:
         best_step=self._best_step)
 
     plain = denoiser.compiled_eps(jit_compile)
-    eps_fn = chain.rematerialise(plain) if remat else plain
 
-    def make_view(indices, network):
+    def make_view(indices, remat):
       x_T, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
+      eps_fn = chain.with_labels(
+          plain, denoiser.draw_labels(self._pair, indices))
       return objective.view(chain.run_chain(
-          network, sampler.coefficients(), x_T, step_noise, x0_bound=x0_bound))
+          chain.rematerialise(eps_fn) if remat else eps_fn,
+          sampler.coefficients(), x_T, step_noise, x0_bound=x0_bound))
 
     def flat_gradient(tape, target, output_gradients=None):
       gradients = tape.gradient(
@@ -189,7 +186,7 @@ class Search:
 
     def one_pass(indices, teacher, control):
       with tf.GradientTape() as tape:
-        view = make_view(distribution.own_rows(indices), eps_fn)
+        view = make_view(distribution.own_rows(indices), remat)
       # Of all replicas' samples, of which each then pulls its own back.
       loss, cotangents = differentiate(
           distribution.all_rows(view), teacher, control)
@@ -199,7 +196,7 @@ class Search:
     def pull_back(indices, cotangents):
       """Gradient of sum(view * cotangents)."""
       with tf.GradientTape() as tape:
-        view = make_view(distribution.own_rows(indices), eps_fn)
+        view = make_view(distribution.own_rows(indices), remat)
       return distribution.total(
           flat_gradient(tape, view, distribution.own_rows(cotangents)))
 
@@ -210,11 +207,12 @@ class Search:
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
       with tf.GradientTape() as tape:
         loss = elbo.negative_elbo(
-            eps_fn, sampler.coefficients(), x_0, first_noise, step_noise)
+            chain.rematerialise(plain) if remat else plain,
+            sampler.coefficients(), x_0, first_noise, step_noise)
       return loss, flat_gradient(tape, loss)
 
     self._population = distribution.row_wise(
-        lambda indices: make_view(indices, plain))
+        lambda indices: make_view(indices, remat=False))
     self._differentiate = differentiate
     self._one_pass = distribution.replicated(one_pass)
     self._pull_back = distribution.replicated(pull_back)
@@ -616,6 +614,9 @@ def search(
   if goal.is_elbo and x0_bound is not None:
     raise UserError("search.x0_bound must be None for the objective 'elbo', "
                     f"whose states are not sampled. Received: {x0_bound!r}")
+  if goal.is_elbo and denoiser.num_classes is not None:
+    raise UserError("objective 'elbo' needs an unconditional denoiser: images "
+                    f"come without their classes. Received: {denoiser.name!r}")
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
   control_variate = control_variate and goal.uses_control
 
@@ -637,7 +638,7 @@ def search(
       _Validation, goal, denoiser, dataset.images, seed=seed + 1,
       x0_bound=x0_bound, jit_compile=jit_compile)
   identity = {
-      "denoiser": denoiser.sha256, "dataset": dataset.sha256,
+      "denoiser": denoiser.key, "dataset": dataset.sha256,
       "features": [network.key for network in networks],
       "feature_weights": feature_weights, "objective": goal.terms,
       "x0_bound": x0_bound}
@@ -759,7 +760,7 @@ def search(
   best = sampler.coefficients().numpy()
   card.write(run.path(card.FILE), card.SamplerCard(
       label=sampler.label, coefficients=best,
-      denoiser={"name": denoiser.name, "sha256": denoiser.sha256},
+      denoiser=denoiser.identity,
       search={
           "config": sampler.get_config(),
           "steps": num_search_steps, "best_step": state.best_step,

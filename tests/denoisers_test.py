@@ -221,11 +221,6 @@ def test_save_and_load_with_classes(conditional, noise, tmp_path):
   refused(tmp_path, "damaged", "num_classes")
 
 
-def test_conditional_denoisers_are_not_searched(conditional):
-  with pytest.raises(UserError, match="unconditional.*'denoiser' with 3"):
-    searching.check_shapes(conditional, None)
-
-
 def refused(path, *words):
   with pytest.raises(UserError) as error:
     ddss_tf.load_denoiser(str(path))
