@@ -23,6 +23,7 @@ from ddss_tf import checkpointing
 from ddss_tf import distribution
 from ddss_tf import elbo
 from ddss_tf import figures
+from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf import progress
 from ddss_tf import reference
@@ -492,6 +493,7 @@ def search(
     control_variate: bool = True,
     pool_samples: int = 8192,
     learning_rate: float = 0.15,
+    rate_of_distance: float = 1.5,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,
@@ -540,10 +542,15 @@ def search(
       (`objectives.MOMENTS`): more precise, for the price of `pool_samples`
       images before the first step.
     pool_samples: how many images the teacher and the control variate make
-      beforehand; the steps take their samples from these in turn.
+      beforehand; the steps take their samples from these in turn. Validation
+      has half as many of its own to know the control variate's moments by.
     learning_rate: Adam's highest rate, as the share of the features' standard
       deviation by which one step of all variables together moves them. It
       serves every K.
+    rate_of_distance: the rate is at most this times the start's distance, the
+      root of the Frechet distance in the same unit; a start with little way to
+      go would be thrown off it, and not come back. It is measured on the
+      control variate's images, and without one there is no such limit.
     rate_multipliers: factors on the rate by kind of variable
       (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
@@ -662,10 +669,11 @@ def search(
       "pool_samples": (
           pool_samples if goal.uses_teacher or control_variate else None),
       "control_variate": control_variate,
-      "learning_rate": learning_rate, "rate_multipliers": multipliers,
+      "learning_rate": learning_rate, "rate_of_distance": rate_of_distance,
+      "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every}, restart)
-  control, known = None, None
+  control, known, rate = None, None, learning_rate
   if control_variate:
     # Validation has a pool of its own: what the steps owe to the chance of
     # theirs must not look like progress.
@@ -674,12 +682,17 @@ def search(
                    seed=noise_seed, description="control variate")
         for count, noise_seed in (
             (pool_samples, seed),
-            (max(pool_samples, validation_samples), seed + 1)))
+            (max(pool_samples // 2, validation_samples), seed + 1)))
     known = other[:validation_samples], goal.control_moments(other)
+    distance = metrics.fid(reals[0], other[:, :goal.feature_width])
+    rate = min(rate, rate_of_distance * max(distance, 0.0) ** 0.5
+               / goal.feature_std)
+    logging.info("Frechet distance of the start %.3f, rate %.4f", distance,
+                 rate)
   state = Search(
       denoiser, sampler, goal, batch_size=batch_size,
       gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
-      num_search_steps=num_search_steps, learning_rate=learning_rate,
+      num_search_steps=num_search_steps, learning_rate=rate,
       rate_multipliers=multipliers, seed=seed,
       teacher=views_of_teacher(pool_samples, seed), control=control,
       images=dataset.images,
@@ -767,7 +780,8 @@ def search(
           "skipped_steps": state.skipped, "batch_size": batch_size,
           "gradient_samples": gradient_samples, "objective": goal.terms,
           "control_variate": control_variate,
-          "learning_rate": learning_rate, "rate_multipliers": multipliers,
+          "learning_rate": learning_rate, "rate": rate,
+          "rate_multipliers": multipliers,
           "seed": seed, "seconds": round(seconds, 3),
           "validation": state.best_value,
           "validation_samples": validation_samples,

@@ -369,7 +369,8 @@ def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="dpm++2m", stride="linear")
   sampler = ddss_tf.search(str(tmp_path), **parts, **options(
-      sampler=family, learning_rate=300.0, max_skipped=100))
+      sampler=family, learning_rate=300.0, rate_of_distance=1e9,
+      max_skipped=100))
   start = solvers.solver_coefficients(
       parts["denoiser"].schedule, "dpm++2m", 3, "linear").numpy()
   for a, b in zip(sampler.coefficients(), start):
