@@ -20,7 +20,7 @@ class SamplerCard:
   Attributes:
     label: what tables and pictures call it.
     coefficients: NumPy, float32.
-    denoiser: {"name", "sha256"} of the model it was found for.
+    denoiser: of the model it was found for, see `Denoiser.identity`.
     search: how it was found.
     x0_bound: the bound on x0_hat it was found with, see `chain.bound_x0`.
   """

@@ -47,6 +47,21 @@ def rematerialise(eps_fn: EpsFn) -> EpsFn:
   return tf.recompute_grad(eps_fn)
 
 
+def with_labels(eps_fn: EpsFn, labels: tf.Tensor | None) -> EpsFn:
+  """A class-conditional network with the samples' classes filled in.
+
+  Args:
+    eps_fn: (x_t [B, H, W, C], t [B], labels [B]) -> [B, H, W, C].
+    labels: int32 [B]; None leaves an unconditional `eps_fn` as it is.
+
+  Returns:
+    (x_t, t) -> [B, H, W, C].
+  """
+  if labels is None:
+    return eps_fn
+  return lambda x_t, t: eps_fn(x_t, t, labels)
+
+
 def bound_x0(x0_hat: tf.Tensor, x0_bound: str | None) -> tf.Tensor:
   """Keeps predicted images near [-1, 1].
 

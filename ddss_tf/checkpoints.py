@@ -39,6 +39,39 @@ def one_line(error: Exception) -> str:
   return " ".join(str(error).split())[:200]
 
 
+def read_state_dict(path: str) -> dict[str, np.ndarray]:
+  """Reads a state dict of PyTorch. Runs no code from the file.
+
+  Args:
+    path: of the file, ".pt" or ".bin".
+
+  Returns:
+    float32 arrays by the file's names.
+
+  Raises:
+    UserError: PyTorch is not installed; the file is truncated, not a state
+      dict, or has values that are not finite.
+  """
+  try:
+    import torch  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise UserError("PyTorch must be installed to read a .pt or .bin file (pip "
+                    f"install torch; the CPU build will do). Received: {path!r}"
+                    ) from error
+  try:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:  # PyTorch raises many kinds for a damaged file.
+    raise UserError(f"{path} is not a complete PyTorch state dict: "
+                    f"{one_line(error)}") from error
+  if not isinstance(state, dict) or not all(
+      isinstance(value, torch.Tensor) for value in state.values()):
+    raise UserError(f"{path} must hold a state dict, tensors by name. "
+                    f"Received: {type(state).__name__}")
+  # float() first: NumPy has no bfloat16.
+  return finite_float32(path, {
+      name: value.float().numpy() for name, value in state.items()})
+
+
 def finite_float32(
     source: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Casts weights to float32.
@@ -142,7 +175,7 @@ def build_frozen(
   try:
     with frozen_variables():
       model = unet.build_unet(config)
-  except ValueError as error:
+  except (TypeError, ValueError) as error:  # TypeError: "32" for 32.
     raise UserError(
         f"{source} describes a network that cannot be built: "
         f"{one_line(error)}") from error

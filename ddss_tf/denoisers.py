@@ -2,7 +2,8 @@
 
 What a foreign model is - its architecture, what it predicts, how its times are
 scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
-[-1, 1], `t` a (fractional) index of a training step.
+[-1, 1], `t` a (fractional) index of a training step; and `eps(x_t, t, labels)`
+of a class-conditional network.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 
 import gin
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ddss_tf import checkpoints
@@ -36,14 +38,22 @@ class Denoiser:
 
   Args:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
-      [B, H, W, C]. Of a Keras model the inputs may come in the other order, and
-      the times be [B, 1] or integers (see `foreign.adapted`). Where it gives
-      2 C channels, the last C are taken for a learned variance and left out:
+      [B, H, W, C]; a class-conditional one `[x_t, t, labels]`, labels int [B].
+      Of a Keras model of two inputs these may come in the other order, and the
+      times be [B, 1] or integers (see `foreign.adapted`). Where it gives 2 C
+      channels, the last C are taken for a learned variance and left out:
       samplers bring their own. Loaded or built under
       `frozen.frozen_variables()`, a search of it is cheaper by a third.
     schedule: its forward process.
     prediction: "eps", "x0", "v" or "score", see `conventions.Convention`.
     name: what results call it.
+    num_classes: given exactly if the model is class-conditional.
+    guidance_scale: of classifier-free guidance (Ho and Salimans 2022,
+      https://arxiv.org/abs/2207.12598), s in eps(null) + s (eps(label) -
+      eps(null)): 1 is none, 0 unconditional. It takes two network calls, made
+      as one of twice the batch. None: no guidance, one call.
+    null_label: the label that stands for no class, with which the network was
+      trained to be unconditional; never drawn.
     image_shape: (H, W, C), needed if the model has no `input_shape`.
     sha256: hash, if not that of the weights.
     continuous_time: whether fractional times mean something to the network;
@@ -59,18 +69,39 @@ class Denoiser:
     sha256: hash of all weights, whatever file they came from, together with
       what arguments of `load_denoiser` told about them; None if the network has
       none.
+    key: `sha256`, or with guidance a hash that covers it too: what decides eps.
 
   Raises:
     ValueError: unknown prediction, a convention that there is not, or an image
-      shape that is missing or not the model's.
+      shape that is missing or not the model's; `num_classes` does not fit the
+      model; guidance of an unconditional network or without a null label.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
-               name: str = "denoiser", *, image_shape=None,
+               name: str = "denoiser", num_classes: int | None = None,
+               guidance_scale: float | None = None,
+               null_label: int | None = None, *, image_shape=None,
                sha256: str | None = None, continuous_time: bool | None = None,
                **convention):
     self.convention = conventions.Convention(prediction, **convention)
     self.model = model = foreign.adapted(model)
+    inputs = getattr(model, "input_shape", None)
+    if inputs and len(inputs) != (2 if num_classes is None else 3):
+      raise ValueError(
+          "num_classes must be given exactly for a model of three inputs. "
+          f"Received: {num_classes} for {len(inputs)} inputs")
+    if null_label is not None and not (
+        num_classes and 0 <= null_label < num_classes):
+      raise ValueError(
+          "null_label must be one of the network's classes, of which there are "
+          f"{num_classes or 'none'}. Received: {null_label}")
+    if guidance_scale is not None and null_label is None:
+      raise ValueError(
+          "guidance_scale needs a null_label: the class with which the network "
+          f"is unconditional. Received: guidance_scale={guidance_scale}")
+    self.num_classes = num_classes
+    self.guidance_scale = guidance_scale
+    self.null_label = null_label
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
@@ -78,32 +109,68 @@ class Denoiser:
     if continuous_time is None:
       continuous_time = foreign.is_continuous(model)
     self.continuous_time = continuous_time
-    if sha256 is None:
-      weights = model.get_weights()
-      sha256 = fingerprint.arrays_sha256(weights) if weights else None
-    self.sha256 = sha256
+    self.sha256 = _weights_sha256(model) if sha256 is None else sha256
+    self.key = self.sha256
+    if guidance_scale is not None:
+      self.key = fingerprint.text_sha256(
+          f"{self.sha256} {float(guidance_scale)} {null_label}")
     self._compiled = {}
 
-  def network(self, x, t) -> tf.Tensor:
+  def guided(self, guidance_scale: float | None = None,
+             null_label: int | None = None) -> "Denoiser":
+    """The same network with other guidance.
+
+    Args:
+      guidance_scale: see the class; None: as it is.
+      null_label: likewise.
+
+    Raises:
+      ValueError: see the class.
+    """
+    return Denoiser(
+        self.model, self.schedule, self.prediction, self.name,
+        self.num_classes,
+        self.guidance_scale if guidance_scale is None else guidance_scale,
+        self.null_label if null_label is None else null_label,
+        image_shape=self.image_shape, sha256=self.sha256,
+        continuous_time=self.continuous_time, process=self.convention.process,
+        time_input=self.convention.time_input,
+        time_scale=self.convention.time_scale,
+        time_offset=self.convention.time_offset)
+
+  @property
+  def identity(self) -> dict:
+    """How results name it: "name", "sha256", and its guidance if there is."""
+    guidance = {} if self.guidance_scale is None else {
+        "guidance_scale": self.guidance_scale, "null_label": self.null_label}
+    return {"name": self.name, "sha256": self.sha256, **guidance}
+
+  def network(self, x, t, labels=None) -> tf.Tensor:
     """The raw prediction, in the network's own units (`self.convention`).
 
     Args:
       x: float [B, H, W, C].
       t: float [B], or a scalar for all of them; training steps in [0, T - 1]
         unless the network has another clock.
+      labels: int [B], or a scalar for all of them, in [0, num_classes - 1];
+        None exactly if the network is unconditional. Labels that are symbolic,
+        inside a `tf.function`, are not checked.
 
     Returns:
       float32 [B, H, W, C].
 
     Raises:
       UserError: the model gives another shape.
+      ValueError: labels are missing, not wanted, not whole numbers or out of
+        range.
     """
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], tf.shape(x)[0])
+    inputs = [x, t, *self._label_input(labels, tf.shape(x)[0])]
     # training=False: no dropout, or rematerialisation would redraw its mask.
-    output = self.model([x, t], training=False)
+    output = self.model(inputs, training=False)
     output = tf.cast(self._without_variance(output), tf.float32)
     if output.shape != x.shape:  # A SavedModel tells less than it takes.
       output = tf.ensure_shape(output, x.shape)
@@ -121,18 +188,86 @@ class Denoiser:
           f"{shape_text(output.shape)}")
     return output[..., :channels]
 
-  def eps(self, x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+  def _label_input(self, labels, batch_size) -> list[tf.Tensor]:
+    """The network's third input, int32 [B], in a list; empty if it has none."""
+    if self.num_classes is None:
+      if labels is not None:
+        raise ValueError(f"labels must be None: {self.name!r} is unconditional."
+                         f" Received: {type(labels).__name__}")
+      return []
+    if labels is None:
+      raise ValueError(f"labels must be given: {self.name!r} has "
+                       f"{self.num_classes} classes. Received: None")
+    labels = tf.convert_to_tensor(labels)
+    if not labels.dtype.is_integer:
+      raise ValueError("labels must be whole numbers. "
+                       f"Received: {labels.dtype.name}")
+    known = tf.get_static_value(labels)
+    if known is not None and not np.all(
+        (0 <= known) & (known < self.num_classes)):
+      raise ValueError(f"labels must be in [0, {self.num_classes - 1}]. "
+                       f"Received: {known.min()} to {known.max()}")
+    labels = tf.cast(labels, tf.int32)
+    return [tf.repeat(labels[None], batch_size) if labels.shape.rank == 0
+            else labels]
+
+  def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels=None) -> tf.Tensor:
     """The predicted noise [B, H, W, C], whatever the network predicts.
 
     Args:
       x_t: float [B, H, W, C] of the variance-preserving process.
       t: float [B], or a scalar for all of them, in [0, T - 1].
+      labels: see `network`.
     """
     x_t = tf.convert_to_tensor(x_t, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     x, time = self.convention.inputs(self.schedule, x_t, t)
+    network = self.network if self.guidance_scale is None else self._guided
     return self.convention.eps(
-        self.schedule, x_t, t, self.network(x, time))
+        self.schedule, x_t, t, network(x, time, labels))
+
+  def _guided(self, x_t, t, labels):
+    """The prediction with guidance: eps, x0 and v are affine in each other."""
+    batch_size = tf.shape(x_t)[0]
+    (labels,) = self._label_input(labels, batch_size)
+    t = tf.convert_to_tensor(t, tf.float32)
+    if t.shape.rank == 0:
+      t = tf.repeat(t[None], batch_size)
+    null = tf.fill(tf.shape(labels), self.null_label)
+    given, free = tf.split(self.network(
+        tf.concat([x_t, x_t], axis=0), tf.concat([t, t], axis=0),
+        tf.concat([labels, null], axis=0)), 2)
+    return free + self.guidance_scale * (given - free)
+
+  def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
+    """Draws a class for every sample, from its own seed.
+
+    All classes but the null one are as frequent: our choice, and right for a
+    data set with as many images of each.
+
+    Args:
+      seed: int32 [2].
+      indices: int [B], the global indices of the samples.
+
+    Returns:
+      int32 [B]; None for an unconditional network.
+    """
+    if self.num_classes is None:
+      return None
+    count = self.num_classes - (self.null_label is not None)
+
+    def one(index):
+      own = tf.random.experimental.stateless_fold_in(
+          tf.cast(seed, tf.int32), index, alg="philox")
+      # 0 and 1 are the noise's, see chain.draw_noise.
+      own = tf.random.experimental.stateless_fold_in(own, 2, alg="philox")
+      return tf.random.stateless_uniform(
+          [], own, 0, count, tf.int32, alg="philox")
+
+    labels = tf.map_fn(one, tf.cast(indices, tf.int32))
+    if self.null_label is None:
+      return labels
+    return labels + tf.cast(labels >= self.null_label, tf.int32)
 
   def compiled_eps(self, jit_compile: bool = True):
     """`eps` as a `tf.function`, the same one at every call.
@@ -169,7 +304,6 @@ class Denoiser:
           f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
           " a SavedModel: copy its folder and its card, which load_denoiser "
           "reads")
-    weights = self.model.get_weights()
     with storage.replacing(os.path.join(path, _NETWORK)) as temporary:
       self.model.save(temporary)
     storage.write_json(os.path.join(path, _CARD), {
@@ -179,8 +313,11 @@ class Denoiser:
         **self.convention.non_default(),
         "prediction": self.prediction,
         **_schedule_card(self.schedule),
-        "sha256": fingerprint.arrays_sha256(weights) if weights else None,
+        "sha256": _weights_sha256(self.model),
         **({} if self.continuous_time else {"continuous_time": False}),
+        "num_classes": self.num_classes,
+        "guidance_scale": self.guidance_scale,
+        "null_label": self.null_label,
     })
 
 
@@ -197,6 +334,12 @@ def _image_shape(model, told) -> tuple[int, int, int]:
     raise ValueError("image_shape must be given, for the model takes "
                      f"{shape_text(shape)}")
   return told
+
+
+def _weights_sha256(model) -> str | None:
+  """Hash of a model's weights; None if it has none."""
+  weights = model.get_weights()
+  return fingerprint.arrays_sha256(weights) if weights else None
 
 
 def _told_sha256(sha256: str | None, prediction: str,
@@ -269,9 +412,13 @@ def load_denoiser(
     path: str = gin.REQUIRED,
     image_size: int | None = None,
     num_heads: int | None = None,
+    num_head_channels: int | None = None,
+    use_new_attention_order: bool | None = None,
     diffusion_steps: int | None = None,
     noise_schedule: str | None = None,
     rescale_timesteps: bool | None = None,
+    null_label: int | None = None,
+    guidance_scale: float | None = None,
     prediction: str | None = None,
     schedule: NoiseSchedule | dict | None = None,
     image_shape: tuple[int, int, int] | None = None,
@@ -287,12 +434,14 @@ def load_denoiser(
     path: one of
       - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
-        `scheduler_config.json`, `diffusion_pytorch_model.safetensors`;
+        `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
+        `.bin` (which needs PyTorch); or such a file of any name, with the two
+        others beside it;
       - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
         by its prefix ("folder/model.ckpt-790000") or its folder;
-      - a state dict of improved-diffusion (`.pt`, unconditional; reading it
-        needs PyTorch), with a card beside it, `<path>.json`, of what tensors do
-        not tell: the arguments below by their names;
+      - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
+        it needs PyTorch), with a card beside it, `<path>.json`, of what tensors
+        do not tell: the arguments below by their names;
       - weights of EDM (`.npz` or `.safetensors`) with their card, as
         tools/convert_edm.py makes them (see `edm_format`);
       - a folder with a TensorFlow SavedModel, or a Keras file (`.keras`), from
@@ -302,11 +451,17 @@ def load_denoiser(
       - the name of an embedded model: "digits16-ddpm".
     image_size: height and width, for the two formats that do not say; None: the
       card's, or, for DDPM, such that attention is at 16x16.
-    num_heads: of improved-diffusion; None: the card's, as for all below.
-    diffusion_steps: T of improved-diffusion.
-    noise_schedule: of improved-diffusion, "linear" or "cosine".
-    rescale_timesteps: whether improved-diffusion's network was fed with
-      t * 1000 / T. The denoiser's own times are training steps either way.
+    num_heads: of a `.pt` network; None: the card's, as for all below.
+    num_head_channels: of each head, instead of their number.
+    use_new_attention_order: of guided-diffusion, whose networks differ in it
+      without a trace in names or shapes.
+    diffusion_steps: T.
+    noise_schedule: "linear" or "cosine".
+    rescale_timesteps: whether the network was fed with t * 1000 / T. The
+      denoiser's own times are training steps either way.
+    null_label: of a class-conditional network, the label that stands for no
+      class; None: it has none, or our own format's card says.
+    guidance_scale: see `Denoiser`; needs a null label.
     prediction: of a SavedModel or a Keras file, "eps", "x0", "v" or "score";
       this and all below see `conventions.Convention`.
     schedule: likewise, the process it was trained for: a schedule, or the
@@ -329,6 +484,8 @@ def load_denoiser(
   """
   given = {
       "image_size": image_size, "num_heads": num_heads,
+      "num_head_channels": num_head_channels,
+      "use_new_attention_order": use_new_attention_order,
       "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
       "rescale_timesteps": rescale_timesteps,
   }
@@ -338,6 +495,23 @@ def load_denoiser(
       "time_scale": time_scale, "time_offset": time_offset,
       "signature": signature,
   }
+  denoiser = _load(path, given, told)
+  if null_label is None and guidance_scale is None:
+    return denoiser
+  try:
+    return denoiser.guided(guidance_scale, null_label)
+  except ValueError as error:
+    raise UserError(f"load_denoiser: {error}") from error
+
+
+def _load(path: str, given: dict, told: dict) -> Denoiser:
+  """Finds out what a path is, and reads it; see `load_denoiser`.
+
+  Args:
+    path: see there.
+    given: what checkpoints of weights do not tell of their architecture.
+    told: what programs do not tell of their meaning.
+  """
   own_card = os.path.exists(os.path.join(path, _CARD))
   if foreign.is_keras_file(path) or (
       foreign.is_saved_model(path) and not own_card):
@@ -345,10 +519,13 @@ def load_denoiser(
     return _load_foreign(path, told)
   if edm_format.is_edm(path):
     _refuse_given(path, given | told, ("schedule",))
-    return _load_edm(path, schedule)
+    return _load_edm(path, told["schedule"])
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     _refuse_given(path, told, ())
     return _load_openai(path, given)
+  if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path):
+    _refuse_given(path, given | told, ())
+    return _load_diffusers(path)
   folder = path
   if not os.path.exists(folder) and os.sep not in path:
     folder = os.path.join(_ASSETS, path)
@@ -359,11 +536,12 @@ def load_denoiser(
   prefix = ddpm_format.find_prefix(path)
   if prefix is not None:
     _refuse_given(path, given | told, ("image_size",))
-    return _load_ddpm(prefix, image_size)
+    return _load_ddpm(prefix, given["image_size"])
   if not os.path.isdir(folder):
     raise UserError(
-        "denoiser path must be a folder, a checkpoint prefix, a .pt file, a "
-        ".keras file, weights of EDM (.npz or .safetensors) or "
+        "denoiser path must be a folder, a checkpoint prefix, a .pt, "
+        ".safetensors or .bin file, a .keras file, weights of EDM (.npz or "
+        ".safetensors with a card) or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(
@@ -398,7 +576,6 @@ def _load_own(folder: str) -> Denoiser:
                 else NoiseSchedule(card["betas"]))
     convention = {key: card[key] for key in foreign.CONVENTION_KEYS
                   if key in card}
-    continuous_time = card.get("continuous_time")
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{card_path} is damaged: {error!r}") from error
   network_path = os.path.join(folder, _NETWORK)
@@ -412,8 +589,14 @@ def _load_own(folder: str) -> Denoiser:
         f"{network_path} is not a complete Keras file: "
         f"{' '.join(str(error).split())[:200]}") from error
   model.trainable = False
-  denoiser = Denoiser(model, schedule, prediction, name,
-                      continuous_time=continuous_time, **convention)
+  try:
+    denoiser = Denoiser(
+        # Older cards say nothing of classes.
+        model, schedule, prediction, name, card.get("num_classes"),
+        card.get("guidance_scale"), card.get("null_label"),
+        continuous_time=card.get("continuous_time"), **convention)
+  except ValueError as error:
+    raise UserError(f"{card_path} is damaged: {error}") from error
   if denoiser.sha256 != sha256:
     raise UserError(
         f"weights in {network_path} must have the SHA-256 {sha256} of their "
@@ -421,15 +604,18 @@ def _load_own(folder: str) -> Denoiser:
   return denoiser
 
 
-def _load_diffusers(folder: str) -> Denoiser:
-  """Reads a diffusers folder into our U-Net."""
-  config, betas, prediction = diffusers_format.read_config(folder)
-  weights = diffusers_format.read_weights(folder)
+def _load_diffusers(path: str) -> Denoiser:
+  """Reads a diffusers folder, or a weights file in it, into our U-Net."""
+  config, betas, prediction = diffusers_format.read_config(path)
+  weights = diffusers_format.read_weights(path)
   model = checkpoints.build_frozen(
-      folder, config,
+      path, config,
       lambda variables: diffusers_format.to_keras(weights, variables))
-  name = os.path.basename(os.path.normpath(folder))
-  return Denoiser(model, NoiseSchedule(betas), prediction, name)
+  name = os.path.basename(os.path.normpath(path))
+  for suffix in diffusers_format.SUFFIXES:
+    name = name.removesuffix(suffix)
+  return Denoiser(
+      model, NoiseSchedule(betas), prediction, name, config.num_classes)
 
 
 def _load_ddpm(prefix: str, image_size: int | None) -> Denoiser:
@@ -440,60 +626,62 @@ def _load_ddpm(prefix: str, image_size: int | None) -> Denoiser:
 
 
 def _load_openai(path: str, given: dict) -> Denoiser:
-  """Reads a state dict of improved-diffusion."""
+  """Reads a state dict of improved-diffusion or guided-diffusion."""
   # The card first: its faults are cheaper to find.
   card = openai_format.read_card(path, given)
   betas = openai_format.betas(card)
-  model = openai_format.convert(path, openai_format.read_weights(path), card)
+  weights = checkpoints.read_state_dict(path)
+  model = openai_format.convert(path, weights, card)
   name = os.path.basename(path).removesuffix(openai_format.SUFFIX)
   return Denoiser(model, NoiseSchedule(betas),
-                  "x0" if card["predict_xstart"] else "eps", name)
+                  "x0" if card["predict_xstart"] else "eps", name,
+                  openai_format.num_classes(weights))
 
 
 def _load_edm(path: str, given) -> Denoiser:
   """Reads weights of EDM, whose network is of a variance-exploding process."""
   config, schedule = edm_format.read_card(path)
-  if config.label_dim:
-    raise UserError(f"{path} must be an unconditional network. Received: "
-                    f"label_dim = {config.label_dim}")
   if given is not None:
     schedule = foreign.read_schedule(path, given)
     if not isinstance(schedule, ExplodingSchedule):
       raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
                       f"'sigmas'. Received: {given!r}")
   model = edm_format.convert(path, edm_format.read_weights(path), config)
-  name = os.path.splitext(os.path.basename(path))[0]
-  denoiser = Denoiser(model, schedule, "eps", name, process="ve",
-                      time_input="sigma")
+  sha256 = _weights_sha256(model)
   if given is not None:
-    denoiser.sha256 = _told_sha256(denoiser.sha256, "eps", schedule, {})
-  return denoiser
+    sha256 = _told_sha256(sha256, "eps", schedule, {})
+  name = os.path.splitext(os.path.basename(path))[0]
+  # The label after the last one is no class: all zeros, see `edm_unet.OneHot`.
+  classes = config.label_dim + 1 if config.label_dim else None
+  return Denoiser(
+      model, schedule, "eps", name, classes,
+      null_label=config.label_dim or None, sha256=sha256, process="ve",
+      time_input="sigma")
 
 
 def _load_foreign(path: str, given: dict) -> Denoiser:
   """Reads a SavedModel or a Keras file, and tries it."""
   card = foreign.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
-  sha256 = None
   if foreign.is_keras_file(path):
     name = name.removesuffix(foreign.KERAS_SUFFIX)
     if card["signature"] is not None:
       raise UserError("signature must not be given for a Keras file. Received: "
                       f"{card['signature']!r}")
     model = foreign.load_keras(path)
+    sha256 = _weights_sha256(model)
   else:
     model = foreign.SavedModelNetwork(
         path, card["signature"], card["image_shape"])
     sha256 = model.sha256
+  sha256 = _told_sha256(
+      sha256, card["prediction"], card["schedule"], card["convention"])
   try:
     denoiser = Denoiser(
         model, card["schedule"], card["prediction"], name,
         image_shape=card["image_shape"], sha256=sha256, **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
-  denoiser.sha256 = _told_sha256(
-      denoiser.sha256, card["prediction"], card["schedule"],
-      card["convention"])
   if not foreign.check(denoiser, path):
     denoiser.continuous_time = False
   return denoiser

@@ -3,7 +3,7 @@
 `config.json` and `scheduler_config.json` become a `UNetConfig`, the betas and
 the prediction type; the weights become a dictionary by our variable names.
 Every config key is either honoured or required to have the one value we
-implement; everything else is refused by name.
+implement; everything else is refused by name. `.bin` weights need PyTorch.
 """
 
 import os
@@ -20,52 +20,64 @@ from ddss_tf.unet import UNetConfig
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+SUFFIXES = (".safetensors", ".bin")
+WEIGHTS, PICKLED_WEIGHTS = (
+    "diffusion_pytorch_model" + suffix for suffix in SUFFIXES)
 
-_DOWN = ("DownBlock2D", "AttnDownBlock2D")
-_UP = ("UpBlock2D", "AttnUpBlock2D")
-# Their names for schedules, and ours.
+_DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+_UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+# Their names, and ours.
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear",
                    "squaredcos_cap_v2": "cosine"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu",
+                "relu": "relu"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 # Keys with a single implemented value; absent ones have it as their default.
 _REQUIRED = {
-    "act_fn": "silu",
-    "attn_norm_num_groups": None,
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "downsample_type": "conv",
-    "dropout": 0.0,
-    "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2D",
-    "num_class_embeds": None,
-    "time_embedding_dim": None,
     "time_embedding_type": "positional",
-    "upsample_type": "conv",
 }
 _USED = {
-    "add_attention", "attention_head_dim", "block_out_channels",
-    "down_block_types", "downsample_padding", "flip_sin_to_cos", "freq_shift",
-    "in_channels", "layers_per_block", "norm_eps", "norm_num_groups",
-    "num_train_timesteps", "out_channels", "resnet_time_scale_shift",
-    "sample_size", "up_block_types",
+    "act_fn", "add_attention", "attention_head_dim", "attn_norm_num_groups",
+    "block_out_channels", "center_input_sample", "class_embed_type",
+    "down_block_types", "downsample_padding", "downsample_type",
+    "dropout",  # Of training: it is off when a network is used.
+    "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
+    "mid_block_scale_factor", "norm_eps", "norm_num_groups", "num_class_embeds",
+    "num_train_timesteps",  # Of a learned time embedding only.
+    "out_channels", "resnet_time_scale_shift", "sample_size",
+    "time_embedding_dim", "up_block_types", "upsample_type",
 }
 
 
-def _read_json(folder: str, name: str) -> dict:
-  path = os.path.join(folder, name)
-  if not os.path.exists(path):
-    raise UserError(f"a diffusers folder must hold {name}. "
+def _folder(path: str) -> str:
+  """The folder that holds `path`, or that it is."""
+  return path if os.path.isdir(path) else os.path.dirname(path) or "."
+
+
+def _read_json(path: str, name: str) -> dict:
+  folder = _folder(path)
+  if not os.path.exists(os.path.join(folder, name)):
+    raise UserError(f"a diffusers folder must hold {name} beside the weights. "
                     f"Received: {folder!r} with {sorted(os.listdir(folder))}")
-  return checkpoints.read_json_object(path)
+  return checkpoints.read_json_object(os.path.join(folder, name))
 
 
-def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
+def _choice(source, config, key, known, default=None):
+  """The value of a key, or its default, if it is known."""
+  value = config.get(key, default)
+  if value not in known:
+    raise UserError(f"{source}: {key} must be one of "
+                    f"{', '.join(map(repr, known))}. Received: {value!r}")
+  return value
+
+
+def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
   """Reads both configuration files.
 
   Args:
-    folder: path of the diffusers folder.
+    path: of the diffusers folder, or of a weights file in it.
 
   Returns:
     The architecture, the betas (float64 [T]) and the prediction type in our
@@ -75,8 +87,8 @@ def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
     UserError: a file is missing or damaged; a key has a value that is not
       implemented, or is not known.
   """
-  config = _read_json(folder, CONFIG)
-  source = os.path.join(folder, CONFIG)
+  config = _read_json(path, CONFIG)
+  source = os.path.join(_folder(path), CONFIG)
   if config.get("_class_name") != "UNet2DModel":
     raise UserError(f"{source}: _class_name must be 'UNet2DModel'. "
                     f"Received: {config.get('_class_name')!r}")
@@ -86,6 +98,10 @@ def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
                       f"Received: {value!r}")
     if key not in _REQUIRED and key not in _USED and not key.startswith("_"):
       raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  downsample = _choice(
+      source, config, "downsample_type", ("conv", "resnet"), "conv")
+  upsample = _choice(
+      source, config, "upsample_type", ("conv", "resnet"), "conv")
   try:
     down, up = config["down_block_types"], config["up_block_types"]
     for name, known in [(n, _DOWN) for n in down] + [(n, _UP) for n in up]:
@@ -99,14 +115,26 @@ def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
       raise UserError(
           f"{source}: down and up blocks must have attention at the same "
           f"levels. Received: {attention} and {attention_up}")
-    scale_shift = config.get("resnet_time_scale_shift", "default")
-    if scale_shift not in ("default", "scale_shift"):
-      raise UserError(f"{source}: resnet_time_scale_shift must be 'default' or "
-                      f"'scale_shift'. Received: {scale_shift!r}")
+    scale_shift = _choice(source, config, "resnet_time_scale_shift",
+                          ("default", "scale_shift"), "default")
+    # DownBlock2D and UpBlock2D ignore these two keys.
+    residual_down = tuple(
+        i for i, n in enumerate(down) if n.startswith("Resnet")
+        or n.startswith("Attn") and downsample == "resnet")
+    residual_up = tuple(
+        len(up) - 1 - i for i, n in enumerate(up) if n.startswith("Resnet")
+        or n.startswith("Attn") and upsample == "resnet")
+    mid_groups = config.get("attn_norm_num_groups")
+    num_classes, label_embedding = _classes(source, config)
     size = config["sample_size"]
     if not isinstance(size, int):
       raise UserError(f"{source}: sample_size must be one whole number, for "
                       f"square images. Received: {size!r}")
+    if config["out_channels"] != config["in_channels"]:
+      raise UserError(
+          f"{source}: out_channels must be {config['in_channels']}, as "
+          "in_channels is; learned variances are not read. Received: "
+          f"{config['out_channels']!r}")
     unet_config = UNetConfig(
         image_size=size,
         in_channels=config["in_channels"],
@@ -119,22 +147,52 @@ def read_config(folder: str) -> tuple[UNetConfig, np.ndarray, str]:
         norm_epsilon=config.get("norm_eps", 1e-5),
         sin_first=not config.get("flip_sin_to_cos", True),
         frequency_shift=float(config.get("freq_shift", 0)),
-        symmetric_downsample=bool(config.get("downsample_padding", 1)),
+        symmetric_downsample=bool(_choice(
+            source, config, "downsample_padding", (0, 1), 1)),
+        residual_down_levels=residual_down,
+        residual_up_levels=residual_up,
         scale_shift=scale_shift == "scale_shift",
+        activation=_ACTIVATIONS[
+            _choice(source, config, "act_fn", tuple(_ACTIVATIONS), "silu")],
+        time_width=config.get("time_embedding_dim"),
+        num_classes=num_classes,
+        label_embedding=label_embedding,
+        center_input=bool(config.get("center_input_sample", False)),
         mid_attention=config.get("add_attention", True),
-        # With scale-shift, diffusers leaves out just this normalisation.
-        mid_attention_norm=scale_shift == "default",
+        # With scale-shift, diffusers leaves out just this normalisation,
+        # unless its groups are given.
+        mid_attention_norm=scale_shift == "default" or mid_groups is not None,
+        mid_attention_groups=mid_groups,
+        mid_divisor=config.get("mid_block_scale_factor", 1),
     )
   except KeyError as error:
     raise UserError(f"{source}: key {error} is missing") from error
-  betas, prediction = _read_scheduler(folder)
+  betas, prediction = _read_scheduler(path)
   return unet_config, betas, prediction
 
 
-def _read_scheduler(folder: str) -> tuple[np.ndarray, str]:
+def _classes(source, config) -> tuple[int | None, str]:
+  """Number of classes and kind of label embedding, in our words."""
+  kind, count = config.get("class_embed_type"), config.get("num_class_embeds")
+  if kind not in (None, "timestep"):
+    raise UserError(
+        f"{source}: class_embed_type must be None, with num_class_embeds, or "
+        f"'timestep': others take no labels. Received: {kind!r}")
+  # type(), because True is an int.
+  if count is not None and (type(count) is not int or count < 1):
+    raise UserError(f"{source}: num_class_embeds must be a whole number or "
+                    f"None. Received: {count!r}")
+  if kind == "timestep" and count is None:
+    raise UserError(
+        f"{source}: num_class_embeds must be set with class_embed_type "
+        "'timestep': no weight tells the number of classes. Received: None")
+  return count, "table" if kind is None else "sinusoidal"
+
+
+def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
   """Betas and prediction type of `scheduler_config.json`."""
-  config = _read_json(folder, SCHEDULER)
-  source = os.path.join(folder, SCHEDULER)
+  config = _read_json(path, SCHEDULER)
+  source = os.path.join(_folder(path), SCHEDULER)
   if config.get("rescale_betas_zero_snr"):
     raise UserError(f"{source}: rescale_betas_zero_snr must be False: eps-"
                     "prediction has no image at zero signal. Received: True")
@@ -155,22 +213,30 @@ def _read_scheduler(folder: str) -> tuple[np.ndarray, str]:
   return schedule.betas, _PREDICTIONS[kind]
 
 
-def read_weights(folder: str) -> dict[str, np.ndarray]:
-  """Reads the safetensors file.
+def read_weights(path: str) -> dict[str, np.ndarray]:
+  """Reads the weights.
 
   Args:
-    folder: path of the diffusers folder.
+    path: of the diffusers folder, whose safetensors file is preferred, or of a
+      file.
 
   Returns:
     float32 arrays by diffusers' names.
 
   Raises:
-    UserError: missing, truncated, or with values that are not finite.
+    UserError: missing, truncated, or with values that are not finite; a .bin
+      file without PyTorch.
   """
-  path = os.path.join(folder, WEIGHTS)
-  if not os.path.exists(path):
-    raise UserError(f"a diffusers folder must hold {WEIGHTS}. "
-                    f"Received: {folder!r} with {sorted(os.listdir(folder))}")
+  if os.path.isdir(path):
+    found = [name for name in (WEIGHTS, PICKLED_WEIGHTS)
+             if os.path.exists(os.path.join(path, name))]
+    if not found:
+      raise UserError(
+          f"a diffusers folder must hold {WEIGHTS} or {PICKLED_WEIGHTS}. "
+          f"Received: {path!r} with {sorted(os.listdir(path))}")
+    path = os.path.join(path, found[0])
+  if path.endswith(".bin"):
+    return checkpoints.read_state_dict(path)
   try:
     weights = safetensors.numpy.load_file(path)
   except safetensors.SafetensorError as error:
@@ -190,7 +256,8 @@ _INSIDE = {
 _OLD_ATTENTION = {
     "to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn",
 }
-_LEAF = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
+_LEAF = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias",
+         "embeddings": "weight"}
 
 
 def _source_name(path: str) -> str:
@@ -200,6 +267,9 @@ def _source_name(path: str) -> str:
   fixed = {
       "conv_in": "conv_in", "conv_out": "conv_out", "norm_out": "conv_norm_out",
       "time_1": "time_embedding.linear_1", "time_2": "time_embedding.linear_2",
+      "label_embedding": "class_embedding",
+      "label_1": "class_embedding.linear_1",
+      "label_2": "class_embedding.linear_2",
       "mid_block_0": "mid_block.resnets.0",
       "mid_block_1": "mid_block.resnets.1",
       "mid_attention": "mid_block.attentions.0",
@@ -209,11 +279,12 @@ def _source_name(path: str) -> str:
   else:
     side, level, kind, *number = re.fullmatch(
         r"(down|up)_(\d+)_([a-z]+)(?:_(\d+))?", place).groups()
+    conv = "" if layers[1:] else ".conv"  # Residual blocks have layers.
     layer = {
         "block": f"resnets.{number[0]}",
         "attention": f"attentions.{number[0]}",
-        "downsample": "downsamplers.0.conv",
-        "upsample": "upsamplers.0.conv",
+        "downsample": f"downsamplers.0{conv}",
+        "upsample": f"upsamplers.0{conv}",
     }[kind]
     prefix = f"{side}_blocks.{level}.{layer}"
   inside = "".join(f".{_INSIDE[layer]}" for layer in layers[1:])

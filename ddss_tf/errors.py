@@ -1,4 +1,4 @@
-"""The exception that means "what was given cannot be used", and its words."""
+"""Exceptions whose text is one line for the user, and their words."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,14 @@ class UserError(ValueError):
 
   It says what was expected and what was received. The command line prints it
   without a traceback and exits with status 2.
+  """
+
+
+class Terminated(Exception):
+  """The work was asked to end (SIGTERM), and saved what it had.
+
+  The command line prints its text and exits with status 143, as a process does
+  that dies of the signal.
   """
 
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import data
+from ddss_tf import distribution
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import fingerprint
@@ -42,6 +43,11 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
         f"{found.denoiser.get('name')!r} with SHA-256 "
         f"{found.denoiser.get('sha256')}. Received: {denoiser.name!r} with "
         f"{denoiser.sha256}")
+  if found.denoiser.get("guidance_scale") != denoiser.guidance_scale:
+    raise UserError(
+        f"{run.path(card.FILE)} was found with guidance_scale "
+        f"{found.denoiser.get('guidance_scale')}. Received: {denoiser.name!r} "
+        f"with {denoiser.guidance_scale}")
   sampler = FixedSampler(denoiser.schedule, found.coefficients, found.label)
   return sampler, found.x0_bound
 
@@ -86,7 +92,8 @@ class Evaluator:
     self._reference = [reference_lib.reference(
         network, dataset, quantise=True, cache_dir=run.cache)
                        for network in self._networks]
-    self._extract = [tf.function(network) for network in self._networks]
+    self._extract = [distribution.row_wise(network)
+                     for network in self._networks]
     self._generators = {}
     self._known = _read_records(run.path(METRICS))
 
@@ -143,8 +150,7 @@ class Evaluator:
         "seed": self._seed,
         "features": features[0],
         "features_heldout": features[1],
-        "denoiser": {"name": self._denoiser.name,
-                     "sha256": self._denoiser.sha256},
+        "denoiser": self._denoiser.identity,
         "dataset": self._dataset.name,
         "dataset_sha256": self._dataset.sha256,
     }

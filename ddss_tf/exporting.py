@@ -24,7 +24,7 @@ _PARITY_TOLERANCE = 1e-3
 
 
 class SamplerModule(tf.Module):
-  """What is exported: two functions, the coefficients, the network's weights.
+  """What is exported: functions, the coefficients, the network's weights.
 
   Args:
     denoiser: the frozen model.
@@ -42,27 +42,41 @@ class SamplerModule(tf.Module):
     height, width, channels = shape = denoiser.image_shape
     steps = coefficients.num_steps
 
+    conditional = denoiser.num_classes is not None
+    label_spec = [tf.TensorSpec([None], tf.int32, "labels")]
+    seed_spec = tf.TensorSpec([2], tf.int32, "seed")
+
+    def run(x_T, step_noise, labels):
+      return chain.run_chain(
+          chain.with_labels(denoiser.eps, labels), coefficients, x_T,
+          step_noise, x0_bound=x0_bound)
+
+    def of_indices(seed, indices, labels):
+      x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
+      return {"images": data.to_uint8(run(x_T, step_noise, labels))}
+
     @tf.function(input_signature=[
-        tf.TensorSpec([2], tf.int32, "seed"),
-        tf.TensorSpec([], tf.int32, "batch_size")])
+        seed_spec, tf.TensorSpec([], tf.int32, "batch_size")])
     def serve(seed, batch_size):
-      x_T, step_noise = chain.draw_noise(
-          seed, tf.range(batch_size), shape, steps)
-      images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise,
-                               x0_bound=x0_bound)
-      return {"images": data.to_uint8(images)}
+      indices = tf.range(batch_size)
+      return of_indices(seed, indices, denoiser.draw_labels(seed, indices))
 
     @tf.function(input_signature=[
         tf.TensorSpec([None, height, width, channels], tf.float32, "x_T"),
         tf.TensorSpec([None, steps - 1, height, width, channels], tf.float32,
-                      "step_noise")])
-    def from_noise(x_T, step_noise):
-      images = chain.run_chain(denoiser.eps, coefficients, x_T, step_noise,
-                               x0_bound=x0_bound)
-      return {"images": tf.clip_by_value(images, -1.0, 1.0)}
+                      "step_noise"), *(label_spec if conditional else [])])
+    def from_noise(x_T, step_noise, labels=None):
+      return {"images": tf.clip_by_value(
+          run(x_T, step_noise, labels), -1.0, 1.0)}
 
-    self.serve = serve
-    self.from_noise = from_noise
+    self.endpoints = {"serving_default": serve, "from_noise": from_noise}
+    if conditional:
+
+      @tf.function(input_signature=[seed_spec, *label_spec])
+      def of_classes(seed, labels):
+        return of_indices(seed, tf.range(tf.size(labels)), labels)
+
+      self.endpoints["of_classes"] = of_classes
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -74,6 +88,9 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
       [B, H, W, C]; image i depends on the seed and i only.
     from_noise(x_T [B, H, W, C], step_noise [B, K - 1, H, W, C]) -> images,
       float32 [B, H, W, C] in [-1, 1].
+  That of a class-conditional network draws a class for each image of
+  serving_default, asks for labels int32 [B] in from_noise, and has
+    of_classes(seed int32 [2], labels int32 [B]) -> images, as serving_default.
 
   The folder appears whole or not at all, and only after its images have been
   compared with those made in memory.
@@ -95,8 +112,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
   module = SamplerModule(denoiser, coefficients, x0_bound)
   temporary = tempfile.mkdtemp(dir=run.root, prefix=".export-")
   try:
-    tf.saved_model.save(module, temporary, signatures={
-        "serving_default": module.serve, "from_noise": module.from_noise})
+    tf.saved_model.save(module, temporary, signatures=module.endpoints)
     _check(temporary, denoiser, coefficients, x0_bound)
     os.chmod(temporary, 0o755)
     target = run.path(EXPORT)
@@ -110,15 +126,17 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
 
 def _check(path, denoiser, coefficients, x0_bound):
   """Compares the exported sampler with the one in memory, on 4 images."""
+  seed, indices = sampling.seed_pair(0), tf.range(4)
   x_T, step_noise = chain.draw_noise(
-      sampling.seed_pair(0), tf.range(4), denoiser.image_shape,
-      coefficients.num_steps)
+      seed, indices, denoiser.image_shape, coefficients.num_steps)
+  labels = denoiser.draw_labels(seed, indices)
   expected = tf.clip_by_value(chain.run_chain(
-      denoiser.eps, coefficients, x_T, step_noise, x0_bound=x0_bound), -1.0,
-                              1.0)
+      chain.with_labels(denoiser.eps, labels), coefficients, x_T, step_noise,
+      x0_bound=x0_bound), -1.0, 1.0)
   loaded = tf.saved_model.load(path)
   received = loaded.signatures["from_noise"](
-      x_T=x_T, step_noise=step_noise)["images"]
+      x_T=x_T, step_noise=step_noise,
+      **({} if labels is None else {"labels": labels}))["images"]
   difference = float(tf.reduce_max(tf.abs(expected - received)))
   if not difference <= _PARITY_TOLERANCE:
     raise UserError(
@@ -129,7 +147,7 @@ def _check(path, denoiser, coefficients, x0_bound):
 @gin.configurable(denylist=["run_dir"])
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
-           jit_compile: bool = True) -> str:
+           jit_compile: bool = True, label: int | None = None) -> str:
   """Writes images of the searched sampler: `generated.npz` and `.png`.
 
   Args:
@@ -139,22 +157,28 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     seed: of their noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
+    label: the class of all images of a class-conditional denoiser; None: each
+      has its own, drawn.
 
   Returns:
     Path of the npz file, with `images`, uint8 [N, H, W, C].
 
   Raises:
-    UserError: there is no sampler, it is for another model, or num_images < 1.
+    UserError: there is no sampler, it is for another model, num_images < 1, or
+      a label that the denoiser does not have.
   """
   if num_images < 1:
     raise UserError(
         f"sample.num_images must be at least 1. Received: {num_images}")
+  if label is not None and not 0 <= label < (denoiser.num_classes or 0):
+    raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
+                    f" classes of {denoiser.name!r}. Received: {label}")
   run = run_dir_lib.RunDir(run_dir)
   sampler, x0_bound = load_searched(run, denoiser)
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = data.to_uint8(generator.images(
-      sampler.coefficients(), num_images, seed, "sample"))
+      sampler.coefficients(), num_images, seed, "sample", label))
   path = run.path("generated.npz")
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:

@@ -26,9 +26,11 @@ def activation_bytes(denoiser: Denoiser) -> int:
   backpropagation through it keeps at the most. Of a SavedModel, whose graph is
   closed, what it does keep, which is about a fifth less.
   """
-  specs = tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))
+  specs = [tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))]
   if isinstance(denoiser.model, SavedModelNetwork):
     return _kept_bytes(denoiser, specs)
+  if denoiser.num_classes is not None:
+    specs.append(tf.TensorSpec((1,), tf.int32))
   graph = tf.function(denoiser.eps).get_concrete_function(*specs).graph
   return sum(
       output.dtype.size * int(np.prod(output.shape))
@@ -80,6 +82,17 @@ def _times(denoiser: Denoiser) -> str:
   return ", ".join(parts)
 
 
+def _classes(denoiser):
+  """How many classes, and what of guidance."""
+  if denoiser.num_classes is None:
+    return "none: unconditional"
+  null = ("" if denoiser.null_label is None
+          else f", label {denoiser.null_label} stands for none")
+  guidance = ("" if denoiser.guidance_scale is None else
+              f", guidance {denoiser.guidance_scale:g}: 2 calls a step")
+  return f"{denoiser.num_classes}{null}{guidance}"
+
+
 @gin.configurable(denylist=["run_dir"])
 def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
             num_steps: int = 10, micro_batch_size: int = 64) -> str:
@@ -113,6 +126,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "name": denoiser.name,
       "prediction": denoiser.prediction,
       "images": " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]",
+      "classes": _classes(denoiser),
       "parameters": f"{model.count_params():,} in {len(model.weights)} "
                     "variables",
       "sha256": denoiser.sha256 or "none: no weights",

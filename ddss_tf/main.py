@@ -105,9 +105,11 @@ def main(argv):
   if not flags.FLAGS["verbosity"].present:
     # Libraries' news is for --verbosity=0; ours is the bar and TensorBoard.
     logging.set_verbosity(logging.WARNING)
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf.errors import Terminated, UserError  # pylint: disable=g-import-not-at-top
   try:
     _run()
+  except Terminated as error:
+    _fail(error, 143)
   except (UserError, OSError) as error:
     _fail(error)
   except RuntimeError as error:
@@ -116,11 +118,11 @@ def main(argv):
     _fail(f"gin: {error}")
 
 
-def _fail(error):
+def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(status)
 
 
 def _run():
@@ -137,26 +139,28 @@ def _run():
   _parse_gin(_GIN_FILE.value, _GIN_PARAM.value)
   import gin  # pylint: disable=g-import-not-at-top
   import tensorflow as tf  # pylint: disable=g-import-not-at-top
+  from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
   from ddss_tf import evaluation  # pylint: disable=g-import-not-at-top
   from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
   from ddss_tf import storage  # pylint: disable=g-import-not-at-top
 
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
   stages = _stages(_MODE.value)
-  if _DRY_RUN.value:
+  with distribution.make_strategy().scope():
+    if _DRY_RUN.value:
+      _build(stages)
+      print(gin.config_str())
+      return
+    if inspecting:
+      print(stages[0]())
+      return
+    run = run_dir_lib.RunDir(_RUN_DIR.value)
+    run.lock()
     _build(stages)
-    print(gin.config_str())
-    return
-  if inspecting:
-    print(stages[0]())
-    return
-  run = run_dir_lib.RunDir(_RUN_DIR.value)
-  run.lock()
-  _build(stages)
-  storage.write_text(run.path("config.gin"), gin.config_str())
-  results = {}
-  for stage in stages:
-    results[stage.__name__] = stage(run.root)
+    storage.write_text(run.path("config.gin"), gin.config_str())
+    results = {}
+    for stage in stages:
+      results[stage.__name__] = stage(run.root)
   records = results.get("evaluate") or results.get("compare")
   if records:
     print(f"\n{evaluation.table(records)}\n")

@@ -1,12 +1,18 @@
-"""Reads state dicts (`.pt`) of improved-diffusion, unconditional ones.
+"""Reads state dicts (`.pt`) of improved-diffusion and guided-diffusion.
 
 Nichol and Dhariwal (2021, https://arxiv.org/abs/2102.09672),
-https://github.com/openai/improved-diffusion. Names and shapes give the
-architecture; the rest, which there are command-line flags, is in a card of the
-same words: `<file>.json`, or arguments. That of cifar10_uncond_50M_500K.pt is
+https://github.com/openai/improved-diffusion, and Dhariwal and Nichol (2021,
+https://arxiv.org/abs/2105.05233), https://github.com/openai/guided-diffusion;
+unconditional and class-conditional. Names and shapes give the architecture; the
+rest, which there are command-line flags, is in a card of the same words:
+`<file>.json`, or arguments. Those of cifar10_uncond_50M_500K.pt and
+64x64_diffusion.pt are
 
   {"image_size": 32, "num_heads": 4, "diffusion_steps": 4000,
    "noise_schedule": "cosine", "rescale_timesteps": true}
+  {"image_size": 64, "num_head_channels": 64, "diffusion_steps": 1000,
+   "noise_schedule": "cosine", "rescale_timesteps": false,
+   "use_new_attention_order": true}
 
 PyTorch is needed to read the file, and only for that. Of a training run of your
 own, take `ema_*.pt`, not `model*.pt`: the file does not say which it is.
@@ -27,56 +33,24 @@ from ddss_tf.unet import UNetConfig
 SUFFIX = ".pt"
 
 _SCHEDULES = ("linear", "cosine")
+_WHOLE, _FLAG = (int, "a whole number"), (bool, "true or false")
 # What names and shapes do not tell: (the type, what the message says).
 _NEEDED = {
-    "image_size": (int, "a whole number"),
-    "num_heads": (int, "a whole number"),
-    "diffusion_steps": (int, "a whole number"),
+    "image_size": _WHOLE,
+    "num_heads": _WHOLE,  # Unless there is num_head_channels.
+    "diffusion_steps": _WHOLE,
     "noise_schedule": (str, f"one of {', '.join(_SCHEDULES)}"),
-    "rescale_timesteps": (bool, "true or false"),
+    "rescale_timesteps": _FLAG,
 }
-# Flags with a single implemented value, which absent ones have.
-_REQUIRED = {
-    "class_cond": False,
-    "num_heads_upsample": -1,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
+_OPTIONAL = {
+    "num_head_channels": _WHOLE,
+    "num_heads_upsample": _WHOLE,
+    "use_new_attention_order": _FLAG,
+    "predict_xstart": _FLAG,
 }
-_OPTIONAL = {"predict_xstart": False}
-CARD_KEYS = tuple(_NEEDED)
-
-
-def read_weights(path: str) -> dict[str, np.ndarray]:
-  """Reads a state dict. Runs no code from the file.
-
-  Args:
-    path: of the `.pt` file.
-
-  Returns:
-    float32 arrays by the file's names.
-
-  Raises:
-    UserError: PyTorch is not installed; the file is truncated, not a state
-      dict, or has values that are not finite.
-  """
-  try:
-    import torch  # pylint: disable=g-import-not-at-top
-  except ImportError as error:
-    raise UserError("PyTorch must be installed to read a .pt file (pip install "
-                    f"torch; the CPU build will do). Received: {path!r}"
-                    ) from error
-  try:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # PyTorch raises many kinds for a damaged file.
-    raise UserError(f"{path} is not a complete PyTorch state dict: "
-                    f"{checkpoints.one_line(error)}") from error
-  if not isinstance(state, dict) or not all(
-      isinstance(value, torch.Tensor) for value in state.values()):
-    raise UserError(f"{path} must hold a state dict, tensors by name. "
-                    f"Received: {type(state).__name__}")
-  # float() first: NumPy has no bfloat16.
-  return checkpoints.finite_float32(path, {
-      name: value.float().numpy() for name, value in state.items()})
+# What the tensors tell too, and must agree with.
+_CHECKED = ("class_cond", "learn_sigma", "resblock_updown",
+            "use_scale_shift_norm")
 
 
 def read_card(path: str, given: Mapping[str, object]) -> dict:
@@ -84,10 +58,11 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
 
   Args:
     path: of the `.pt` file; `<path>.json` is read if it is there.
-    given: values of `CARD_KEYS` that take precedence; None: not given.
+    given: values that take precedence; None: not given.
 
   Returns:
-    Every key of `CARD_KEYS`, and "predict_xstart".
+    The card. `predict_xstart` is there always, of `num_heads` and
+    `num_head_channels` one, the rest of the optional keys if they are given.
 
   Raises:
     UserError: keys that are missing, unknown, or of a value that is not
@@ -97,34 +72,34 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   card = {}
   if os.path.exists(source):
     card = checkpoints.read_json_object(source)
-  known = {**_NEEDED, **_REQUIRED, **_OPTIONAL}
+  known = {**_NEEDED, **_OPTIONAL, **dict.fromkeys(_CHECKED, _FLAG)}
   unknown = sorted(set(card) - set(known))
   if unknown:
     raise UserError(f"{source}: keys must be among {', '.join(known)}. "
                     f"Received: {', '.join(unknown)}")
-  card |= {key: value for key, value in given.items() if value is not None}
-  for key, value in _REQUIRED.items():
-    if card.get(key, value) != value:
-      raise UserError(
-          f"{source}: {key} must be {value!r}. Received: {card[key]!r}")
-  missing = [key for key in _NEEDED if key not in card]
+  given = {key: value for key, value in given.items() if value is not None}
+  if "num_heads" in given:
+    card.pop("num_head_channels", None)
+  card |= given
+  for key in ("num_head_channels", "num_heads_upsample"):
+    if card.get(key) == -1:  # There, it stands for nothing.
+      del card[key]
+  if "num_head_channels" in card:  # There too, it comes first.
+    card.pop("num_heads", None)
+    card.pop("num_heads_upsample", None)
+  missing = [key for key in _NEEDED if key not in card and not (
+      key == "num_heads" and "num_head_channels" in card)]
   if missing:
     raise UserError(
         f"{', '.join(missing)} must be given, by {source} or as arguments: the "
         f"tensors do not tell. Received: {sorted(card)}")
-  for key, (kind, words) in _NEEDED.items():
-    value = card[key]
+  for key, value in card.items():
+    kind, words = known[key]
     # type(), because True is an int.
     if type(value) is not kind or (kind is int and value < 1) or (
         kind is str and value not in _SCHEDULES):
       raise UserError(f"{source}: {key} must be {words}. Received: {value!r}")
-  result = {key: card[key] for key in _NEEDED}
-  for key, value in _OPTIONAL.items():
-    result[key] = card.get(key, value)
-    if not isinstance(result[key], bool):
-      raise UserError(
-          f"{source}: {key} must be true or false. Received: {result[key]!r}")
-  return result
+  return {"predict_xstart": False, **card}
 
 
 def betas(card: Mapping[str, object]) -> np.ndarray:
@@ -140,22 +115,26 @@ def betas(card: Mapping[str, object]) -> np.ndarray:
         f" {error}") from error
 
 
+def num_classes(weights: Mapping[str, np.ndarray]) -> int | None:
+  """Classes of a class-conditional network; None of another."""
+  if "label_emb.weight" not in weights:
+    return None
+  return _shape(weights, "label_emb.weight", 2)[0]
+
+
 def infer_config(weights: Mapping[str, np.ndarray],
                  card: Mapping[str, object]) -> UNetConfig:
   """The architecture that names, shapes and card tell.
 
   Args:
-    weights: as `read_weights` gives them.
+    weights: as `checkpoints.read_state_dict` gives them.
     card: as `read_card` gives it.
 
   Raises:
-    UserError: not such a network, or a variant that is not implemented; with
-      the tensor that tells.
+    UserError: not such a network, or a variant that is not implemented, with
+      the tensor that tells; tensors and card do not agree.
   """
-  if "label_emb.weight" in weights:
-    raise UserError("the network must be unconditional. Received: tensor "
-                    "label_emb.weight of a class-conditional one")
-  base, in_channels = _shape(weights, "input_blocks.0.0.weight", 4)[:2]
+  in_channels = _shape(weights, "input_blocks.0.0.weight", 4)[1]
   if in_channels not in (1, 3):
     raise UserError(
         "input_blocks.0.0.weight must read images of 1 or 3 channels. Received:"
@@ -165,32 +144,47 @@ def infer_config(weights: Mapping[str, np.ndarray],
     raise UserError(
         f"out.2.weight must have {in_channels} outputs, or twice as many with "
         f"learned variances. Received: {out_channels}")
+  time_features = _shape(weights, "time_embed.0.weight", 2)[1]
 
   last = max(int(match[1]) for match in (
       re.match(r"input_blocks\.(\d+)\.", name) for name in weights) if match)
+  downs = {n for n in range(1, last + 1)
+           if f"input_blocks.{n}.0.op.weight" in weights}
+  updown = not downs
+  if updown:
+    downs = _residual_downs(weights, last)
   channels, blocks, attention = [], [0], set()
   for n in range(1, last + 1):
-    if f"input_blocks.{n}.0.op.weight" in weights:
+    if n in downs:
       blocks.append(0)
       continue
     level = len(blocks) - 1
-    # Two convolutions of stride one, where a strided one is due, are what
-    # resblock_updown leaves; pooling without weights leaves nothing.
     width = _shape(weights, f"input_blocks.{n}.0.in_layers.2.weight", 4)[0]
     if not blocks[level]:
       channels.append(width)
     blocks[level] += 1
     if f"input_blocks.{n}.1.qkv.weight" in weights:
       attention.add(level)
-  if len(blocks) == 1:
-    raise UserError(
-        "resblock_updown must be false, and conv_resample true. Received: a "
-        "network without any tensor input_blocks.N.0.op.weight, the strided "
-        "convolution between two levels")
   if len(set(blocks)) != 1 or not blocks[0]:
     raise UserError("every level must have the same number of residual blocks. "
                     f"Received: {blocks}")
   width = _shape(weights, "input_blocks.1.0.emb_layers.1.weight", 2)[0]
+  told = {
+      "class_cond": num_classes(weights) is not None,
+      "learn_sigma": out_channels != in_channels,
+      "resblock_updown": updown,
+      "use_scale_shift_norm": width == 2 * channels[0],
+  }
+  for key, value in told.items():
+    if card.get(key, value) != value:
+      raise UserError(f"{key} must be {str(value).lower()}, as the tensors say."
+                      f" Received: {str(card[key]).lower()}")
+  if updown and "use_new_attention_order" not in card:
+    raise UserError(
+        "use_new_attention_order must be given for guided-diffusion: true for "
+        "64x64_diffusion.pt, false for the other published ones; the tensors "
+        f"do not tell. Received: {sorted(card)}")
+  levels = range(len(channels))
   return UNetConfig(
       image_size=card["image_size"],
       in_channels=in_channels,
@@ -199,20 +193,47 @@ def infer_config(weights: Mapping[str, np.ndarray],
       channels=tuple(channels),
       blocks_per_level=blocks[0],
       attention_levels=tuple(sorted(attention)),
-      num_heads=card["num_heads"],
+      head_channels=card.get("num_head_channels"),
+      num_heads=card.get("num_heads"),
+      num_heads_up=card.get("num_heads_upsample"),
       norm_epsilon=1e-5,
       sin_first=False,
       frequency_shift=0.0,
       symmetric_downsample=True,
-      scale_shift=width == 2 * channels[0],
+      residual_down_levels=tuple(levels[:-1]) if updown else (),
+      residual_up_levels=tuple(levels[1:]) if updown else (),
+      scale_shift=told["use_scale_shift_norm"],
       time_scale=(1000.0 / card["diffusion_steps"]
-                  if card["rescale_timesteps"] else 1.0))
+                  if card["rescale_timesteps"] else 1.0),
+      # Not the width of the first level: that may be half of it.
+      time_features=time_features,
+      time_width=4 * time_features,
+      num_classes=num_classes(weights))
+
+
+def _residual_downs(weights, last: int) -> set[int]:
+  """Numbers of the input blocks of resblock_updown that end a level.
+
+  They look like the others; the way up tells, where the first block with a
+  second residual block has the number of blocks per level.
+  """
+  ups = [int(match[1]) for match in (
+      re.fullmatch(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight", name)
+      for name in weights) if match]
+  if not ups:
+    raise UserError(
+        "conv_resample must be true. Received: a network that neither has a "
+        "tensor input_blocks.N.0.op.weight, the strided convolution between "
+        "two levels, nor the second residual block of resblock_updown, "
+        "output_blocks.N.1.in_layers.2.weight")
+  per_level = min(ups) + 1
+  return set(range(per_level, last + 1, per_level))
 
 
 def _shape(weights, name: str, rank: int) -> tuple[int, ...]:
   """Shape of a tensor that every such network has."""
   if name not in weights:
-    raise UserError(f"an improved-diffusion state dict must hold {name}. "
+    raise UserError(f"an OpenAI diffusion state dict must hold {name}. "
                     f"Received: {sorted(weights)[:5]}")
   shape = weights[name].shape
   if len(shape) != rank:
@@ -225,7 +246,7 @@ _FIXED = {
     "conv_in": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2",
     "time_1": "time_embed.0", "time_2": "time_embed.2",
     "mid_block_0": "middle_block.0", "mid_attention": "middle_block.1",
-    "mid_block_1": "middle_block.2",
+    "mid_block_1": "middle_block.2", "label_embedding": "label_emb",
 }
 _INSIDE = {
     "norm1": "in_layers.0", "conv1": "in_layers.2",
@@ -234,7 +255,8 @@ _INSIDE = {
     "query": "qkv", "key": "qkv", "value": "qkv",
     "output_projection": "proj_out",
 }
-_LEAF = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
+_LEAF = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias",
+         "embeddings": "weight"}
 
 
 def _source_name(path: str, config: UNetConfig) -> str:
@@ -255,11 +277,13 @@ def _source_name(path: str, config: UNetConfig) -> str:
     start = int(stage) * (blocks + 1) + (1 if side == "down" else 0)
     index = start + (blocks if number is None else int(number))
     level = len(config.channels) - 1 - int(stage)  # Of the way up.
+    residual = bool(layers[1:])  # Convolutions have no layers inside.
     member = {
         "block": "0",
         "attention": "1",
-        "downsample": "0.op",
-        "upsample": f"{2 if level in config.attention_levels else 1}.conv",
+        "downsample": "0" if residual else "0.op",
+        "upsample": ("2" if level in config.attention_levels else "1") + (
+            "" if residual else ".conv"),
     }[kind]
     prefix = f"{'in' if side == 'down' else 'out'}put_blocks.{index}.{member}"
   inside = "".join(f".{_INSIDE[layer]}" for layer in layers[1:])
@@ -272,33 +296,36 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
 
   Args:
     source: what the weights were read from, for messages.
-    weights: as `read_weights` gives them.
+    weights: as `checkpoints.read_state_dict` gives them.
     card: as `read_card` gives it.
 
   Returns:
-    A frozen network, from images and training-step indices t in [0, T - 1] to
-    the prediction; without the channels of a learned variance.
+    A frozen network, from images, training-step indices t in [0, T - 1] and,
+    if it is class-conditional, labels to the prediction; without the channels
+    of a learned variance.
 
   Raises:
     UserError: see `infer_config`; weights and architecture do not match.
   """
   config = infer_config(weights, card)
   return checkpoints.build_frozen(
-      source, config, lambda variables: _to_keras(weights, config, variables))
+      source, config, lambda variables: _to_keras(
+          weights, config, variables,
+          bool(card.get("use_new_attention_order"))))
 
 
-def _to_keras(weights, config, variables):
+def _to_keras(weights, config, variables, new_attention_order):
   """Renames and re-lays weights, see `checkpoints.matched`."""
   learned_sigma = weights["out.2.weight"].shape[0] == 2 * config.in_channels
 
   def relayout(path, value, shape):
     parts = path.split("/")
     if parts[-2] in ("query", "key", "value"):
-      # Head by head, each [query, key, value].
       width = shape[-1]
       if value.shape[:1] == (3 * width,):
-        split = value.reshape(
-            config.num_heads, 3, width // config.num_heads, *value.shape[1:])
+        # Head by head, each [query, key, value]; or as with a single head.
+        heads = 1 if new_attention_order else _heads(config, parts[0], width)
+        split = value.reshape(heads, 3, width // heads, *value.shape[1:])
         value = split[:, ("query", "key", "value").index(parts[-2])].reshape(
             width, *value.shape[1:])
     if parts[0] == "conv_out" and learned_sigma:
@@ -312,3 +339,12 @@ def _to_keras(weights, config, variables):
 
   return checkpoints.matched(
       weights, variables, lambda path: _source_name(path, config), relayout)
+
+
+def _heads(config: UNetConfig, place: str, width: int) -> int:
+  """Heads of the attention layer at a place, as `unet.build_unet` has them."""
+  if config.head_channels is not None:
+    return width // config.head_channels
+  if place.startswith("up_") and config.num_heads_up is not None:
+    return config.num_heads_up
+  return config.num_heads

@@ -1,13 +1,14 @@
 """Imports every module whose names gin may bind.
 
 The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
-`export` and `inspect`.
+`export` and `inspect`; `make_strategy` is bound for all of them.
 """
 
 from ddss_tf.comparing import compare
 from ddss_tf.data import load_dataset
 from ddss_tf.denoisers import gaussian_denoiser
 from ddss_tf.denoisers import load_denoiser
+from ddss_tf.distribution import make_strategy
 from ddss_tf.evaluation import evaluate
 from ddss_tf.exporting import export
 from ddss_tf.exporting import sample
@@ -20,5 +21,5 @@ from ddss_tf.searching import search
 __all__ = [
     "compare", "evaluate", "export", "gaussian_denoiser", "inspect",
     "load_dataset", "load_denoiser", "load_features", "make_sampler",
-    "make_schedule", "sample", "search",
+    "make_schedule", "make_strategy", "sample", "search",
 ]

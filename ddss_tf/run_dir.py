@@ -13,7 +13,9 @@
 import fcntl
 import json
 import os
+import shutil
 
+from ddss_tf import card
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 
@@ -61,25 +63,37 @@ class RunDir:
       raise UserError(
           f"run_dir {self.root!r} is in use by another process") from error
 
-  def claim(self, stage: str, identity: dict) -> None:
+  def claim(self, stage: str, identity: dict, restart: bool = False) -> None:
     """Ties the directory to one configuration of a stage.
 
     Args:
       stage: its name.
       identity: all that decides its result; JSON.
+      restart: delete what another configuration left instead of refusing.
 
     Raises:
-      UserError: the directory belongs to another; names the first difference.
+      UserError: the directory belongs to another; names the differences.
     """
     path = self.path("checkpoints", f"{stage}.json")
     identity = json.loads(json.dumps(identity))
     if os.path.exists(path):
-      with open(path) as f:
-        before = json.load(f)
-      for key in sorted(set(before) | set(identity)):
-        if before.get(key) != identity.get(key):
-          raise UserError(
-              f"run_dir {self.root!r} holds a {stage} with another {key}: "
-              f"{before.get(key)}. Received: {identity.get(key)}. Use another "
-              "run_dir, or delete this one")
+      try:
+        with open(path) as f:
+          before = dict(json.load(f))
+      except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}. Use another run_dir, or "
+                        "delete this one") from error
+      differences = [
+          f"another {key}: {before.get(key)}. Received: {identity.get(key)}"
+          for key in sorted(set(before) | set(identity))
+          if before.get(key) != identity.get(key)]
+      if differences and not restart:
+        raise UserError(
+            f"run_dir {self.root!r} holds a {stage} with "
+            f"{'; '.join(differences)}. Use another run_dir, delete this one, "
+            f"or bind {stage}.restart = True")
+      if differences:
+        shutil.rmtree(self.path("checkpoints"))
+        if os.path.exists(self.path(card.FILE)):
+          os.remove(self.path(card.FILE))
     storage.write_json(path, identity)

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import chain
+from ddss_tf import distribution
 from ddss_tf import progress
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
@@ -24,7 +25,8 @@ class Generator:
 
   Args:
     denoiser: the frozen network.
-    batch_size: images per call. The last batch of a request is filled up with
+    batch_size: images per call, rounded up to a multiple of the number of
+      replicas. The last batch of a request is filled up with
       images that are thrown away, since a new shape means a new compilation.
     jit_compile: compile the network with XLA.
     x0_bound: see `chain.bound_x0`.
@@ -33,19 +35,26 @@ class Generator:
   def __init__(self, denoiser: Denoiser, batch_size: int = 250,
                jit_compile: bool = True, x0_bound: str | None = None):
     self.denoiser = denoiser
-    self.batch_size = batch_size
+    self.batch_size = distribution.filled(batch_size)
     self.x0_bound = x0_bound
     self._eps = denoiser.compiled_eps(jit_compile)
-    self._sample = tf.function(self._sample_batch)
+    self._sample = distribution.replicated(self._sample_batch)
 
-  def _sample_batch(self, coefficients, seed, indices):
+  def _sample_batch(self, coefficients, seed, indices, labels=None):
+    indices = distribution.own_rows(indices)
+    if labels is None:
+      labels = self.denoiser.draw_labels(seed, indices)
+    else:
+      labels = distribution.own_rows(labels)
     x_T, step_noise = chain.draw_noise(
         seed, indices, self.denoiser.image_shape, coefficients.num_steps)
-    return chain.run_chain(self._eps, coefficients, x_T, step_noise,
-                           x0_bound=self.x0_bound)
+    return distribution.all_rows(chain.run_chain(
+        chain.with_labels(self._eps, labels), coefficients, x_T, step_noise,
+        x0_bound=self.x0_bound))
 
   def batches(self, coefficients: Coefficients, num_images: int, seed: int,
-              description: str = "") -> Iterator[tf.Tensor]:
+              description: str = "", label: int | None = None
+              ) -> Iterator[tf.Tensor]:
     """Yields images 0 ... num_images - 1 of a seed.
 
     Args:
@@ -53,6 +62,8 @@ class Generator:
       num_images: how many.
       seed: of the run; image i depends on it and on i only.
       description: text of the progress bar; none is shown if empty.
+      label: the class of all images of a class-conditional network; None:
+        each image's class is drawn (`Denoiser.draw_labels`).
 
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
@@ -60,15 +71,16 @@ class Generator:
     coefficients = Coefficients(
         *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
     pair = seed_pair(seed)
+    labels = None if label is None else tf.fill([self.batch_size], label)
     with progress.bar(num_images, description, "image") as bar:
       for start in range(0, num_images, self.batch_size):
         indices = tf.range(start, start + self.batch_size)
         count = min(self.batch_size, num_images - start)
-        yield self._sample(coefficients, pair, indices)[:count]
+        yield self._sample(coefficients, pair, indices, labels)[:count]
         bar.update(count)
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,
-             description: str = "") -> np.ndarray:
+             description: str = "", label: int | None = None) -> np.ndarray:
     """All of `batches` as one array, float32 [N, H, W, C]."""
     return np.concatenate([batch.numpy() for batch in self.batches(
-        coefficients, num_images, seed, description)])
+        coefficients, num_images, seed, description, label)])

@@ -8,7 +8,6 @@
 """
 
 import functools
-import json
 import os
 import time
 
@@ -20,20 +19,22 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
+from ddss_tf import checkpointing
+from ddss_tf import distribution
 from ddss_tf import elbo
 from ddss_tf import figures
+from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf import progress
 from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import starts
-from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import Terminated, UserError
 from ddss_tf.samplers import KINDS, Sampler
 
 
@@ -161,35 +162,34 @@ class Search:
         keras.optimizers.schedules.CosineDecay(rate, num_search_steps),
         beta_2=_ADAM_BETA_2, epsilon=1e-12)
     self.optimizer.build([self.units])
-    self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-    self.skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
-    self.best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
-    self.best_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
+    self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
+    self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
+    self._best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
+    self._best_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
     self.best = [tf.Variable(v.value, trainable=False) for v in self.variables]
+    self.not_finite = ""  # What was not, in the last step.
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
         units=self.units.value, scales=self.scales, optimizer=self.optimizer,
-        step=self.step, skipped=self.skipped, best_value=self.best_value,
-        best_step=self.best_step)
+        step=self._step, skipped=self._skipped, best_value=self._best_value,
+        best_step=self._best_step)
 
     plain = denoiser.compiled_eps(jit_compile)
-    eps_fn = chain.rematerialise(plain) if remat else plain
 
-    def make_view(indices, network):
+    def make_view(indices, remat):
       x_T, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
+      eps_fn = chain.with_labels(
+          plain, denoiser.draw_labels(self._pair, indices))
       return objective.view(chain.run_chain(
-          network, sampler.coefficients(), x_T, step_noise, x0_bound=x0_bound))
+          chain.rematerialise(eps_fn) if remat else eps_fn,
+          sampler.coefficients(), x_T, step_noise, x0_bound=x0_bound))
 
     def flat_gradient(tape, target, output_gradients=None):
       gradients = tape.gradient(
           target, [v.value for v in self.variables],
           output_gradients=output_gradients)
       return tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
-
-    @tf.function
-    def population(indices):
-      return make_view(indices, plain)
 
     @tf.function
     def differentiate(view, teacher, control):
@@ -199,30 +199,60 @@ class Search:
       # The bound is no function of a view: a gradient of 0.
       return loss, tape.gradient(loss, view, unconnected_gradients="zero")
 
-    @tf.function
-    def pull_back(indices, cotangents, teacher, control, own):
-      """Gradient of sum(view * cotangents), or of the objective if own."""
+    def one_pass(indices, teacher, control):
       with tf.GradientTape() as tape:
-        view = make_view(indices, eps_fn)
-      # A branch: a micro-batch may be too small for the objective.
-      loss, cotangents = tf.cond(
-          own, lambda: differentiate(view, teacher, control),
-          lambda: (0.0, cotangents))
-      return loss, flat_gradient(tape, view, cotangents)
+        view = make_view(distribution.own_rows(indices), remat)
+      # Of all replicas' samples, of which each then pulls its own back.
+      loss, cotangents = differentiate(
+          distribution.all_rows(view), teacher, control)
+      return loss, distribution.total(
+          flat_gradient(tape, view, distribution.own_rows(cotangents)))
 
-    @tf.function
+    def pull_back(indices, cotangents):
+      """Gradient of sum(view * cotangents)."""
+      with tf.GradientTape() as tape:
+        view = make_view(distribution.own_rows(indices), remat)
+      return distribution.total(
+          flat_gradient(tape, view, distribution.own_rows(cotangents)))
+
+    # Not a mean over samples, for the last step's variance is fitted to them:
+    # every replica computes all of it.
     def bound(indices, x_0):
       first_noise, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
       with tf.GradientTape() as tape:
         loss = elbo.negative_elbo(
-            eps_fn, sampler.coefficients(), x_0, first_noise, step_noise)
+            chain.rematerialise(plain) if remat else plain,
+            sampler.coefficients(), x_0, first_noise, step_noise)
       return loss, flat_gradient(tape, loss)
 
-    self._population = population
+    self._population = distribution.row_wise(
+        lambda indices: make_view(indices, remat=False))
     self._differentiate = differentiate
-    self._pull_back = pull_back
-    self._bound = bound
+    self._one_pass = distribution.replicated(one_pass)
+    self._pull_back = distribution.replicated(pull_back)
+    self._bound = distribution.replicated(bound)
+    self._apply = distribution.replicated(self._apply_gradient)
+
+  @property
+  def step(self) -> int:
+    """How many steps have been made, skipped ones too."""
+    return int(self._step.numpy())
+
+  @property
+  def skipped(self) -> int:
+    """How many of them were not taken, for values that were not finite."""
+    return int(self._skipped.numpy())
+
+  @property
+  def best_value(self) -> float:
+    """The lowest validation value; infinity before the first."""
+    return float(self._best_value.numpy())
+
+  @property
+  def best_step(self) -> int:
+    """How many steps it took."""
+    return int(self._best_step.numpy())
 
   def _flat(self) -> np.ndarray:
     """All variables as one float32 vector."""
@@ -253,28 +283,28 @@ class Search:
     for known in (self._teacher, self._control):
       if known is not None:
         indices %= len(known)
-    size = self._micro_batch_size
-    if size == self._batch_size == self._gradient_samples:
-      indices = tf.constant(indices)
-      teacher = self._targets(indices)
-      loss, gradient = self._pull_back(
-          indices, tf.zeros_like(teacher), teacher, self._controls(indices),
-          tf.constant(True))
+    # As many rows as all replicas make in one chain each.
+    most = self._micro_batch_size * distribution.num_replicas()
+    if self._batch_size == self._gradient_samples <= most and (
+        self._batch_size == distribution.filled(self._batch_size)):
+      loss, gradient = self._one_pass(
+          tf.constant(indices), self._targets(indices),
+          self._controls(indices))
       return float(loss), gradient.numpy()
+    size = min(most, self._batch_size)
     views = [self._population(_filled(indices[i:i + size], size))
              for i in range(0, self._batch_size, size)]
     loss, cotangents = self._differentiate(
         tf.concat(views, axis=0)[:self._batch_size], self._targets(indices),
         self._controls(indices))
+    size = distribution.filled(min(most, self._gradient_samples))
     # What a last micro-batch is filled up with gets no gradient.
     cotangents = tf.pad(
         cotangents[:self._gradient_samples], [[0, size], [0, 0]])
     gradients = []
     for i in range(0, self._gradient_samples, size):
       part = _filled(indices[i:min(i + size, self._gradient_samples)], size)
-      gradients.append(self._pull_back(
-          part, cotangents[i:i + size], self._targets(part),
-          self._controls(part), tf.constant(False))[1])
+      gradients.append(self._pull_back(part, cotangents[i:i + size]))
     scale = self._batch_size / self._gradient_samples
     return float(loss), scale * tf.add_n(gradients).numpy()
 
@@ -322,9 +352,9 @@ class Search:
           tf.random.stateless_normal(
               [size, objective.feature_width], [draw, 0], alg="philox"),
           [[0, 0], [0, objective.width - objective.feature_width]])
-      _, gradient = self._pull_back(
-          tf.constant(indices), r, tf.zeros_like(r), self._controls(indices),
-          tf.constant(False))
+      rows = distribution.filled(size)
+      gradient = self._pull_back(
+          _filled(indices, rows), tf.pad(r, [[0, rows - size], [0, 0]]))
       squares = squares + gradient.numpy().astype(np.float64) ** 2
     squares = squares / (_SCALE_DRAWS * size) / objective.feature_std**2
     if not np.all(np.isfinite(squares)) or not np.any(squares):
@@ -345,13 +375,14 @@ class Search:
       The loss, the norm of its gradient in u, and whether the step was taken:
       one with a value that is not finite changes nothing but the counters.
     """
-    loss, gradient = self.loss_and_gradient(int(self.step))
+    loss, gradient = self.loss_and_gradient(self.step)
     scales = self.scales.numpy()
     gradient = gradient * scales
     norm = float(np.linalg.norm(gradient.astype(np.float64)))
     taken = bool(np.isfinite(loss) and np.isfinite(norm))
+    self.not_finite = self._not_finite(loss, gradient)
     if taken:
-      self.optimizer.apply([tf.constant(gradient)], [self.units])
+      self._apply(tf.constant(gradient))
       flat = self._start + self.scales * self.units.value
       sizes = [int(np.prod(v.shape)) for v in self.variables]
       for part, variable in zip(tf.split(flat, sizes), self.variables):
@@ -362,15 +393,31 @@ class Search:
       # What a constraint held back, the units must not remember.
       self.units.assign((self._flat() - self._start.numpy()) / scales)
     else:
-      self.skipped.assign_add(1)
-    self.step.assign_add(1)
+      self._skipped.assign_add(1)
+    self._step.assign_add(1)
     return loss, norm, taken
+
+  def _apply_gradient(self, gradient):
+    """Adam's step, on every replica."""
+    # Keras sums over replicas what each of them has: here, all have all of it.
+    self.optimizer.apply(
+        [gradient / distribution.num_replicas()], [self.units])
+    return gradient
+
+  def _not_finite(self, loss, gradient) -> str:
+    """Names what is NaN or infinite."""
+    parts = [] if np.isfinite(loss) else ["the loss"]
+    ends = np.cumsum([int(np.prod(v.shape)) for v in self.variables])
+    parts += [f"the gradient of {variable.name}" for variable, part in zip(
+        self.variables, np.split(gradient, ends[:-1]))
+              if not np.all(np.isfinite(part))]
+    return ", ".join(parts)
 
   def keep_if_best(self, value: float) -> None:
     """Remembers the variables if `value` is the lowest validation so far."""
-    if value < float(self.best_value):
-      self.best_value.assign(value)
-      self.best_step.assign(self.step)
+    if value < self.best_value:
+      self._best_value.assign(value)
+      self._best_step.assign(self.step)
       for best, variable in zip(self.best, self.variables):
         best.assign(variable.value)
 
@@ -412,7 +459,7 @@ class _Validation:
     self._control = control
     self.generator = sampling.Generator(
         denoiser, min(250, num_samples), jit_compile, x0_bound)
-    self._view = tf.function(objective.view)
+    self._view = distribution.row_wise(objective.view)
     self._value = tf.function(objective.value)
     order = np.random.default_rng(seed).permutation(len(images))
     self._images = images[order[:num_samples]]
@@ -460,6 +507,7 @@ def search(
     control_variate: bool = True,
     pool_samples: int = 8192,
     learning_rate: float = 0.15,
+    rate_of_distance: float = 1.5,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,
@@ -470,6 +518,7 @@ def search(
     checkpoint_every: int = 25,
     log_every: int = 5,
     max_skipped: int = 20,
+    restart: bool = False,
     cache_dir: str | None = None,
     jit_compile: bool = True,
 ) -> Sampler:
@@ -507,10 +556,15 @@ def search(
       (`objectives.MOMENTS`): more precise, for the price of `pool_samples`
       images before the first step.
     pool_samples: how many images the teacher and the control variate make
-      beforehand; the steps take their samples from these in turn.
+      beforehand; the steps take their samples from these in turn. Validation
+      has half as many of its own to know the control variate's moments by.
     learning_rate: Adam's highest rate, as the share of the features' standard
       deviation by which one step of all variables together moves them. It
       serves every K.
+    rate_of_distance: the rate is at most this times the start's distance, the
+      root of the Frechet distance in the same unit; a start with little way to
+      go would be thrown off it, and not come back. It is measured on the
+      control variate's images, and without one there is no such limit.
     rate_multipliers: factors on the rate by kind of variable
       (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
@@ -522,6 +576,8 @@ def search(
     checkpoint_every: steps between checkpoints.
     log_every: steps between TensorBoard scalars.
     max_skipped: steps with non-finite values after which the search stops.
+    restart: where `run_dir` holds another search, begin anew instead of
+      refusing; what the other one left is deleted.
     cache_dir: folder of the real images' features, which runs may share;
       run_dir/cache if None.
     jit_compile: compile the network with XLA.
@@ -580,6 +636,9 @@ def search(
   if goal.is_elbo and x0_bound is not None:
     raise UserError("search.x0_bound must be None for the objective 'elbo', "
                     f"whose states are not sampled. Received: {x0_bound!r}")
+  if goal.is_elbo and denoiser.num_classes is not None:
+    raise UserError("objective 'elbo' needs an unconditional denoiser: images "
+                    f"come without their classes. Received: {denoiser.name!r}")
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
   control_variate = control_variate and goal.uses_control
 
@@ -601,7 +660,7 @@ def search(
       _Validation, goal, denoiser, dataset.images, seed=seed + 1,
       x0_bound=x0_bound, jit_compile=jit_compile)
   identity = {
-      "denoiser": denoiser.sha256, "dataset": dataset.sha256,
+      "denoiser": denoiser.key, "dataset": dataset.sha256,
       "features": [network.key for network in networks],
       "feature_weights": feature_weights, "objective": goal.terms,
       "x0_bound": x0_bound}
@@ -625,115 +684,121 @@ def search(
       "pool_samples": (
           pool_samples if goal.uses_teacher or control_variate else None),
       "control_variate": control_variate,
-      "learning_rate": learning_rate, "rate_multipliers": multipliers,
+      "learning_rate": learning_rate, "rate_of_distance": rate_of_distance,
+      "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
-      "validate_every": validate_every})
-  control, known = None, None
+      "validate_every": validate_every}, restart)
+  control, known, rate = None, None, learning_rate
   if control_variate:
-    control, known = (
+    # Validation has a pool of its own: what the steps owe to the chance of
+    # theirs must not look like progress.
+    control, other = (
         make_views(sampler.coefficients().numpy(), num_samples=count,
                    seed=noise_seed, description="control variate")
         for count, noise_seed in (
-            (pool_samples, seed), (validation_samples, seed + 1)))
-    known = known, goal.control_moments(control)
+            (pool_samples, seed),
+            (max(pool_samples // 2, validation_samples), seed + 1)))
+    known = other[:validation_samples], goal.control_moments(other)
+    distance = metrics.fid(reals[0], other[:, :goal.feature_width])
+    rate = min(rate, rate_of_distance * max(distance, 0.0) ** 0.5
+               / goal.feature_std)
+    logging.info("Frechet distance of the start %.3f, rate %.4f", distance,
+                 rate)
   state = Search(
       denoiser, sampler, goal, batch_size=batch_size,
       gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
-      num_search_steps=num_search_steps, learning_rate=learning_rate,
+      num_search_steps=num_search_steps, learning_rate=rate,
       rate_multipliers=multipliers, seed=seed,
       teacher=views_of_teacher(pool_samples, seed), control=control,
       images=dataset.images,
       x0_bound=x0_bound, jit_compile=jit_compile)
-  manager = tf.train.CheckpointManager(
-      state.checkpoint, run.path("checkpoints"), max_to_keep=3)
-  if manager.latest_checkpoint:
-    state.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
-    logging.info("going on from step %d", int(state.step))
+  checkpoints = checkpointing.Checkpoints(
+      state.checkpoint, run.path("checkpoints"), run.path("tensorboard"))
+  checkpoints.restore()
+  if checkpoints.latest:
+    logging.info("going on from step %d", state.step)
   validation = make_value(
       validation_samples, views_of_teacher(validation_samples, seed + 1), known)
 
-  # Of the steps alone, and beside the checkpoints, which two runs of one search
-  # have in common.
-  clock_path = run.path("checkpoints", "clock.json")
-  seconds = 0.0
-  if int(state.step) and os.path.exists(clock_path):
-    with open(clock_path) as f:
-      seconds = json.load(f)["seconds"]
+  seconds = checkpoints.seconds  # Of the steps alone.
 
   def validate() -> float:
     return validation(sampler.coefficients().numpy())
 
-  with tf.summary.create_file_writer(run.path("tensorboard")).as_default(), \
-      progress.bar(
-          num_search_steps, f"search {sampler.label} K={sampler.num_steps}",
-          "step", initial=int(state.step)) as bar:
-    start = int(state.step)
+  with checkpoints.writer().as_default(), progress.bar(
+      num_search_steps, f"search {sampler.label} K={sampler.num_steps}", "step",
+      initial=state.step) as bar, (
+          checkpointing.deferred_termination()) as termination:
+    start = state.step
     if start == 0:
       tf.summary.text("config", f"```\n{gin.config_str()}\n```", step=0)
       state.keep_if_best(validate())
       _summarise_state(sampler, validation.generator, seed, 0,
-                       float(state.best_value))
-      logging.info("validation at the start: %.4f",
-                   float(state.best_value))
+                       state.best_value)
+      logging.info("validation at the start: %.4f", state.best_value)
       state.measure_scales()
       if os.path.exists(run.path(starts.FILE)):
         with open(run.path(starts.FILE)) as f:
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)
     clock = time.monotonic()
-    while int(state.step) < num_search_steps:
+    while state.step < num_search_steps:
       began = time.monotonic()
       loss, norm, taken = state.advance()
       seconds += time.monotonic() - began
-      step = int(state.step)
+      step = state.step
       bar.update(1)
       if not taken:
         logging.warning("step %d skipped: loss %s, gradient norm %s", step,
                         loss, norm)
-        if int(state.skipped) > max_skipped:
+        if state.skipped > max_skipped:
           raise UserError(
-              f"search stopped at step {step}: {int(state.skipped)} steps had "
-              "values that are not finite; the last good checkpoint is "
-              f"{manager.latest_checkpoint}")
+              f"search stopped at step {step}: {state.skipped} steps had "
+              f"values that are not finite, this one in {state.not_finite}; "
+              f"the last good checkpoint is {checkpoints.latest}")
       if step % log_every == 0 or step == num_search_steps:
         pace = (time.monotonic() - clock) / min(log_every, step - start)
         clock = time.monotonic()
         for name, value in (
             ("search/loss", loss), ("search/gradient_norm", norm),
             ("search/seconds_per_step", pace),
-            ("search/skipped_steps", int(state.skipped))):
+            ("search/skipped_steps", state.skipped)):
           tf.summary.scalar(name, value, step=step)
         bar.set_postfix(loss=f"{loss:.3f}",
-                        best=f"{float(state.best_value):.3f}")
+                        best=f"{state.best_value:.3f}")
       if step % validate_every == 0 or step == num_search_steps:
         value = validate()
         state.keep_if_best(value)
         _summarise_state(sampler, validation.generator, seed, step, value)
         logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
-                     value, float(state.best_value), int(state.best_step))
+                     value, state.best_value, state.best_step)
         clock = time.monotonic()
-      if step % checkpoint_every == 0 or step == num_search_steps:
-        tf.summary.flush()
-        manager.save(checkpoint_number=step)
-        storage.write_json(clock_path, {"seconds": seconds})
+      if step % checkpoint_every == 0 or step == num_search_steps or (
+          termination.received):
+        checkpoints.save(step, seconds)
         clock = time.monotonic()
+      if termination.received:
+        raise Terminated(f"search ended by SIGTERM after step {step} of "
+                         f"{num_search_steps}, with checkpoint "
+                         f"{checkpoints.latest}; called again it goes on")
 
-  if not np.isfinite(float(state.best_value)):
+  if not np.isfinite(state.best_value):
     raise UserError("no step of the search had a finite validation value: the "
                     "denoiser or the feature network gives NaN or infinity")
   state.restore_best()
   best = sampler.coefficients().numpy()
   card.write(run.path(card.FILE), card.SamplerCard(
       label=sampler.label, coefficients=best,
-      denoiser={"name": denoiser.name, "sha256": denoiser.sha256},
+      denoiser=denoiser.identity,
       search={
           "config": sampler.get_config(),
-          "steps": num_search_steps, "best_step": int(state.best_step),
-          "skipped_steps": int(state.skipped), "batch_size": batch_size,
+          "steps": num_search_steps, "best_step": state.best_step,
+          "skipped_steps": state.skipped, "batch_size": batch_size,
           "gradient_samples": gradient_samples, "objective": goal.terms,
           "control_variate": control_variate,
-          "learning_rate": learning_rate, "rate_multipliers": multipliers,
+          "learning_rate": learning_rate, "rate": rate,
+          "rate_multipliers": multipliers,
           "seed": seed, "seconds": round(seconds, 3),
-          "validation": float(state.best_value),
+          "validation": state.best_value,
           "validation_samples": validation_samples,
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in networks],

@@ -10,8 +10,8 @@ import os
 import zipfile
 
 import numpy as np
-import tensorflow as tf
 
+from ddss_tf import distribution
 from ddss_tf import fingerprint
 from ddss_tf import sampling
 from ddss_tf import solvers
@@ -64,7 +64,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
     float32 [num_samples, width].
   """
   key = fingerprint.text_sha256(json.dumps([
-      fingerprint.arrays_sha256(known), denoiser.sha256, num_samples,
+      fingerprint.arrays_sha256(known), denoiser.key, num_samples,
       seed, x0_bound, *identity]))
   path = os.path.join(cache_dir, f"views-{key[:32]}.npz")
   if os.path.exists(path):
@@ -77,7 +77,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
       pass  # Damaged: made again.
   generator = sampling.Generator(
       denoiser, min(250, num_samples), jit_compile, x0_bound)
-  view = tf.function(objective.view)
+  view = distribution.row_wise(objective.view)
   found = np.concatenate([view(images).numpy() for images in generator.batches(
       known, num_samples, seed, description)])
   os.makedirs(cache_dir, exist_ok=True)

@@ -12,6 +12,16 @@ import math
 import keras
 from keras import ops
 
+# GELU is the exact one, as in PyTorch; Keras approximates by default.
+_ACTIVATIONS = {
+    "silu": ops.silu,
+    "mish": lambda x: x * ops.tanh(ops.softplus(x)),
+    "gelu": lambda x: ops.gelu(x, approximate=False),
+    "relu": ops.relu,
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)
+LABEL_EMBEDDINGS = ("table", "sinusoidal")
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -31,6 +41,8 @@ class UNetConfig:
       `num_heads`.
     num_heads: heads of every attention layer, whatever its width; None: as
       `head_channels` says.
+    num_heads_up: heads of the attention layers on the way up, if not
+      `num_heads`.
     norm_groups: groups of every group normalisation.
     norm_epsilon: its epsilon (1e-6 in the TensorFlow original, 1e-5 in the
       PyTorch descendants; Keras's own default of 1e-3 is wrong for both).
@@ -39,12 +51,28 @@ class UNetConfig:
     symmetric_downsample: the strided convolution pads one pixel on all sides
       (PyTorch's padding=1) if True, bottom and right only (TensorFlow's SAME)
       if False. Weights of one give wrong images in the other.
+    residual_down_levels: levels left by a residual block that averages 2x2
+      pixels instead of the strided convolution.
+    residual_up_levels: levels left, on the way up, by a residual block that
+      repeats pixels instead of repetition and a convolution.
     scale_shift: the time enters as h * (1 + scale) + shift after the second
       normalisation if True, as an addition before it if False.
+    activation: of the residual blocks, one of `ACTIVATIONS`; "silu" everywhere
+      else.
     time_scale: the embedded time is `t` times this; networks of any T may be
       trained on times from 0 to 1000.
+    time_features: sines and cosines of the time; None: `channels[0]`.
+    time_width: width of the time embedding; None: 4 * `channels[0]`.
+    num_classes: classes of a class-conditional network, whose third input are
+      labels in [0, num_classes - 1]; None: unconditional.
+    label_embedding: "table", a learned vector of each class; or "sinusoidal",
+      the label embedded as the time is. Either is added to the time embedding.
+    center_input: whether the network computes 2 x - 1 first.
     mid_attention: whether the middle has an attention layer.
     mid_attention_norm: whether that layer normalises its input.
+    mid_attention_groups: groups of that normalisation; None: `norm_groups`.
+    mid_divisor: outputs of the middle's layers, residual included, are divided
+      by it.
   """
 
   image_size: int
@@ -55,15 +83,26 @@ class UNetConfig:
   attention_levels: tuple[int, ...] = ()
   head_channels: int | None = None
   num_heads: int | None = None
+  num_heads_up: int | None = None
   norm_groups: int = 32
   norm_epsilon: float = 1e-6
   sin_first: bool = True
   frequency_shift: float = 1.0
   symmetric_downsample: bool = False
+  residual_down_levels: tuple[int, ...] = ()
+  residual_up_levels: tuple[int, ...] = ()
   scale_shift: bool = False
+  activation: str = "silu"
   time_scale: float = 1.0
+  time_features: int | None = None
+  time_width: int | None = None
+  num_classes: int | None = None
+  label_embedding: str = "table"
+  center_input: bool = False
   mid_attention: bool = True
   mid_attention_norm: bool = True
+  mid_attention_groups: int | None = None
+  mid_divisor: float = 1.0
 
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
@@ -114,29 +153,39 @@ class TimeEmbedding(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
 class ResidualBlock(keras.layers.Layer):
-  """norm, swish, conv, time, norm, swish, conv, plus a shortcut.
+  """norm, activation, conv, time, norm, activation, conv, plus a shortcut.
 
   Args:
     channels: channels of the output.
     norm_groups: groups of both normalisations.
     norm_epsilon: their epsilon.
     scale_shift: see `UNetConfig`.
+    activation: one of `ACTIVATIONS`.
+    resample: "down" halves height and width by averages, "up" doubles them by
+      repetition, on both branches before their convolutions; None: neither.
+    divisor: of the sum of both branches.
 
   Call arguments:
     x: float [B, H, W, C].
     time_features: float [B, E].
 
   Returns:
-    float [B, H, W, channels].
+    float [B, H, W, channels], or of half or twice the height and width.
+
+  Reference: of `resample`, Dhariwal and Nichol (2021),
+  https://arxiv.org/abs/2105.05233, section 3.
   """
 
   def __init__(self, channels, norm_groups, norm_epsilon, scale_shift=False,
-               **kwargs):
+               activation="silu", resample=None, divisor=1.0, **kwargs):
     super().__init__(**kwargs)
     self.channels = channels
     self.norm_groups = norm_groups
     self.norm_epsilon = norm_epsilon
     self.scale_shift = scale_shift
+    self.activation = activation
+    self.resample = resample
+    self.divisor = divisor
     norm = dict(groups=norm_groups, epsilon=norm_epsilon)
     self.norm1 = keras.layers.GroupNormalization(**norm, name="norm1")
     self.conv1 = keras.layers.Conv2D(channels, 3, padding="same", name="conv1")
@@ -147,7 +196,7 @@ class ResidualBlock(keras.layers.Layer):
     self.shortcut = None
 
   def build(self, x_shape, time_features_shape):
-    out_shape = (*x_shape[:-1], self.channels)
+    out_shape = self.compute_output_shape(x_shape, time_features_shape)
     self.norm1.build(x_shape)
     self.conv1.build(x_shape)
     self.time_projection.build(time_features_shape)
@@ -158,20 +207,35 @@ class ResidualBlock(keras.layers.Layer):
       self.shortcut.build(x_shape)
     self.built = True
 
+  def _resampled(self, x):
+    if self.resample == "down":
+      return ops.average_pool(x, 2, strides=2)
+    if self.resample == "up":
+      return ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+    return x
+
   def call(self, x, time_features):
-    h = self.conv1(ops.silu(self.norm1(x)))
-    time = self.time_projection(ops.silu(time_features))[:, None, None, :]
+    act = _ACTIVATIONS[self.activation]
+    h = self.conv1(self._resampled(act(self.norm1(x))))
+    x = self._resampled(x)
+    time = self.time_projection(act(time_features))[:, None, None, :]
     if self.scale_shift:
       scale, shift = ops.split(time, 2, axis=-1)
       h = self.norm2(h) * (1.0 + scale) + shift
     else:
       h = self.norm2(h + time)
-    h = self.conv2(ops.silu(h))
-    return h + (x if self.shortcut is None else self.shortcut(x))
+    h = self.conv2(act(h))
+    h = h + (x if self.shortcut is None else self.shortcut(x))
+    return h if self.divisor == 1 else h / self.divisor
 
   def compute_output_shape(self, x_shape, time_features_shape):
     del time_features_shape
-    return (*x_shape[:-1], self.channels)
+    batch, height, width, _ = x_shape
+    if self.resample == "down":
+      height, width = height // 2, width // 2
+    elif self.resample == "up":
+      height, width = 2 * height, 2 * width
+    return (batch, height, width, self.channels)
 
   def get_config(self):
     return {
@@ -180,6 +244,9 @@ class ResidualBlock(keras.layers.Layer):
         "norm_groups": self.norm_groups,
         "norm_epsilon": self.norm_epsilon,
         "scale_shift": self.scale_shift,
+        "activation": self.activation,
+        "resample": self.resample,
+        "divisor": self.divisor,
     }
 
 
@@ -191,6 +258,7 @@ class SelfAttention(keras.layers.Layer):
     norm_groups: groups of the normalisation; None: no normalisation.
     norm_epsilon: its epsilon.
     head_channels: channels of one head; None: a single head.
+    divisor: of the sum of attention and residual.
 
   Call arguments:
     x: float [B, H, W, C].
@@ -199,11 +267,13 @@ class SelfAttention(keras.layers.Layer):
     float [B, H, W, C].
   """
 
-  def __init__(self, norm_groups, norm_epsilon, head_channels=None, **kwargs):
+  def __init__(self, norm_groups, norm_epsilon, head_channels=None, divisor=1.0,
+               **kwargs):
     super().__init__(**kwargs)
     self.norm_groups = norm_groups
     self.norm_epsilon = norm_epsilon
     self.head_channels = head_channels
+    self.divisor = divisor
 
   def build(self, x_shape):
     width = x_shape[-1]
@@ -228,7 +298,8 @@ class SelfAttention(keras.layers.Layer):
         for dense in (self.query, self.key, self.value))
     h = ops.dot_product_attention(query, key, value)
     h = ops.reshape(h, (-1, height, width, channels))
-    return x + self.output_projection(h)
+    h = x + self.output_projection(h)
+    return h if self.divisor == 1 else h / self.divisor
 
   def compute_output_shape(self, x_shape):
     return x_shape
@@ -239,11 +310,14 @@ class SelfAttention(keras.layers.Layer):
         "norm_groups": self.norm_groups,
         "norm_epsilon": self.norm_epsilon,
         "head_channels": self.head_channels,
+        "divisor": self.divisor,
     }
 
 
 def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   """Builds the network `[x_t, t] -> prediction`, with random weights.
+
+  A class-conditional one is `[x_t, t, labels] -> prediction`.
 
   Layers carry the names of their place (`down_1_block_0`, `mid_attention`,
   `up_2_upsample`, ...), where the number after `up_` counts from the coarsest
@@ -254,13 +328,20 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     name: name of the model.
 
   Returns:
-    A functional model from `x_t`, float [B, S, S, in_channels] in [-1, 1], and
-    `t`, float [B], to float [B, S, S, out_channels].
+    A functional model from `x_t`, float [B, S, S, in_channels] in [-1, 1],
+    `t`, float [B], and `labels`, int32 [B], if there are classes, to float
+    [B, S, S, out_channels].
 
   Raises:
     ValueError: the image size does not divide, or groups do not divide widths,
-      or heads do not, or they are given twice.
+      or heads do not, or they are given twice; an unknown activation or label
+      embedding.
   """
+  for key, known in (("activation", ACTIVATIONS),
+                     ("label_embedding", LABEL_EMBEDDINGS)):
+    if getattr(config, key) not in known:
+      raise ValueError(f"{key} must be one of {', '.join(known)}. "
+                       f"Received: {getattr(config, key)!r}")
   if None not in (config.num_heads, config.head_channels):
     raise ValueError(
         "num_heads and head_channels must not both be given. Received: "
@@ -274,36 +355,60 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   size = config.image_size
   base = config.channels[0]
   norm = dict(norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon)
+  time_width = config.time_width or 4 * base
 
   x = keras.Input((size, size, config.in_channels), name="x_t")
   t = keras.Input((), name="t")
+  inputs = [x, t]
   scaled = t
   if config.time_scale != 1:
     # In float32 for the reason of TimeEmbedding.
     scaled = keras.layers.Rescaling(
         config.time_scale, dtype="float32", name="time_scale")(t)
-  time = TimeEmbedding(
-      base, config.sin_first, config.frequency_shift,
-      name="time_embedding")(scaled)
-  time = keras.layers.Dense(4 * base, activation="silu", name="time_1")(time)
-  time = keras.layers.Dense(4 * base, name="time_2")(time)
 
-  def block(h, width, place):
+  def embedded(value, place):
+    value = TimeEmbedding(
+        config.time_features or base, config.sin_first, config.frequency_shift,
+        name=f"{place}_embedding")(value)
+    value = keras.layers.Dense(
+        time_width, activation="silu", name=f"{place}_1")(value)
+    return keras.layers.Dense(time_width, name=f"{place}_2")(value)
+
+  time = embedded(scaled, "time")
+  if config.num_classes is not None:
+    labels = keras.Input((), dtype="int32", name="labels")
+    inputs.append(labels)
+    if config.label_embedding == "table":
+      label = keras.layers.Embedding(
+          config.num_classes, time_width, name="label_embedding")(labels)
+    else:
+      label = embedded(labels, "label")
+    time = keras.layers.Add(name="time_and_label")([time, label])
+
+  def block(h, width, place, **options):
     return ResidualBlock(
-        width, **norm, scale_shift=config.scale_shift, name=place)(h, time)
+        width, **norm, scale_shift=config.scale_shift,
+        activation=config.activation, name=place, **options)(h, time)
 
-  def attention(h, place, normalised=True):
-    head_channels = config.head_channels
-    if config.num_heads is not None:
-      if config.num_heads < 1 or h.shape[-1] % config.num_heads:
+  def attention(h, place, num_heads=config.num_heads,
+                norm_groups=config.norm_groups, **options):
+    width, head_channels = h.shape[-1], config.head_channels
+    if num_heads is not None:
+      if num_heads < 1 or width % num_heads:
         raise ValueError(
-            f"num_heads must divide the {h.shape[-1]} channels of {place}. "
-            f"Received: num_heads={config.num_heads}")
-      head_channels = h.shape[-1] // config.num_heads
-    return SelfAttention(
-        config.norm_groups if normalised else None, config.norm_epsilon,
-        head_channels, name=place)(h)
+            f"num_heads must divide the {width} channels of {place}. "
+            f"Received: num_heads={num_heads}")
+      head_channels = width // num_heads
+    elif head_channels is not None and (
+        head_channels < 1 or width % head_channels):
+      raise ValueError(
+          f"head_channels must divide the {width} channels of {place}. "
+          f"Received: head_channels={head_channels}")
+    return SelfAttention(norm_groups, config.norm_epsilon, head_channels,
+                         name=place, **options)(h)
 
+  if config.center_input:
+    x = keras.layers.Rescaling(2.0, -1.0, name="center_input")(x)
   h = keras.layers.Conv2D(base, 3, padding="same", name="conv_in")(x)
   skips = [h]
   for level, width in enumerate(config.channels):
@@ -312,7 +417,10 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
       if level in config.attention_levels:
         h = attention(h, f"down_{level}_attention_{i}")
       skips.append(h)
-    if level < levels - 1:
+    if level < levels - 1 and level in config.residual_down_levels:
+      h = block(h, width, f"down_{level}_downsample", resample="down")
+      skips.append(h)
+    elif level < levels - 1:
       padding = "same"
       if config.symmetric_downsample:
         h = keras.layers.ZeroPadding2D(1, name=f"down_{level}_pad")(h)
@@ -321,18 +429,25 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
                               name=f"down_{level}_downsample")(h)
       skips.append(h)
 
-  h = block(h, config.channels[-1], "mid_block_0")
+  mid = dict(divisor=config.mid_divisor)
+  h = block(h, config.channels[-1], "mid_block_0", **mid)
   if config.mid_attention:
-    h = attention(h, "mid_attention", config.mid_attention_norm)
-  h = block(h, config.channels[-1], "mid_block_1")
+    groups = config.mid_attention_groups or config.norm_groups
+    h = attention(
+        h, "mid_attention", **mid,
+        norm_groups=groups if config.mid_attention_norm else None)
+  h = block(h, config.channels[-1], "mid_block_1", **mid)
 
+  num_heads_up = config.num_heads_up or config.num_heads
   for up, level in enumerate(reversed(range(levels))):
     for i in range(config.blocks_per_level + 1):
       h = keras.layers.Concatenate(name=f"up_{up}_skip_{i}")([h, skips.pop()])
       h = block(h, config.channels[level], f"up_{up}_block_{i}")
       if level in config.attention_levels:
-        h = attention(h, f"up_{up}_attention_{i}")
-    if level > 0:
+        h = attention(h, f"up_{up}_attention_{i}", num_heads_up)
+    if level > 0 and level in config.residual_up_levels:
+      h = block(h, config.channels[level], f"up_{up}_upsample", resample="up")
+    elif level > 0:
       h = keras.layers.UpSampling2D(2, name=f"up_{up}_repeat")(h)
       h = keras.layers.Conv2D(config.channels[level], 3, padding="same",
                               name=f"up_{up}_upsample")(h)
@@ -345,4 +460,4 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   # the chain multiply it by up to 1 / sqrt(abar_T).
   h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
                           dtype="float32", name="conv_out")(h)
-  return keras.Model([x, t], h, name=name)
+  return keras.Model(inputs, h, name=name)

@@ -1,6 +1,6 @@
-"""Tests of the readers of original DDPM and improved-diffusion checkpoints.
+"""Tests of the readers of foreign checkpoints.
 
-Golden outputs are of the original code of both, on random tiny networks.
+Golden outputs are of the original code of each, on random tiny networks.
 """
 
 import json
@@ -11,28 +11,43 @@ import types
 from absl import logging
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import ddpm_format
 from ddss_tf import denoisers
+from ddss_tf import diffusers_format
 from ddss_tf import openai_format
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
 OPENAI = ["openai_learned_sigma", "openai_plain"]
+GUIDED = ["guided_new_order", "guided_old_order", "guided_half_width",
+          "openai_class_cond"]
+DIFFUSERS = ["diffusers_classes", "diffusers_timestep", "diffusers_relu"]
 
 
 def read_fixture(name):
   """(weights by name, golden arrays): see tools/small_fixture.py."""
   with np.load(os.path.join(DATA, name + ".npz")) as file:
     golden = dict(file)
+  if "seed" in golden:
+    return seeded_weights(golden), golden
   flat = golden.pop("weights").astype(np.float32)
   weights = {}
   for tensor, shape, scale in json.loads(str(golden.pop("index"))):
     values, flat = np.split(flat, [int(np.prod(shape))])
     weights[tensor] = (values * np.float32(scale)).reshape(shape)
   return weights, golden
+
+
+def seeded_weights(golden):
+  """What `seeded` of tools/small_fixture.py drew."""
+  rng = np.random.RandomState(int(golden.pop("seed")))
+  return {
+      tensor: ((rng.randint(-2, 3, shape) + offset) * scale).astype(np.float32)
+      for tensor, shape, scale, offset in json.loads(str(golden.pop("index")))}
 
 
 def numbered(name, network):
@@ -383,10 +398,16 @@ def test_rescaled_times_survive_saving(openai, tmp_path):
 
 
 @pytest.mark.parametrize("changes,words", [
-    (dict(class_cond=True), ["class_cond", "False"]),
-    (dict(use_new_attention_order=True), ["use_new_attention_order"]),
-    (dict(resblock_updown=True), ["resblock_updown"]),
-    (dict(num_heads_upsample=2), ["num_heads_upsample", "-1", "2"]),
+    (dict(class_cond=True), ["class_cond must be false", "true"]),
+    (dict(class_cond=0), ["class_cond", "true or false", "0"]),
+    (dict(resblock_updown=True), ["resblock_updown must be false"]),
+    (dict(learn_sigma=True), ["learn_sigma must be false"]),
+    (dict(use_scale_shift_norm=True), ["use_scale_shift_norm must be false"]),
+    (dict(use_new_attention_order="yes"), ["use_new_attention_order", "'yes'"]),
+    (dict(num_heads_upsample=5), ["5", "cannot be built"]),
+    (dict(num_heads_upsample=0), ["num_heads_upsample", "0"]),
+    (dict(num_head_channels=12), ["head_channels=12", "cannot be built"]),
+    (dict(num_head_channels=0), ["num_head_channels", "0"]),
     (dict(noise_schedule="sigmoid"), ["linear, cosine", "'sigmoid'"]),
     (dict(noise_schedule=3), ["noise_schedule", "3"]),
     (dict(diffusion_steps="50"), ["diffusion_steps", "'50'"]),
@@ -435,7 +456,8 @@ def test_openai_files_that_cannot_be_read(state_dict, fake_torch, monkeypatch):
     fake_torch.state = other
     assert "must hold a state dict" in refusal(
         ddss_tf.load_denoiser, state_dict)
-  assert "a .pt file" in refusal(ddss_tf.load_denoiser, "nowhere.pt")
+  assert "a .pt, .safetensors or .bin file" in refusal(
+      ddss_tf.load_denoiser, "nowhere.pt")
   # None there makes `import torch` fail.
   monkeypatch.setitem(sys.modules, "torch", None)
   message = refusal(ddss_tf.load_denoiser, state_dict)
@@ -495,20 +517,284 @@ def test_openai_variants_that_are_refused(openai):
     return refusal(openai_format.convert, "here", changed, card)
 
   assert "label_emb.weight" in message(
-      weights | {"label_emb.weight": np.zeros((1000, 128))})
+      weights | {"label_emb.weight": np.zeros((1000, 127))})
   assert "super-resolution" in message(
       weights | {"input_blocks.0.0.weight": np.zeros((32, 6, 3, 3))})
-  # With resblock_updown, residual blocks stand where convolutions did.
-  pooled = {name: value for name, value in weights.items()
-            if ".op." not in name}
-  updown = pooled | {name.replace("input_blocks.1.0", "input_blocks.2.0"): value
-             for name, value in weights.items()
-             if name.startswith("input_blocks.1.0")}
-  assert "resblock_updown" in message(updown)
-  # Without conv_resample, nothing does.
-  assert "input_blocks.2.0" in message(pooled)
+  # Without conv_resample, nothing stands where convolutions did.
+  assert "conv_resample must be true" in message({
+      name: value for name, value in weights.items() if ".op." not in name})
   extra = {name.replace("input_blocks.3", "input_blocks.4"): value
            for name, value in weights.items()
            if name.startswith("input_blocks.3")}
   assert "same number of residual blocks. Received: [1, 2]" in message(
       weights | extra)
+
+
+# --- guided-diffusion, and classes of improved-diffusion ---
+
+
+@pytest.fixture(scope="module")
+def guided():
+  """(weights, golden, card) by fixture; the card as `read_card` gives it."""
+  fixtures = {}
+  for name in GUIDED:
+    weights, golden = read_fixture(name)
+    card = openai_format.read_card(
+        "nowhere.pt", json.loads(str(golden["card"])))
+    fixtures[name] = weights, golden, card
+  return fixtures
+
+
+def run(model, golden):
+  inputs = [golden[key] for key in ("x", "t", "labels") if key in golden]
+  return model(inputs, training=False).numpy()
+
+
+def distance(fixture, **changes):
+  """Largest difference to the golden output with another card."""
+  weights, golden, card = fixture
+  card = {key: value for key, value in (card | changes).items()
+          if value is not None}
+  output = run(openai_format.convert("here", weights, card), golden)
+  return np.abs(output - golden["output"][..., :3]).max()
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_network_matches_the_original(guided, name):
+  _, golden, card = guided[name]
+  assert np.any(golden["t"] % 1)
+  assert distance(guided[name]) < 1e-4
+  np.testing.assert_allclose(openai_format.betas(card), golden["betas"])
+
+
+def test_what_no_tensor_tells_matters(guided):
+  # A wrong card gives a network all the same, so the goldens must notice.
+  for name in ("guided_new_order", "guided_old_order"):
+    order = guided[name][2]["use_new_attention_order"]
+    assert distance(guided[name], use_new_attention_order=not order) > 0.1
+  assert distance(guided["guided_old_order"], num_head_channels=16) > 0.1
+  half = guided["guided_half_width"]
+  assert distance(half, num_heads_upsample=None) > 0.1
+  assert distance(half, num_heads=4) > 0.1
+
+
+def test_guided_architecture(guided):
+  weights, _, card = guided["guided_half_width"]
+  config = openai_format.infer_config(weights, card)
+  assert config.channels == (32, 64)
+  assert (config.time_features, config.num_classes) == (64, 5)
+  assert not config.residual_down_levels
+  weights, _, card = guided["guided_new_order"]
+  config = openai_format.infer_config(weights, card)
+  assert config.channels == (32, 64, 32)
+  assert config.attention_levels == (0, 2)
+  assert config.residual_down_levels == (0, 1)
+  assert config.residual_up_levels == (1, 2)
+
+
+def test_guided_file(guided, fake_torch, tmp_path):
+  weights, golden, card = guided["guided_new_order"]
+  path = str(tmp_path / "64x64_diffusion.pt")
+  with open(path, "w") as f:
+    f.write("PyTorch reads this, not we")
+  fake_torch.state = {
+      name: FakeTensor(value) for name, value in weights.items()}
+  card = {key: value for key, value in card.items() if key not in (
+      "predict_xstart", "resblock_updown")}
+  denoiser = ddss_tf.load_denoiser(path, **card)
+  assert denoiser.num_classes == 5
+  inputs = golden["x"], golden["t"], golden["labels"]
+  np.testing.assert_allclose(
+      denoiser.eps(*inputs), golden["output"][..., :3], atol=1e-4)
+  denoiser.save(str(tmp_path / "own"))
+  again = ddss_tf.load_denoiser(str(tmp_path / "own"))
+  assert again.num_classes == 5
+  assert again.sha256 == denoiser.sha256
+  np.testing.assert_array_equal(again.eps(*inputs), denoiser.eps(*inputs))
+
+  # The card may repeat what tensors tell, and must tell what they do not.
+  del card["use_new_attention_order"]
+  assert "use_new_attention_order must be given" in refusal(
+      ddss_tf.load_denoiser, path, **card)
+  told = dict(class_cond=True, resblock_updown=True, learn_sigma=True,
+              use_scale_shift_norm=True, use_new_attention_order=True)
+  for changes in ({}, *({key: False} for key in told if "new" not in key)):
+    with open(path + ".json", "w") as f:
+      json.dump({**card, **told, **changes}, f)
+    if changes:
+      key, = changes
+      assert f"{key} must be true" in refusal(ddss_tf.load_denoiser, path)
+    else:
+      assert ddss_tf.load_denoiser(path).sha256 == denoiser.sha256
+
+
+def test_heads_by_number_or_by_width(state_dict):
+  with open(state_dict + ".json") as f:
+    card = json.load(f)
+
+  def read(changes, **given):
+    with open(state_dict + ".json", "w") as f:
+      json.dump(card | changes, f)
+    card_read = openai_format.read_card(state_dict, given)
+    return card_read.get("num_heads"), card_read.get("num_head_channels")
+
+  assert read(dict(num_head_channels=16)) == (None, 16)
+  assert read(dict(num_head_channels=-1)) == (card["num_heads"], None)
+  assert read(dict(num_head_channels=16), num_heads=4) == (4, None)
+  assert read({}, num_head_channels=8) == (None, 8)
+
+
+def test_guided_weights_that_do_not_match(guided):
+  weights, _, card = guided["guided_new_order"]
+
+  def message(changes, *removed):
+    changed = {**weights, **changes}
+    for name in removed:
+      del changed[name]
+    return refusal(openai_format.convert, "here", changed, card)
+
+  name = "input_blocks.2.0.out_layers.3.bias"  # Of the first downsampling.
+  assert f"Missing: {name}. Unused: none" in message({}, name)
+  name = "output_blocks.1.2.in_layers.0.bias"  # Of the first upsampling.
+  assert f"Missing: {name}. Unused: none" in message({}, name)
+  assert "label_emb.weight" in message(
+      {"label_emb.weight": weights["label_emb.weight"][:, 1:]})
+  assert "Unused: label_emb.bias" in message({"label_emb.bias": np.zeros(5)})
+
+
+# --- diffusers ---
+
+
+def write_folder(folder, name, suffix=".safetensors", **changes):
+  """Writes a fixture in diffusers' layout; returns its weights and goldens."""
+  weights, golden = read_fixture(name)
+  os.makedirs(folder, exist_ok=True)
+  for file in ("config", "scheduler"):
+    values = json.loads(str(golden[file]))
+    values.update(changes if file == "config" else {})
+    place = dict(config=diffusers_format.CONFIG,
+                 scheduler=diffusers_format.SCHEDULER)[file]
+    with open(os.path.join(folder, place), "w") as f:
+      json.dump(values, f)
+  path = os.path.join(folder, "diffusion_pytorch_model" + suffix)
+  if suffix == ".safetensors":
+    safetensors.numpy.save_file(weights, path)
+  else:
+    with open(path, "w") as f:
+      f.write("PyTorch reads this, not we")
+  return weights, golden
+
+
+def predict(denoiser, golden):
+  return denoiser.network(
+      golden["x"], golden["t"], golden.get("labels")).numpy()
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers_network_matches_the_original(tmp_path, name):
+  folder = str(tmp_path / name)
+  _, golden = write_folder(folder, name)
+  denoiser = ddss_tf.load_denoiser(folder)
+  assert denoiser.num_classes == (5 if "labels" in golden else None)
+  np.testing.assert_allclose(
+      predict(denoiser, golden), golden["output"], atol=1e-4)
+  denoiser.save(str(tmp_path / "own"))
+  np.testing.assert_array_equal(
+      predict(ddss_tf.load_denoiser(str(tmp_path / "own")), golden),
+      predict(denoiser, golden))
+
+
+# Of those that weights do not tell; a reader that ignored one would pass above
+# if the golden output did not depend on it.
+@pytest.mark.parametrize("name,changes", [
+    ("diffusers_classes", dict(act_fn="silu")),
+    ("diffusers_classes", dict(mid_block_scale_factor=1)),
+    ("diffusers_classes", dict(attn_norm_num_groups=None)),
+    ("diffusers_timestep", dict(act_fn="swish")),
+    ("diffusers_timestep", dict(center_input_sample=False)),
+    ("diffusers_timestep", dict(downsample_padding=1)),
+    ("diffusers_relu", dict(act_fn="mish")),
+    ("diffusers_relu", dict(attention_head_dim=4)),
+])
+def test_every_key_matters(tmp_path, name, changes):
+  _, golden = write_folder(str(tmp_path), name, **changes)
+  denoiser = ddss_tf.load_denoiser(str(tmp_path))
+  difference = np.abs(predict(denoiser, golden) - golden["output"])
+  assert difference.max() > 1e-3
+
+
+def test_dropout_is_off(tmp_path):
+  _, golden = write_folder(str(tmp_path), "diffusers_relu", dropout=0.9)
+  np.testing.assert_allclose(
+      predict(ddss_tf.load_denoiser(str(tmp_path)), golden), golden["output"],
+      atol=1e-4)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(class_embed_type="identity"), ["class_embed_type", "'identity'"]),
+    (dict(class_embed_type="timestep", num_class_embeds=None),
+     ["num_class_embeds must be set"]),
+    (dict(num_class_embeds=0), ["num_class_embeds", "0"]),
+    (dict(num_class_embeds=6), ["class_embedding.weight", "(6, 24)"]),
+    (dict(num_class_embeds=None), ["Unused: class_embedding.weight"]),
+    (dict(time_embedding_type="fourier"), ["time_embedding_type", "'fourier'"]),
+    (dict(resnet_time_scale_shift="spatial"), ["'spatial'"]),
+    (dict(act_fn="tanh"), ["act_fn", "'silu'", "'tanh'"]),
+    (dict(downsample_type="fir"), ["downsample_type", "'fir'"]),
+    (dict(upsample_type="conv"), ["Missing: up_blocks.1.upsamplers.0.conv"]),
+    (dict(downsample_padding=2), ["downsample_padding", "2"]),
+    (dict(mid_block_type=None), ["mid_block_type", "None"]),
+    (dict(out_channels=6), ["out_channels must be 3", "6"]),
+    (dict(attention_head_dim=3), ["head_channels=3", "cannot be built"]),
+    (dict(time_embedding_dim="24"), ["cannot be built"]),
+])
+def test_diffusers_values_that_are_refused(tmp_path, changes, words):
+  write_folder(str(tmp_path), "diffusers_classes", **changes)
+  message = refusal(ddss_tf.load_denoiser, str(tmp_path))
+  for word in words:
+    assert word in message, message
+
+
+def test_pickled_diffusers_weights(tmp_path, fake_torch):
+  weights, golden = write_folder(str(tmp_path), "diffusers_classes", ".bin")
+  fake_torch.state = {
+      name: FakeTensor(value) for name, value in weights.items()}
+  denoiser = ddss_tf.load_denoiser(str(tmp_path))
+  np.testing.assert_allclose(
+      predict(denoiser, golden), golden["output"], atol=1e-4)
+  # By the file's name it is the same; safetensors come first.
+  path = str(tmp_path / "diffusion_pytorch_model.bin")
+  assert ddss_tf.load_denoiser(path).sha256 == denoiser.sha256
+  fake_torch.state = RuntimeError("damaged")
+  assert "not a complete PyTorch state dict" in refusal(
+      ddss_tf.load_denoiser, path)
+  write_folder(str(tmp_path), "diffusers_classes")
+  assert ddss_tf.load_denoiser(str(tmp_path)).sha256 == denoiser.sha256
+
+
+def test_real_pickled_diffusers_weights(tmp_path):
+  torch = pytest.importorskip("torch")
+  weights, golden = write_folder(str(tmp_path), "diffusers_timestep", ".bin")
+  torch.save({name: torch.from_numpy(value) for name, value in weights.items()},
+             str(tmp_path / "diffusion_pytorch_model.bin"))
+  np.testing.assert_allclose(
+      predict(ddss_tf.load_denoiser(str(tmp_path)), golden), golden["output"],
+      atol=1e-4)
+
+
+def test_single_diffusers_file(tmp_path):
+  _, golden = write_folder(str(tmp_path), "diffusers_relu")
+  path = str(tmp_path / "averaged.safetensors")
+  os.rename(tmp_path / diffusers_format.WEIGHTS, path)
+  denoiser = ddss_tf.load_denoiser(path)
+  assert denoiser.name == "averaged"
+  np.testing.assert_allclose(
+      predict(denoiser, golden), golden["output"], atol=1e-4)
+  assert "num_heads must not be given" in refusal(
+      ddss_tf.load_denoiser, path, num_heads=2)
+  message = refusal(ddss_tf.load_denoiser, str(tmp_path))
+  assert "diffusion_pytorch_model.safetensors or" in message
+  for name in (diffusers_format.SCHEDULER, diffusers_format.CONFIG):
+    os.remove(tmp_path / name)
+    message = refusal(ddss_tf.load_denoiser, path)
+    assert f"must hold {name} beside the weights" in message

@@ -26,31 +26,8 @@ def digits(tfds_dir) -> data.ImageDataset:
 @pytest.fixture(scope="session")
 def gaussian_parts():
   """Denoiser, data set and features of 4x4 Gaussian images."""
-  import keras  # pylint: disable=g-import-not-at-top
-  import numpy as np  # pylint: disable=g-import-not-at-top
-  import ddss_tf  # pylint: disable=g-import-not-at-top
-  from ddss_tf import data  # pylint: disable=g-import-not-at-top
-  from ddss_tf import features as features_lib  # pylint: disable=g-import-not-at-top
-  from ddss_tf import fingerprint  # pylint: disable=g-import-not-at-top
-
-  shape = (4, 4, 1)
-  keras.utils.set_random_seed(0)
-  rng = np.random.default_rng(0)
-  images = (0.3 + 0.25 * rng.normal(size=(400, *shape))).astype(np.float32)
-  inputs = keras.Input(shape)
-  # Large weights: features must see the spread of the pixels, not their mean.
-  large = keras.initializers.RandomNormal(stddev=1.0, seed=0)
-  x = keras.layers.Conv2D(
-      16, 2, activation="relu", kernel_initializer=large)(inputs)
-  x = keras.layers.Flatten()(x)
-  x = keras.layers.Dense(12, activation="relu", name="pool",
-                         kernel_initializer=large)(x)
-  model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
-  return dict(
-      denoiser=ddss_tf.gaussian_denoiser(shape, mean=0.3, std=0.25),
-      dataset=data.ImageDataset(
-          "gaussian", images, None, fingerprint.arrays_sha256([images])),
-      features=features_lib.FeatureNetwork(model, "random"))
+  import gaussian_parts as parts  # pylint: disable=g-import-not-at-top
+  return parts.make()
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import denoisers
 from ddss_tf import diffusers_format
+from ddss_tf import inspecting
+from ddss_tf import unet
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -133,6 +135,91 @@ def test_save_and_load(tiny_folder, tmp_path):
   assert not any(v.value.trainable for v in again.model.weights)
 
 
+@pytest.fixture(scope="module")
+def conditional():
+  """A tiny class-conditional network with random weights."""
+  keras.utils.set_random_seed(0)
+  model = unet.build_unet(unet.UNetConfig(
+      image_size=4, in_channels=1, out_channels=1, channels=(4, 8),
+      blocks_per_level=1, norm_groups=2, residual_down_levels=(0,),
+      residual_up_levels=(1,), num_classes=3, mid_attention=False))
+  # Keras draws small ones: give classes a say.
+  table = model.get_layer("label_embedding")
+  table.set_weights([20 * weight for weight in table.get_weights()])
+  return denoisers.Denoiser(
+      model, ddss_tf.make_schedule("linear", 1000), "v", num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def noise():
+  return (tf.random.stateless_normal([3, 4, 4, 1], [0, 1]),
+          tf.constant([3.0, 100.5, 999.0]))
+
+
+def test_labels(conditional, noise):
+  x, t = noise
+  labels = np.array([2, 0, 1])
+  eps = conditional.eps(x, t, labels).numpy()
+  for i, label in enumerate(labels):
+    # One at a time, with scalars, is the same.
+    np.testing.assert_allclose(
+        conditional.eps(x[i:i + 1], t[i], label), eps[i:i + 1], atol=1e-5)
+    same, other = (conditional.network(x[i:i + 1], t[i], given)
+                   for given in (label, (label + 1) % 3))
+    assert np.abs(same - other).max() > 0.05
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_compiled_eps_takes_labels(conditional, noise, jit_compile):
+  x, t = noise
+  labels = tf.constant([2, 0, 1])
+  compiled = conditional.compiled_eps(jit_compile)
+  assert compiled is conditional.compiled_eps(jit_compile)
+  np.testing.assert_allclose(
+      compiled(x, t, labels), conditional.eps(x, t, labels), atol=1e-5)
+
+  def slope(function):
+    with tf.GradientTape() as tape:
+      tape.watch(t)
+      total = tf.reduce_sum(function(x, t, labels) ** 2)
+    return tape.gradient(total, t).numpy()
+
+  assert np.all(slope(conditional.eps))
+  np.testing.assert_allclose(
+      slope(compiled), slope(conditional.eps), rtol=1e-3, atol=1e-5)
+  with pytest.raises(ValueError, match="labels must be given"):
+    compiled(x, t)
+
+
+def test_wrong_labels(conditional, noise, digits_model):
+  for labels, words in ((None, "must be given.*3 classes"),
+                        (3, r"\[0, 2\].*3 to 3"),
+                        ([0, -1, 2], r"\[0, 2\].*-1 to 2"),
+                        ([0.0, 1.0, 2.0], "whole numbers.*float32")):
+    with pytest.raises(ValueError, match=words):
+      conditional.network(*noise, labels)
+  with pytest.raises(ValueError, match="must be None.*digits16-ddpm"):
+    digits_model.network(tf.zeros([1, 16, 16, 1]), 3.0, 1)
+
+
+def test_classes_must_fit_the_model(conditional, digits_model):
+  for model, num_classes in ((conditional.model, None),
+                             (digits_model.model, 10)):
+    with pytest.raises(ValueError, match="three inputs"):
+      denoisers.Denoiser(model, conditional.schedule, num_classes=num_classes)
+
+
+def test_save_and_load_with_classes(conditional, noise, tmp_path):
+  conditional.save(str(tmp_path))
+  again = ddss_tf.load_denoiser(str(tmp_path))
+  assert again.num_classes == 3
+  np.testing.assert_array_equal(
+      again.eps(*noise, [0, 1, 2]), conditional.eps(*noise, [0, 1, 2]))
+  assert "classes     3" in inspecting.inspect(denoiser=again)
+  edit(tmp_path, "denoiser.json", num_classes=None)
+  refused(tmp_path, "damaged", "num_classes")
+
+
 def refused(path, *words):
   with pytest.raises(UserError) as error:
     ddss_tf.load_denoiser(str(path))
@@ -152,7 +239,7 @@ def edit(folder, name, **changes):
 
 
 @pytest.mark.parametrize("changes,words", [
-    (dict(act_fn="gelu"), ["act_fn", "'silu'", "'gelu'"]),
+    (dict(act_fn="tanh"), ["act_fn", "'silu'", "'tanh'"]),
     (dict(class_embed_type="timestep"), ["class_embed_type"]),
     (dict(brand_new_key=1), ["brand_new_key"]),
     (dict(down_block_types=["SkipDownBlock2D", "DownBlock2D"]),

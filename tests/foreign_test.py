@@ -256,7 +256,7 @@ def test_a_saved_model_is_exported_with_its_sampler(exact, tmp_path):
   module = exporting.SamplerModule(denoiser, coefficients)
   path = str(tmp_path / "export")
   tf.saved_model.save(module, path, signatures={
-      "from_noise": module.from_noise})
+      "from_noise": module.endpoints["from_noise"]})
   x_T, noise = chain.draw_noise([0, 1], tf.range(3), SHAPE, 4)
   images = tf.saved_model.load(path).signatures["from_noise"](
       x_T=x_T, step_noise=noise)["images"]

@@ -110,6 +110,26 @@ def test_killed_search_equals_uninterrupted(run, digits, tmp_path):
     np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+def test_a_terminated_command_says_so(main_in_process, tmp_path, tfds_dir,
+                                      monkeypatch, capsys):
+  from ddss_tf import searching  # pylint: disable=g-import-not-at-top
+  advance = searching.Search.advance
+
+  def terminated(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return advance(self)
+
+  monkeypatch.setattr(searching.Search, "advance", terminated)
+  monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+  with pytest.raises(SystemExit) as ended:
+    main_in_process(command(f"--gin_file={DEMO}", f"--run_dir={tmp_path}",
+                            "--mode=search", params=TINY)[3:])
+  assert ended.value.code == 143
+  assert re.search(r"^error: search ended by SIGTERM after step 1 of 6, with "
+                   r"checkpoint \S*ckpt-1; called again it goes on$",
+                   capsys.readouterr().err, re.MULTILINE)
+
+
 def test_stages_one_by_one(run, tfds_dir):
   folder, _, arguments = run
   before = os.stat(os.path.join(folder, "sampler.json")).st_mtime

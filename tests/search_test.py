@@ -1,9 +1,12 @@
 """Tests of the search, the evaluation and the export on a Gaussian data set."""
 
 import functools
+import glob
 import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -27,7 +30,7 @@ from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import solvers
 from ddss_tf import starts
-from ddss_tf.errors import UserError
+from ddss_tf.errors import Terminated, UserError
 
 SHAPE = (4, 4, 1)
 # An eager chain and a graph, which TensorFlow folds and fuses, differ by some
@@ -56,24 +59,99 @@ def finished(parts, tmp_path_factory):
   return run, ddss_tf.search(run, **parts, **options())
 
 
+def same_sampler(one, other):
+  for name, a, b in zip(ddss_tf.Coefficients._fields, one.coefficients(),
+                        other.coefficients()):
+    np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def events(run):
+  """All events of a search but the speed: sorted (step, tag, value)."""
+  found = []
+  for path in glob.glob(os.path.join(run, "tensorboard", "*.search")):
+    for event in tf.compat.v1.train.summary_iterator(path):
+      for value in event.summary.value:
+        if value.tag not in ("search/seconds_per_step", "config"):
+          found.append((event.step, value.tag,
+                        value.tensor.SerializeToString()))
+  return sorted(found)
+
+
+def interrupted(run, parts, monkeypatch, at, how, expected):
+  """Runs a search that is interrupted before step `at`."""
+  advance = searching.Search.advance
+
+  def broken(self):
+    if int(self.step) == at:
+      how()
+    return advance(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(searching.Search, "advance", broken)
+    with pytest.raises(expected) as caught:
+      ddss_tf.search(run, **parts, **options())
+  return caught.value
+
+
+def die():
+  raise KeyboardInterrupt
+
+
 def test_killed_and_resumed_is_uninterrupted(
     parts, finished, tmp_path, monkeypatch):
-  advance = searching.Search.advance
-  for deadly in (7, 10):  # Between two checkpoints, twice.
+  run = str(tmp_path)
+  for at in (2, 7, 10):  # Before the first checkpoint, then between two.
+    interrupted(run, parts, monkeypatch, at, die, KeyboardInterrupt)
+  same_sampler(finished[1], ddss_tf.search(run, **parts, **options()))
+  # Nothing lost, nothing doubled.
+  assert events(run) == events(finished[0])
+  with open(os.path.join(run, "checkpoints", "ckpt-12.json")) as f:
+    assert json.load(f)["seconds"] > 0
 
-    def killed(self, deadly=deadly):
-      if int(self.step) == deadly:
-        raise KeyboardInterrupt
-      return advance(self)
 
-    monkeypatch.setattr(searching.Search, "advance", killed)
-    with pytest.raises(KeyboardInterrupt):
-      ddss_tf.search(str(tmp_path), **parts, **options())
-  monkeypatch.setattr(searching.Search, "advance", advance)
-  resumed = ddss_tf.search(str(tmp_path), **parts, **options())
-  for name, a, b in zip(ddss_tf.Coefficients._fields,
-                        finished[1].coefficients(), resumed.coefficients()):
-    np.testing.assert_array_equal(a, b, err_msg=name)
+def test_terminated_and_resumed_is_uninterrupted(
+    parts, finished, tmp_path, monkeypatch):
+  run = str(tmp_path)
+  error = interrupted(
+      run, parts, monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM),
+      Terminated)
+  assert "after step 6 of 12" in str(error) and "ckpt-6" in str(error)
+  assert os.path.exists(os.path.join(run, "checkpoints", "ckpt-6.index"))
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  same_sampler(finished[1], ddss_tf.search(run, **parts, **options()))
+  assert events(run) == events(finished[0])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "list"])
+def test_a_damaged_checkpoint_falls_back(
+    parts, finished, tmp_path, monkeypatch, caplog, damage):
+  run = str(tmp_path)
+  interrupted(run, parts, monkeypatch, 10, die, KeyboardInterrupt)
+  folder = tmp_path / "checkpoints"
+  if damage == "list":
+    (folder / "checkpoint").write_text("nonsense {")
+  else:
+    (data_file,) = folder.glob("ckpt-8.data-*")
+    content = bytearray(data_file.read_bytes())
+    if damage == "truncated":
+      content = content[:len(content) // 2]
+    else:
+      content[len(content) // 2] ^= 255
+    data_file.write_bytes(content)
+  same_sampler(finished[1], ddss_tf.search(run, **parts, **options()))
+  assert events(run) == events(finished[0])
+  assert (folder / "ckpt-8.index.damaged").exists() == (damage != "list")
+  assert ("ckpt-8 is damaged" in caplog.text) == (damage != "list")
+
+
+def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
+  interrupted(str(tmp_path), parts, monkeypatch, 10, die, KeyboardInterrupt)
+  indices = sorted((tmp_path / "checkpoints").glob("*.index"))
+  for path in indices:
+    path.write_bytes(b"nonsense")
+  with pytest.raises(UserError, match="must be readable.*ckpt-8, .*ckpt-4"):
+    ddss_tf.search(str(tmp_path), **parts, **options())
+  assert sorted((tmp_path / "checkpoints").glob("*.index")) == indices
 
 
 @pytest.mark.parametrize("parameterisation", ["real", "paper"])
@@ -175,8 +253,7 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
       tf.concat(pool, axis=0), nothing, None)
   estimates = [
       4 * part._pull_back(
-          tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16],
-          nothing[:16], None, tf.constant(False))[1].numpy()
+          tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16]).numpy()
       for i in range(0, 64, 16)]
   np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
                              atol=1e-4 * np.abs(whole).max())
@@ -292,7 +369,8 @@ def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="dpm++2m", stride="linear")
   sampler = ddss_tf.search(str(tmp_path), **parts, **options(
-      sampler=family, learning_rate=300.0, max_skipped=100))
+      sampler=family, learning_rate=300.0, rate_of_distance=1e9,
+      max_skipped=100))
   start = solvers.solver_coefficients(
       parts["denoiser"].schedule, "dpm++2m", 3, "linear").numpy()
   for a, b in zip(sampler.coefficients(), start):
@@ -448,8 +526,10 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
 
     def compute(step):
       loss, gradient = inner(step)
-      if step in (2, 5):
+      if step == 2:
         return loss * np.nan, gradient * np.nan
+      if step == 5:
+        gradient[-1] = np.inf
       return loss, gradient
 
     self.loss_and_gradient = compute
@@ -459,13 +539,29 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
   sampler = ddss_tf.search(str(tmp_path), **parts, **options())
   assert int(seen[0].skipped) == 2 and int(seen[0].step) == 12
   sampler.coefficients().validate()
-  with pytest.raises(UserError, match="not finite.*last good checkpoint"):
+  with pytest.raises(UserError, match=(
+      r"at step 6: 2 steps.*not finite, this one in the gradient of \w+; the "
+      r"last good checkpoint is .*ckpt-4\b")):
     ddss_tf.search(str(tmp_path / "strict"), **parts, **options(max_skipped=1))
 
 
-def test_another_search_in_the_same_place_is_refused(parts, finished):
-  with pytest.raises(UserError, match="another batch_size: 16. Received: 32"):
-    ddss_tf.search(finished[0], **parts, **options(batch_size=32))
+def test_another_search_in_the_same_place(parts, finished, tmp_path):
+  run, sampler = finished
+  with pytest.raises(UserError, match=(
+      "another batch_size: 16. Received: 32; another gradient_samples: .*; "
+      "another seed: 0. Received: 1.*"
+      "search.restart = True")):
+    ddss_tf.search(run, **parts, **options(batch_size=32, seed=1))
+  copy = str(tmp_path / "copy")
+  shutil.copytree(run, copy)
+  changes = dict(batch_size=32, seed=1)
+  anew = ddss_tf.search(copy, **parts, **options(restart=True, **changes))
+  fresh = str(tmp_path / "fresh")
+  same_sampler(
+      anew, ddss_tf.search(fresh, **parts, **options(**changes)))
+  assert events(copy) == events(fresh)
+  # The same search is no other: it goes on, and is done.
+  same_sampler(sampler, ddss_tf.search(run, **parts, **options(restart=True)))
 
 
 @pytest.mark.parametrize("changes,message", [

@@ -85,3 +85,31 @@ def test_time_scale():
   x = tf.random.stateless_normal([2, 4, 4, 1], [0, 1])
   t = tf.constant([1.5, 40.0])
   np.testing.assert_allclose(scaled([x, t]), plain([x, 20 * t]), atol=1e-6)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(activation="tanh"), "activation.*silu.*'tanh'"),
+    (dict(label_embedding="none"), "label_embedding.*table.*'none'"),
+    (dict(head_channels=3), "head_channels must divide the 4.*3"),
+])
+def test_configurations_that_are_refused(changes, words):
+  with pytest.raises(ValueError, match=words):
+    unet.build_unet(unet.UNetConfig(
+        image_size=4, in_channels=1, out_channels=1, channels=(4,),
+        blocks_per_level=1, norm_groups=2, attention_levels=(0,), **changes))
+
+
+def test_resampling_block_by_hand():
+  x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1) * [1, -1]
+  time = np.zeros((1, 3), np.float32)
+  down = unet.ResidualBlock(2, 1, 1e-6, resample="down", divisor=2.0)
+  up = unet.ResidualBlock(2, 1, 1e-6, resample="up")
+  for block in (down, up):
+    block(x, time)
+    # Without what comes after the last activation, the shortcut is left.
+    block.conv2.set_weights([0 * w for w in block.conv2.get_weights()])
+  averages = x.reshape(1, 2, 2, 2, 2, 2).mean((2, 4))
+  np.testing.assert_allclose(down(x, time), averages / 2)
+  np.testing.assert_allclose(up(x, time), np.kron(x, np.ones((1, 2, 2, 1))))
+  assert down.compute_output_shape(x.shape, None) == (1, 2, 2, 2)
+  assert up.compute_output_shape(x.shape, None) == (1, 8, 8, 2)

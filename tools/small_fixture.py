@@ -45,3 +45,30 @@ def save(path: str, tensors: dict, **arrays) -> None:
       path, index=json.dumps(index),
       weights=np.concatenate([v.ravel() for v, _ in tensors.values()]),
       **arrays)
+
+
+def seeded(shapes: dict, seed: int) -> tuple[dict, list]:
+  """Draws weights that need not be stored: their seed gives them again.
+
+  From `RandomState`, whose stream of whole numbers NumPy has frozen for good.
+
+  Args:
+    shapes: by name, in the order of the draws.
+    seed: of the draws.
+
+  Returns:
+    float32 tensors by name; and rows (name, shape, scale, offset), by which
+    they are (whole numbers in [-2, 2] + offset) * scale.
+  """
+  rng, tensors, index = np.random.RandomState(seed), {}, []
+  for name, shape in shapes.items():
+    scale, offset = 0.125, 0
+    if len(shape) > 1:
+      fan = np.prod(shape) / max(shape[-1], shape[0])
+      scale = float(2.0 ** np.round(np.log2(0.8 / np.sqrt(fan))))
+    elif name.endswith("weight"):
+      offset = 8
+    values = rng.randint(-2, 3, shape) + offset
+    tensors[name] = (values * scale).astype(np.float32)
+    index.append((name, tuple(shape), scale, offset))
+  return tensors, index

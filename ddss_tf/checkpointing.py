@@ -1,0 +1,168 @@
+"""Long work that survives: checkpoints, their TensorBoard events, SIGTERM.
+
+A run that was killed goes on from its last checkpoint as if nothing had
+happened: the state, the seconds it took, and the events, of which those after
+the checkpoint are taken back, since they come again.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import re
+import signal
+import threading
+from typing import Iterator
+
+from absl import logging
+import tensorflow as tf
+
+from ddss_tf import storage
+from ddss_tf.errors import UserError
+
+_EVENTS = ".search"  # The ending of event files that belong to checkpoints.
+_KEPT = 3
+
+
+class Checkpoints:
+  """The checkpoints of a run, and the events up to each.
+
+  Args:
+    checkpoint: the state.
+    folder: of the checkpoints.
+    events: folder of the TensorBoard events.
+
+  Attributes:
+    seconds: what the work took up to the checkpoint that was restored.
+    latest: path of the newest good checkpoint; None before the first.
+  """
+
+  def __init__(self, checkpoint: tf.train.Checkpoint, folder: str,
+               events: str):
+    self._checkpoint = checkpoint
+    self._folder = folder
+    self._events = events
+    self._manager = None
+    self.seconds = 0.0
+    self.latest = None
+
+  def restore(self) -> None:
+    """Puts the state of the newest checkpoint that can be read in place.
+
+    Damaged ones are renamed, with a warning, and the one before is taken.
+    Without any, the state stays as it is.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read.
+    """
+    damaged = []
+    for step in sorted(self._steps(), reverse=True):
+      path = self._path(step)
+      try:
+        self._checkpoint.restore(path).assert_consumed()
+      except Exception as error:  # TensorFlow raises many kinds.
+        damaged.append(path)
+        logging.warning("checkpoint %s is damaged (%s): going on from the one "
+                        "before", path, " ".join(str(error).split())[:200])
+        continue
+      self.latest = path
+      break
+    if damaged and not self.latest:
+      raise UserError("checkpoints must be readable; delete the run_dir to "
+                      f"begin anew. Received: {', '.join(damaged)}")
+    for path in damaged:
+      os.replace(f"{path}.index", f"{path}.index.damaged")
+    notes = {}
+    if self.latest:
+      with contextlib.suppress(OSError, ValueError):
+        with open(f"{self.latest}.json") as f:
+          notes = json.load(f)
+      self.seconds = notes.get("seconds", 0.0)
+    if not self.latest or notes:
+      self._take_back_events(notes.get("events", {}))
+
+  def writer(self):
+    """A TensorBoard writer whose events follow the checkpoints."""
+    return tf.summary.create_file_writer(self._events, filename_suffix=_EVENTS)
+
+  def save(self, step: int, seconds: float) -> None:
+    """Saves the state, and which events came before it.
+
+    Args:
+      step: its number.
+      seconds: what the work took so far.
+    """
+    tf.summary.flush()
+    # Before the checkpoint, which does not count without it.
+    storage.write_json(f"{self._path(step)}.json", {
+        "seconds": seconds,
+        "events": {os.path.basename(path): os.path.getsize(path)
+                   for path in self._event_files()}})
+    if self._manager is None:
+      self._manager = tf.train.CheckpointManager(
+          self._checkpoint, self._folder, max_to_keep=_KEPT)
+    self.latest = self._manager.save(checkpoint_number=step)
+    kept = self._steps()
+    for path in glob.glob(os.path.join(glob.escape(self._folder),
+                                       "ckpt-*.json")):
+      if int(re.search(r"-(\d+)\.json$", path)[1]) not in kept:
+        os.remove(path)
+
+  def _path(self, step):
+    return os.path.join(self._folder, f"ckpt-{step}")
+
+  def _steps(self):
+    """Of the checkpoints on disk: TensorFlow's own list may be damaged too."""
+    found = (re.fullmatch(r"ckpt-(\d+)\.index", name)
+             for name in (os.listdir(self._folder)
+                          if os.path.isdir(self._folder) else ()))
+    return [int(match[1]) for match in found if match]
+
+  def _event_files(self):
+    return glob.glob(os.path.join(glob.escape(self._events), f"*{_EVENTS}"))
+
+  def _take_back_events(self, sizes):
+    """Cuts the event files to the sizes they had at a checkpoint."""
+    for path in self._event_files():
+      size = sizes.get(os.path.basename(path), 0)
+      if size:
+        os.truncate(path, size)
+      else:
+        os.remove(path)
+
+
+class Termination:
+  """Whether SIGTERM has come.
+
+  Attributes:
+    received: the answer.
+  """
+
+  def __init__(self):
+    self.received = False
+
+
+@contextlib.contextmanager
+def deferred_termination() -> Iterator[Termination]:
+  """Notes SIGTERM instead of dying of it, so that a step can be finished.
+
+  Only a process's main thread may handle signals; in another one this changes
+  nothing.
+
+  Yields:
+    A `Termination`.
+  """
+  termination = Termination()
+  if threading.current_thread() is not threading.main_thread():
+    yield termination
+    return
+
+  def note(signum, frame):
+    del signum, frame
+    termination.received = True
+
+  before = signal.signal(signal.SIGTERM, note)
+  try:
+    yield termination
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,149 @@
+"""Work spread over devices: every replica makes a share of the samples.
+
+Everything that makes or looks at images goes through `replicated` or `row_wise`
+and so through the strategy in force (`tf.distribute.get_strategy()`): TensorFlow
+has a default one, of one replica, whose work is that of a plain `tf.function`.
+
+An image depends on its seed and its index only, so a share is a range of
+indices, and the images are the same whatever the number of replicas. A distance
+between sets of images is no mean over replicas: their rows are gathered, each
+replica computes the value of the whole, and pulls the gradient of its own rows
+back; the sum over replicas is the gradient. (With a mean it would be too small
+by their number; reducing the gradients of local values would be biased.)
+"""
+
+from typing import Callable
+
+import gin
+import tensorflow as tf
+
+from ddss_tf.errors import UserError
+
+STRATEGIES = ("none", "mirrored", "tpu")
+
+
+@gin.configurable
+def make_strategy(name: str = "none", devices=None, tpu: str = ""):
+  """The strategy of a run, chosen by one line of gin.
+
+  Args:
+    name: "none", one device; "mirrored", `tf.distribute.MirroredStrategy` over
+      the devices of this machine; "tpu", `tf.distribute.TPUStrategy`.
+    devices: of "mirrored", such as ["GPU:0", "GPU:1"]; all GPUs if None.
+    tpu: address of the TPU; "" is the local one.
+
+  Returns:
+    A `tf.distribute.Strategy`. Networks must be loaded, and functions called,
+    in its `scope()`.
+
+  Raises:
+    UserError: an unknown name, or devices that are not there.
+  """
+  if name == "none":
+    return tf.distribute.get_strategy()
+  if name == "mirrored":
+    known = [device.name.removeprefix("/device:") for device
+             in tf.config.list_logical_devices()]
+    for device in devices or ():
+      if device not in known:
+        raise UserError(f"make_strategy.devices must be among "
+                        f"{', '.join(known)}. Received: {device!r}")
+    return tf.distribute.MirroredStrategy(devices)
+  if name == "tpu":
+    try:
+      resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(tpu)
+    except (ValueError, tf.errors.OpError) as error:
+      raise UserError(f"make_strategy.tpu must be the address of a TPU. "
+                      f"Received: {tpu!r} ({str(error).splitlines()[0]})"
+                      ) from error
+    return tf.distribute.TPUStrategy(resolver)
+  raise UserError(f"make_strategy.name must be one of {', '.join(STRATEGIES)}. "
+                  f"Received: {name!r}")
+
+
+def num_replicas() -> int:
+  """Of the strategy in force."""
+  return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def filled(count: int) -> int:
+  """The least multiple of the number of replicas that is at least `count`."""
+  return -(-count // num_replicas()) * num_replicas()
+
+
+def replicated(fn: Callable) -> Callable:
+  """Compiles a function that all replicas call with the same arguments.
+
+  Inside, `own_rows`, `all_rows` and `total` tell what is the replica's own and
+  what is everybody's. All of them must return the same values.
+
+  Args:
+    fn: of tensors, to tensors in any nest.
+
+  Returns:
+    A `tf.function`.
+  """
+  strategy = tf.distribute.get_strategy()
+
+  @tf.function
+  def call(*args):
+    result = strategy.run(fn, args)
+    return tf.nest.map_structure(
+        lambda value: strategy.experimental_local_results(value)[0], result)
+
+  return tf.function(fn) if strategy.num_replicas_in_sync == 1 else call
+
+
+def row_wise(fn: Callable) -> Callable:
+  """Compiles a function of rows, such as a network, each replica its share.
+
+  Args:
+    fn: from a tensor [B, ...] to tensors [B, ...] in any nest, each row by
+      itself.
+
+  Returns:
+    A function of the same values, for any B.
+  """
+  if num_replicas() == 1:
+    return tf.function(fn)
+  shared = replicated(lambda rows: tf.nest.map_structure(
+      all_rows, fn(own_rows(rows))))
+
+  def call(rows):
+    rows = tf.convert_to_tensor(rows)
+    count = rows.shape[0]
+    missing = filled(count) - count
+    if missing:
+      rows = tf.concat([rows, tf.repeat(rows[-1:], missing, axis=0)], axis=0)
+    return tf.nest.map_structure(lambda values: values[:count], shared(rows))
+
+  return call
+
+
+def own_rows(rows: tf.Tensor) -> tf.Tensor:
+  """The share [B / replicas, ...] of this replica of rows [B, ...]."""
+  context = tf.distribute.get_replica_context()
+  if context.num_replicas_in_sync == 1:
+    return rows
+  share = rows.shape[0] // context.num_replicas_in_sync
+  begin = tf.one_hot(0, rows.shape.rank, share, 0, dtype=tf.int32)
+  return tf.slice(rows, begin * context.replica_id_in_sync_group,
+                  [share, *rows.shape[1:]])
+
+
+def all_rows(rows: tf.Tensor) -> tf.Tensor:
+  """The rows of all replicas, [B, ...], from the [B / replicas, ...] of each."""
+  context = tf.distribute.get_replica_context()
+  if context.num_replicas_in_sync == 1:
+    return rows
+  count = rows.shape[0] * context.num_replicas_in_sync
+  return tf.ensure_shape(
+      context.all_gather(rows, axis=0), [count, *rows.shape[1:]])
+
+
+def total(values: tf.Tensor) -> tf.Tensor:
+  """The sum over replicas."""
+  context = tf.distribute.get_replica_context()
+  if context.num_replicas_in_sync == 1:
+    return values
+  return context.all_reduce(tf.distribute.ReduceOp.SUM, values)

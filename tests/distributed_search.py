@@ -1,0 +1,63 @@
+"""Searches over several logical CPU devices; run by `distribution_test.py`.
+
+Usage: distributed_search.py OUTPUT.npz REPLICAS...
+"""
+
+import functools
+import json
+import sys
+import tempfile
+
+import numpy as np
+import tensorflow as tf
+
+# Before TensorFlow starts its devices.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 4)
+
+import ddss_tf  # pylint: disable=g-import-not-at-top
+from ddss_tf import distribution
+from ddss_tf import families
+import gaussian_parts
+
+# One pass; two with a last micro-batch that is not full; a bound, no distance.
+SEARCHES = {
+    "one_pass": dict(batch_size=24, objective="kid_cubic"),
+    "two_passes": dict(batch_size=30, gradient_samples=15, micro_batch_size=3,
+                       objective="frechet", pool_samples=90),
+    "elbo": dict(batch_size=8, objective="elbo"),
+}
+
+
+def main(output, *replicas):
+  results = {}
+  for count in map(int, replicas):
+    devices = [f"CPU:{i}" for i in range(count)]
+    strategy = (distribution.make_strategy() if count == 1 else
+                distribution.make_strategy("mirrored", devices))
+    with strategy.scope():
+      assert distribution.num_replicas() == count
+      parts = gaussian_parts.make()
+      for name, options in SEARCHES.items():
+        with tempfile.TemporaryDirectory() as run:
+          sampler = ddss_tf.search(
+              run, **parts, **options, num_search_steps=20,
+              learning_rate=0.3, validation_samples=50, validate_every=5,
+              jit_compile=name == "one_pass", sampler=functools.partial(
+                  families.make_sampler, family="ggdm+pred+time", num_steps=3,
+                  init="ddpm"))
+          for field, value in sampler.coefficients().numpy()._asdict().items():
+            results[f"{name}/{field}/{count}"] = value
+          if name == "one_pass":
+            (record,) = ddss_tf.evaluate(
+                run, **parts, num_samples=101, batch_size=50)
+            results[f"{name}/record/{count}"] = json.dumps(record)
+            with np.load(ddss_tf.sample(
+                run, parts["denoiser"], num_images=7)) as images:
+              results[f"{name}/images/{count}"] = images["images"]
+  np.savez(output, **results)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

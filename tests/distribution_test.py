@@ -1,0 +1,95 @@
+"""Tests of work over several replicas, on logical CPU devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ddss_tf import distribution
+from ddss_tf.errors import UserError
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+SEARCHES = ("one_pass", "two_passes", "elbo")
+
+
+def run(folder, *replicas):
+  """What searches with these numbers of replicas found.
+
+  In a process of its own, since devices are set up before TensorFlow starts and
+  its collectives know one number of replicas, besides one.
+  """
+  path = os.path.join(folder, "results.npz")
+  done = subprocess.run(
+      [sys.executable, os.path.join(FOLDER, "distributed_search.py"), path,
+       *map(str, replicas)], capture_output=True, text=True, check=False,
+      env=dict(os.environ, PYTHONPATH=os.path.dirname(FOLDER)))
+  assert done.returncode == 0, done.stderr[-4000:]
+  with np.load(path) as file:
+    return dict(file)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+  return run(tmp_path_factory.mktemp("few"), 1, 2)
+
+
+@pytest.fixture(scope="module")
+def results(request, few, tmp_path_factory):
+  """Those of one replica and of a number of them, and the number."""
+  count = request.param
+  return count, few if count == 2 else {
+      **few, **run(tmp_path_factory.mktemp("many"), count)}
+
+
+counts = pytest.mark.parametrize(
+    "results", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+
+
+@counts
+@pytest.mark.parametrize("search", SEARCHES)
+def test_coefficients_do_not_depend_on_the_replicas(results, search):
+  count, found = results
+  names = {key.split("/")[1] for key in found if key.startswith(search)}
+  names -= {"record", "images"}
+  assert "times" in names
+  for name in names:
+    np.testing.assert_allclose(
+        found[f"{search}/{name}/{count}"], found[f"{search}/{name}/1"],
+        rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_searches_moved(few):
+  # Or nothing would have been compared.
+  for one, other in (SEARCHES[:2], SEARCHES[1:]):
+    assert np.abs(few[f"{one}/times/1"] - few[f"{other}/times/1"]).max() > 1
+
+
+@counts
+def test_metrics_and_images_do_not_depend_on_the_replicas(results):
+  count, found = results
+  one, other = (json.loads(str(found[f"one_pass/record/{n}"]))
+                for n in (1, count))
+  for name in ("fid", "kid", "inception_score"):
+    np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-4)
+  assert other["num_samples"] == one["num_samples"] == 101
+  # Bytes: a value on the edge between two may round either way.
+  images = found["one_pass/images/1"].astype(int)
+  difference = np.abs(images - found[f"one_pass/images/{count}"])
+  assert images.shape == (7, 4, 4, 1)
+  assert difference.max() <= 1 and np.mean(difference > 0) < 0.05
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(name="best"), "none, mirrored, tpu.*'best'"),
+    (dict(name="mirrored", devices=["GPU:7"]), "among CPU:0.*'GPU:7'"),
+])
+def test_bad_strategies(options, message):
+  with pytest.raises(UserError, match=message):
+    distribution.make_strategy(**options)
+
+
+def test_without_a_strategy_nothing_is_split():
+  assert distribution.num_replicas() == 1 and distribution.filled(7) == 7
