@@ -18,14 +18,14 @@ NUM_STEPS, MICRO_BATCH = 10, 64
 def measure(batch_size: int) -> dict:
   """Peak memory of one step's loss and gradient."""
   # pylint: disable=g-import-not-at-top
+  import ddss_tf
   from ddss_tf import data
-  from ddss_tf import denoisers
   from ddss_tf import families
   from ddss_tf import features as features_lib
   from ddss_tf import objectives
   from ddss_tf import samplers
   from ddss_tf import searching
-  denoiser = denoisers.load_denoiser("digits16-ddpm")
+  denoiser = ddss_tf.load_denoiser("digits16-ddpm")
   dataset = data.load_dataset("ddss_digits", pad=2, downsample=2,
                               max_images=1000)
   features = features_lib.load_features("digits_cnn")

@@ -25,7 +25,7 @@ _PUBLIC = {
     "gaussian_denoiser": "denoisers",
     "inspect": "inspecting",
     "load_dataset": "data",
-    "load_denoiser": "denoisers",
+    "load_denoiser": "loading",
     "load_features": "features",
     "make_sampler": "families",
     "make_schedule": "schedules",

@@ -81,12 +81,20 @@ def finite_float32(
     weights: arrays by name.
 
   Raises:
-    UserError: one of them holds NaN or infinity; with its name.
+    UserError: one of them is not of floats, or holds NaN, infinity or what
+      float32 cannot hold; with its name.
   """
+  result = {}
   for name, value in weights.items():
-    if not np.all(np.isfinite(value)):
+    # bfloat16, which NumPy knows from ml_dtypes only, is of no kind of its own.
+    if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
+      raise UserError(f"{source}: {name} must hold floats. "
+                      f"Received: {value.dtype.name}")
+    with np.errstate(over="ignore"):
+      result[name] = value.astype(np.float32)
+    if not np.all(np.isfinite(result[name])):
       raise UserError(f"{source}: {name} holds NaN or infinite weights")
-  return {name: value.astype(np.float32) for name, value in weights.items()}
+  return result
 
 
 def torch_layout(path: str, value: np.ndarray,

@@ -6,7 +6,6 @@ scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
 of a class-conditional network.
 """
 
-import json
 import os
 
 import gin
@@ -16,21 +15,17 @@ import tensorflow as tf
 
 from ddss_tf import checkpoints
 from ddss_tf import conventions
-from ddss_tf import ddpm_format
-from ddss_tf import diffusers_format
-from ddss_tf import edm_format
 from ddss_tf import fingerprint
 from ddss_tf import foreign
-from ddss_tf import openai_format
+from ddss_tf import schedules
 from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
-from ddss_tf.schedules import ExplodingSchedule, NoiseSchedule
+from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
-_ASSETS = os.path.join(os.path.dirname(__file__), "assets")
-_CARD = "denoiser.json"
-_NETWORK = "network.keras"
+CARD = "denoiser.json"  # Of our own format.
+NETWORK = "network.keras"
 
 
 class Denoiser:
@@ -109,7 +104,7 @@ class Denoiser:
     if continuous_time is None:
       continuous_time = foreign.is_continuous(model)
     self.continuous_time = continuous_time
-    self.sha256 = _weights_sha256(model) if sha256 is None else sha256
+    self.sha256 = weights_sha256(model) if sha256 is None else sha256
     self.key = self.sha256
     if guidance_scale is not None:
       self.key = fingerprint.text_sha256(
@@ -304,21 +299,71 @@ class Denoiser:
           f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
           " a SavedModel: copy its folder and its card, which load_denoiser "
           "reads")
-    with storage.replacing(os.path.join(path, _NETWORK)) as temporary:
+    weights = weights_sha256(self.model)
+    with storage.replacing(os.path.join(path, NETWORK)) as temporary:
       self.model.save(temporary)
-    storage.write_json(os.path.join(path, _CARD), {
+    storage.write_json(os.path.join(path, CARD), {
         "format": "ddss_tf.denoiser",
         "version": 1,
         "name": self.name,
         **self.convention.non_default(),
         "prediction": self.prediction,
-        **_schedule_card(self.schedule),
-        "sha256": _weights_sha256(self.model),
+        **self.schedule.card(),
+        "sha256": weights,
+        **({} if self.sha256 == weights else {"told_sha256": self.sha256}),
         **({} if self.continuous_time else {"continuous_time": False}),
         "num_classes": self.num_classes,
         "guidance_scale": self.guidance_scale,
         "null_label": self.null_label,
     })
+
+  @classmethod
+  def load(cls, folder: str) -> "Denoiser":
+    """Reads what `save` wrote, frozen, and checks the weights' hash.
+
+    Args:
+      folder: with `denoiser.json` and `network.keras`.
+
+    Raises:
+      UserError: in one line, a card or a network that is missing or damaged, or
+        weights of another hash than the card's.
+    """
+    card_path = os.path.join(folder, CARD)
+    card = checkpoints.read_json_object(card_path)
+    try:
+      name, prediction = card["name"], card["prediction"]
+      sha256 = card["sha256"]
+      schedule = schedules.from_card(card)
+      convention = {key: card[key] for key in foreign.CONVENTION_KEYS
+                    if key in card}
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f"{card_path} is damaged: "
+                      f"{checkpoints.one_line(error)}") from error
+    network_path = os.path.join(folder, NETWORK)
+    if not os.path.exists(network_path):
+      raise UserError(f"{folder} has {CARD} but no {NETWORK}")
+    try:
+      with frozen_variables():
+        model = keras.saving.load_model(network_path, compile=False)
+    except Exception as error:  # Keras raises many kinds for a damaged file.
+      raise UserError(
+          f"{network_path} is not a complete Keras file: "
+          f"{checkpoints.one_line(error)}") from error
+    model.trainable = False
+    received = weights_sha256(model)
+    if received != sha256:
+      raise UserError(
+          f"weights in {network_path} must have the SHA-256 {sha256} of their "
+          f"{CARD}. Received: {received}")
+    try:
+      return cls(
+          # Older cards say nothing of classes.
+          model, schedule, prediction, name, card.get("num_classes"),
+          card.get("guidance_scale"), card.get("null_label"),
+          sha256=card.get("told_sha256", sha256),
+          continuous_time=card.get("continuous_time"), **convention)
+    except ValueError as error:
+      raise UserError(f"{card_path} is damaged: {error}") from error
 
 
 def _image_shape(model, told) -> tuple[int, int, int]:
@@ -336,28 +381,10 @@ def _image_shape(model, told) -> tuple[int, int, int]:
   return told
 
 
-def _weights_sha256(model) -> str | None:
-  """Hash of a model's weights; None if it has none."""
+def weights_sha256(model) -> str | None:
+  """SHA-256 of a model's weights, in order; None if it has none."""
   weights = model.get_weights()
   return fingerprint.arrays_sha256(weights) if weights else None
-
-
-def _told_sha256(sha256: str | None, prediction: str,
-                 schedule: NoiseSchedule, convention: dict) -> str:
-  """Hash of a network and of what its file does not tell.
-
-  A run must not go on, and no cached result be taken, where these change.
-  """
-  return fingerprint.text_sha256(json.dumps(
-      [sha256, prediction, _schedule_card(schedule), convention],
-      sort_keys=True))
-
-
-def _schedule_card(schedule: NoiseSchedule) -> dict:
-  """What makes a schedule again: its betas, or its sigmas if it has them."""
-  if isinstance(schedule, ExplodingSchedule):
-    return {"sigmas": schedule.sigmas.tolist()}
-  return {"betas": schedule.betas.tolist()}
 
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
@@ -405,283 +432,3 @@ def gaussian_denoiser(image_shape=(8, 8, 1), mean: float = 0.0,
   t = keras.Input((), name="t")
   eps = _GaussianEps(schedule.betas.tolist(), mean, std, name="eps")(x_t, t)
   return Denoiser(keras.Model([x_t, t], eps), schedule, name="gaussian")
-
-
-@gin.register
-def load_denoiser(
-    path: str = gin.REQUIRED,
-    image_size: int | None = None,
-    num_heads: int | None = None,
-    num_head_channels: int | None = None,
-    use_new_attention_order: bool | None = None,
-    diffusion_steps: int | None = None,
-    noise_schedule: str | None = None,
-    rescale_timesteps: bool | None = None,
-    null_label: int | None = None,
-    guidance_scale: float | None = None,
-    prediction: str | None = None,
-    schedule: NoiseSchedule | dict | None = None,
-    image_shape: tuple[int, int, int] | None = None,
-    process: str | None = None,
-    time_input: str | None = None,
-    time_scale: float | None = None,
-    time_offset: float | None = None,
-    signature: str | None = None,
-) -> Denoiser:
-  """Loads a frozen, pre-trained denoiser.
-
-  Args:
-    path: one of
-      - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
-      - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
-        `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
-        `.bin` (which needs PyTorch); or such a file of any name, with the two
-        others beside it;
-      - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
-        by its prefix ("folder/model.ckpt-790000") or its folder;
-      - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
-        it needs PyTorch), with a card beside it, `<path>.json`, of what tensors
-        do not tell: the arguments below by their names;
-      - weights of EDM (`.npz` or `.safetensors`) with their card, as
-        tools/convert_edm.py makes them (see `edm_format`);
-      - a folder with a TensorFlow SavedModel, or a Keras file (`.keras`), from
-        images and times to a prediction (see `Denoiser`), with what it does not
-        tell as arguments, `prediction` and `schedule` at least, or in a card
-        beside it, `<path>.json`, of the same words;
-      - the name of an embedded model: "digits16-ddpm".
-    image_size: height and width, for the two formats that do not say; None: the
-      card's, or, for DDPM, such that attention is at 16x16.
-    num_heads: of a `.pt` network; None: the card's, as for all below.
-    num_head_channels: of each head, instead of their number.
-    use_new_attention_order: of guided-diffusion, whose networks differ in it
-      without a trace in names or shapes.
-    diffusion_steps: T.
-    noise_schedule: "linear" or "cosine".
-    rescale_timesteps: whether the network was fed with t * 1000 / T. The
-      denoiser's own times are training steps either way.
-    null_label: of a class-conditional network, the label that stands for no
-      class; None: it has none, or our own format's card says.
-    guidance_scale: see `Denoiser`; needs a null label.
-    prediction: of a SavedModel or a Keras file, "eps", "x0", "v" or "score";
-      this and all below see `conventions.Convention`.
-    schedule: likewise, the process it was trained for: a schedule, or the
-      arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
-      "geometric" or "sigmas".
-    image_shape: likewise, (H, W, C), where its inputs do not tell.
-    process: likewise, "vp" or "ve".
-    time_input: likewise, "step", "sigma" or "log_sigma".
-    time_scale: likewise, of the times that it is fed with.
-    time_offset: likewise.
-    signature: of a SavedModel, if there is a choice.
-
-  Returns:
-    The denoiser, frozen.
-
-  Raises:
-    UserError: nothing there, not a format we read, an architecture switch we do
-      not implement, a truncated or mismatched file, an argument that the file
-      itself answers; in one line.
-  """
-  given = {
-      "image_size": image_size, "num_heads": num_heads,
-      "num_head_channels": num_head_channels,
-      "use_new_attention_order": use_new_attention_order,
-      "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
-      "rescale_timesteps": rescale_timesteps,
-  }
-  told = {
-      "prediction": prediction, "schedule": schedule,
-      "image_shape": image_shape, "process": process, "time_input": time_input,
-      "time_scale": time_scale, "time_offset": time_offset,
-      "signature": signature,
-  }
-  denoiser = _load(path, given, told)
-  if null_label is None and guidance_scale is None:
-    return denoiser
-  try:
-    return denoiser.guided(guidance_scale, null_label)
-  except ValueError as error:
-    raise UserError(f"load_denoiser: {error}") from error
-
-
-def _load(path: str, given: dict, told: dict) -> Denoiser:
-  """Finds out what a path is, and reads it; see `load_denoiser`.
-
-  Args:
-    path: see there.
-    given: what checkpoints of weights do not tell of their architecture.
-    told: what programs do not tell of their meaning.
-  """
-  own_card = os.path.exists(os.path.join(path, _CARD))
-  if foreign.is_keras_file(path) or (
-      foreign.is_saved_model(path) and not own_card):
-    _refuse_given(path, given, ())
-    return _load_foreign(path, told)
-  if edm_format.is_edm(path):
-    _refuse_given(path, given | told, ("schedule",))
-    return _load_edm(path, told["schedule"])
-  if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
-    _refuse_given(path, told, ())
-    return _load_openai(path, given)
-  if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path):
-    _refuse_given(path, given | told, ())
-    return _load_diffusers(path)
-  folder = path
-  if not os.path.exists(folder) and os.sep not in path:
-    folder = os.path.join(_ASSETS, path)
-  own = os.path.exists(os.path.join(folder, _CARD))
-  if own or os.path.exists(os.path.join(folder, diffusers_format.CONFIG)):
-    _refuse_given(path, given | told, ())
-    return _load_own(folder) if own else _load_diffusers(folder)
-  prefix = ddpm_format.find_prefix(path)
-  if prefix is not None:
-    _refuse_given(path, given | told, ("image_size",))
-    return _load_ddpm(prefix, given["image_size"])
-  if not os.path.isdir(folder):
-    raise UserError(
-        "denoiser path must be a folder, a checkpoint prefix, a .pt, "
-        ".safetensors or .bin file, a .keras file, weights of EDM (.npz or "
-        ".safetensors with a card) or "
-        f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
-        f"Received: {path!r}")
-  raise UserError(
-      f"denoiser folder must hold {_CARD} (ours), {diffusers_format.CONFIG} "
-      "(diffusers), saved_model.pb or a TensorFlow checkpoint (*.index). "
-      f"Received: {folder!r} with {sorted(os.listdir(folder))}")
-
-
-def _refuse_given(path, given, allowed):
-  """Refuses arguments that the file answers itself."""
-  for key, value in given.items():
-    if value is not None and key not in allowed:
-      raise UserError(f"{key} must not be given for {path!r}, which has its "
-                      f"own. Received: {key}={value!r}")
-
-
-def embedded_denoisers() -> list[str]:
-  """Names of the models that come with the package."""
-  return sorted(name for name in os.listdir(_ASSETS)
-                if os.path.exists(os.path.join(_ASSETS, name, _CARD)))
-
-
-def _load_own(folder: str) -> Denoiser:
-  """Reads what `Denoiser.save` wrote, and checks the weights' hash."""
-  card_path = os.path.join(folder, _CARD)
-  try:
-    with open(card_path) as f:
-      card = json.load(f)
-    name, prediction = card["name"], card["prediction"]
-    sha256 = card["sha256"]
-    schedule = (ExplodingSchedule(card["sigmas"]) if "sigmas" in card
-                else NoiseSchedule(card["betas"]))
-    convention = {key: card[key] for key in foreign.CONVENTION_KEYS
-                  if key in card}
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{card_path} is damaged: {error!r}") from error
-  network_path = os.path.join(folder, _NETWORK)
-  if not os.path.exists(network_path):
-    raise UserError(f"{folder} has {_CARD} but no {_NETWORK}")
-  try:
-    with frozen_variables():
-      model = keras.saving.load_model(network_path, compile=False)
-  except Exception as error:  # Keras raises many kinds for a damaged file.
-    raise UserError(
-        f"{network_path} is not a complete Keras file: "
-        f"{' '.join(str(error).split())[:200]}") from error
-  model.trainable = False
-  try:
-    denoiser = Denoiser(
-        # Older cards say nothing of classes.
-        model, schedule, prediction, name, card.get("num_classes"),
-        card.get("guidance_scale"), card.get("null_label"),
-        continuous_time=card.get("continuous_time"), **convention)
-  except ValueError as error:
-    raise UserError(f"{card_path} is damaged: {error}") from error
-  if denoiser.sha256 != sha256:
-    raise UserError(
-        f"weights in {network_path} must have the SHA-256 {sha256} of their "
-        f"{_CARD}. Received: {denoiser.sha256}")
-  return denoiser
-
-
-def _load_diffusers(path: str) -> Denoiser:
-  """Reads a diffusers folder, or a weights file in it, into our U-Net."""
-  config, betas, prediction = diffusers_format.read_config(path)
-  weights = diffusers_format.read_weights(path)
-  model = checkpoints.build_frozen(
-      path, config,
-      lambda variables: diffusers_format.to_keras(weights, variables))
-  name = os.path.basename(os.path.normpath(path))
-  for suffix in diffusers_format.SUFFIXES:
-    name = name.removesuffix(suffix)
-  return Denoiser(
-      model, NoiseSchedule(betas), prediction, name, config.num_classes)
-
-
-def _load_ddpm(prefix: str, image_size: int | None) -> Denoiser:
-  """Reads a checkpoint of the original DDPM; all use one process."""
-  model = ddpm_format.convert(
-      prefix, ddpm_format.read_weights(prefix), image_size)
-  return Denoiser(model, NoiseSchedule.linear(), name=os.path.basename(prefix))
-
-
-def _load_openai(path: str, given: dict) -> Denoiser:
-  """Reads a state dict of improved-diffusion or guided-diffusion."""
-  # The card first: its faults are cheaper to find.
-  card = openai_format.read_card(path, given)
-  betas = openai_format.betas(card)
-  weights = checkpoints.read_state_dict(path)
-  model = openai_format.convert(path, weights, card)
-  name = os.path.basename(path).removesuffix(openai_format.SUFFIX)
-  return Denoiser(model, NoiseSchedule(betas),
-                  "x0" if card["predict_xstart"] else "eps", name,
-                  openai_format.num_classes(weights))
-
-
-def _load_edm(path: str, given) -> Denoiser:
-  """Reads weights of EDM, whose network is of a variance-exploding process."""
-  config, schedule = edm_format.read_card(path)
-  if given is not None:
-    schedule = foreign.read_schedule(path, given)
-    if not isinstance(schedule, ExplodingSchedule):
-      raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
-                      f"'sigmas'. Received: {given!r}")
-  model = edm_format.convert(path, edm_format.read_weights(path), config)
-  sha256 = _weights_sha256(model)
-  if given is not None:
-    sha256 = _told_sha256(sha256, "eps", schedule, {})
-  name = os.path.splitext(os.path.basename(path))[0]
-  # The label after the last one is no class: all zeros, see `edm_unet.OneHot`.
-  classes = config.label_dim + 1 if config.label_dim else None
-  return Denoiser(
-      model, schedule, "eps", name, classes,
-      null_label=config.label_dim or None, sha256=sha256, process="ve",
-      time_input="sigma")
-
-
-def _load_foreign(path: str, given: dict) -> Denoiser:
-  """Reads a SavedModel or a Keras file, and tries it."""
-  card = foreign.read_card(path, given)
-  name = os.path.basename(os.path.normpath(path))
-  if foreign.is_keras_file(path):
-    name = name.removesuffix(foreign.KERAS_SUFFIX)
-    if card["signature"] is not None:
-      raise UserError("signature must not be given for a Keras file. Received: "
-                      f"{card['signature']!r}")
-    model = foreign.load_keras(path)
-    sha256 = _weights_sha256(model)
-  else:
-    model = foreign.SavedModelNetwork(
-        path, card["signature"], card["image_shape"])
-    sha256 = model.sha256
-  sha256 = _told_sha256(
-      sha256, card["prediction"], card["schedule"], card["convention"])
-  try:
-    denoiser = Denoiser(
-        model, card["schedule"], card["prediction"], name,
-        image_shape=card["image_shape"], sha256=sha256, **card["convention"])
-  except ValueError as error:
-    raise UserError(f"{path}: {error}") from error
-  if not foreign.check(denoiser, path):
-    denoiser.continuous_time = False
-  return denoiser

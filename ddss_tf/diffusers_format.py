@@ -197,19 +197,23 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
     raise UserError(f"{source}: rescale_betas_zero_snr must be False: eps-"
                     "prediction has no image at zero signal. Received: True")
   kind = config.get("prediction_type", "epsilon")
-  if kind not in _PREDICTIONS:
+  if kind not in list(_PREDICTIONS):  # A list, of no hash, is in none either.
     raise UserError(f"{source}: prediction_type must be among "
                     f"{', '.join(_PREDICTIONS)}. Received: {kind!r}")
-  if config.get("trained_betas") is not None:
-    return np.asarray(config["trained_betas"], np.float64), _PREDICTIONS[kind]
+  trained = config.get("trained_betas")
   name = config.get("beta_schedule", "linear")
-  if name not in _BETA_SCHEDULES:
+  if trained is None and name not in list(_BETA_SCHEDULES):
     raise UserError(f"{source}: beta_schedule must be among "
                     f"{', '.join(_BETA_SCHEDULES)}, or given as trained_betas. "
                     f"Received: {name!r}")
-  schedule = schedules.make_schedule(
-      _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
-      config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+  try:
+    schedule = (
+        schedules.NoiseSchedule(trained) if trained is not None else
+        schedules.make_schedule(
+            _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
+            config.get("beta_start", 1e-4), config.get("beta_end", 0.02)))
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
   return schedule.betas, _PREDICTIONS[kind]
 
 

@@ -96,12 +96,12 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
     raise UserError(f"{source} must have the keys class_name and init_kwargs. "
                     f"Received: {sorted(card)}")
   kind, words = card["class_name"], dict(card["init_kwargs"])
-  if kind not in _PRECONDITIONINGS:
+  if kind not in list(_PRECONDITIONINGS):
     raise UserError(
         f"{source}: class_name must be one of {', '.join(_PRECONDITIONINGS)}. "
         f"Received: {kind!r}")
   model = words.pop("model_type", _DEFAULT_MODEL.get(kind, "SongUNet"))
-  if model not in _ARCHITECTURES:
+  if model not in list(_ARCHITECTURES):
     raise UserError(
         f"{source}: model_type must be one of {', '.join(_ARCHITECTURES)}. "
         f"Received: {model!r}")

@@ -48,7 +48,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
 
   Args:
     path: of the model; `<path>.json` is read if it is there.
-    given: values of `CARD_KEYS` that take precedence; None: not given.
+    given: values of `CARD_KEYS` that take precedence.
 
   Returns:
     "prediction"; "schedule", a `NoiseSchedule`; "convention", the rest of
@@ -65,7 +65,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   if unknown:
     raise UserError(f"{source}: keys must be among {', '.join(CARD_KEYS)}. "
                     f"Received: {', '.join(unknown)}")
-  card |= {key: value for key, value in given.items() if value is not None}
+  card |= given
   missing = [key for key in ("prediction", "schedule") if key not in card]
   if missing:
     raise UserError(

@@ -58,7 +58,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
 
   Args:
     path: of the `.pt` file; `<path>.json` is read if it is there.
-    given: values that take precedence; None: not given.
+    given: values that take precedence.
 
   Returns:
     The card. `predict_xstart` is there always, of `num_heads` and
@@ -77,7 +77,6 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   if unknown:
     raise UserError(f"{source}: keys must be among {', '.join(known)}. "
                     f"Received: {', '.join(unknown)}")
-  given = {key: value for key, value in given.items() if value is not None}
   if "num_heads" in given:
     card.pop("num_head_channels", None)
   card |= given

@@ -7,7 +7,6 @@ The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
 from ddss_tf.comparing import compare
 from ddss_tf.data import load_dataset
 from ddss_tf.denoisers import gaussian_denoiser
-from ddss_tf.denoisers import load_denoiser
 from ddss_tf.distribution import make_strategy
 from ddss_tf.evaluation import evaluate
 from ddss_tf.exporting import export
@@ -15,6 +14,7 @@ from ddss_tf.exporting import sample
 from ddss_tf.families import make_sampler
 from ddss_tf.features import load_features
 from ddss_tf.inspecting import inspect
+from ddss_tf.loading import load_denoiser
 from ddss_tf.schedules import make_schedule
 from ddss_tf.searching import search
 

@@ -11,6 +11,8 @@ cleaner `s`. The clean image itself has abar = 1.
 Tables are float64 NumPy. Only what a gradient must pass through is TensorFlow.
 """
 
+from typing import Mapping
+
 import gin
 import numpy as np
 import tensorflow as tf
@@ -77,6 +79,10 @@ class NoiseSchedule:
     t = np.asarray(t, np.float64)
     return np.exp(np.interp(t, np.arange(self.num_train_steps),
                             self._log_abar))
+
+  def card(self) -> dict:
+    """What `from_card` makes it again of, exactly; for JSON."""
+    return {"betas": self.betas.tolist()}
 
   def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(alpha_t, sigma_t) in float32 at times `t`, differentiable in `t`."""
@@ -225,6 +231,10 @@ class ExplodingSchedule(NoiseSchedule):
                        f"Received: {sigma_min} and {sigma_max}")
     return cls(np.geomspace(sigma_min, sigma_max, num_train_steps))
 
+  def card(self) -> dict:
+    """See the base class."""
+    return {"sigmas": self.sigmas.tolist()}
+
   def abar(self, t) -> np.ndarray:
     """See the base class."""
     return 1 / (1 + np.exp(-2 * self.log_snr(t)))
@@ -244,6 +254,18 @@ class ExplodingSchedule(NoiseSchedule):
     """See the base class."""
     return np.interp(-np.asarray(log_snr, np.float64), self._log_sigmas,
                      np.arange(self.num_train_steps))
+
+
+def from_card(card: Mapping[str, object]) -> NoiseSchedule:
+  """The schedule whose `card()` is, or is among, the given.
+
+  Raises:
+    KeyError: no betas and no sigmas.
+    ValueError: see the classes.
+  """
+  if "sigmas" in card:
+    return ExplodingSchedule(card["sigmas"])
+  return NoiseSchedule(card["betas"])
 
 
 def _interpolated(table: np.ndarray, t) -> tf.Tensor:

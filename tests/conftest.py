@@ -4,6 +4,8 @@ import os
 
 # Before TensorFlow is imported, or it has no effect.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# No converted checkpoint outlives a test.
+os.environ["DDSS_TF_CACHE"] = ""
 
 import pytest
 

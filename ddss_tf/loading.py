@@ -1,0 +1,352 @@
+"""Pre-trained networks from disk, of any format that we read.
+
+A module `*_format` knows a format; here is what they are told apart by, and
+what is made of each. A checkpoint is weights: what is converted of one is kept,
+see `load_denoiser`. SavedModels and Keras files are programs, used as they are.
+"""
+
+import hashlib
+import json
+import os
+
+from absl import logging
+import gin
+
+import ddss_tf
+from ddss_tf import checkpoints
+from ddss_tf import ddpm_format
+from ddss_tf import denoisers
+from ddss_tf import diffusers_format
+from ddss_tf import edm_format
+from ddss_tf import fingerprint
+from ddss_tf import foreign
+from ddss_tf import openai_format
+from ddss_tf.denoisers import Denoiser
+from ddss_tf.errors import UserError
+from ddss_tf.schedules import ExplodingSchedule, NoiseSchedule
+
+_ASSETS = os.path.join(os.path.dirname(__file__), "assets")
+_OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
+                "use_new_attention_order", "diffusion_steps", "noise_schedule",
+                "rescale_timesteps")
+
+
+def default_cache_dir() -> str:
+  """$DDSS_TF_CACHE ("": none), or ddss_tf in $XDG_CACHE_HOME or ~/.cache."""
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.environ.get("DDSS_TF_CACHE", os.path.join(base, "ddss_tf"))
+
+
+@gin.register
+def load_denoiser(
+    path: str = gin.REQUIRED,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    num_head_channels: int | None = None,
+    use_new_attention_order: bool | None = None,
+    diffusion_steps: int | None = None,
+    noise_schedule: str | None = None,
+    rescale_timesteps: bool | None = None,
+    null_label: int | None = None,
+    guidance_scale: float | None = None,
+    prediction: str | None = None,
+    schedule: NoiseSchedule | dict | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    process: str | None = None,
+    time_input: str | None = None,
+    time_scale: float | None = None,
+    time_offset: float | None = None,
+    signature: str | None = None,
+    cache_dir: str | None = None,
+) -> Denoiser:
+  """Loads a frozen, pre-trained denoiser.
+
+  Args:
+    path: one of
+      - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
+      - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
+        `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
+        `.bin` (which needs PyTorch); or such a file of any name, with the two
+        others beside it;
+      - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
+        by its prefix ("folder/model.ckpt-790000") or its folder;
+      - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
+        it needs PyTorch), with a card beside it, `<path>.json`, of what tensors
+        do not tell: the arguments below by their names;
+      - weights of EDM (`.npz` or `.safetensors`) with their card, as
+        tools/convert_edm.py makes them (see `edm_format`);
+      - a folder with a TensorFlow SavedModel, or a Keras file (`.keras`), from
+        images and times to a prediction (see `Denoiser`), with what it does not
+        tell as arguments, `prediction` and `schedule` at least, or in a card
+        beside it, `<path>.json`, of the same words;
+      - the name of an embedded model: "digits16-ddpm".
+    image_size: height and width, for the two formats that do not say; None: the
+      card's, or, for DDPM, such that attention is at 16x16.
+    num_heads: of a `.pt` network; None: the card's, as for all below.
+    num_head_channels: of each head, instead of their number.
+    use_new_attention_order: of guided-diffusion, whose networks differ in it
+      without a trace in names or shapes.
+    diffusion_steps: T.
+    noise_schedule: "linear" or "cosine".
+    rescale_timesteps: whether the network was fed with t * 1000 / T. The
+      denoiser's own times are training steps either way.
+    null_label: of a class-conditional network, the label that stands for no
+      class; None: it has none, or our own format's card says.
+    guidance_scale: see `Denoiser`; needs a null label.
+    prediction: of a SavedModel or a Keras file, "eps", "x0", "v" or "score";
+      this and all below see `conventions.Convention`.
+    schedule: likewise, the process it was trained for: a schedule, or the
+      arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
+      "geometric" or "sigmas".
+    image_shape: likewise, (H, W, C), where its inputs do not tell.
+    process: likewise, "vp" or "ve".
+    time_input: likewise, "step", "sigma" or "log_sigma".
+    time_scale: likewise, of the times that it is fed with.
+    time_offset: likewise.
+    signature: of a SavedModel, if there is a choice.
+    cache_dir: where converted checkpoints are kept in our own format, each by
+      the hash of its files, so that PyTorch, say, is needed but once; None: see
+      `default_cache_dir`; "": nowhere.
+
+  Returns:
+    The denoiser, frozen.
+
+  Raises:
+    UserError: nothing there, not a format we read, an architecture switch we do
+      not implement, a truncated or mismatched file, an argument that the file
+      itself answers; in one line.
+  """
+  arguments = {
+      "image_size": image_size, "num_heads": num_heads,
+      "num_head_channels": num_head_channels,
+      "use_new_attention_order": use_new_attention_order,
+      "diffusion_steps": diffusion_steps, "noise_schedule": noise_schedule,
+      "rescale_timesteps": rescale_timesteps,
+      "prediction": prediction, "schedule": schedule,
+      "image_shape": image_shape, "process": process, "time_input": time_input,
+      "time_scale": time_scale, "time_offset": time_offset,
+      "signature": signature,
+  }
+  denoiser = _load(
+      path, {key: value for key, value in arguments.items()
+             if value is not None},
+      default_cache_dir() if cache_dir is None else cache_dir)
+  if null_label is None and guidance_scale is None:
+    return denoiser
+  try:
+    return denoiser.guided(guidance_scale, null_label)
+  except ValueError as error:
+    raise UserError(f"load_denoiser: {error}") from error
+
+
+def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
+  """Finds out what a path is, and reads it; see `load_denoiser`."""
+  folder = path
+  if not os.path.exists(folder) and os.sep not in path:
+    folder = os.path.join(_ASSETS, path)
+  if os.path.exists(os.path.join(folder, denoisers.CARD)):
+    _check_given(path, given, ())
+    return Denoiser.load(folder)
+  if foreign.is_keras_file(path) or foreign.is_saved_model(path):
+    _check_given(path, given, foreign.CARD_KEYS)
+    return _load_foreign(path, given)
+  convert, allowed = _converter(path)
+  _check_given(path, given, allowed)
+  name = os.path.basename(os.path.normpath(path))
+  for suffix in (openai_format.SUFFIX, *diffusers_format.SUFFIXES,
+                 *edm_format.SUFFIXES):
+    name = name.removesuffix(suffix)
+  denoiser = _cached(cache_dir, path, given, convert)
+  denoiser.name = name
+  return denoiser
+
+
+def _converter(path: str):
+  """The function that reads a checkpoint, and what may be told of it."""
+  if edm_format.is_edm(path):
+    return _convert_edm, ("schedule",)
+  if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
+    return _convert_openai, _OPENAI_KEYS
+  if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path) or (
+      os.path.exists(os.path.join(path, diffusers_format.CONFIG))):
+    return _convert_diffusers, ()
+  if ddpm_format.find_prefix(path) is not None:
+    return _convert_ddpm, ("image_size",)
+  if not os.path.isdir(path):
+    raise UserError(
+        "denoiser path must be a folder, a checkpoint prefix, a .pt, "
+        ".safetensors or .bin file, a .keras file, weights of EDM (.npz or "
+        ".safetensors with a card) or "
+        f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
+        f"Received: {path!r}")
+  raise UserError(
+      f"denoiser folder must hold {denoisers.CARD} (ours), "
+      f"{diffusers_format.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
+      f"checkpoint (*.index). Received: {path!r} with "
+      f"{sorted(os.listdir(path))}")
+
+
+def _check_given(path, given, allowed):
+  """Refuses arguments that the file answers itself."""
+  for key, value in given.items():
+    if key not in allowed:
+      raise UserError(f"{key} must not be given for {path!r}, which has its "
+                      f"own. Received: {key}={value!r}")
+
+
+def embedded_denoisers() -> list[str]:
+  """Names of the models that come with the package."""
+  return sorted(
+      name for name in os.listdir(_ASSETS)
+      if os.path.exists(os.path.join(_ASSETS, name, denoisers.CARD)))
+
+
+def _cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
+  """Takes a converted checkpoint from the cache, or converts it and keeps it.
+
+  Args:
+    cache_dir: "" for none.
+    path: of the checkpoint.
+    given: arguments of the conversion.
+    convert: from both to a `Denoiser`.
+
+  Raises:
+    UserError: see `load_denoiser`. A copy that is damaged, or cannot be
+      written, is warned of only.
+  """
+  if not cache_dir:
+    return convert(path, given)
+  folder = os.path.join(cache_dir, "denoisers", _cache_key(path, given))
+  if os.path.exists(os.path.join(folder, denoisers.CARD)):
+    try:
+      return Denoiser.load(folder)
+    except UserError as error:
+      logging.warning("%s; it is converted again", error)
+  denoiser = convert(path, given)
+  try:
+    denoiser.save(folder)
+  except OSError as error:
+    logging.warning("the converted network cannot be kept: %s",
+                    checkpoints.one_line(error))
+  return denoiser
+
+
+def _cache_key(path: str, given: dict) -> str:
+  """Hash of all that a conversion depends on."""
+  told = {key: value.card() if isinstance(value, NoiseSchedule) else value
+          for key, value in given.items()}
+  digest = hashlib.sha256(json.dumps(
+      [ddss_tf.__version__, told], sort_keys=True, default=repr).encode())
+  for file in _files(path):
+    with open(file, "rb") as f:
+      content = hashlib.file_digest(f, "sha256").hexdigest()
+    # Of a single file the name means nothing, of several it says which is what.
+    name = os.path.basename(file).removeprefix(os.path.basename(path))
+    digest.update(f"{name}\0{content}\0".encode())
+  return digest.hexdigest()
+
+
+def _files(path: str) -> list[str]:
+  """The files that make a checkpoint."""
+  prefix = None if os.path.isfile(path) else ddpm_format.find_prefix(path)
+  if prefix is not None:
+    folder, start = os.path.split(os.path.abspath(prefix))
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if name.startswith((f"{start}.index", f"{start}.data-"))]
+  folder = path if os.path.isdir(path) else os.path.dirname(path)
+  files = [path, path + ".json"] if os.path.isfile(path) else [
+      os.path.join(path, name)
+      for name in (diffusers_format.WEIGHTS, diffusers_format.PICKLED_WEIGHTS)]
+  files += [os.path.join(folder, name) for name in (
+      diffusers_format.CONFIG, diffusers_format.SCHEDULER)]
+  return [file for file in files if os.path.exists(file)]
+
+
+def _convert_diffusers(path: str, given: dict) -> Denoiser:
+  """Reads a diffusers folder, or a weights file in it, into our U-Net."""
+  del given
+  config, betas, prediction = diffusers_format.read_config(path)
+  weights = diffusers_format.read_weights(path)
+  model = checkpoints.build_frozen(
+      path, config,
+      lambda variables: diffusers_format.to_keras(weights, variables))
+  return Denoiser(model, NoiseSchedule(betas), prediction,
+                  num_classes=config.num_classes)
+
+
+def _convert_ddpm(path: str, given: dict) -> Denoiser:
+  """Reads a checkpoint of the original DDPM; all use one process."""
+  prefix = ddpm_format.find_prefix(path)
+  model = ddpm_format.convert(
+      prefix, ddpm_format.read_weights(prefix), given.get("image_size"))
+  return Denoiser(model, NoiseSchedule.linear())
+
+
+def _convert_openai(path: str, given: dict) -> Denoiser:
+  """Reads a state dict of improved-diffusion or guided-diffusion."""
+  # The card first: its faults are cheaper to find.
+  card = openai_format.read_card(path, given)
+  betas = openai_format.betas(card)
+  weights = checkpoints.read_state_dict(path)
+  model = openai_format.convert(path, weights, card)
+  return Denoiser(model, NoiseSchedule(betas),
+                  "x0" if card["predict_xstart"] else "eps",
+                  num_classes=openai_format.num_classes(weights))
+
+
+def _convert_edm(path: str, given: dict) -> Denoiser:
+  """Reads weights of EDM, whose network is of a variance-exploding process."""
+  config, schedule = edm_format.read_card(path)
+  if "schedule" in given:
+    schedule = foreign.read_schedule(path, given["schedule"])
+    if not isinstance(schedule, ExplodingSchedule):
+      raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
+                      f"'sigmas'. Received: {given['schedule']!r}")
+  model = edm_format.convert(path, edm_format.read_weights(path), config)
+  sha256 = denoisers.weights_sha256(model)
+  if "schedule" in given:
+    sha256 = _told_sha256(sha256, "eps", schedule, {})
+  # The label after the last one is no class: all zeros, see `edm_unet.OneHot`.
+  classes = config.label_dim + 1 if config.label_dim else None
+  return Denoiser(
+      model, schedule, num_classes=classes,
+      null_label=config.label_dim or None, sha256=sha256, process="ve",
+      time_input="sigma")
+
+
+def _load_foreign(path: str, given: dict) -> Denoiser:
+  """Reads a SavedModel or a Keras file, and tries it."""
+  card = foreign.read_card(path, given)
+  name = os.path.basename(os.path.normpath(path))
+  if foreign.is_keras_file(path):
+    name = name.removesuffix(foreign.KERAS_SUFFIX)
+    if card["signature"] is not None:
+      raise UserError("signature must not be given for a Keras file. Received: "
+                      f"{card['signature']!r}")
+    model = foreign.load_keras(path)
+    sha256 = denoisers.weights_sha256(model)
+  else:
+    model = foreign.SavedModelNetwork(
+        path, card["signature"], card["image_shape"])
+    sha256 = model.sha256
+  sha256 = _told_sha256(
+      sha256, card["prediction"], card["schedule"], card["convention"])
+  try:
+    denoiser = Denoiser(
+        model, card["schedule"], card["prediction"], name,
+        image_shape=card["image_shape"], sha256=sha256, **card["convention"])
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  if not foreign.check(denoiser, path):
+    denoiser.continuous_time = False
+  return denoiser
+
+
+def _told_sha256(sha256: str | None, prediction: str,
+                 schedule: NoiseSchedule, convention: dict) -> str:
+  """Hash of a network and of what its file does not tell.
+
+  A run must not go on, and no cached result be taken, where these change.
+  """
+  return fingerprint.text_sha256(json.dumps(
+      [sha256, prediction, schedule.card(), convention], sort_keys=True))
