@@ -36,17 +36,27 @@ def part(module: str, *arguments) -> dict:
   Raises:
     RuntimeError: the part failed.
   """
+  return _json_of([sys.executable, "-m", module, *map(str, arguments)])
+
+
+def script(python: str, name: str, *arguments) -> dict:
+  """As `part`, of a script of this folder, by another Python."""
+  return _json_of([python, os.path.join(os.path.dirname(RESULTS), name),
+                   *map(str, arguments)])
+
+
+def _json_of(command: list[str]) -> dict:
   done = subprocess.run(
-      [sys.executable, "-m", module, *map(str, arguments)],
-      cwd=os.path.dirname(os.path.dirname(RESULTS)), text=True, check=False,
-      env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+      command, cwd=os.path.dirname(os.path.dirname(RESULTS)), text=True,
+      check=False,
+      env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "DDSS_TF_CACHE": ""},
       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   if done.returncode:
-    raise RuntimeError(f"{module} {arguments}: {done.stderr[-2000:]}")
+    raise RuntimeError(f"{command}: {done.stderr[-2000:]}")
   return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def record(name: str, values, yardsticks, *, bound: float, of: str, unit: str,
+def record(name: str, values, yardsticks, *, bound: float | None, of: str, unit: str,
            note: str = "") -> dict:
   """One figure beside its yardstick; the medians of paired runs.
 
@@ -55,7 +65,7 @@ def record(name: str, values, yardsticks, *, bound: float, of: str, unit: str,
     values: as measured, one per run.
     yardsticks: what it is compared with in the same runs; None where the bound
       is absolute.
-    bound: the largest that holds.
+    bound: the largest that holds; None: the figure is for information.
     of: "ratio" or "value", what the bound is of.
     unit: of value and yardstick.
     note: what the yardstick is.
@@ -69,7 +79,9 @@ def record(name: str, values, yardsticks, *, bound: float, of: str, unit: str,
   return {
       "name": name, "value": value, "yardstick": yardstick, "ratio": ratio,
       "bound": bound, "bound_of": of,
-      "holds": (ratio if of == "ratio" else value) <= bound, "unit": unit,
+      "holds": (None if bound is None else
+                (ratio if of == "ratio" else value) <= bound),
+      "unit": unit,
       "threads": len(os.sched_getaffinity(0)), "runs": len(values),
       "note": note, "machine": platform.processor() or platform.machine()}
 
