@@ -4,12 +4,14 @@
 # Both install the pinned dependencies into .venv first.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A Python with benchmarks/requirements-pytorch.txt, for `make bench`.
+PYTORCH ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo demo-full table objectives bench test test-all clean
+.PHONY: demo demo-full table objectives bench docs test test-all clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -28,8 +30,11 @@ objectives: $(VENV)/.installed
 	  --run_dir=results/objectives
 
 bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.metrics_50k
 	$(BIN)/python -m benchmarks.search_memory
+	$(BIN)/python -m benchmarks.search_step --pytorch=$(PYTORCH)
+	$(BIN)/python -m benchmarks.beside_pytorch --pytorch=$(PYTORCH)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests
@@ -43,6 +48,14 @@ $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements.txt
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+docs: build/docs-venv/.installed
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build -q
+
+build/docs-venv/.installed: requirements-docs.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/pip install -q -r requirements-docs.txt
 	touch $@
 
 clean:
