@@ -109,12 +109,13 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
   _save(figure, path)
 
 
-def sample_rows_png(path: str, titled: list[tuple[str, str, np.ndarray]]
-                    ) -> None:
+def sample_rows_png(path: str, title: str,
+                    titled: list[tuple[str, str, np.ndarray]]) -> None:
   """Draws a row of samples of each of many samplers, one below the other.
 
   Args:
     path: of the PNG.
+    title: of all.
     titled: (name, note, images float [N, H, W, C] in [-1, 1]) of each sampler,
       on the same noise, so that a column shows the same image to be.
   """
@@ -124,12 +125,13 @@ def sample_rows_png(path: str, titled: list[tuple[str, str, np.ndarray]]
   # Of the text on both sides: figures are not cut to what is in them.
   left, right = (0.4 + 0.072 * max(map(len, texts))
                  for texts in list(zip(*titled))[:2])
-  size = (columns * inches + left + right, len(titled) * inches + 0.4)
+  size = (columns * inches + left + right, len(titled) * inches + 0.6)
   figure = Figure(size)
   axis = figure.add_axes((
-      left / size[0], 0.2 / size[1], columns * inches / size[0],
+      left / size[0], 0.1 / size[1], columns * inches / size[0],
       len(titled) * inches / size[1]))
   _show(axis, images, columns)
+  axis.set_title(title, fontsize=11, **_PLAIN)
   middles = _middles(height, len(titled))
   axis.set_yticks(middles, [name for name, *_ in titled], fontsize=9, **_PLAIN)
   for tick, (name, *_) in zip(axis.get_yticklabels(), titled):
