@@ -10,6 +10,7 @@ import base64
 import csv
 import json
 import os
+import shlex
 import struct
 
 import gin
@@ -89,10 +90,7 @@ def report(run_dir: str) -> str:
       tables=[_table(records) for records in groups], more=more,
       figures=_figures(run.root, names), samplers=found,
       run_dir=run.root, version=ddss_tf.__version__,
-      exported=os.path.isdir(run.path(exporting.EXPORT)),
-      export_path=repr(run.path(exporting.EXPORT)),
-      has_sampler=os.path.exists(run.path(card.FILE)),
-      config=_text(run.path("config.gin")))
+      uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
   storage.write_text(run.path(REPORT), page)
   return run.path(REPORT)
 
@@ -126,8 +124,9 @@ def _results(run):
   table = run.path(f"{comparing.TABLE}.csv")
   if os.path.exists(table):
     with open(table, newline="", encoding="utf-8") as f:
-      rows = {_row_key(row) for row in csv.DictReader(f)}
-    records = [r for r in everything if _row_key(r) in rows]
+      rows = [_row_key(row) for row in csv.DictReader(f)]
+    records = sorted((r for r in everything if _row_key(r) in rows),
+                     key=lambda r: rows.index(_row_key(r)))
   elif os.path.exists(run.path(card.FILE)):
     found = card.read(run.path(card.FILE))
     sha256 = fingerprint.arrays_sha256(found.coefficients)
@@ -181,6 +180,27 @@ def _found_samplers(run):
         "figures": _figures(folder, searching.PICTURES),
     })
   return sorted(found, key=lambda each: (each["num_steps"], each["folder"]))
+
+
+def _uses(run, groups, found):
+  """How to use the sampler of a run, or the best searched ones of each K."""
+  best = [line["searched"]["coefficients_sha256"]
+          for line in _headlines(groups) if line["searched"]]
+  uses = []
+  for each in found:
+    if each["folder"] != "." and each["sha256"] not in best:
+      continue
+    folder = os.path.normpath(run.path(each["folder"]))
+    model = os.path.join(folder, exporting.EXPORT)
+    uses.append({
+        "label": each["label"], "num_steps": each["num_steps"],
+        "exported": os.path.isdir(model), "model": repr(model),
+        "card": os.path.join(folder, card.FILE),
+        "command": shlex.join([
+            "python", "-m", "ddss_tf.main", "--mode=export",
+            f"--gin_file={run.path('config.gin')}", f"--run_dir={folder}"]),
+    })
+  return uses
 
 
 def _title(groups, found):
