@@ -75,6 +75,8 @@ def compare(
 ) -> list[dict]:
   """Measures solvers and searched families side by side, on the same noise.
 
+  Leaves a table, the first samples of every row, and pictures of both (`draw`).
+
   A solver's row is that of its best stride. All strides are tried on a quarter
   of `stride_samples` images, the best two on all of them; the lowest FID wins.
   These images come from seed + 1, not from those of the table.

@@ -419,7 +419,8 @@ def _draw_curves(axis, curves):
                         alpha=0.25 if strong else 0.1)
       axis.vlines(xs, lows, highs, linewidth=1, **style)
     axis.annotate(
-        f"{name}  {ys[-1]:.2f}", (xs[-1], ys[-1]), xytext=(1, height),
+        f"{name}  {ys[-1]:.2f}", (xs[-1], max(ys[-1], np.exp(low))),
+        xytext=(1, height),
         textcoords=column, va="center", fontsize=8, zorder=4,
         color=colour if strong else _TEXT,
         fontweight="bold" if strong else "normal", annotation_clip=False,

@@ -34,6 +34,12 @@ REPORT = "report.html"
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
 # Of what may be below a run, that holds no sampler of its own.
 _NO_SAMPLERS = ("cache", "checkpoints", "tensorboard", exporting.EXPORT)
+# Of a record: what makes it comparable, what else is shown, what is a number.
+_CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
+               "denoiser", "features", "features_heldout")
+_VALUES = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
+_NUMBERS = ("num_samples", "num_steps", "seed", "fid", "kid", "kid_std",
+            "inception_score")
 _CAPTIONS = {
     comparing.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
                             "is better.",
@@ -85,20 +91,28 @@ def report(run_dir: str) -> str:
   environment.filters["count"] = lambda value: _number(value, "d")
   with open(_TEMPLATE, encoding="utf-8") as f:
     template = environment.from_string(f.read())
-  page = template.render(
-      title=_title(groups, found), headlines=_headlines(groups),
-      tables=[_table(records) for records in groups], more=more,
-      figures=_figures(run.root, names), samplers=found,
-      run_dir=run.root, version=ddss_tf.__version__,
-      uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
+  try:
+    page = template.render(
+        title=_title(groups, found), headlines=_headlines(groups),
+        tables=[_table(records) for records in groups], more=more,
+        figures=_figures(run.root, names), samplers=found,
+        run_dir=run.root, version=ddss_tf.__version__,
+        uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
+  except (jinja2.UndefinedError, TypeError) as error:
+    raise UserError(f"{evaluation.METRICS} or a {card.FILE} in {run_dir!r} is "
+                    f"damaged: {error}") from error
   storage.write_text(run.path(REPORT), page)
   return run.path(REPORT)
 
 
 def _number(value, form: str) -> markupsafe.Markup:
-  """A number as text, and as the value it is."""
+  """A number as text, and as the value it is; what is none, as it is."""
   if value is None:
     return markupsafe.Markup("&ndash;")
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return markupsafe.escape(value)
+  if form == "d" and not isinstance(value, int):
+    form = "g"
   return markupsafe.Markup('<data value="{}">{}</data>').format(
       repr(value), format(value, form))
 
@@ -134,17 +148,13 @@ def _results(run):
                or r.get("coefficients_sha256") == sha256]
   groups = {}
   for record in records:
-    try:
-      key = [record[name] for name in (
-          "num_samples", "num_real", "dataset", "dataset_sha256", "denoiser",
-          "features", "features_heldout")]
-      for name in ("sampler", "num_steps", "seed", "fid", "kid", "kid_std",
-                   "inception_score", "fid_heldout", "coefficients_sha256",
-                   "x0_bound"):
-        record[name]  # pylint: disable=pointless-statement
-    except KeyError as error:
-      raise UserError(f"{run.path(evaluation.METRICS)} is damaged: a record "
-                      f"has no {error}") from error
+    for name in (*_CONDITIONS, *_VALUES, *_NUMBERS):
+      good = name in record and (
+          name not in _NUMBERS or isinstance(record[name], (int, float)))
+      if not good:
+        raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
+                        f"{name!r} of a record is missing or no number")
+    key = [record[name] for name in _CONDITIONS]
     groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
   ordered = sorted(groups.values(), key=lambda group: (
       -group[0]["num_samples"], -len(group)))
@@ -244,9 +254,7 @@ def _table(records):
                          f"{r['timing']['batch_size']}"
                          for r in records if r.get("timing")}),
       "seeds": sorted({r["seed"] for r in records}),
-      **{name: records[0][name] for name in (
-          "num_samples", "num_real", "dataset", "dataset_sha256", "denoiser",
-          "features", "features_heldout")},
+      **{name: records[0][name] for name in _CONDITIONS},
   }
 
 

@@ -252,6 +252,7 @@ def test_use_of_an_exported_sampler(tmp_path):
 
 @pytest.mark.parametrize("name,content,message", [
     ("metrics.json", "[{}]", "metrics.json is damaged.*'num_samples'"),
+    ("metrics.json", None, "metrics.json is damaged.*'fid'"),
     ("metrics.json", "[", "metrics.json is damaged"),
     ("sampler.json", "{}", "sampler.json is damaged"),
     ("samples.png", "text", "samples.png is damaged"),
@@ -259,6 +260,8 @@ def test_use_of_an_exported_sampler(tmp_path):
 ])
 def test_damaged_files(tmp_path, name, content, message):
   write_run(str(tmp_path))
+  if content is None:
+    content = json.dumps([record("DDIM linear", fid="<b>")])
   (tmp_path / name).write_text(content)
   with pytest.raises(UserError, match=message):
     reporting.report(str(tmp_path))
