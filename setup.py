@@ -26,6 +26,7 @@ setuptools.setup(
         "gin-config>=0.5",
         # tensorflow-datasets imports it without asking for it.
         "importlib_resources>=6",
+        "jinja2>=3.1",
         "keras>=3.15,<4",
         "matplotlib>=3.9",
         "numpy>=2",

@@ -29,6 +29,7 @@ _PUBLIC = {
     "load_features": "features",
     "make_sampler": "families",
     "make_schedule": "schedules",
+    "report": "reporting",
     "run_chain": "chain",
     "sample": "exporting",
     "search": "searching",

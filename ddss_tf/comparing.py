@@ -2,7 +2,7 @@
 
   for each K    solvers   every stride on few images -> the best one, measured
                 families  searched from the best start they hold -> measured
-  -> metrics.json, table.csv, table.md
+  -> metrics.json, table.csv, table.md, samples.npz, pictures
 
 Everything is kept: called again, it goes on where it stopped.
 """
@@ -11,16 +11,22 @@ import csv
 import functools
 import io
 import itertools
+import json
 import os
+import zipfile
 
 from absl import logging
 import gin
 import numpy as np
 
 from ddss_tf import card
+from ddss_tf import data
 from ddss_tf import evaluation
 from ddss_tf import families as families_lib
 from ddss_tf import features as features_lib
+from ddss_tf import figures
+from ddss_tf import fingerprint
+from ddss_tf import metrics
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import schedules
 from ddss_tf import searching
@@ -31,6 +37,10 @@ from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 
 TABLE = "table"
+SAMPLES = "samples.npz"
+FID_BY_STEPS = "fid_by_steps.png"
+QUALITY_BY_TIME = "quality_by_time.png"
+_SHOWN = 8  # Images of each row.
 # What a family can take over from a smaller one that was searched before.
 _CONTAINS = {
     "rddim": ("ddim-learned", "vars"),
@@ -64,6 +74,8 @@ def compare(
     jit_compile: bool = True,
 ) -> list[dict]:
   """Measures solvers and searched families side by side, on the same noise.
+
+  Leaves a table, the first samples of every row, and pictures of both (`draw`).
 
   A solver's row is that of its best stride. All strides are tried on a quarter
   of `stride_samples` images, the best two on all of them; the lowest FID wins.
@@ -130,8 +142,14 @@ def compare(
 
   records = []
 
+  images = _read_samples(run.path(SAMPLES))
+
   def add(sampler, x0_bound=None, search=None):
-    record = evaluator.record(sampler, num_samples, x0_bound)
+    record = evaluator.timed_record(sampler, num_samples, x0_bound)
+    if sample_key(record) not in images:
+      images[sample_key(record)] = data.to_uint8(
+          evaluator.images(sampler, _SHOWN, x0_bound))
+      _write_samples(run.path(SAMPLES), images)
     if objectives:
       record = {**record, "objective": search and search["objective"],
                 "search_seconds": search and search["seconds"]}
@@ -197,7 +215,67 @@ def compare(
           found, key=lambda path: stride_evaluator.record(
               found[path][0], stride_samples, found[path][1])["fid"])
       add(*found[path], _search_of(path))
+  draw(run.root, records)
   return records
+
+
+def draw(folder: str, records: list[dict]) -> list[str]:
+  """Draws a comparison from what it left, without any measurement.
+
+  FID against K and against time, and a picture for each K of the first samples
+  of all rows. Rows without a time or without samples are left out of those.
+
+  Args:
+    folder: of the comparison, with its `samples.npz` if there is one.
+    records: of its `metrics.json`, comparable ones.
+
+  Returns:
+    Names of the files.
+
+  Raises:
+    UserError: `samples.npz` is damaged.
+  """
+  path = functools.partial(os.path.join, folder)
+  figures.fid_by_steps_png(path(FID_BY_STEPS), records)
+  names = [FID_BY_STEPS]
+  timed = [record for record in records if record.get("timing")]
+  if timed:
+    figures.quality_by_time_png(path(QUALITY_BY_TIME), timed)
+    names.append(QUALITY_BY_TIME)
+  images = _read_samples(path(SAMPLES))
+  label = metrics.fid_label(records[0]["num_samples"])
+  for steps in sorted({record["num_steps"] for record in records}):
+    rows = [(record["sampler"], f"{label} {record['fid']:.2f}",
+             images[sample_key(record)]) for record in records
+            if record["num_steps"] == steps and sample_key(record) in images]
+    if rows:
+      names.append(f"samples_k{steps}.png")
+      figures.sample_rows_png(path(names[-1]), f"K = {steps}", rows)
+  return names
+
+
+def sample_key(record: dict) -> str:
+  """What decides the images of a record, as `samples.npz` names them."""
+  return fingerprint.text_sha256(json.dumps([record[key] for key in (
+      "coefficients_sha256", "x0_bound", "seed", "denoiser")], sort_keys=True))
+
+
+def _read_samples(path) -> dict[str, np.ndarray]:
+  """uint8 [N, H, W, C] by `sample_key`; none if there is no such file."""
+  if not os.path.exists(path):
+    return {}
+  try:
+    with np.load(path) as arrays:
+      return dict(arrays)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f"{path} is damaged: {error}. Delete it to sample anew"
+                    ) from error
+
+
+def _write_samples(path, images):
+  with storage.replacing(path) as temporary:
+    with open(temporary, "wb") as f:
+      np.savez_compressed(f, **images)
 
 
 def _as_start(sampler):

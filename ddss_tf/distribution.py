@@ -12,6 +12,7 @@ back; the sum over replicas is the gradient. (With a mean it would be too small
 by their number; reducing the gradients of local values would be biased.)
 """
 
+import os
 from typing import Callable
 
 import gin
@@ -64,6 +65,16 @@ def make_strategy(name: str = "none", devices=None, tpu: str = ""):
 def num_replicas() -> int:
   """Of the strategy in force."""
   return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def device_name() -> str:
+  """What the replicas run on, such as "NVIDIA H200" or "2 CPU cores"."""
+  gpus = tf.config.get_visible_devices("GPU")
+  if not gpus:
+    return f"{len(os.sched_getaffinity(0))} CPU cores"
+  name = tf.config.experimental.get_device_details(gpus[0]).get(
+      "device_name", "GPU")
+  return name if num_replicas() == 1 else f"{num_replicas()} x {name}"
 
 
 def filled(count: int) -> int:

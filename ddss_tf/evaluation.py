@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 from absl import logging
 import gin
@@ -27,6 +28,7 @@ from ddss_tf.searching import check_shapes, check_x0_bound
 METRICS = "metrics.json"
 SAMPLES = "samples.png"
 _SPLITS = 10  # Of the Inception Score, as published.
+_TIMED = 4  # Batches, the first of which does not count.
 
 
 def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
@@ -95,7 +97,7 @@ class Evaluator:
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
     self._generators = {}
-    self._known = _read_records(run.path(METRICS))
+    self._known = read_records(run.path(METRICS))
 
   def generator(self, x0_bound: str | None) -> sampling.Generator:
     """The generator of images with a bound on x0_hat."""
@@ -127,13 +129,41 @@ class Evaluator:
     for record in self._known:
       if conditions.items() <= record.items():
         return record
+    generator = self.generator(x0_bound)
+    seconds = []
     values = _measure(
-        self.generator(x0_bound).batches(
-            coefficients, num_samples, self._seed, sampler.label),
+        _timed(generator.batches(
+            coefficients, num_samples, self._seed, sampler.label), seconds),
         self._extract, self._reference, num_samples)
-    self._known.append({**conditions, **values})
+    self._known.append({**conditions, **values,
+                        "timing": _timing(seconds, generator.batch_size)})
     storage.write_json(self._run.path(METRICS), self._known)
     return self._known[-1]
+
+  def timed_record(self, sampler: Sampler, num_samples: int,
+                   x0_bound: str | None = None) -> dict:
+    """`record`, whose `timing` is measured now if it has none.
+
+    It has none if its images came in one batch, whose time is that of the
+    compilation, or if it was written before times were.
+    """
+    record = self.record(sampler, num_samples, x0_bound)
+    if not record.get("timing"):
+      generator = self.generator(x0_bound)
+      seconds = []
+      for _ in _timed(generator.batches(
+          sampler.coefficients(), _TIMED * generator.batch_size, self._seed,
+          f"time {sampler.label}"), seconds):
+        pass
+      record["timing"] = _timing(seconds, generator.batch_size)
+      storage.write_json(self._run.path(METRICS), self._known)
+    return record
+
+  def images(self, sampler: Sampler, num_images: int,
+             x0_bound: str | None = None) -> np.ndarray:
+    """The first images of a record, float32 [N, H, W, C]."""
+    return self.generator(x0_bound).images(
+        sampler.coefficients(), num_images, self._seed)
 
   def _conditions(self, sampler, coefficients, num_samples, x0_bound):
     """All that decides a record's values."""
@@ -225,12 +255,33 @@ def evaluate(
   return records
 
 
+def _timed(batches, seconds):
+  """Passes batches on as NumPy; appends to a list how long each took."""
+  began = time.perf_counter()
+  for batch in batches:
+    values = batch.numpy()  # Waits for the device.
+    seconds.append(time.perf_counter() - began)
+    yield values
+    began = time.perf_counter()
+
+
+def _timing(seconds, batch_size):
+  """The `timing` of a record: of a median batch, the first left out.
+
+  None if there is only that one, which had to be compiled.
+  """
+  if len(seconds) < 2:
+    return None
+  return {"seconds_per_image": float(np.median(seconds[1:])) / batch_size,
+          "batch_size": batch_size, "device": distribution.device_name()}
+
+
 def _measure(batches, extract, reference, num_samples):
   """Metrics of one sampler's images, from one pass over them."""
 
   def outputs():
     for batch in batches:
-      images = tf.constant(data.to_float(data.to_uint8(batch.numpy())))
+      images = tf.constant(data.to_float(data.to_uint8(batch)))
       found = [network(images) for network in extract]
       yield [found[0]["logits"], *(output["pool"] for output in found)]
 
@@ -253,7 +304,12 @@ def _measure(batches, extract, reference, num_samples):
   }
 
 
-def _read_records(path):
+def read_records(path: str) -> list[dict]:
+  """The records of a `metrics.json`; none if there is no such file.
+
+  Raises:
+    UserError: it is damaged.
+  """
   if not os.path.exists(path):
     return []
   try:

@@ -2,9 +2,12 @@
 
   python -m ddss_tf.main --gin_file=gin_configs/demo.gin --run_dir=runs/demo
 
-Without --mode it runs search, evaluate and export in turn; each stage goes on
-where an earlier command stopped. Bindings are overridden with
---gin_param='search.batch_size = 128'.
+Without --mode it runs search, evaluate and export in turn, and writes a report
+of them; each stage goes on where an earlier command stopped. Bindings are
+overridden with --gin_param='search.batch_size = 128'. The report of a folder is
+written anew, without a configuration, by
+
+  python -m ddss_tf.main --mode=report --run_dir=runs/demo
 """
 
 import os
@@ -19,7 +22,7 @@ from absl import logging
 # misspelt flag answer at once.
 
 MODES = ("run", "search", "evaluate", "compare", "sample", "export",
-         "inspect")
+         "inspect", "report")
 
 _GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "Configuration file; repeatable, later ones win.")
@@ -29,7 +32,7 @@ _RUN_DIR = flags.DEFINE_string(
     "run_dir", None, "Folder for all that the run leaves; made if need be.")
 _MODE = flags.DEFINE_string(
     "mode", "run", f"Stage to run, one of {', '.join(MODES)}; 'run' is search, "
-    "evaluate, export.")
+    "evaluate, export and report; 'compare' ends with a report, too.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Parse and build everything, print the configuration, "
     "and stop. Writes nothing.")
@@ -68,7 +71,10 @@ def _stages(mode: str):
   """The functions of a mode, in order."""
   from ddss_tf import registry  # pylint: disable=g-import-not-at-top
   if mode == "run":
-    return [registry.search, registry.evaluate, registry.export]
+    return [registry.search, registry.evaluate, registry.export,
+            registry.report]
+  if mode == "compare":
+    return [registry.compare, registry.report]
   return [getattr(registry, mode)]
 
 
@@ -130,7 +136,11 @@ def _run():
   if _MODE.value not in MODES:
     raise UserError(f"--mode must be one of {', '.join(MODES)}. "
                     f"Received: {_MODE.value!r}")
-  if not _GIN_FILE.value and not _GIN_PARAM.value:
+  reporting = _MODE.value == "report"
+  if reporting and not os.path.isdir(_RUN_DIR.value or ""):
+    raise UserError("--run_dir must name the folder of a run. "
+                    f"Received: {_RUN_DIR.value!r}")
+  if not reporting and not _GIN_FILE.value and not _GIN_PARAM.value:
     raise UserError("--gin_file must name a configuration, such as "
                     "gin_configs/demo.gin")
   inspecting = _MODE.value == "inspect"
@@ -157,7 +167,8 @@ def _run():
     run = run_dir_lib.RunDir(_RUN_DIR.value)
     run.lock()
     _build(stages)
-    storage.write_text(run.path("config.gin"), gin.config_str())
+    if not reporting:
+      storage.write_text(run.path("config.gin"), gin.config_str())
     results = {}
     for stage in stages:
       results[stage.__name__] = stage(run.root)
@@ -177,6 +188,7 @@ def _run():
 def _where(run) -> str:
   """Where to look: the files that are there."""
   notes = {
+      "report.html": "everything on one page, for a browser",
       "table.csv": "the comparison",
       "samples.png": "best baseline beside the searched sampler, same noise",
       "coefficients.png": "the searched sampler, drawn",

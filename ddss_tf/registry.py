@@ -1,7 +1,7 @@
 """Imports every module whose names gin may bind.
 
 The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
-`export` and `inspect`; `make_strategy` is bound for all of them.
+`export`, `inspect` and `report`; `make_strategy` is bound for all of them.
 """
 
 from ddss_tf.comparing import compare
@@ -15,11 +15,12 @@ from ddss_tf.families import make_sampler
 from ddss_tf.features import load_features
 from ddss_tf.inspecting import inspect
 from ddss_tf.loading import load_denoiser
+from ddss_tf.reporting import report
 from ddss_tf.schedules import make_schedule
 from ddss_tf.searching import search
 
 __all__ = [
     "compare", "evaluate", "export", "gaussian_denoiser", "inspect",
     "load_dataset", "load_denoiser", "load_features", "make_sampler",
-    "make_schedule", "make_strategy", "sample", "search",
+    "make_schedule", "make_strategy", "report", "sample", "search",
 ]

@@ -5,8 +5,11 @@
   tensorboard/        events
   cache/              features of the real images
   sampler.json        the found coefficients, portable
-  samples.png, coefficients.png
+  samples.png         of the evaluation
+  coefficients.png, path.png, before_after.png
+                      the found sampler
   metrics.json        a list of records, one for each sampler
+  report.html         all of it on one page
   export/             SavedModel
 """
 

@@ -13,7 +13,7 @@ from ddss_tf import chain
 from ddss_tf import solvers
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
-from ddss_tf.schedules import NoiseSchedule
+from ddss_tf.schedules import NoiseSchedule, STRIDES
 
 KINDS = ("weights", "pred", "times", "noise_scales")
 
@@ -26,6 +26,33 @@ LABELS = {
     "unipc3-bh2": "UniPC-3 (bh2)", "ddim-learned": "learned DDIM",
     "vars": "VARS", "rddim": "RDDIM", "ggdm": "GGDM",
 }
+_GIVEN_TIMES = "given times"
+
+# What tables and pictures compare with each other.
+BASELINES = "DDPM and DDIM"
+TRAINING_FREE = "training-free solvers"
+SEARCHED = "searched"
+
+
+def without_stride(label: str) -> str:
+  """A label without its stride: what one solver is called at every K."""
+  for stride in (*STRIDES, _GIVEN_TIMES):
+    if label.endswith(f" {stride}"):
+      return label.removesuffix(f" {stride}")
+  return label
+
+
+def group(label: str) -> str:
+  """Which of the three groups a label belongs to.
+
+  What is neither DDPM or DDIM nor another solver by its name was searched.
+  """
+  name = without_stride(label)
+  if name in (LABELS["ddpm"], LABELS["ddim"]) or name.startswith("DDIM(eta="):
+    return BASELINES
+  if name in (LABELS[solver] for solver in solvers.SOLVERS):
+    return TRAINING_FREE
+  return SEARCHED
 
 
 class Sampler(keras.layers.Layer):
@@ -129,7 +156,7 @@ class SolverSampler(FixedSampler):
       if eta is not None:
         label = {0.0: "DDIM", 1.0: "DDPM"}.get(
             float(eta), f"DDIM(eta={eta:g})")
-      label += " " + (stride if isinstance(stride, str) else "given times")
+      label += " " + (stride if isinstance(stride, str) else _GIVEN_TIMES)
     super().__init__(schedule, values, label, **kwargs)
     self.solver = solver
     self.stride = stride

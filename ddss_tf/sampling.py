@@ -17,6 +17,11 @@ def seed_pair(seed: int) -> tf.Tensor:
   return tf.constant([seed, 0], tf.int32)
 
 
+def _tensors(coefficients):
+  return Coefficients(
+      *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
+
+
 class Generator:
   """Samples a denoiser: image i of a seed, whatever the batch.
 
@@ -39,6 +44,7 @@ class Generator:
     self.x0_bound = x0_bound
     self._eps = denoiser.compiled_eps(jit_compile)
     self._sample = distribution.replicated(self._sample_batch)
+    self._walk = distribution.replicated(self._walk_path)
 
   def _sample_batch(self, coefficients, seed, indices, labels=None):
     indices = distribution.own_rows(indices)
@@ -51,6 +57,35 @@ class Generator:
     return distribution.all_rows(chain.run_chain(
         chain.with_labels(self._eps, labels), coefficients, x_T, step_noise,
         x0_bound=self.x0_bound))
+
+  def _walk_path(self, coefficients, seed, indices):
+    x_T, step_noise = chain.draw_noise(
+        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
+    # Not compiled by XLA, which would take longer for so few images.
+    eps_fn = chain.with_labels(self.denoiser.compiled_eps(False),
+                               self.denoiser.draw_labels(seed, indices))
+    image, states, x0_hats = chain.run_chain(
+        eps_fn, coefficients, x_T, step_noise, trajectory=True,
+        x0_bound=self.x0_bound)
+    return image[0], tf.concat(states, axis=0), tf.concat(x0_hats, axis=0)
+
+  def path(self, coefficients: Coefficients, seed: int, index: int = 0
+           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How one image comes about.
+
+    Args:
+      coefficients: of the sampler.
+      seed: as of `batches`.
+      index: of the image.
+
+    Returns:
+      The image [H, W, C], which is image `index` of `batches` to float
+      precision; the states and the predicted images [K, H, W, C] on the way to
+      it, the noisiest first. float32.
+    """
+    found = self._walk(_tensors(coefficients), seed_pair(seed),
+                       tf.constant([index]))
+    return tuple(value.numpy() for value in found)
 
   def batches(self, coefficients: Coefficients, num_images: int, seed: int,
               description: str = "", label: int | None = None
@@ -68,8 +103,7 @@ class Generator:
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
     """
-    coefficients = Coefficients(
-        *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
+    coefficients = _tensors(coefficients)
     pair = seed_pair(seed)
     labels = None if label is None else tf.fill([self.batch_size], label)
     with progress.bar(num_images, description, "image") as bar:

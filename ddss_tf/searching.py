@@ -8,13 +8,16 @@
 """
 
 import functools
+import json
 import os
+import shutil
 import time
 
 from absl import logging
 import gin
 import keras
 import numpy as np
+from tensorboard.plugins.hparams import api as hparams
 import tensorflow as tf
 
 from ddss_tf import card
@@ -36,6 +39,13 @@ from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import Terminated, UserError
 from ddss_tf.samplers import KINDS, Sampler
+
+
+# What a search leaves to look at.
+COEFFICIENTS = "coefficients.png"
+PATH = "path.png"
+BEFORE_AFTER = "before_after.png"
+PICTURES = (COEFFICIENTS, PATH, BEFORE_AFTER)
 
 
 def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
@@ -524,8 +534,8 @@ def search(
 ) -> Sampler:
   """Searches a sampler, or goes on where an earlier call stopped.
 
-  Writes checkpoints, TensorBoard events, `sampler.json` and
-  `coefficients.png` into the run directory; with `init="auto"` also
+  Writes checkpoints, TensorBoard events, `sampler.json` and pictures of the
+  sampler (`PICTURES`) into the run directory; with `init="auto"` also
   `starts.json`. Killed at any moment and called again, it ends with the
   coefficients of an uninterrupted run. It never ends worse than it starts, by
   the objective on its validation images.
@@ -688,6 +698,7 @@ def search(
       "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every}, restart)
+  first = sampler.coefficients().numpy()
   control, known, rate = None, None, learning_rate
   if control_variate:
     # Validation has a pool of its own: what the steps owe to the chance of
@@ -732,6 +743,11 @@ def search(
     start = state.step
     if start == 0:
       tf.summary.text("config", f"```\n{gin.config_str()}\n```", step=0)
+      _summarise_hparams(sampler, goal.terms, {
+          "num_search_steps": num_search_steps, "batch_size": batch_size,
+          "gradient_samples": gradient_samples,
+          "learning_rate": learning_rate, "seed": seed,
+          "x0_bound": x0_bound or "none", "dataset": dataset.name})
       state.keep_if_best(validate())
       _summarise_state(sampler, validation.generator, seed, 0,
                        state.best_value)
@@ -803,9 +819,60 @@ def search(
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in networks],
           "dataset": dataset.name}, x0_bound=x0_bound))
-  figures.coefficients_png(
-      run.path("coefficients.png"), best, sampler.label)
+  # A search that was over before is not drawn again.
+  if state.step > start or not all(
+      os.path.exists(run.path(name)) for name in PICTURES):
+    _draw(run, sampler, first, validation.generator, seed + 1, state.best_step)
   return sampler
+
+
+def _draw(run, sampler, first, generator, seed, step):
+  """Draws the sampler into the run directory, and into TensorBoard.
+
+  Args:
+    run: the run directory.
+    sampler: with its best coefficients.
+    first: coefficients of its start.
+    generator: of images.
+    seed: of their noise.
+    step: of the best coefficients.
+  """
+  best, label = sampler.coefficients().numpy(), sampler.label
+  figures.coefficients_png(
+      run.path(COEFFICIENTS), best, label, first, sampler.schedule)
+  image, states, x0_hats = generator.path(best, seed)
+  figures.path_png(run.path(PATH), states, x0_hats, image, best.times, label)
+  # As many as the generator makes at a time, in a square of at most 8 x 8.
+  side = min(8, max(1, int(generator.batch_size ** 0.5)))
+  figures.samples_png(run.path(BEFORE_AFTER), [
+      (title, generator.images(coefficients, side * side, seed))
+      for title, coefficients in (
+          (f"before the search, K = {sampler.num_steps}", first),
+          (f"after {step} steps of it: {label}", best))], side)
+  events = run.path("tensorboard", "pictures")
+  # Drawn again after a kill: those before are no other step's.
+  shutil.rmtree(events, ignore_errors=True)
+  with tf.summary.create_file_writer(events).as_default():
+    for name in PICTURES:
+      with open(run.path(name), "rb") as f:
+        pixels = tf.io.decode_png(f.read(), channels=3)
+      tf.summary.image(name.removesuffix(".png"), pixels[None], step=step)
+
+
+def _summarise_hparams(sampler, objective, values):
+  """Writes what TensorBoard's table of hyper-parameters shows of a run."""
+  config = sampler.get_config()
+  hparams.hparams_config(
+      hparams=[], metrics=[
+          hparams.Metric("validation/objective", display_name="validation"),
+          hparams.Metric("search/seconds_per_step"),
+          # Written by `evaluate`.
+          hparams.Metric(f"fid/{sampler.label}", group="evaluate",
+                         display_name="FID")])
+  hparams.hparams({
+      "family": sampler.label, "num_steps": sampler.num_steps,
+      "init": str(config.get("init")), "stride": str(config.get("stride")),
+      "objective": json.dumps(objective), **values})
 
 
 def _summarise_state(sampler, generator, seed, step, value):
@@ -814,6 +881,10 @@ def _summarise_state(sampler, generator, seed, step, value):
   tf.summary.scalar("validation/objective", value, step=step)
   for name, value in coefficients.named_scalars().items():
     tf.summary.scalar(f"coefficients/{name}", value, step=step)
+  for name, values in coefficients._asdict().items():
+    if name == "state_weights":
+      values = values[np.tril_indices(coefficients.num_steps)]
+    tf.summary.histogram(f"coefficients/{name}", values, step=step)
   images = generator.images(coefficients, 64, seed + 1)
   grid = figures.image_grid(images, columns=8)
   tf.summary.image("samples", grid[None], step=step)

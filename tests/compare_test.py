@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import shutil
 
 import gin
 import numpy as np
@@ -11,8 +12,12 @@ import pytest
 
 import ddss_tf
 from ddss_tf import card
+from ddss_tf import comparing
+from ddss_tf import data
 from ddss_tf import evaluation
 from ddss_tf import fingerprint
+from ddss_tf import run_dir
+from ddss_tf import sampling
 from ddss_tf import searching
 from ddss_tf.errors import UserError
 
@@ -136,10 +141,65 @@ def test_the_first_multistep_family_is_searched_on_two_strides(compared):
   assert records[4]["coefficients_sha256"] == better
 
 
+def test_samples_are_the_first_of_their_records(arguments, compared):
+  run, records = compared
+  with np.load(os.path.join(run, "samples.npz")) as arrays:
+    images = dict(arrays)
+  assert set(images) == {comparing.sample_key(r) for r in records}
+  denoiser = arguments["denoiser"]
+  for record in records[:2]:  # DDPM adds noise, DDIM does not.
+    solver, stride = record["sampler"].split()
+    sampler = ddss_tf.SolverSampler(
+        denoiser.schedule, 3, solver.lower(), stride)
+    expected = data.to_uint8(sampling.Generator(denoiser, 8, False).images(
+        sampler.coefficients(), 8, record["seed"]))
+    found = images[comparing.sample_key(record)].astype(int)
+    assert np.abs(found - expected).max() <= 1  # Rounded, another batch.
+
+
+def test_pictures_are_drawn_again_from_the_files(
+    compared, tmp_path, monkeypatch):
+  run, records = compared
+  names = ["fid_by_steps.png", "quality_by_time.png", "samples_k3.png"]
+  for name in ("samples.npz", *names):
+    shutil.copy(os.path.join(run, name), tmp_path)
+  before = [(tmp_path / name).read_bytes() for name in names]
+  for name in names:
+    (tmp_path / name).unlink()
+  monkeypatch.setattr(evaluation, "Evaluator", None)
+  with open(os.path.join(run, "metrics.json")) as f:
+    kept = {r["coefficients_sha256"]: r for r in json.load(f)}
+  again = [kept[r["coefficients_sha256"]] for r in records]
+  assert comparing.draw(str(tmp_path), again) == names
+  assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
+                                        monkeypatch):
+  run, records = compared
+  old = [{**r, "timing": None} for r in records]
+  with open(tmp_path / "metrics.json", "w") as f:
+    json.dump(old, f)
+  evaluator = evaluation.Evaluator(
+      run_dir.RunDir(str(tmp_path), os.path.join(run, "cache")),
+      arguments["denoiser"], arguments["dataset"], arguments["features"],
+      arguments["heldout_features"], batch_size=100, jit_compile=False)
+  monkeypatch.setattr(evaluation, "_measure", None)
+  solver, stride = records[1]["sampler"].split()
+  sampler = ddss_tf.SolverSampler(
+      arguments["denoiser"].schedule, 3, solver.lower(), stride)
+  timed = evaluator.timed_record(sampler, 200)
+  assert timed["fid"] == records[1]["fid"]
+  assert timed["timing"]["seconds_per_image"] > 0
+  with open(tmp_path / "metrics.json") as f:
+    assert timed in json.load(f)
+
+
 def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
   run, records = compared
   monkeypatch.setattr(evaluation, "_measure", None)
   monkeypatch.setattr(searching.Search, "advance", None)
+  monkeypatch.setattr(evaluation.Evaluator, "images", None)
   assert ddss_tf.compare(run, **arguments) == records
 
 

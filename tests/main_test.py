@@ -77,7 +77,8 @@ def run(tmp_path_factory, tfds_dir):
 def test_the_whole_job(run):
   folder, result, _ = run
   for name in ("config.gin", "metrics.json", "samples.png", "coefficients.png",
-               "sampler.json", "export/saved_model.pb", "tensorboard"):
+               "sampler.json", "export/saved_model.pb", "tensorboard",
+               "path.png", "before_after.png", "report.html"):
     assert os.path.exists(os.path.join(folder, name)), name
   with open(os.path.join(folder, "metrics.json")) as f:
     records = json.load(f)
@@ -141,6 +142,24 @@ def test_stages_one_by_one(run, tfds_dir):
   assert os.stat(os.path.join(folder, "sampler.json")).st_mtime == before
 
 
+def test_report_of_a_run(run, main_in_process, capsys):
+  folder = run[0]
+  with open(os.path.join(folder, "config.gin")) as f:
+    config = f.read()
+  page = os.path.join(folder, "report.html")
+  os.remove(page)
+  main_in_process(["--mode=report", f"--run_dir={folder}"])
+  assert page in capsys.readouterr().out
+  with open(os.path.join(folder, "metrics.json")) as f:
+    records = json.load(f)
+  with open(page) as f:
+    text = f.read()
+  for record in records:
+    assert f'<data value="{record["fid"]!r}">{record["fid"]:.2f}<' in text
+  with open(os.path.join(folder, "config.gin")) as f:
+    assert f.read() == config
+
+
 def test_another_configuration_is_refused(run, tfds_dir):
   folder, _, arguments = run
   refused(call(*arguments, "--mode=search", data_dir=tfds_dir,
@@ -200,6 +219,8 @@ def test_a_fault_of_the_last_stage_shows_before_the_first(
     (["--run_dir=x"], [], ["--gin_file"]),
     (["--mode=dance"], [], ["'dance'", "run, search, evaluate"]),
     ([f"--gin_file={DEMO}"], [], ["--run_dir"]),
+    (["--mode=report"], [], ["--run_dir"]),
+    (["--mode=report", "--run_dir=lost"], [], ["--run_dir", "'lost'"]),
     (DRY, ["search.bach_size = 3"], ["bach_size"]),
     (DRY, ["serch.seed = 3"], ["serch"]),
     (DRY, ["NUM_STEP = 3"], ["'NUM_STEP'"]),

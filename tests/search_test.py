@@ -23,6 +23,7 @@ from ddss_tf import elbo
 from ddss_tf import evaluation
 from ddss_tf import families
 from ddss_tf import features as features_lib
+from ddss_tf import figures
 from ddss_tf import objectives
 from ddss_tf import samplers
 from ddss_tf import sampling
@@ -493,7 +494,7 @@ def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
 
 def test_run_directory(finished):
   run, sampler = finished
-  for name in ("sampler.json", "coefficients.png"):
+  for name in ("sampler.json", *searching.PICTURES):
     assert os.path.getsize(os.path.join(run, name)) > 500
   found = card.read(os.path.join(run, "sampler.json"))
   for a, b in zip(found.coefficients, sampler.coefficients()):
@@ -514,6 +515,76 @@ def test_tensorboard_has_every_coefficient_by_name(finished):
                "search/seconds_per_step", "validation/objective", "samples"):
     assert name in tags
   assert "config" in tags
+  for name in searching.PICTURES:
+    assert name.removesuffix(".png") in tags
+  for name in ddss_tf.Coefficients._fields:
+    assert f"coefficients/{name}" in tags  # Distributions.
+
+
+def test_tensorboard_has_the_hyper_parameters(finished):
+  from tensorboard.plugins.hparams import plugin_data_pb2  # pylint: disable=g-import-not-at-top
+  found = {}
+  for path in glob.glob(os.path.join(finished[0], "tensorboard", "*.search")):
+    for event in tf.compat.v1.train.summary_iterator(path):
+      for value in event.summary.value:
+        if value.metadata.plugin_data.plugin_name == "hparams":
+          found[value.tag] = plugin_data_pb2.HParamsPluginData.FromString(
+              value.metadata.plugin_data.content)
+  hparams = found["_hparams_/session_start_info"].session_start_info.hparams
+  assert hparams["family"].string_value == "GGDM+PRED+TIME"
+  assert hparams["num_steps"].number_value == 3
+  assert hparams["batch_size"].number_value == 16
+  assert json.loads(hparams["objective"].string_value) == {"kid_linear": 1.0}
+  metrics = [m.name.tag for m in found["_hparams_/experiment"].experiment
+             .metric_infos]
+  assert "validation/objective" in metrics and "fid/GGDM+PRED+TIME" in metrics
+
+
+def test_pictures_are_of_the_sampler_and_its_start(
+    parts, tmp_path, monkeypatch):
+  drawn = {}
+  for name in ("coefficients_png", "path_png", "samples_png"):
+    inner = getattr(figures, name)
+    monkeypatch.setattr(figures, name, lambda *args, _inner=inner, _name=name: (
+        drawn.update({_name: args}), _inner(*args)))
+  run = str(tmp_path)
+  searched = options(num_search_steps=2)
+  sampler = ddss_tf.search(run, **parts, **searched)
+  start = searched["sampler"](parts["denoiser"].schedule).coefficients().numpy()
+  best = sampler.coefficients().numpy()
+  _, found, _, first, schedule = drawn["coefficients_png"]
+  assert schedule is parts["denoiser"].schedule
+  for a, b, c, d in zip(found, best, first, start):
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(c, d)
+  # Before and after are made of the same noise.
+  before, after = (images for _, images in drawn["samples_png"][1])
+  x_T, noise = chain.draw_noise(
+      sampling.seed_pair(1), tf.range(len(after)), SHAPE, 3)
+  for coefficients, images in ((start, before), (best, after)):
+    np.testing.assert_allclose(
+        chain.run_chain(parts["denoiser"].eps, coefficients, x_T, noise),
+        images, atol=ROUNDING)
+  assert len(after) == 64
+  # The way of the first of them, by the definition of every state.
+  _, states, x0_hats, image, times, _ = drawn["path_png"]
+  np.testing.assert_allclose(image, after[0], atol=ROUNDING)
+  np.testing.assert_allclose(states[0], x_T[0], atol=ROUNDING)
+  np.testing.assert_array_equal(times, best.times)
+  for k in range(3):
+    made = best.x0_weights[k] * x0_hats[k] + sum(
+        best.state_weights[k, u] * states[u] for u in range(k + 1))
+    if k < 2:
+      made += best.noise_scales[k] * noise[0, k]
+    np.testing.assert_allclose(
+        made, [*states, image][k + 1], atol=ROUNDING)
+  # What is there already is not drawn again.
+  drawn.clear()
+  ddss_tf.search(run, **parts, **searched)
+  assert not drawn
+  os.remove(os.path.join(run, searching.PATH))
+  ddss_tf.search(run, **parts, **searched)
+  assert os.path.exists(os.path.join(run, searching.PATH))
 
 
 def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
@@ -622,6 +693,10 @@ def test_evaluation(parts, finished, monkeypatch):
     # A split's score is lower, as its marginal is nearer to each sample's.
     assert 1 < splits["mean"] < record["inception_score"]
     assert "features pool, logits logits" in record["features"]["protocol"]
+    # Of the second of three batches, as the first was compiled in its time.
+    timing = record["timing"]
+    assert timing["batch_size"] == 128 and "CPU core" in timing["device"]
+    assert 0 < timing["seconds_per_image"] < 0.1
   text = evaluation.table(records)
   assert text.count("\n") == 4 and "DDPM linear" in text
   assert f"| FID-{records[0]['num_samples']} |" in text

@@ -1,0 +1,280 @@
+"""One page of HTML about a run or a comparison, made from its folder alone.
+
+Figures are drawn again from `metrics.json` and embedded; nothing is measured or
+sampled. The page is one file that loads nothing, without scripts. What it says
+comes out of files, so that every text is escaped (Jinja's autoescape), and every
+number of a table is a `<data>` element with all its digits in `value`.
+"""
+
+import base64
+import csv
+import json
+import os
+import shlex
+import struct
+
+import gin
+import jinja2
+import markupsafe
+
+import ddss_tf
+from ddss_tf import card
+from ddss_tf import comparing
+from ddss_tf import evaluation
+from ddss_tf import exporting
+from ddss_tf import fingerprint
+from ddss_tf import metrics
+from ddss_tf import run_dir as run_dir_lib
+from ddss_tf import samplers
+from ddss_tf import searching
+from ddss_tf import storage
+from ddss_tf.errors import UserError
+
+REPORT = "report.html"
+_TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
+# Of what may be below a run, that holds no sampler of its own.
+_NO_SAMPLERS = ("cache", "checkpoints", "tensorboard", exporting.EXPORT)
+# Of a record: what makes it comparable, what else is shown, what is a number.
+_CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
+               "denoiser", "features", "features_heldout")
+_VALUES = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
+_NUMBERS = ("num_samples", "num_steps", "seed", "fid", "kid", "kid_std",
+            "inception_score")
+_CAPTIONS = {
+    comparing.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
+                            "is better.",
+    comparing.QUALITY_BY_TIME: "The same against the time that an image takes.",
+    evaluation.SAMPLES: "The best baseline beside the searched sampler, on the "
+                        "same noise.",
+    "generated.png": "Samples of the searched sampler.",
+    searching.COEFFICIENTS: "The sampler's coefficients. Filled markers were "
+                            "found; open ones are the start.",
+    searching.PATH: "One image on its way: the states, clipped to [-1, 1], and "
+                    "the image predicted from each.",
+    searching.BEFORE_AFTER: "Samples of the start and of the found sampler, on "
+                            "the same noise.",
+}
+
+
+@gin.configurable(denylist=["run_dir"])
+def report(run_dir: str) -> str:
+  """Writes `report.html` from what a run or a comparison left.
+
+  The figures of its `metrics.json` are drawn again; all other pictures are
+  taken as they are there, those that are missing left out.
+
+  Args:
+    run_dir: folder of the run or the comparison.
+
+  Returns:
+    Path of the page.
+
+  Raises:
+    UserError: the folder holds neither results nor a sampler, or a damaged
+      file.
+  """
+  run = run_dir_lib.RunDir(run_dir)
+  groups, more = _results(run)
+  found = _found_samplers(run)
+  if not groups and not found:
+    raise UserError(
+        f"run_dir must hold {evaluation.METRICS} or {card.FILE}, of a run or a "
+        f"comparison. Received: {run_dir!r}")
+  names = []
+  if groups and len(groups[0]) > 1:
+    names = comparing.draw(run.root, groups[0])
+  names += [evaluation.SAMPLES, "generated.png"]
+  environment = jinja2.Environment(
+      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+      lstrip_blocks=True)
+  environment.filters["number"] = _number
+  environment.filters["count"] = lambda value: _number(value, "d")
+  with open(_TEMPLATE, encoding="utf-8") as f:
+    template = environment.from_string(f.read())
+  try:
+    page = template.render(
+        title=_title(groups, found), headlines=_headlines(groups),
+        tables=[_table(records) for records in groups], more=more,
+        figures=_figures(run.root, names), samplers=found,
+        run_dir=run.root, version=ddss_tf.__version__,
+        uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
+  except (jinja2.UndefinedError, TypeError) as error:
+    raise UserError(f"{evaluation.METRICS} or a {card.FILE} in {run_dir!r} is "
+                    f"damaged: {error}") from error
+  storage.write_text(run.path(REPORT), page)
+  return run.path(REPORT)
+
+
+def _number(value, form: str) -> markupsafe.Markup:
+  """A number as text, and as the value it is; what is none, as it is."""
+  if value is None:
+    return markupsafe.Markup("&ndash;")
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return markupsafe.escape(value)
+  if form == "d" and not isinstance(value, int):
+    form = "g"
+  return markupsafe.Markup('<data value="{}">{}</data>').format(
+      repr(value), format(value, form))
+
+
+def _text(path):
+  if not os.path.exists(path):
+    return ""
+  with open(path, encoding="utf-8", errors="replace") as f:
+    return f.read()
+
+
+def _results(run):
+  """Lists of comparable records, that of most samples first.
+
+  `metrics.json` keeps all that was ever measured in a folder. Here are the rows
+  of the last comparison, or, of a run, those of the sampler that is there now.
+
+  Returns:
+    The lists, and how many records are in none of them.
+  """
+  everything = evaluation.read_records(run.path(evaluation.METRICS))
+  records = everything
+  table = run.path(f"{comparing.TABLE}.csv")
+  if os.path.exists(table):
+    with open(table, newline="", encoding="utf-8") as f:
+      rows = [_row_key(row) for row in csv.DictReader(f)]
+    records = sorted((r for r in everything if _row_key(r) in rows),
+                     key=lambda r: rows.index(_row_key(r)))
+  elif os.path.exists(run.path(card.FILE)):
+    found = card.read(run.path(card.FILE))
+    sha256 = fingerprint.arrays_sha256(found.coefficients)
+    records = [r for r in everything if r.get("sampler") != found.label
+               or r.get("coefficients_sha256") == sha256]
+  groups = {}
+  for record in records:
+    for name in (*_CONDITIONS, *_VALUES, *_NUMBERS):
+      good = name in record and (
+          name not in _NUMBERS or isinstance(record[name], (int, float)))
+      if not good:
+        raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
+                        f"{name!r} of a record is missing or no number")
+    key = [record[name] for name in _CONDITIONS]
+    groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
+  ordered = sorted(groups.values(), key=lambda group: (
+      -group[0]["num_samples"], -len(group)))
+  return ordered, len(everything) - len(records)
+
+
+def _row_key(row):
+  """What tells rows apart, the same of a record and of a row of `table.csv`."""
+  return tuple(str(row.get(name) or "") for name in (
+      "sampler", "num_steps", "coefficients_sha256", "x0_bound", "num_samples",
+      "seed", "dataset_sha256"))
+
+
+def _found_samplers(run):
+  """The searched samplers below a folder, for the template."""
+  found = []
+  for folder, below, files in os.walk(run.root):
+    below[:] = sorted(set(below) - set(_NO_SAMPLERS))
+    if card.FILE not in files:
+      continue
+    sampler = card.read(os.path.join(folder, card.FILE))
+    found.append({
+        "label": sampler.label,
+        "folder": os.path.relpath(folder, run.root),
+        "num_steps": sampler.coefficients.num_steps,
+        "x0_bound": sampler.x0_bound,
+        "denoiser": sampler.denoiser,
+        "search": sampler.search,
+        "objective": json.dumps(sampler.search.get("objective")),
+        "config": sampler.search.get("config", {}),
+        "coefficients": sampler.coefficients.to_dict(),
+        "sha256": fingerprint.arrays_sha256(sampler.coefficients),
+        "figures": _figures(folder, searching.PICTURES),
+    })
+  return sorted(found, key=lambda each: (each["num_steps"], each["folder"]))
+
+
+def _uses(run, groups, found):
+  """How to use the sampler of a run, or the best searched ones of each K."""
+  best = [line["searched"]["coefficients_sha256"]
+          for line in _headlines(groups) if line["searched"]]
+  uses = []
+  for each in found:
+    if each["folder"] != "." and each["sha256"] not in best:
+      continue
+    folder = os.path.normpath(run.path(each["folder"]))
+    model = os.path.join(folder, exporting.EXPORT)
+    uses.append({
+        "label": each["label"], "num_steps": each["num_steps"],
+        "exported": os.path.isdir(model), "model": repr(model),
+        "card": os.path.join(folder, card.FILE),
+        "command": shlex.join([
+            "python", "-m", "ddss_tf.main", "--mode=export",
+            f"--gin_file={run.path('config.gin')}", f"--run_dir={folder}"]),
+    })
+  return uses
+
+
+def _title(groups, found):
+  if not groups:
+    return ", ".join(f"{each['label']}, K = {each['num_steps']}"
+                     for each in found[:3])
+  dataset = groups[0][0]["dataset"]
+  if len(found) == 1 and found[0]["folder"] == ".":
+    return f"{found[0]['label']}, K = {found[0]['num_steps']}, on {dataset}"
+  return f"{len(groups[0])} samplers on {dataset}"
+
+
+def _headlines(groups):
+  """For each K the best searched sampler, and the best of the others."""
+  lines = []
+  for steps in sorted({r["num_steps"] for r in groups[0]} if groups else ()):
+    best = {}
+    for record in groups[0]:
+      if record["num_steps"] == steps:
+        searched = samplers.group(record["sampler"]) == samplers.SEARCHED
+        if record["fid"] < best.get(searched, {"fid": float("inf")})["fid"]:
+          best[searched] = record
+    lines.append({"num_steps": steps, "searched": best.get(True),
+                  "other": best.get(False)})
+  return lines
+
+
+def _table(records):
+  """Comparable records, for the template."""
+  lowest = {}
+  for record in records:
+    steps = record["num_steps"]
+    lowest[steps] = min(lowest.get(steps, float("inf")), record["fid"])
+  return {
+      "records": records,
+      "label": metrics.fid_label(records[0]["num_samples"]),
+      "best": [r["fid"] == lowest[r["num_steps"]] for r in records],
+      "heldout": any(r["fid_heldout"] is not None for r in records),
+      "timed": any(r.get("timing") for r in records),
+      "devices": sorted({f"{r['timing']['device']}, batches of "
+                         f"{r['timing']['batch_size']}"
+                         for r in records if r.get("timing")}),
+      "seeds": sorted({r["seed"] for r in records}),
+      **{name: records[0][name] for name in _CONDITIONS},
+  }
+
+
+def _figures(folder, names):
+  """Pictures of a folder that are there, as data, for the template."""
+  figures = []
+  for name in names:
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+      continue
+    with open(path, "rb") as f:
+      content = f.read()
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
+      raise UserError(f"{path} is damaged: not a PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    figures.append({
+        "name": name, "width": width, "height": height,
+        "caption": _CAPTIONS.get(
+            name, "The first samples of each row, on the same noise: a column "
+            "shows the same image to be."),
+        "data": base64.b64encode(content).decode(),
+    })
+  return figures

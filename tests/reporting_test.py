@@ -1,0 +1,273 @@
+"""Tests of the page about a run: what it says is what the files say."""
+
+import base64
+import csv
+import html.parser
+import json
+import os
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from ddss_tf import card
+from ddss_tf import comparing
+from ddss_tf import fingerprint
+from ddss_tf import reporting
+from ddss_tf import schedules
+from ddss_tf import solvers
+from ddss_tf import storage
+from ddss_tf.errors import UserError
+
+HOSTILE = '</td><script>alert("1")</script>&amp;{{ 7 * 7 }}$x'
+_VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+  """A page, taken apart; fails where elements are not closed in order."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.stack, self.tags, self.text, self.sources = [], [], "", []
+    self.numbers = []  # Of all <data>: value and text.
+    self.rows, self.row_numbers = [], []  # Of all <tr>: cells, <data>.
+    self.feed(text)
+    self.close()
+    assert not self.stack, self.stack
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.tags.append((tag, attrs))
+    if tag not in _VOID:
+      self.stack.append(tag)
+    if tag == "data":
+      self.numbers.append([attrs["value"], ""])
+      if "tr" in self.stack:
+        self.row_numbers[-1].append(attrs["value"])
+    if tag == "tr":
+      self.rows.append([])
+      self.row_numbers.append([])
+    if tag in ("td", "th"):
+      self.rows[-1].append("")
+    self.sources += [attrs[name] for name in (
+        "src", "href", "srcset", "action", "poster") if name in attrs]
+
+  def handle_endtag(self, tag):
+    assert self.stack.pop() == tag, tag
+
+  def handle_data(self, text):
+    self.text += text
+    if self.stack and self.stack[-1] == "data":
+      self.numbers[-1][1] += text
+    if {"td", "th"} & set(self.stack):
+      self.rows[-1][-1] += text
+
+
+def coefficients(name="ddpm"):
+  return solvers.solver_coefficients(
+      schedules.NoiseSchedule.linear(), name, 3, "linear").numpy()
+
+
+def record(sampler, num_steps=3, **changes):
+  rng = np.random.default_rng(zlib.crc32(f"{sampler} {num_steps}".encode()))
+  values = {name: float(rng.uniform(0.5, 9)) for name in (
+      "fid", "kid", "kid_std", "inception_score", "fid_heldout")}
+  network = {"name": "cnn", "sha256": "a" * 64, "protocol": "as is"}
+  return {
+      "sampler": sampler, "num_steps": num_steps,
+      "coefficients_sha256": fingerprint.text_sha256(sampler),
+      "x0_bound": None, "num_samples": 2000, "num_real": 517, "seed": 1234,
+      "features": network, "features_heldout": {**network, "name": "resnet"},
+      "denoiser": {"name": "unet", "sha256": "b" * 64}, "dataset": "digits",
+      "dataset_sha256": "c" * 64, **values, "timing": {
+          "seconds_per_image": float(rng.uniform(0.01, 0.02)), "batch_size": 25,
+          "device": "2 CPU cores"}, **changes}
+
+
+def write_card(folder, label="GGDM", found=None, **search):
+  found = coefficients() if found is None else found
+  card.write(os.path.join(folder, card.FILE), card.SamplerCard(
+      label, found, {"name": "unet", "sha256": "b" * 64},
+      {"steps": 40, "best_step": 31, "seed": 5, "seconds": 12.345,
+       "validation": 0.321, "objective": {"frechet": 1.0},
+       "config": {"init": "ddim", "stride": "linear"},
+       "features": [{"name": "cnn", "sha256": "a" * 64}], **search}))
+  return fingerprint.arrays_sha256(found)
+
+
+def write_run(folder, label="GGDM", **changes):
+  """A run of one sampler; returns its records."""
+  sha256 = write_card(folder, label)
+  records = [record("DDIM linear", **changes), record("PNDM linear", **changes),
+             record(label, **changes, coefficients_sha256=sha256)]
+  storage.write_json(os.path.join(folder, "metrics.json"), records)
+  storage.write_text(os.path.join(folder, "config.gin"), "search.seed = 5\n")
+  return records
+
+
+def page_of(folder):
+  with open(reporting.report(str(folder)), encoding="utf-8") as f:
+    return Page(f.read())
+
+
+def test_every_number_is_that_of_the_files(tmp_path):
+  records = write_run(str(tmp_path))
+  page = page_of(tmp_path)
+  # Row by row: all digits in the element's value, rounded ones to be read.
+  shown = slice(1, 1 + len(records))
+  for row, exact, each in zip(
+      page.rows[shown], page.row_numbers[shown], records, strict=True):
+    assert row == [
+        each["sampler"], "3", f"{each['fid']:.2f}",
+        f"{each['fid_heldout']:.2f}",
+        f"{each['kid']:.4f} ± {each['kid_std']:.4f}",
+        f"{each['inception_score']:.2f}",
+        f"{each['timing']['seconds_per_image']:.3g}"]
+    assert exact == [repr(value) for value in (
+        each["num_steps"], each["fid"], each["fid_heldout"], each["kid"],
+        each["kid_std"], each["inception_score"],
+        each["timing"]["seconds_per_image"])]
+  # No number on the page is of nowhere.
+  known = set()
+
+  def collect(value):
+    if isinstance(value, dict):
+      value = list(value.values())
+    if isinstance(value, list):
+      for inner in value:
+        collect(inner)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+      known.add(repr(value))
+
+  for name in ("metrics.json", "sampler.json"):
+    collect(json.loads((tmp_path / name).read_text()))
+  assert {value for value, _ in page.numbers} <= known
+  for value, text in page.numbers:
+    digits = len(text.partition(".")[2])
+    assert abs(float(value) - float(text)) <= max(
+        0.5 * 10**-digits, 0.005 * abs(float(value))), (value, text)
+
+
+def test_page_is_one_file_that_loads_nothing(tmp_path):
+  write_run(str(tmp_path))
+  page = page_of(tmp_path)
+  assert page.sources and all(
+      source.startswith("data:image/png;base64,") for source in page.sources)
+  assert not {"script", "link", "iframe", "object"} & {t for t, _ in page.tags}
+  assert not [name for _, attrs in page.tags for name in attrs
+              if name.startswith("on")]
+  text = (tmp_path / "report.html").read_text()
+  assert "url(" not in text and "@import" not in text
+  policy = next(attrs["content"] for _, attrs in page.tags
+                if attrs.get("http-equiv") == "Content-Security-Policy")
+  assert policy.startswith("default-src 'none'")
+  # The figures are those in the folder, and their text is there without them.
+  embedded = [base64.b64decode(s.partition(",")[2]) for s in page.sources]
+  for name in ("fid_by_steps.png", "quality_by_time.png"):
+    assert (tmp_path / name).read_bytes() in embedded
+  assert all(attrs["alt"] for tag, attrs in page.tags if tag == "img")
+
+
+def test_hostile_names_are_text(tmp_path):
+  write_run(str(tmp_path), label=HOSTILE, dataset=HOSTILE, denoiser={
+      "name": HOSTILE, "sha256": HOSTILE}, features={
+          "name": HOSTILE, "sha256": "a", "protocol": HOSTILE})
+  storage.write_text(str(tmp_path / "config.gin"), HOSTILE)
+  page = page_of(tmp_path)
+  assert "script" not in {tag for tag, _ in page.tags}
+  # As it is, wherever it stands: heading, tables, provenance, configuration.
+  assert page.text.count(HOSTILE) >= 8
+
+
+def test_rows_of_replaced_samplers_are_left_out(tmp_path):
+  records = write_run(str(tmp_path))
+  stale = record("GGDM", fid=0.01, coefficients_sha256="d" * 64)
+  storage.write_json(str(tmp_path / "metrics.json"), [stale, *records])
+  page = page_of(tmp_path)
+  assert repr(stale["fid"]) not in [value for value, _ in page.numbers]
+  assert re.search(r"Left out: 1 more of\s+metrics.json", page.text)
+
+
+def test_other_numbers_of_samples_are_tables_of_their_own(tmp_path):
+  records = write_run(str(tmp_path))
+  few = [{**each, "num_samples": 100, "fid": each["fid"] + 1}
+         for each in records[:2]]
+  storage.write_json(str(tmp_path / "metrics.json"), [*few, *records])
+  heads = [row for row in page_of(tmp_path).rows if row[0] == "sampler"]
+  assert [row[2] for row in heads[:2]] == ["FID-2k", "FID-100"]
+
+
+def test_comparison(tmp_path):
+  best = write_card(str(tmp_path / "k3" / "ggdm+pred"), "GGDM+PRED")
+  write_card(str(tmp_path / "k3" / "vars"), "VARS", coefficients("ddim"))
+  records = [
+      record("DDIM linear"), record("VARS", fid=9.5),
+      record("GGDM+PRED", fid=0.25, coefficients_sha256=best),
+      record("DDIM trailing", 5, fid=3.5)]
+  # Measured in another order, and once before with another result.
+  stale = record("GGDM+PRED", fid=0.1)
+  storage.write_json(str(tmp_path / "metrics.json"), [stale, *records[::-1]])
+  comparing.write_table(str(tmp_path / "table"), records)
+  images = np.random.default_rng(0).integers(
+      0, 256, (4, 8, 4, 4, 1)).astype(np.uint8)
+  with open(tmp_path / "samples.npz", "wb") as f:
+    np.savez(f, **{comparing.sample_key(r): i for r, i in zip(records, images)})
+  page = page_of(tmp_path)
+  with open(tmp_path / "table.csv", newline="") as f:
+    labels = [row["sampler"] for row in csv.DictReader(f)]
+  assert [row[0] for row in page.rows[1:5]] == labels
+  for name in ("fid_by_steps.png", "quality_by_time.png", "samples_k3.png",
+               "samples_k5.png"):
+    assert (tmp_path / name).exists() and name in page.text
+  leads = re.findall(r"K = (\d):\s+(.*?)\.\n", page.text)
+  assert [steps for steps, _ in leads] == ["3", "5"]
+  assert "GGDM+PRED, FID-2k 0.25" in leads[0][1] and "3.50" in leads[1][1]
+  # Both samplers are there, and how to use the better.
+  summaries = [text for text in page.text.splitlines() if "k3/" in text]
+  assert any("VARS" in text for text in summaries)
+  folder = str(tmp_path / "k3" / "ggdm+pred")
+  assert f"--run_dir={folder}" in page.text.replace("'", "")
+  assert f"{tmp_path}/k3/vars/sampler.json" not in page.text
+
+
+def test_drawn_again_it_is_the_same(tmp_path):
+  write_run(str(tmp_path))
+  path = tmp_path / "report.html"
+  page_of(tmp_path)
+  before = path.read_bytes()
+  (tmp_path / "fid_by_steps.png").unlink()
+  page_of(tmp_path)
+  assert path.read_bytes() == before
+
+
+def test_use_of_an_exported_sampler(tmp_path):
+  write_run(str(tmp_path))
+  assert "--mode=export" in page_of(tmp_path).text
+  (tmp_path / "export").mkdir()
+  text = page_of(tmp_path).text
+  assert f"tf.saved_model.load({str(tmp_path / 'export')!r})" in text
+  assert "--mode=export" not in text
+
+
+@pytest.mark.parametrize("name,content,message", [
+    ("metrics.json", "[{}]", "metrics.json is damaged.*'num_samples'"),
+    ("metrics.json", None, "metrics.json is damaged.*'fid'"),
+    ("metrics.json", "[", "metrics.json is damaged"),
+    ("sampler.json", "{}", "sampler.json is damaged"),
+    ("samples.png", "text", "samples.png is damaged"),
+    ("samples.npz", "text", "samples.npz is damaged"),
+])
+def test_damaged_files(tmp_path, name, content, message):
+  write_run(str(tmp_path))
+  if content is None:
+    content = json.dumps([record("DDIM linear", fid="<b>")])
+  (tmp_path / name).write_text(content)
+  with pytest.raises(UserError, match=message):
+    reporting.report(str(tmp_path))
+  assert not (tmp_path / "report.html").exists()
+
+
+def test_an_empty_folder(tmp_path):
+  with pytest.raises(UserError, match="run_dir must hold metrics.json or"):
+    reporting.report(str(tmp_path))
