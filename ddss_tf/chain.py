@@ -168,7 +168,13 @@ def draw_noise(
     `x_T` [B, H, W, C] and `step_noise` [B, K - 1, H, W, C], float32 standard
     normal.
   """
-  seed = tf.cast(seed, tf.int32)
+  return _draw(tf.cast(seed, tf.int32), tf.cast(indices, tf.int32),
+               tuple(image_shape), num_steps)
+
+
+# Sample by sample is slow outside of a graph.
+@tf.function(reduce_retracing=True)
+def _draw(seed, indices, image_shape, num_steps):
 
   def one(index):
     # Philox by name: the default generator differs between device types.
@@ -179,5 +185,4 @@ def draw_noise(
         (num_steps - 1, *image_shape), steps, alg="philox")
     return x_T, step_noise
 
-  return tf.map_fn(one, tf.cast(indices, tf.int32),
-                   fn_output_signature=(tf.float32, tf.float32))
+  return tf.map_fn(one, indices, fn_output_signature=(tf.float32, tf.float32))
