@@ -11,6 +11,14 @@ from ddss_tf.errors import UserError
 FILE = "sampler.json"
 _FORMAT = "ddss_tf.sampler"
 _VERSION = 1
+_EQUATIONS = [
+    "x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])",
+    "x_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] x_u + "
+    "noise_scales[k] z_k; the image is x_K",
+]
+_GUIDANCE = (
+    "eps(x_k, times[k]) = eps(null) + guidance_scales[k] (eps(label) - "
+    "eps(null))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +47,8 @@ def write(path: str, card: SamplerCard) -> None:
       "version": _VERSION,
       "label": card.label,
       "num_steps": card.coefficients.num_steps,
-      "equations": [
-          "x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])",
-          "x_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] "
-          "x_u + noise_scales[k] z_k; the image is x_K",
-      ],
+      "equations": _EQUATIONS + (
+          [_GUIDANCE] if card.coefficients.guidance_scales is not None else []),
       "x0_bound": card.x0_bound,
       "coefficients": card.coefficients.to_dict(),
       "denoiser": card.denoiser,

@@ -51,15 +51,16 @@ def with_labels(eps_fn: EpsFn, labels: tf.Tensor | None) -> EpsFn:
   """A class-conditional network with the samples' classes filled in.
 
   Args:
-    eps_fn: (x_t [B, H, W, C], t [B], labels [B]) -> [B, H, W, C].
+    eps_fn: (x_t [B, H, W, C], t [B], labels [B]) -> [B, H, W, C]; it may take
+      a guidance scale [B] as well.
     labels: int32 [B]; None leaves an unconditional `eps_fn` as it is.
 
   Returns:
-    (x_t, t) -> [B, H, W, C].
+    (x_t, t) -> [B, H, W, C], or (x_t, t, guidance).
   """
   if labels is None:
     return eps_fn
-  return lambda x_t, t: eps_fn(x_t, t, labels)
+  return lambda x_t, t, *guidance: eps_fn(x_t, t, labels, *guidance)
 
 
 def bound_x0(x0_hat: tf.Tensor, x0_bound: str | None) -> tf.Tensor:
@@ -110,7 +111,9 @@ def run_chain(
   Differentiable in every coefficient, the times included, through all states.
 
   Args:
-    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
+    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; with
+      the scale of its guidance, float32 [B], as a third argument if the
+      coefficients have one.
     coefficients: of the K steps, float32.
     x_T: float32 [B, H, W, C], standard normal.
     step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
@@ -131,7 +134,12 @@ def run_chain(
   for k in range(num_steps):
     x_t = states[-1]
     t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
-    eps = eps_fn(x_t, t)
+    guidance = ()
+    if coefficients.guidance_scales is not None:
+      guidance = tf.repeat(
+          tf.reshape(coefficients.guidance_scales[k], [1]), batch),
+    # By position, see `rematerialise`.
+    eps = eps_fn(x_t, t, *guidance)
     x0_hat = (coefficients.x0_from_state[k] * x_t
               + coefficients.x0_from_eps[k] * eps)
     x0_hat = bound_x0(x0_hat, x0_bound)

@@ -7,12 +7,13 @@ steps taken; the paper counts the other way), a K-step sampler is
   x_{k+1}  = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k, u] x_u
              + noise_scales[k] z_k,    z_k ~ N(0, I)
 
-and the image is x_K. The last step adds no noise. Everything downstream of the
-families - the chain, TensorBoard, pictures, `sampler.json`, the export - reads
+and the image is x_K. The last step adds no noise. Of a class-conditional network
+eps(x_k, t) may stand for eps(x_k, t, null) + guidance_scales[k] (eps(x_k, t,
+label) - eps(x_k, t, null)). Everything downstream of the families - the chain, TensorBoard, pictures, `sampler.json`, the export - reads
 only this structure.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Coefficients(NamedTuple):
     state_weights: [K, K], lower triangular.
     x0_weights: [K].
     noise_scales: [K], non-negative, the last one 0.
+    guidance_scales: [K], or None where the denoiser is called as it is.
   """
 
   times: Any
@@ -36,6 +38,7 @@ class Coefficients(NamedTuple):
   state_weights: Any
   x0_weights: Any
   noise_scales: Any
+  guidance_scales: Any = None
 
   @property
   def num_steps(self) -> int:
@@ -44,12 +47,22 @@ class Coefficients(NamedTuple):
 
   def numpy(self) -> "Coefficients":
     """The same as float32 NumPy arrays."""
-    return Coefficients(*(np.asarray(value, np.float32) for value in self))
+    return self.map(lambda value: np.asarray(value, np.float32))
+
+  def map(self, function: Callable[[Any], Any]) -> "Coefficients":
+    """Applies a function to every array there is."""
+    return Coefficients(**{name: function(value)
+                           for name, value in self.arrays().items()})
+
+  def arrays(self) -> dict[str, Any]:
+    """The arrays by name, without what is None."""
+    return {name: value for name, value in self._asdict().items()
+            if value is not None}
 
   def to_dict(self) -> dict[str, list]:
     """Plain lists, exact: every float32 is a float64 is a JSON number."""
     return {name: np.asarray(value, np.float32).astype(float).tolist()
-            for name, value in self._asdict().items()}
+            for name, value in self.arrays().items()}
 
   @classmethod
   def from_dict(cls, values: dict[str, list]) -> "Coefficients":
@@ -59,19 +72,19 @@ class Coefficients(NamedTuple):
       ValueError: a name is missing or unknown, a shape or a value is not
         allowed.
     """
-    if set(values) != set(cls._fields):
+    needed = set(cls._fields) - set(cls._field_defaults)
+    if not needed <= set(values) <= set(cls._fields):
       raise ValueError(
-          f"coefficients must be {sorted(cls._fields)}. "
-          f"Received: {sorted(values)}")
-    arrays = cls(*(np.asarray(values[name], np.float32)
-                   for name in cls._fields))
+          f"coefficients must be {sorted(needed)}, and may be "
+          f"{sorted(cls._field_defaults)}. Received: {sorted(values)}")
+    arrays = cls(**values).numpy()
     arrays.validate()
     return arrays
 
   def named_scalars(self) -> dict[str, float]:
     """Every entry under a name of its own, such as `state_weights/2_1`."""
     scalars = {}
-    for name, value in self.numpy()._asdict().items():
+    for name, value in self.numpy().arrays().items():
       for index in np.ndindex(value.shape):
         if name == "state_weights" and index[1] > index[0]:
           continue
@@ -89,7 +102,7 @@ class Coefficients(NamedTuple):
     if steps < 1:
       raise ValueError("coefficients must have at least one step. "
                        f"Received: times of shape {arrays.times.shape}")
-    for name, value in arrays._asdict().items():
+    for name, value in arrays.arrays().items():
       expected = (steps, steps) if name == "state_weights" else (steps,)
       if value.shape != expected:
         raise ValueError(

@@ -206,23 +206,34 @@ class Denoiser:
     return [tf.repeat(labels[None], batch_size) if labels.shape.rank == 0
             else labels]
 
-  def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels=None) -> tf.Tensor:
+  def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels=None, guidance=None
+          ) -> tf.Tensor:
     """The predicted noise [B, H, W, C], whatever the network predicts.
 
     Args:
       x_t: float [B, H, W, C] of the variance-preserving process.
       t: float [B], or a scalar for all of them, in [0, T - 1].
       labels: see `network`.
+      guidance: float [B], or a scalar, differentiable: the guidance scale in
+        place of `guidance_scale`; it needs a null label.
+
+    Raises:
+      ValueError: guidance without a null label.
     """
+    if guidance is not None and self.null_label is None:
+      raise ValueError(f"guidance needs a null_label, which {self.name!r} has "
+                       "none of")
     x_t = tf.convert_to_tensor(x_t, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     x, time = self.convention.inputs(self.schedule, x_t, t)
-    network = self.network if self.guidance_scale is None else self._guided
-    return self.convention.eps(
-        self.schedule, x_t, t, network(x, time, labels))
+    if guidance is None:
+      guidance = self.guidance_scale
+    prediction = (self.network(x, time, labels) if guidance is None else
+                  self._guided(x, time, labels, guidance))
+    return self.convention.eps(self.schedule, x_t, t, prediction)
 
-  def _guided(self, x_t, t, labels):
-    """The prediction with guidance: eps, x0 and v are affine in each other."""
+  def _guided(self, x_t, t, labels, scale):
+    """The prediction with guidance: all kinds are affine in each other."""
     batch_size = tf.shape(x_t)[0]
     (labels,) = self._label_input(labels, batch_size)
     t = tf.convert_to_tensor(t, tf.float32)
@@ -232,7 +243,10 @@ class Denoiser:
     given, free = tf.split(self.network(
         tf.concat([x_t, x_t], axis=0), tf.concat([t, t], axis=0),
         tf.concat([labels, null], axis=0)), 2)
-    return free + self.guidance_scale * (given - free)
+    scale = tf.convert_to_tensor(scale, tf.float32)
+    if scale.shape.rank:
+      scale = scale[:, None, None, None]
+    return free + scale * (given - free)
 
   def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
     """Draws a class for every sample, from its own seed.

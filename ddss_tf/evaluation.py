@@ -23,7 +23,7 @@ from ddss_tf import storage
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers import FixedSampler, Sampler
-from ddss_tf.searching import check_shapes, check_x0_bound
+from ddss_tf.searching import check_guidance, check_shapes, check_x0_bound
 
 METRICS = "metrics.json"
 SAMPLES = "samples.png"
@@ -50,6 +50,7 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
         f"{run.path(card.FILE)} was found with guidance_scale "
         f"{found.denoiser.get('guidance_scale')}. Received: {denoiser.name!r} "
         f"with {denoiser.guidance_scale}")
+  check_guidance(denoiser, found.coefficients)
   sampler = FixedSampler(denoiser.schedule, found.coefficients, found.label)
   return sampler, found.x0_bound
 
@@ -173,7 +174,7 @@ class Evaluator:
     return {
         "sampler": sampler.label,
         "num_steps": sampler.num_steps,
-        "coefficients_sha256": fingerprint.arrays_sha256(coefficients),
+        "coefficients_sha256": fingerprint.coefficients_sha256(coefficients),
         "x0_bound": x0_bound,
         "num_samples": num_samples,
         "num_real": len(self._dataset.images),

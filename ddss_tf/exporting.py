@@ -37,8 +37,8 @@ class SamplerModule(tf.Module):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = denoiser.tracked
-    coefficients = Coefficients(
-        *(tf.convert_to_tensor(v, tf.float32) for v in coefficients))
+    coefficients = coefficients.map(
+        lambda value: tf.convert_to_tensor(value, tf.float32))
     height, width, channels = shape = denoiser.image_shape
     steps = coefficients.num_steps
 

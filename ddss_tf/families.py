@@ -12,6 +12,8 @@ where it publishes no formula the docstring says "our choice".
            ggdm                         weights of all states and x0_hat, noise
   +pred    the coefficients of x0_hat are learned instead of implied
   +time    the times fed to the network are learned; noise levels do not follow
+  +guidance  the scale of classifier-free guidance of every step is learned,
+           past the paper; of class-conditional networks with a null label
 
 Each contains the ones above it, except that only ggdm holds the solvers that
 use earlier states. With +pred it holds all of them exactly.
@@ -153,7 +155,7 @@ class LearnedSampler(Sampler):
     images of the start, to float precision, and weights may leave [0, 1] as
     those of multistep solvers do. +PRED offsets both coefficients of x0_hat.
     +TIME adds (T - 1) w to the times, which are kept inside [0, T - 1] and in
-    order. Noise scales stay at 0 or above.
+    order. Noise scales stay at 0 or above. +GUIDANCE offsets one scale a step.
 
   Without +PRED the map from state and eps to x0_hat follows from the rows by
   Theorem 1 (`marginals`).
@@ -164,6 +166,9 @@ class LearnedSampler(Sampler):
     family: its name, without the extras.
     pred: learn the coefficients of x0_hat.
     time: learn the times fed to the network.
+    guidance: learn the guidance scale of every step ("real" only; our choice).
+    guidance_scale: where that starts; None: at those of a `sampler.json` or of
+      `Coefficients`, or at 1, which is no guidance.
     parameterisation: "real" or "paper".
     init: where it starts: the name of a solver (`solvers.SOLVERS`); the path of
       a `sampler.json`; `Coefficients`; "auto", with which `search` tries all
@@ -180,18 +185,19 @@ class LearnedSampler(Sampler):
 
   def __init__(self, schedule, num_steps, family, pred=False, time=False,
                parameterisation="real", init=None, stride=None, eta=None,
-               label=None, **kwargs):
+               label=None, guidance=False, guidance_scale=None, **kwargs):
     if parameterisation not in PARAMETERISATIONS:
       raise ValueError(
           f"parameterisation must be one of {', '.join(PARAMETERISATIONS)}. "
           f"Received: {parameterisation!r}")
     if label is None:
       label = LABELS[family] + ("+PRED" if pred else "") + (
-          "+TIME" if time else "")
+          "+TIME" if time else "") + ("+GUIDANCE" if guidance else "")
     super().__init__(schedule, num_steps, label, **kwargs)
     self.family = family
     self.pred = pred
     self.time = time
+    self.guidance = guidance
     self.parameterisation = parameterisation
     self.init = init
     self._stride = stride
@@ -205,11 +211,17 @@ class LearnedSampler(Sampler):
                        f"weights stay in (0, 1). Received: init={init!r}")
     self._start = start_coefficients(
         schedule, num_steps, init, "linear" if stride is None else stride, eta)
+    self._start = self._start._replace(guidance_scales=self._first_guidance(
+        guidance_scale))
     self._create_rows()
     if pred:
       self._create_pred()
     if time:
       self._create_times()
+    if guidance:
+      # It changes x0_hat, as +PRED does.
+      self._guidance = self._learn(
+          "pred", "guidance_scales", np.zeros(num_steps))
 
   def default_start(self):
     """(solver, stride) of `init=None`."""
@@ -218,18 +230,19 @@ class LearnedSampler(Sampler):
   def get_config(self):
     init = self.init
     if isinstance(init, Coefficients):
-      init = fingerprint.arrays_sha256(init)
+      init = fingerprint.coefficients_sha256(init)
     return {
         **super().get_config(),
         "family": self.family,
         "pred": self.pred,
         "time": self.time,
+        **({"guidance": True} if self.guidance else {}),
         "parameterisation": self.parameterisation,
         "init": init,
         "stride": self._stride,
         "eta": self._eta,
         # What the names above stood for.
-        "start_sha256": fingerprint.arrays_sha256(self._start.numpy()),
+        "start_sha256": fingerprint.coefficients_sha256(self._start.numpy()),
     }
 
   @property
@@ -297,13 +310,33 @@ class LearnedSampler(Sampler):
     bounded = tf.clip_by_value(times, 0.0, float(total - 1))
     return times + tf.stop_gradient(bounded - times)
 
+  def _first_guidance(self, scale):
+    """The guidance scales of the start, float64 [K], or None."""
+    known = self._start.guidance_scales
+    if not self.guidance:
+      if scale is not None:
+        raise ValueError("guidance_scale is of families with +guidance; a "
+                         "fixed one is load_denoiser's. "
+                         f"Received: guidance_scale={scale}")
+      return known
+    if not self._real:
+      raise ValueError("+guidance needs parameterisation='real'")
+    if scale is None and known is not None:
+      return known
+    return np.full(self.num_steps, 1.0 if scale is None else float(scale))
+
   def coefficients(self):
     rows = self._rows()
+    start = self._start.numpy()
     x0_from_state, x0_from_eps = (
         self._learned_x0() if self.pred else self._implied_x0(*rows))
-    times = (self._learned_times() if self.time
-             else tf.constant(self._start.numpy().times))
-    return Coefficients(times, x0_from_state, x0_from_eps, *rows)
+    times = self._learned_times() if self.time else tf.constant(start.times)
+    guidance = start.guidance_scales
+    if self.guidance:
+      guidance = guidance + self._guidance.value
+    elif guidance is not None:
+      guidance = tf.constant(guidance)
+    return Coefficients(times, x0_from_state, x0_from_eps, *rows, guidance)
 
 
 def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
@@ -322,7 +355,7 @@ def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
     raise ValueError(f"init must be a sampler of num_steps={num_steps}. "
                      f"Received: one of {init.num_steps}")
   init.validate()
-  return Coefficients(*(np.asarray(value, np.float64) for value in init))
+  return init.map(lambda value: np.asarray(value, np.float64))
 
 
 def _at_least_0(value):
@@ -511,7 +544,7 @@ class GGDM(LearnedSampler):
   def _check_marginals(self, mean, std):
     """Without +PRED a start must have the x0_hat that Theorem 1 implies."""
     start = self._start.numpy()
-    implied = _x0_of_marginals(*marginals(*start[3:], mean, std))
+    implied = _x0_of_marginals(*marginals(*start[3:6], mean, std))
     for value, expected in zip(start[1:3], implied):
       if not np.allclose(value, expected, rtol=1e-3, atol=1e-4):
         raise ValueError(f"{self.family} without +pred cannot start at a "
@@ -546,7 +579,9 @@ class GGDM(LearnedSampler):
 
 
 LEARNED = ("ddim-learned", "vars", "rddim", "ggdm")
-_EXTRAS = ("", "+pred", "+time", "+pred+time")
+_EXTRAS = tuple(pred + time + guidance for guidance in ("", "+guidance")
+                for pred, time in (("", ""), ("+pred", ""), ("", "+time"),
+                                   ("+pred", "+time")))
 FAMILIES = (*solvers.SOLVERS,
             *(name + extra for name in LEARNED for extra in _EXTRAS),
             *(name + extra for name in solvers.SOLVERS
@@ -561,7 +596,7 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
   Args:
     schedule: the forward process of the denoiser.
     family: one of `FAMILIES`: a solver of `solvers.SOLVERS`; one of `LEARNED`;
-      either with "+pred", "+time" or "+pred+time".
+      either with "+pred", "+time", "+guidance", or several in this order.
     num_steps: K, from 1 to T.
     **options: of the family's class: `SolverSampler` for a plain solver, else
       `LearnedSampler` and its subclass.
@@ -575,13 +610,15 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
   if family not in FAMILIES:
     raise UserError(
         f"sampler family must be one of {', '.join(solvers.SOLVERS)}, "
-        f"{', '.join(LEARNED)}, or one of these with +pred, +time or "
-        f"+pred+time. Received: {family!r}")
+        f"{', '.join(LEARNED)}, or one of these with +pred, +time, +guidance "
+        f"or several in this order. Received: {family!r}")
   if isinstance(num_steps, bool) or not isinstance(num_steps, int):
     raise UserError(
         f"num_steps must be a whole number. Received: {num_steps!r}")
-  base = family.removesuffix("+time").removesuffix("+pred")
-  extras = {"pred": "+pred" in family, "time": "+time" in family}
+  base, extras = family, {}
+  for extra in ("guidance", "time", "pred"):
+    extras[extra] = base.endswith(f"+{extra}")
+    base = base.removesuffix(f"+{extra}")
   try:
     if family in solvers.SOLVERS:
       return SolverSampler(schedule, num_steps, solver=family, **options)

@@ -20,6 +20,11 @@ def arrays_sha256(arrays: Iterable[np.ndarray]) -> str:
   return digest.hexdigest()
 
 
+def coefficients_sha256(coefficients) -> str:
+  """`arrays_sha256` of the arrays of `Coefficients`."""
+  return arrays_sha256(coefficients.arrays().values())
+
+
 def text_sha256(text: str) -> str:
   """SHA-256 of a text in UTF-8."""
   return hashlib.sha256(text.encode()).hexdigest()

@@ -215,19 +215,25 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor,
       count * (count - 1.0))
   covariance = second - mean[:, None] * mean + own_noise
   values, vectors = tf.linalg.eigh(real_covariance)
+  # Of a feature that is constant, or a combination of others, rounding may
+  # leave a negative one.
+  values = tf.maximum(values, 0.0)
   root = tf.matmul(vectors * tf.sqrt(values), vectors,
                    transpose_b=True)
   # The root of an eigenvalue near 0 has a gradient without bound, and is mostly
   # noise. The shift that this floor brings, at S = C, is taken off.
   floor = 1e-6 * tf.reduce_max(values) ** 2
-  values = tf.maximum(values, 0.0)
   shift = 2.0 * tf.reduce_sum(tf.sqrt(values**2 + floor) - values)
+  product = tf.matmul(root, tf.matmul(covariance, root))
+  # The decomposition of what is not finite raises an error, where a NaN lets
+  # the search skip the step.
+  finite = tf.reduce_all(tf.math.is_finite(product))
   product = tf.linalg.eigvalsh(
-      tf.matmul(root, tf.matmul(covariance, root))
-      + floor * tf.eye(tf.shape(root)[0]))
-  return (tf.reduce_sum(mean**2) + tf.linalg.trace(covariance)
-          + tf.linalg.trace(real_covariance) + shift
-          - 2.0 * tf.reduce_sum(tf.sqrt(tf.maximum(product, floor))))
+      tf.where(finite, product, 0.0) + floor * tf.eye(tf.shape(root)[0]))
+  distance = (tf.reduce_sum(mean**2) + tf.linalg.trace(covariance)
+              + tf.linalg.trace(real_covariance) + shift
+              - 2.0 * tf.reduce_sum(tf.sqrt(tf.maximum(product, floor))))
+  return tf.where(finite, distance, np.nan)
 
 
 def make_distance(name: str, real: np.ndarray):

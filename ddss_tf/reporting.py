@@ -143,7 +143,7 @@ def _results(run):
                      key=lambda r: rows.index(_row_key(r)))
   elif os.path.exists(run.path(card.FILE)):
     found = card.read(run.path(card.FILE))
-    sha256 = fingerprint.arrays_sha256(found.coefficients)
+    sha256 = fingerprint.coefficients_sha256(found.coefficients)
     records = [r for r in everything if r.get("sampler") != found.label
                or r.get("coefficients_sha256") == sha256]
   groups = {}
@@ -186,7 +186,7 @@ def _found_samplers(run):
         "objective": json.dumps(sampler.search.get("objective")),
         "config": sampler.search.get("config", {}),
         "coefficients": sampler.coefficients.to_dict(),
-        "sha256": fingerprint.arrays_sha256(sampler.coefficients),
+        "sha256": fingerprint.coefficients_sha256(sampler.coefficients),
         "figures": _figures(folder, searching.PICTURES),
     })
   return sorted(found, key=lambda each: (each["num_steps"], each["folder"]))

@@ -130,7 +130,7 @@ class FixedSampler(Sampler):
     self._values = coefficients.numpy()
 
   def coefficients(self):
-    return Coefficients(*(tf.constant(value) for value in self._values))
+    return self._values.map(tf.constant)
 
 
 class SolverSampler(FixedSampler):

@@ -18,8 +18,8 @@ def seed_pair(seed: int) -> tf.Tensor:
 
 
 def _tensors(coefficients):
-  return Coefficients(
-      *(tf.convert_to_tensor(value, tf.float32) for value in coefficients))
+  return coefficients.map(
+      lambda value: tf.convert_to_tensor(value, tf.float32))
 
 
 class Generator:

@@ -78,6 +78,24 @@ def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
         "in the time: search a family without +time")
 
 
+def check_guidance(denoiser: Denoiser, coefficients: Coefficients) -> None:
+  """Checks that guidance scales of a sampler meet a network that takes them.
+
+  Raises:
+    UserError: the denoiser has no null label, or a scale of its own.
+  """
+  if coefficients.guidance_scales is None:
+    return
+  if denoiser.null_label is None:
+    raise UserError(
+        f"a sampler with guidance needs a class-conditional denoiser whose "
+        f"null_label is told. Received: {denoiser.name!r} without")
+  if denoiser.guidance_scale is not None:
+    raise UserError(
+        "guidance_scale must not be given for the denoiser of a sampler that "
+        f"has its own. Received: {denoiser.guidance_scale}")
+
+
 def check_x0_bound(root: str, x0_bound: str | None) -> None:
   """Checks a bound's name, before it is met inside the chain.
 
@@ -489,7 +507,7 @@ class _Validation:
   def __call__(self, coefficients) -> float:
     """The value of a sampler's coefficients (NumPy)."""
     if self._objective.is_elbo:
-      coefficients = Coefficients(*(tf.constant(v) for v in coefficients))
+      coefficients = coefficients.map(tf.constant)
       # One batch: the variance of the last step is fitted to all of it.
       return float(self._bound(
           coefficients, tf.range(len(self._images)), self._images))
@@ -633,6 +651,7 @@ def search(
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                     "a learned family, such as ggdm+pred+time")
   check_times(denoiser, sampler)
+  check_guidance(denoiser, sampler.coefficients())
 
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   reals = [reference.reference(
@@ -881,7 +900,7 @@ def _summarise_state(sampler, generator, seed, step, value):
   tf.summary.scalar("validation/objective", value, step=step)
   for name, value in coefficients.named_scalars().items():
     tf.summary.scalar(f"coefficients/{name}", value, step=step)
-  for name, values in coefficients._asdict().items():
+  for name, values in coefficients.arrays().items():
     if name == "state_weights":
       values = values[np.tril_indices(coefficients.num_steps)]
     tf.summary.histogram(f"coefficients/{name}", values, step=step)

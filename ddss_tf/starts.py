@@ -50,7 +50,7 @@ def choose(make: Callable[..., Sampler],
       coefficients = make(**{"init": None, **start}).start.numpy()
     except UserError:
       continue  # Not a start of this family, or not a stride for this K.
-    sha256 = fingerprint.arrays_sha256(coefficients)
+    sha256 = fingerprint.coefficients_sha256(coefficients)
     if (start, sha256) in known:
       continue
     value = distance(coefficients)

@@ -64,7 +64,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
     float32 [num_samples, width].
   """
   key = fingerprint.text_sha256(json.dumps([
-      fingerprint.arrays_sha256(known), denoiser.key, num_samples,
+      fingerprint.coefficients_sha256(known), denoiser.key, num_samples,
       seed, x0_bound, *identity]))
   path = os.path.join(cache_dir, f"views-{key[:32]}.npz")
   if os.path.exists(path):

@@ -80,7 +80,7 @@ def gradients(eps_fn, coefficients, jit=False):
       loss = tf.reduce_mean(tf.tanh(tf.reshape(images, [3, 16])) * target)
     return loss, tape.gradient(loss, values), tape.watched_variables()
 
-  values = [tf.constant(v) for v in coefficients]
+  values = [tf.constant(v) for v in coefficients.arrays().values()]
   loss, gradient, _ = compute(values)
   return float(loss), [np.asarray(g) for g in gradient]
 
@@ -113,7 +113,7 @@ def test_gradients_agree_with_finite_differences(small):
 
   # The fastest frequency of the time embedding is one radian per step.
   steps = dict(times=0.05)
-  for field, (name, value) in enumerate(c._asdict().items()):
+  for field, (name, value) in enumerate(c.arrays().items()):
     for index in np.ndindex(value.shape):
       if name == "state_weights" and index[1] > index[0]:
         continue
@@ -122,7 +122,7 @@ def test_gradients_agree_with_finite_differences(small):
       h = steps.get(name, 3e-3)
       sides = []
       for sign in (1, -1):
-        moved = [v.copy() for v in c]
+        moved = [v.copy() for v in c.arrays().values()]
         moved[field][index] += sign * h
         sides.append(float(loss([tf.constant(v) for v in moved])))
       numeric = (sides[0] - sides[1]) / (2 * h)

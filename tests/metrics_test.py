@@ -215,6 +215,31 @@ def test_frechet_loss_is_the_metric(sets):
       objective(generated), metrics.fid(real, generated), rtol=2e-3)
 
 
+def test_frechet_loss_of_dependent_features(sets):
+  # One feature twice, and one that is constant: rounding may leave negative
+  # eigenvalues of a covariance without full rank.
+  real, generated = (
+      np.concatenate([x, x[:, :1], np.ones_like(x[:, :1])], axis=1)
+      for x in sets)
+  features = tf.constant(generated)
+  with tf.GradientTape() as tape:
+    tape.watch(features)
+    value = objectives.make_distance("frechet", real)(features)
+  gradient = tape.gradient(value, features)
+  np.testing.assert_allclose(
+      value, metrics.fid(real, generated), rtol=5e-3)
+  assert np.all(np.isfinite(gradient))
+
+
+def test_frechet_loss_of_what_is_not_finite(sets):
+  real, generated = sets
+  loss = objectives.make_distance("frechet", real)
+  for fault in (np.nan, np.inf):
+    broken = generated.copy()
+    broken[3, 1] = fault
+    assert np.isnan(tf.function(loss)(tf.constant(broken)))
+
+
 def test_frechet_along_axes(sets):
   real, generated = sets
   objective = objectives.make_distance("frechet_axes", real)
