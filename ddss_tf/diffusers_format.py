@@ -31,7 +31,7 @@ _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear",
                    "squaredcos_cap_v2": "cosine"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu",
                 "relu": "relu"}
-_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 # Keys with a single implemented value; absent ones have it as their default.
 _REQUIRED = {
@@ -197,11 +197,11 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
     raise UserError(f"{source}: rescale_betas_zero_snr must be False: eps-"
                     "prediction has no image at zero signal. Received: True")
   kind = config.get("prediction_type", "epsilon")
-  if kind not in _PREDICTIONS:
+  if kind not in PREDICTIONS:
     raise UserError(f"{source}: prediction_type must be among "
-                    f"{', '.join(_PREDICTIONS)}. Received: {kind!r}")
+                    f"{', '.join(PREDICTIONS)}. Received: {kind!r}")
   if config.get("trained_betas") is not None:
-    return np.asarray(config["trained_betas"], np.float64), _PREDICTIONS[kind]
+    return np.asarray(config["trained_betas"], np.float64), PREDICTIONS[kind]
   name = config.get("beta_schedule", "linear")
   if name not in _BETA_SCHEDULES:
     raise UserError(f"{source}: beta_schedule must be among "
@@ -210,7 +210,7 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
   schedule = schedules.make_schedule(
       _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
       config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-  return schedule.betas, _PREDICTIONS[kind]
+  return schedule.betas, PREDICTIONS[kind]
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:

@@ -37,8 +37,9 @@ class SamplerModule(tf.Module):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = [variable.value for variable in denoiser.model.variables]
-    coefficients = Coefficients(
-        *(tf.convert_to_tensor(v, tf.float32) for v in coefficients))
+    # NumPy: as constants of the graph, where eager tensors would become hidden
+    # inputs, which other formats show.
+    coefficients = coefficients.numpy()
     height, width, channels = shape = denoiser.image_shape
     steps = coefficients.num_steps
 
@@ -147,7 +148,8 @@ def _check(path, denoiser, coefficients, x0_bound):
 @gin.configurable(denylist=["run_dir"])
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
-           jit_compile: bool = True, label: int | None = None) -> str:
+           jit_compile: bool = True, label: int | None = None,
+           sampler: str | None = None, force: bool = False) -> str:
   """Writes images of the searched sampler: `generated.npz` and `.png`.
 
   Args:
@@ -159,6 +161,9 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     jit_compile: compile the network with XLA.
     label: the class of all images of a class-conditional denoiser; None: each
       has its own, drawn.
+    sampler: path of a card, or its name in the zoo, instead of the sampler in
+      the run directory.
+    force: take a card that was found for other weights.
 
   Returns:
     Path of the npz file, with `images`, uint8 [N, H, W, C].
@@ -174,17 +179,17 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
   run = run_dir_lib.RunDir(run_dir)
-  sampler, x0_bound = load_searched(run, denoiser)
+  found, x0_bound = load_searched(run, denoiser, sampler, force)
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = data.to_uint8(generator.images(
-      sampler.coefficients(), num_images, seed, "sample", label))
+      found.coefficients(), num_images, seed, "sample", label))
   path = run.path("generated.npz")
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:
       np.savez_compressed(f, images=images)
   figures.samples_png(
       run.path("generated.png"),
-      [(f"{sampler.label}, K = {sampler.num_steps}, seed {seed}",
+      [(f"{found.label}, K = {found.num_steps}, seed {seed}",
         images[:64])])
   return path
