@@ -15,9 +15,11 @@ setuptools.setup(
     description="Differentiable diffusion sampler search in TensorFlow",
     long_description=README,
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=setuptools.find_packages(include=["ddss_tf", "ddss_tf.*"]),
     package_data={
-        "ddss_tf": ["assets/*", "assets/*/*"],
+        "ddss_tf": ["assets/*", "assets/*/*", "py.typed"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
     },
     python_requires=">=3.11,<3.12",
@@ -42,6 +44,9 @@ setuptools.setup(
     extras_require={
         # Only to read .pt files.
         "torch": ["torch>=2.4"],
+        # Only to export to these formats, and to check what was written.
+        "onnx": ["tf2onnx>=1.17", "onnxruntime>=1.20"],
+        "tflite": ["ai-edge-litert>=1.4"],
         "test": ["pytest>=8", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},

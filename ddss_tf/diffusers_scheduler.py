@@ -65,7 +65,8 @@ def write(folder: str, card: SamplerCard, denoiser: Denoiser,
   """
   if os.path.exists(folder) and not (
       os.path.isdir(folder)
-      and set(os.listdir(folder)) <= {MODULE, diffusers_format.SCHEDULER, "__pycache__"}):
+      and set(os.listdir(folder)) <= {
+          MODULE, diffusers_format.SCHEDULER, "__pycache__"}):
     raise UserError(
         f"folder of a scheduler must be new, or hold {MODULE} and "
         f"{diffusers_format.SCHEDULER} only. Received: {folder!r}")

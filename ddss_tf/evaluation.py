@@ -173,7 +173,7 @@ class Evaluator:
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
-    dataset: data.ImageDataset = gin.REQUIRED,
+    dataset: data.ImageDataset | np.ndarray = gin.REQUIRED,
     features: features_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: features_lib.FeatureNetwork | None = None,
     baselines=(),
@@ -194,7 +194,8 @@ def evaluate(
   Args:
     run_dir: folder of the run, with `sampler.json` if there was a search.
     denoiser: the frozen model.
-    dataset: the real images, all of them the reference.
+    dataset: the real images, all of them the reference; a data set, or float32
+      [N, H, W, C] in [-1, 1].
     features: the network of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, which shows gains
       that merely flatter the first.
@@ -218,6 +219,7 @@ def evaluate(
       few samples for a metric.
   """
   check_x0_bound("evaluate", x0_bound)
+  dataset = data.as_dataset(dataset)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   evaluator = Evaluator(
       run, denoiser, dataset, features, heldout_features, seed,

@@ -30,7 +30,7 @@ _RUN_DIR = flags.DEFINE_string(
     "run_dir", None, "Folder for all that the run leaves; made if need be.")
 _MODE = flags.DEFINE_string(
     "mode", "run", f"Stage to run, one of {', '.join(MODES)}; 'run' is search, "
-    "evaluate, export. 'zoo' lists the samplers that come with the package, or "
+    "evaluate, export; 'zoo' lists the samplers that come with the package, or "
     "the cards in --run_dir.")
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "Card of a sampler, or its name in the zoo, instead of the "
@@ -202,6 +202,9 @@ def _where(run) -> str:
       "sampler.json": "the searched sampler, portable",
       "metrics.json": "all figures",
       "export": "SavedModel",
+      "diffusers_scheduler": "the sampler as a scheduler of diffusers",
+      "sampler.onnx": "sampler and network for ONNX Runtime",
+      "sampler.tflite": "sampler and network for TensorFlow Lite",
       "tensorboard": f"tensorboard --logdir={run.path('tensorboard')}",
   }
   return "\n".join(f"{run.path(name):<40} {note}" for name, note

@@ -107,8 +107,8 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
       raise ValueError(f"all coefficients must have {steps} entries, one a "
                        f"step. Received: {sorted(lengths)}")
     if len(trained_betas) != num_train_timesteps:
-      raise ValueError(f"trained_betas must have {num_train_timesteps} entries. "
-                       f"Received: {len(trained_betas)}")
+      raise ValueError(f"trained_betas must have {num_train_timesteps} "
+                       f"entries. Received: {len(trained_betas)}")
     if prediction_type not in _PREDICTIONS:
       raise ValueError(f"prediction_type must be one of {_PREDICTIONS}. "
                        f"Received: {prediction_type!r}")

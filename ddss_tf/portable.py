@@ -1,0 +1,112 @@
+"""The exported sampler for other runtimes: ONNX and TensorFlow Lite.
+
+Both are the noise-in form, sampler and network in one file: x_T and step_noise
+(and labels) in, images out, as `from_noise` of the SavedModel. Stateless
+generators have no counterpart there, so the noise is the caller's.
+"""
+
+import importlib.util
+
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf import storage
+from ddss_tf.errors import UserError
+
+# What a format needs beyond the package itself, under the extra of its name.
+_MODULES = {"onnx": ("tf2onnx", "onnxruntime"), "tflite": ("ai_edge_litert",)}
+FORMATS = tuple(_MODULES)
+_OPSET = 17
+_PARITY_TOLERANCE = 1e-4
+
+
+def check_installed(name: str) -> None:
+  """Checks that a format can be written and run here.
+
+  Args:
+    name: one of `FORMATS`.
+
+  Raises:
+    UserError: says what to install.
+  """
+  missing = [module for module in _MODULES[name]
+             if importlib.util.find_spec(module) is None]
+  if missing:
+    raise UserError(f"export to {name!r} needs {' and '.join(missing)}: "
+                    f"pip install 'ddss_tf[{name}]'")
+
+
+def write(path: str, name: str, module: tf.Module, from_noise,
+          inputs: dict[str, np.ndarray], expected: np.ndarray) -> None:
+  """Writes one file, after its images were compared in its own runtime.
+
+  The unrolled chain has the network K times, which the converters take minutes
+  for where a network is large; the weights are in the file once.
+
+  Args:
+    path: of the file; what is there stays if anything fails.
+    name: one of `FORMATS`.
+    module: that owns the weights.
+    from_noise: the `tf.function` to write, with a signature.
+    inputs: arguments of it, by name.
+    expected: float32 [B, H, W, C], the images it makes of them.
+
+  Raises:
+    UserError: something to install, an operation that the format does not have,
+      or images that differ.
+  """
+  check_installed(name)
+  convert, run = {"onnx": (_to_onnx, _run_onnx),
+                  "tflite": (_to_tflite, _run_tflite)}[name]
+  try:
+    content = convert(module, from_noise)
+  except Exception as error:  # Converters raise many kinds.
+    raise UserError(f"the sampler cannot be written as {name}: "
+                    f"{' '.join(str(error).split())[:300]}") from error
+  received = run(content, inputs)
+  difference = float(np.max(np.abs(expected - received)))
+  if not difference <= _PARITY_TOLERANCE:
+    raise UserError(
+        f"images of the {name} file must equal those in memory to "
+        f"{_PARITY_TOLERANCE:g}. Received: a difference of {difference:g}")
+  with storage.replacing(path) as temporary:
+    with open(temporary, "wb") as f:
+      f.write(content)
+
+
+def _to_onnx(module, from_noise) -> bytes:
+  del module
+  import tf2onnx  # pylint: disable=g-import-not-at-top
+  signature = from_noise.input_signature
+  proto, _ = tf2onnx.convert.from_function(
+      from_noise, input_signature=signature, opset=_OPSET)
+  # TensorFlow's graphs have lower-case names only.
+  names = {spec.name.lower(): spec.name for spec in signature}
+  for value in proto.graph.input:
+    value.name = names.get(value.name, value.name)
+    value.type.tensor_type.shape.dim[0].dim_param = "batch"
+  for node in proto.graph.node:
+    for i, name in enumerate(node.input):
+      node.input[i] = names.get(name, name)
+  for value in proto.graph.output:
+    value.type.tensor_type.shape.dim[0].dim_param = "batch"
+  return proto.SerializeToString()
+
+
+def _run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
+  import onnxruntime  # pylint: disable=g-import-not-at-top
+  session = onnxruntime.InferenceSession(
+      content, providers=["CPUExecutionProvider"])
+  return session.run(["images"], inputs)[0]
+
+
+def _to_tflite(module, from_noise) -> bytes:
+  return tf.lite.TFLiteConverter.from_concrete_functions(
+      [from_noise.get_concrete_function()], module).convert()
+
+
+def _run_tflite(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
+  from ai_edge_litert import interpreter  # pylint: disable=g-import-not-at-top
+  runner = interpreter.Interpreter(
+      model_content=content).get_signature_runner("serving_default")
+  return runner(**inputs)["images"]
