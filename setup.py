@@ -44,9 +44,8 @@ setuptools.setup(
     extras_require={
         # Only to read .pt files.
         "torch": ["torch>=2.4"],
-        # Only to export to these formats, and to check what was written.
+        # Only to export to this format, and to check what was written.
         "onnx": ["tf2onnx>=1.17", "onnxruntime>=1.20"],
-        "tflite": ["ai-edge-litert>=1.4"],
         "test": ["pytest>=8", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},

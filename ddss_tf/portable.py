@@ -6,6 +6,7 @@ generators have no counterpart there, so the noise is the caller's.
 """
 
 import importlib.util
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +15,7 @@ from ddss_tf import storage
 from ddss_tf.errors import UserError
 
 # What a format needs beyond the package itself, under the extra of its name.
-_MODULES = {"onnx": ("tf2onnx", "onnxruntime"), "tflite": ("ai_edge_litert",)}
+_MODULES = {"onnx": ("tf2onnx", "onnxruntime"), "tflite": ()}
 FORMATS = tuple(_MODULES)
 _OPSET = 17
 _PARITY_TOLERANCE = 1e-4
@@ -60,10 +61,10 @@ def write(path: str, name: str, module: tf.Module, from_noise,
                   "tflite": (_to_tflite, _run_tflite)}[name]
   try:
     content = convert(module, from_noise)
-  except Exception as error:  # Converters raise many kinds.
+    received = run(content, inputs)
+  except Exception as error:  # Converters and runtimes raise many kinds.
     raise UserError(f"the sampler cannot be written as {name}: "
                     f"{' '.join(str(error).split())[:300]}") from error
-  received = run(content, inputs)
   difference = float(np.max(np.abs(expected - received)))
   if not difference <= _PARITY_TOLERANCE:
     raise UserError(
@@ -97,7 +98,9 @@ def _run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
   import onnxruntime  # pylint: disable=g-import-not-at-top
   session = onnxruntime.InferenceSession(
       content, providers=["CPUExecutionProvider"])
-  return session.run(["images"], inputs)[0]
+  # One step adds no noise: the converter drops that input.
+  names = [value.name for value in session.get_inputs()]
+  return session.run(["images"], {name: inputs[name] for name in names})[0]
 
 
 def _to_tflite(module, from_noise) -> bytes:
@@ -106,7 +109,8 @@ def _to_tflite(module, from_noise) -> bytes:
 
 
 def _run_tflite(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
-  from ai_edge_litert import interpreter  # pylint: disable=g-import-not-at-top
-  runner = interpreter.Interpreter(
-      model_content=content).get_signature_runner("serving_default")
-  return runner(**inputs)["images"]
+  with warnings.catch_warnings():
+    # That this interpreter moves to the package ai-edge-litert.
+    warnings.simplefilter("ignore")
+    interpreter = tf.lite.Interpreter(model_content=content)
+  return interpreter.get_signature_runner("serving_default")(**inputs)["images"]

