@@ -17,10 +17,14 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=setuptools.find_packages(include=["ddss_tf", "ddss_tf.*"]),
+    packages=[*setuptools.find_packages(include=["ddss_tf", "ddss_tf.*"]),
+              "ddss_tf.gin_configs"],
+    # Installed, gin_configs/demo.gin is found in the package.
+    package_dir={"ddss_tf.gin_configs": "gin_configs"},
     package_data={
         "ddss_tf": ["assets/*", "assets/*/*", "py.typed"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
+        "ddss_tf.gin_configs": ["*.gin", "*/*.gin", "*/*/*.gin"],
     },
     python_requires=">=3.11,<3.12",
     install_requires=[

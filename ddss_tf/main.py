@@ -49,6 +49,7 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   verbosity = logging.get_verbosity()
   # gin logs an error for every folder in which an include is not.
   logging.set_verbosity(logging.FATAL)
+  files = [_found(file) for file in files]
   for file in files:
     if not os.path.isfile(file):
       raise UserError(f"gin file must exist. Received: {file!r}")
@@ -67,6 +68,13 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
     if not re.search(rf"%{name}\b", text):
       raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
                       "misspelt?")
+
+
+def _found(file: str) -> str:
+  """Path of a gin file: where an installed package has it, if not here."""
+  installed = os.path.join(os.path.dirname(os.path.abspath(__file__)), file)
+  return installed if (
+      not os.path.isfile(file) and os.path.isfile(installed)) else file
 
 
 def _stages(mode: str):

@@ -80,7 +80,8 @@ def _to_onnx(module, from_noise) -> bytes:
   import tf2onnx  # pylint: disable=g-import-not-at-top
   signature = from_noise.input_signature
   proto, _ = tf2onnx.convert.from_function(
-      from_noise, input_signature=signature, opset=_OPSET)
+      from_noise, input_signature=signature, opset=_OPSET,
+      custom_op_handlers={"Expm1": (_expm1, [])})
   # TensorFlow's graphs have lower-case names only.
   names = {spec.name.lower(): spec.name for spec in signature}
   for value in proto.graph.input:
@@ -92,6 +93,29 @@ def _to_onnx(module, from_noise) -> bytes:
   for value in proto.graph.output:
     value.type.tensor_type.shape.dim[0].dim_param = "batch"
   return proto.SerializeToString()
+
+
+def _expm1(graph, node, name, args) -> None:
+  """exp(x) - 1, which ONNX has not, as tanh(x / 2) (exp(x) + 1).
+
+  Exact near 0 as well, where sigma_t of models that predict x0 or v needs it.
+  """
+  del args
+  (x,), outputs = list(node.input), list(node.output)
+  shapes, dtypes = node.output_shapes, node.output_dtypes
+  half, one = (
+      graph.make_const(f"{name}/{value}", np.float32(value)).output[0]
+      for value in (0.5, 1))
+
+  def add(kind, *inputs):
+    return graph.make_node(
+        kind, list(inputs), shapes=shapes, dtypes=dtypes).output[0]
+
+  factors = (add("Tanh", add("Mul", x, half)),
+             add("Add", add("Exp", x), one))
+  graph.remove_node(node.name)
+  graph.make_node("Mul", list(factors), outputs=outputs, shapes=shapes,
+                  dtypes=dtypes, name=name)
 
 
 def _run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
