@@ -13,6 +13,7 @@ from PIL import Image
 import pytest
 
 import ddss_tf
+from ddss_tf import data
 from ddss_tf import denoisers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -51,14 +52,14 @@ def test_import_is_quick():
 
 def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
   denoiser = gaussian_parts["denoiser"]
-  images = gaussian_parts["dataset"].images
+  images = np.clip(gaussian_parts["dataset"].images, -1, 1)
   features = gaussian_parts["features"]
   options = dict(num_search_steps=1, batch_size=8, validation_samples=8,
                  pool_samples=16, jit_compile=False)
   make = lambda schedule: ddss_tf.make_sampler(schedule, "ggdm", num_steps=2)
   a = ddss_tf.search(str(tmp_path / "a"), denoiser, images, features,
                      make(denoiser.schedule), **options)
-  b = ddss_tf.search(str(tmp_path / "b"), denoiser, gaussian_parts["dataset"],
+  b = ddss_tf.search(str(tmp_path / "b"), denoiser, data.as_dataset(images),
                      features, make, **options)
   for name, x, y in zip(a.coefficients()._fields, a.coefficients(),
                         b.coefficients()):

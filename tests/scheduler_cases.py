@@ -53,7 +53,7 @@ def cases() -> dict:
       digits.schedule, "unipc3-bh2", 10, "logsnr"), digits, _DIGITS)
   for prediction, x0_bound in (("v", None), ("x0", None), ("eps", "clip"),
                                ("eps", "dynamic")):
-    denoiser = ddss_tf.Denoiser(
+    denoiser = tiny if prediction == tiny.prediction else ddss_tf.Denoiser(
         tiny.model, tiny.schedule, prediction, _TINY)
     for num_steps in (5, 10):
       add(f"tiny_{prediction}_{x0_bound}_k{num_steps}",
