@@ -15,10 +15,16 @@ setuptools.setup(
     description="Differentiable diffusion sampler search in TensorFlow",
     long_description=README,
     long_description_content_type="text/markdown",
-    packages=setuptools.find_packages(include=["ddss_tf", "ddss_tf.*"]),
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=[*setuptools.find_packages(include=["ddss_tf", "ddss_tf.*"]),
+              "ddss_tf.gin_configs"],
+    # Installed, gin_configs/demo.gin is found in the package.
+    package_dir={"ddss_tf.gin_configs": "gin_configs"},
     package_data={
-        "ddss_tf": ["assets/*", "assets/*/*"],
+        "ddss_tf": ["assets/*", "assets/*/*", "py.typed"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
+        "ddss_tf.gin_configs": ["*.gin", "*/*.gin", "*/*/*.gin"],
     },
     python_requires=">=3.11,<3.12",
     install_requires=[
@@ -43,6 +49,8 @@ setuptools.setup(
     extras_require={
         # Only to read .pt files.
         "torch": ["torch>=2.4"],
+        # Only to export to this format, and to check what was written.
+        "onnx": ["tf2onnx>=1.17", "onnxruntime>=1.20"],
         "test": ["pytest>=8", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},

@@ -1,9 +1,25 @@
 """Differentiable diffusion sampler search in TensorFlow and Keras.
 
+A frozen diffusion model comes in, a sampler of few steps comes out:
+
+  denoiser = ddss_tf.load_denoiser("path/to/diffusers_folder")
+  images = ddss_tf.load_dataset("folder:my_images", crop="center", resize=64)
+  features = ddss_tf.load_features("keras:InceptionV3")
+  sampler = ddss_tf.make_sampler(
+      denoiser.schedule, "ggdm+pred+time", num_steps=10)
+  ddss_tf.search("runs/mine", denoiser, images, features, sampler,
+                 num_search_steps=500, batch_size=128)
+  ddss_tf.evaluate("runs/mine", denoiser, images, features, num_samples=5000)
+  ddss_tf.export("runs/mine", denoiser, also=["diffusers"])
+
+Every stage leaves its files in the run directory and goes on where it stopped.
 The public names are imported on first use, so that `import ddss_tf` is quick.
 """
 
+import functools
 import importlib
+import inspect as _inspect
+import typing
 
 __version__ = "0.1.0"
 
@@ -13,9 +29,11 @@ _PUBLIC = {
     "FeatureNetwork": "features",
     "FixedSampler": "samplers",
     "GGDM": "families",
+    "ImageDataset": "data",
     "LearnedSampler": "families",
     "NoiseSchedule": "schedules",
     "Sampler": "samplers",
+    "SamplerCard": "card",
     "SolverSampler": "samplers",
     "UserError": "errors",
     "compare": "comparing",
@@ -35,15 +53,66 @@ _PUBLIC = {
     "search": "searching",
     "solver_coefficients": "solvers",
 }
+_MODULES = ("zoo",)
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, *_MODULES])
+
+if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
+  from ddss_tf import zoo
+  from ddss_tf.card import SamplerCard
+  from ddss_tf.chain import draw_noise, run_chain
+  from ddss_tf.coefficients import Coefficients
+  from ddss_tf.comparing import compare
+  from ddss_tf.data import ImageDataset, load_dataset
+  from ddss_tf.denoisers import Denoiser, gaussian_denoiser
+  from ddss_tf.errors import UserError
+  from ddss_tf.evaluation import evaluate
+  from ddss_tf.exporting import export, sample
+  from ddss_tf.families import GGDM, LearnedSampler, make_sampler
+  from ddss_tf.features import FeatureNetwork, load_features
+  from ddss_tf.inspecting import inspect
+  from ddss_tf.loading import load_denoiser
+  from ddss_tf.samplers import FixedSampler, Sampler, SolverSampler
+  from ddss_tf.schedules import NoiseSchedule, make_schedule
+  from ddss_tf.searching import search
+  from ddss_tf.solvers import solver_coefficients
 
 
 def __getattr__(name):
+  if name in _MODULES:
+    return importlib.import_module(f"ddss_tf.{name}")
   if name not in _PUBLIC:
     raise AttributeError(f"module 'ddss_tf' has no attribute {name!r}")
-  return getattr(importlib.import_module(f"ddss_tf.{_PUBLIC[name]}"), name)
+  value = getattr(importlib.import_module(f"ddss_tf.{_PUBLIC[name]}"), name)
+  return _without_gin(value) if _inspect.isfunction(value) else value
 
 
 def __dir__():
-  return sorted([*globals(), *_PUBLIC])
+  return sorted([*globals(), *_PUBLIC, *_MODULES])
+
+
+class _Required:
+  """What `help` shows where an argument must be given."""
+
+  def __repr__(self):
+    return "REQUIRED"
+
+
+@functools.cache
+def _without_gin(function):
+  """A function with a signature that reads well: gin's mark is an object()."""
+  import gin  # pylint: disable=g-import-not-at-top
+  signature = _inspect.signature(function)
+  marked = [name for name, parameter in signature.parameters.items()
+            if parameter.default is gin.REQUIRED]
+  if not marked:
+    return function
+
+  @functools.wraps(function)
+  def public(*args, **kwargs):
+    return function(*args, **kwargs)
+
+  public.__signature__ = signature.replace(parameters=[
+      parameter.replace(default=_Required()) if parameter.name in marked
+      else parameter for parameter in signature.parameters.values()])
+  return public

@@ -1,9 +1,13 @@
-"""`sampler.json`: a found sampler as a small, portable, versioned file."""
+"""`sampler.json`: a found sampler as a small, portable, versioned file.
+
+`docs/sampler_json.md` describes it field by field, for readers of any language.
+"""
 
 import dataclasses
 import json
 import os
 
+from ddss_tf import fingerprint
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
@@ -31,6 +35,10 @@ class SamplerCard:
     denoiser: of the model it was found for, see `Denoiser.identity`.
     search: how it was found.
     x0_bound: the bound on x0_hat it was found with, see `chain.bound_x0`.
+    metrics: records of `metrics.json` with these coefficients, which say under
+      which conditions they were measured; a search leaves none, `zoo.add` puts
+      them in.
+    provenance: where a published card comes from; empty in a run directory.
   """
 
   label: str
@@ -38,10 +46,30 @@ class SamplerCard:
   denoiser: dict
   search: dict
   x0_bound: str | None = None
+  metrics: tuple[dict, ...] = ()
+  provenance: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def family(self) -> str:
+    """Name of the family, as `make_sampler` takes it; "" if it is not known."""
+    config = self.search.get("config", {})
+    extras = [extra for extra in ("pred", "time", "guidance")
+              if config.get(extra)]
+    return "+".join([config.get("family", ""), *extras])
+
+  @property
+  def coefficients_sha256(self) -> str:
+    """By which records of `metrics.json` name a sampler."""
+    return fingerprint.coefficients_sha256(self.coefficients)
 
 
 def write(path: str, card: SamplerCard) -> None:
   """Writes a card, atomically."""
+  published = {}
+  if card.metrics:
+    published["metrics"] = list(card.metrics)
+  if card.provenance:
+    published["provenance"] = card.provenance
   storage.write_json(path, {
       "format": _FORMAT,
       "version": _VERSION,
@@ -53,6 +81,7 @@ def write(path: str, card: SamplerCard) -> None:
       "coefficients": card.coefficients.to_dict(),
       "denoiser": card.denoiser,
       "search": card.search,
+      **published,
   })
 
 
@@ -66,7 +95,8 @@ def read(path: str) -> SamplerCard:
     The card, validated.
 
   Raises:
-    UserError: missing, damaged, or of another format or version.
+    UserError: missing, damaged, of another format or version, or with metrics
+      of other coefficients.
   """
   if not os.path.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
@@ -77,11 +107,17 @@ def read(path: str) -> SamplerCard:
       raise ValueError(
           f"format must be {_FORMAT} version {_VERSION}. Received: "
           f"{values.get('format')} version {values.get('version')}")
-    return SamplerCard(
+    card = SamplerCard(
         label=values["label"],
         coefficients=Coefficients.from_dict(values["coefficients"]),
         denoiser=values["denoiser"],
         search=values["search"],
-        x0_bound=values["x0_bound"])
+        x0_bound=values["x0_bound"],
+        metrics=tuple(values.get("metrics", ())),
+        provenance=dict(values.get("provenance", {})))
+    if any(record["coefficients_sha256"] != card.coefficients_sha256
+           for record in card.metrics):
+      raise ValueError("metrics must be of the card's own coefficients")
+    return card
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged: {error}") from error

@@ -41,6 +41,30 @@ class ImageDataset:
   sha256: str
 
 
+def as_dataset(images: "ImageDataset | np.ndarray") -> ImageDataset:
+  """Images in memory as a data set; a data set as it is.
+
+  Args:
+    images: float [N, H, W, C] in [-1, 1].
+
+  Raises:
+    UserError: another shape, bytes, values out of range or not finite.
+  """
+  if isinstance(images, ImageDataset):
+    return images
+  images = np.asarray(images)
+  if images.ndim != 4 or not len(images) or images.dtype.kind != "f":
+    raise UserError("images must be floats [N, H, W, C]. Received: "
+                    f"{images.dtype} of shape {images.shape}")
+  # NaN fails every comparison.
+  if not np.abs(images).max() <= 1 + 1e-3:
+    raise UserError("images must be finite and in [-1, 1]. Received: "
+                    f"{images.min():g} to {images.max():g}")
+  images = np.ascontiguousarray(images, np.float32)
+  return ImageDataset(
+      "images", images, None, fingerprint.arrays_sha256([images]))
+
+
 def to_float(pixels: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
   """Bytes in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1, any shape."""
   if tf.is_tensor(pixels):

@@ -31,7 +31,7 @@ _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear",
                    "squaredcos_cap_v2": "cosine"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu",
                 "relu": "relu"}
-_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 # Keys with a single implemented value; absent ones have it as their default.
 _REQUIRED = {
@@ -197,9 +197,9 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
     raise UserError(f"{source}: rescale_betas_zero_snr must be False: eps-"
                     "prediction has no image at zero signal. Received: True")
   kind = config.get("prediction_type", "epsilon")
-  if kind not in list(_PREDICTIONS):  # A list, of no hash, is in none either.
+  if kind not in list(PREDICTIONS):  # A list, of no hash, is in none either.
     raise UserError(f"{source}: prediction_type must be among "
-                    f"{', '.join(_PREDICTIONS)}. Received: {kind!r}")
+                    f"{', '.join(PREDICTIONS)}. Received: {kind!r}")
   trained = config.get("trained_betas")
   name = config.get("beta_schedule", "linear")
   if trained is None and name not in list(_BETA_SCHEDULES):
@@ -214,7 +214,7 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
             config.get("beta_start", 1e-4), config.get("beta_end", 0.02)))
   except (TypeError, ValueError) as error:
     raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
-  return schedule.betas, _PREDICTIONS[kind]
+  return schedule.betas, PREDICTIONS[kind]
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """The comparison: FID, KID and IS of samplers, side by side."""
 
-import json
 import os
 import time
 
@@ -20,6 +19,7 @@ from ddss_tf import reference as reference_lib
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
+from ddss_tf import zoo
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers import FixedSampler, Sampler
@@ -31,28 +31,41 @@ _SPLITS = 10  # Of the Inception Score, as published.
 _TIMED = 4  # Batches, the first of which does not count.
 
 
-def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser
+def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
+                  sampler: str | None = None, force: bool = False
                   ) -> tuple[FixedSampler, str | None]:
-  """The sampler that a search left in a run directory, and its x0_bound.
+  """The sampler of a run directory or of a card, and its x0_bound.
+
+  Args:
+    run: the run directory.
+    denoiser: what it is to be used with.
+    sampler: path of a card, or its name in the zoo; None: what a search left in
+      the run directory.
+    force: take a card that was found for other weights or another guidance.
+
+  Returns:
+    The sampler, and the bound on x0_hat it was found with.
 
   Raises:
-    UserError: there is none, or it was found for another model.
+    UserError: there is none, it was found for another model, or its times are
+      not in this one's range.
   """
-  found = card.read(run.path(card.FILE))
-  if found.denoiser.get("sha256") != denoiser.sha256:
-    raise UserError(
-        f"{run.path(card.FILE)} is for the denoiser "
-        f"{found.denoiser.get('name')!r} with SHA-256 "
-        f"{found.denoiser.get('sha256')}. Received: {denoiser.name!r} with "
-        f"{denoiser.sha256}")
-  if found.denoiser.get("guidance_scale") != denoiser.guidance_scale:
-    raise UserError(
-        f"{run.path(card.FILE)} was found with guidance_scale "
-        f"{found.denoiser.get('guidance_scale')}. Received: {denoiser.name!r} "
-        f"with {denoiser.guidance_scale}")
+  path = run.path(card.FILE) if sampler is None else zoo.find(sampler)
+  found = card.read(path)
+  for name, own in (("sha256", denoiser.sha256),
+                    ("guidance_scale", denoiser.guidance_scale)):
+    known = found.denoiser.get(name)
+    if known == own:
+      continue
+    difference = (
+        f"{path} was found for the denoiser {found.denoiser.get('name')!r} "
+        f"with {name} {known}. Received: {denoiser.name!r} with {own}")
+    if not force:
+      raise UserError(f"{difference}. Use its own, or bind force = True")
+    logging.warning("%s", difference)
   check_guidance(denoiser, found.coefficients)
-  sampler = FixedSampler(denoiser.schedule, found.coefficients, found.label)
-  return sampler, found.x0_bound
+  return FixedSampler(
+      denoiser.schedule, found.coefficients, found.label), found.x0_bound
 
 
 class Evaluator:
@@ -98,7 +111,7 @@ class Evaluator:
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
     self._generators = {}
-    self._known = read_records(run.path(METRICS))
+    self._known = storage.read_records(run.path(METRICS))
 
   def generator(self, x0_bound: str | None) -> sampling.Generator:
     """The generator of images with a bound on x0_hat."""
@@ -191,7 +204,7 @@ class Evaluator:
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
-    dataset: data.ImageDataset = gin.REQUIRED,
+    dataset: data.ImageDataset | np.ndarray = gin.REQUIRED,
     features: features_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: features_lib.FeatureNetwork | None = None,
     baselines=(),
@@ -201,6 +214,8 @@ def evaluate(
     x0_bound: str | None = None,
     cache_dir: str | None = None,
     jit_compile: bool = True,
+    sampler: str | None = None,
+    force: bool = False,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
@@ -210,7 +225,8 @@ def evaluate(
   Args:
     run_dir: folder of the run, with `sampler.json` if there was a search.
     denoiser: the frozen model.
-    dataset: the real images, all of them the reference.
+    dataset: the real images, all of them the reference; a data set, or float32
+      [N, H, W, C] in [-1, 1].
     features: the network of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, which shows gains
       that merely flatter the first.
@@ -223,6 +239,8 @@ def evaluate(
     cache_dir: folder of the real images' features, which runs may share;
       run_dir/cache if None.
     jit_compile: compile the network with XLA.
+    sampler: a card instead of the searched sampler, see `load_searched`.
+    force: take a card that was found for other weights.
 
   Returns:
     The records of this call, baselines first, the searched one last.
@@ -232,18 +250,19 @@ def evaluate(
       few samples for a metric.
   """
   check_x0_bound("evaluate", x0_bound)
+  dataset = data.as_dataset(dataset)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   evaluator = Evaluator(
       run, denoiser, dataset, features, heldout_features, seed,
       max(1, min(batch_size, num_samples)), jit_compile)
   # Each with its bound on x0_hat.
   samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
-  if os.path.exists(run.path(card.FILE)) or not samplers:
-    samplers.append(load_searched(run, denoiser))
+  if sampler or os.path.exists(run.path(card.FILE)) or not samplers:
+    samplers.append(load_searched(run, denoiser, sampler, force))
   records = []
-  for sampler, bound in samplers:
-    records.append(evaluator.record(sampler, num_samples, bound))
-    logging.info("%s: %s", sampler.label, records[-1])
+  for row, bound in samplers:
+    records.append(evaluator.record(row, num_samples, bound))
+    logging.info("%s: %s", row.label, records[-1])
 
   with tf.summary.create_file_writer(
       run.path("tensorboard", "evaluate")).as_default():
@@ -303,25 +322,6 @@ def _measure(batches, extract, reference, num_samples):
       "fid_heldout": (metrics.fid(reference[1].moments, pools[1])
                       if len(extract) > 1 else None),
   }
-
-
-def read_records(path: str) -> list[dict]:
-  """The records of a `metrics.json`; none if there is no such file.
-
-  Raises:
-    UserError: it is damaged.
-  """
-  if not os.path.exists(path):
-    return []
-  try:
-    with open(path) as f:
-      records = json.load(f)
-    if not all(isinstance(record, dict) for record in records):
-      raise ValueError("not a list of records")
-    return records
-  except (ValueError, TypeError) as error:
-    raise UserError(f"{path} is damaged: {error}. Delete it to measure anew"
-                    ) from error
 
 
 def _draw(run, evaluator, samplers, records, seed):

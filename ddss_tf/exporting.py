@@ -1,16 +1,15 @@
-"""A sampler with its network as a SavedModel, and images as files."""
-
-import os
-import shutil
-import tempfile
+"""A sampler with its network as a SavedModel and more, and images as files."""
 
 import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import data
+from ddss_tf import diffusers_scheduler
 from ddss_tf import figures
+from ddss_tf import portable
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
@@ -20,6 +19,9 @@ from ddss_tf.errors import UserError
 from ddss_tf.evaluation import load_searched
 
 EXPORT = "export"
+# Where other forms of the sampler go in a run directory.
+ALSO = {"diffusers": "diffusers_scheduler", "onnx": "sampler.onnx",
+        "tflite": "sampler.tflite"}
 _PARITY_TOLERANCE = 1e-3
 
 
@@ -37,8 +39,9 @@ class SamplerModule(tf.Module):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = denoiser.tracked
-    coefficients = coefficients.map(
-        lambda value: tf.convert_to_tensor(value, tf.float32))
+    # NumPy: as constants of the graph, where eager tensors would become hidden
+    # inputs, which other formats show.
+    coefficients = coefficients.numpy()
     height, width, channels = shape = denoiser.image_shape
     steps = coefficients.num_steps
 
@@ -80,8 +83,10 @@ class SamplerModule(tf.Module):
 
 
 @gin.configurable(denylist=["run_dir"])
-def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
-  """Exports the searched sampler of a run as a SavedModel.
+def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
+           integer_timesteps: bool = False, sampler: str | None = None,
+           force: bool = False) -> str:
+  """Exports the searched sampler of a run as a SavedModel, and more.
 
   The signatures need nothing but `tensorflow`:
     serving_default(seed int32 [2], batch_size int32 []) -> images, uint8
@@ -98,46 +103,71 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
   Args:
     run_dir: folder of the run, with `sampler.json`.
     denoiser: the frozen model.
+    also: other forms to write, each under its name of `ALSO`: "diffusers", a
+      folder with the sampler alone as a scheduler for PyTorch
+      (`diffusers_scheduler.write`); "onnx" and "tflite", sampler and network as
+      one file with the signature of from_noise (`portable.write`).
+    integer_timesteps: of "diffusers": round the times, for a model that takes
+      no fractions.
+    sampler: path of a card, or its name in the zoo, instead of the sampler in
+      the run directory.
+    force: take a card that was found for other weights.
 
   Returns:
     Path of the SavedModel.
 
   Raises:
-    UserError: there is no sampler, it is for another model, or the exported
-      images differ.
+    UserError: there is no sampler, it is for another model, the exported images
+      differ, or a form that is unknown or needs something installed.
   """
+  also = [also] if isinstance(also, str) else list(also)
+  for name in also:
+    if name not in ALSO:
+      raise UserError(f"export.also must be among {', '.join(ALSO)}. "
+                      f"Received: {name!r}")
+    if name in portable.FORMATS:
+      portable.check_installed(name)
   run = run_dir_lib.RunDir(run_dir)
-  sampler, x0_bound = load_searched(run, denoiser)
-  coefficients = sampler.coefficients().numpy()
+  found, x0_bound = load_searched(run, denoiser, sampler, force)
+  coefficients = found.coefficients().numpy()
   module = SamplerModule(denoiser, coefficients, x0_bound)
-  temporary = tempfile.mkdtemp(dir=run.root, prefix=".export-")
-  try:
+  inputs, expected = _golden(denoiser, coefficients, x0_bound)
+  with storage.replacing_folder(run.path(EXPORT)) as temporary:
     tf.saved_model.save(module, temporary, signatures=module.endpoints)
-    _check(temporary, denoiser, coefficients, x0_bound)
-    os.chmod(temporary, 0o755)
-    target = run.path(EXPORT)
-    if os.path.exists(target):
-      shutil.rmtree(target)
-    os.replace(temporary, target)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    _check(temporary, inputs, expected)
+  for name in also:
+    path = run.path(ALSO[name])
+    if name == "diffusers":
+      diffusers_scheduler.write(path, card.SamplerCard(
+          found.label, coefficients, denoiser.identity, {}, x0_bound),
+                                denoiser, integer_timesteps)
+    else:
+      portable.write(
+          path, name, module, module.endpoints["from_noise"],
+          {key: value.numpy() for key, value in inputs.items()}, expected)
   return run.path(EXPORT)
 
 
-def _check(path, denoiser, coefficients, x0_bound):
-  """Compares the exported sampler with the one in memory, on 4 images."""
+def _golden(denoiser, coefficients, x0_bound):
+  """Inputs of from_noise by name, and the 4 images made of them in memory."""
   seed, indices = sampling.seed_pair(0), tf.range(4)
   x_T, step_noise = chain.draw_noise(
       seed, indices, denoiser.image_shape, coefficients.num_steps)
   labels = denoiser.draw_labels(seed, indices)
-  expected = tf.clip_by_value(chain.run_chain(
+  images = tf.clip_by_value(chain.run_chain(
       chain.with_labels(denoiser.eps, labels), coefficients, x_T, step_noise,
       x0_bound=x0_bound), -1.0, 1.0)
+  inputs = {"x_T": x_T, "step_noise": step_noise}
+  if labels is not None:
+    inputs["labels"] = labels
+  return inputs, images.numpy()
+
+
+def _check(path, inputs, expected):
+  """Compares the exported sampler with the one in memory."""
   loaded = tf.saved_model.load(path)
-  received = loaded.signatures["from_noise"](
-      x_T=x_T, step_noise=step_noise,
-      **({} if labels is None else {"labels": labels}))["images"]
-  difference = float(tf.reduce_max(tf.abs(expected - received)))
+  received = loaded.signatures["from_noise"](**inputs)["images"]
+  difference = float(np.max(np.abs(expected - received.numpy())))
   if not difference <= _PARITY_TOLERANCE:
     raise UserError(
         f"exported images must equal those in memory to {_PARITY_TOLERANCE:g}. "
@@ -147,7 +177,8 @@ def _check(path, denoiser, coefficients, x0_bound):
 @gin.configurable(denylist=["run_dir"])
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
-           jit_compile: bool = True, label: int | None = None) -> str:
+           jit_compile: bool = True, label: int | None = None,
+           sampler: str | None = None, force: bool = False) -> str:
   """Writes images of the searched sampler: `generated.npz` and `.png`.
 
   Args:
@@ -159,6 +190,9 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     jit_compile: compile the network with XLA.
     label: the class of all images of a class-conditional denoiser; None: each
       has its own, drawn.
+    sampler: path of a card, or its name in the zoo, instead of the sampler in
+      the run directory.
+    force: take a card that was found for other weights.
 
   Returns:
     Path of the npz file, with `images`, uint8 [N, H, W, C].
@@ -174,17 +208,17 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
   run = run_dir_lib.RunDir(run_dir)
-  sampler, x0_bound = load_searched(run, denoiser)
+  found, x0_bound = load_searched(run, denoiser, sampler, force)
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = data.to_uint8(generator.images(
-      sampler.coefficients(), num_images, seed, "sample", label))
+      found.coefficients(), num_images, seed, "sample", label))
   path = run.path("generated.npz")
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:
       np.savez_compressed(f, images=images)
   figures.samples_png(
       run.path("generated.png"),
-      [(f"{sampler.label}, K = {sampler.num_steps}, seed {seed}",
+      [(f"{found.label}, K = {found.num_steps}, seed {seed}",
         images[:64])])
   return path

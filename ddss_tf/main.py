@@ -22,7 +22,8 @@ from absl import logging
 # misspelt flag answer at once.
 
 MODES = ("run", "search", "evaluate", "compare", "sample", "export",
-         "inspect", "report")
+         "inspect", "report", "zoo")
+_OF_A_CARD = ("evaluate", "sample", "export")
 
 _GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "Configuration file; repeatable, later ones win.")
@@ -32,7 +33,11 @@ _RUN_DIR = flags.DEFINE_string(
     "run_dir", None, "Folder for all that the run leaves; made if need be.")
 _MODE = flags.DEFINE_string(
     "mode", "run", f"Stage to run, one of {', '.join(MODES)}; 'run' is search, "
-    "evaluate, export and report; 'compare' ends with a report, too.")
+    "evaluate, export and report; 'compare' ends with a report, too; 'zoo' lists "
+    "the samplers that come with the package, or the cards in --run_dir.")
+_SAMPLER = flags.DEFINE_string(
+    "sampler", None, "Card of a sampler, or its name in the zoo, instead of the "
+    f"one in the run directory; of the modes {', '.join(_OF_A_CARD)}.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Parse and build everything, print the configuration, "
     "and stop. Writes nothing.")
@@ -47,6 +52,7 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   verbosity = logging.get_verbosity()
   # gin logs an error for every folder in which an include is not.
   logging.set_verbosity(logging.FATAL)
+  files = [_found(file) for file in files]
   for file in files:
     if not os.path.isfile(file):
       raise UserError(f"gin file must exist. Received: {file!r}")
@@ -65,6 +71,13 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
     if not re.search(rf"%{name}\b", text):
       raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
                       "misspelt?")
+
+
+def _found(file: str) -> str:
+  """Path of a gin file: where an installed package has it, if not here."""
+  installed = os.path.join(os.path.dirname(os.path.abspath(__file__)), file)
+  return installed if (
+      not os.path.isfile(file) and os.path.isfile(installed)) else file
 
 
 def _stages(mode: str):
@@ -86,6 +99,7 @@ def _build(stages) -> None:
   """
   import gin  # pylint: disable=g-import-not-at-top
   from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf import zoo  # pylint: disable=g-import-not-at-top
   from ddss_tf.searching import check_shapes  # pylint: disable=g-import-not-at-top
   for stage in stages:
     name = stage.__name__
@@ -99,7 +113,10 @@ def _build(stages) -> None:
                   if bindings.get(key) is not None]
       check_shapes(denoiser, bindings["dataset"], *networks)
     factories = list(bindings.get("baselines") or [])
-    factories += [bindings["sampler"]] if "sampler" in bindings else []
+    if name == "search" and "sampler" in bindings:
+      factories.append(bindings["sampler"])
+    elif bindings.get("sampler") is not None:
+      zoo.load(bindings["sampler"])
     for factory in factories:
       factory(denoiser.schedule)
 
@@ -136,17 +153,27 @@ def _run():
   if _MODE.value not in MODES:
     raise UserError(f"--mode must be one of {', '.join(MODES)}. "
                     f"Received: {_MODE.value!r}")
+  if _MODE.value == "zoo":
+    from ddss_tf import zoo  # pylint: disable=g-import-not-at-top
+    print(zoo.table(_RUN_DIR.value))
+    return
   reporting = _MODE.value == "report"
   if reporting and not os.path.isdir(_RUN_DIR.value or ""):
     raise UserError("--run_dir must name the folder of a run. "
                     f"Received: {_RUN_DIR.value!r}")
+  params = list(_GIN_PARAM.value)
+  if _SAMPLER.value is not None:
+    if _MODE.value not in _OF_A_CARD:
+      raise UserError(f"--sampler is for --mode={'|'.join(_OF_A_CARD)}. "
+                      f"Received: --mode={_MODE.value}")
+    params.append(f"{_MODE.value}.sampler = {_SAMPLER.value!r}")
   if not reporting and not _GIN_FILE.value and not _GIN_PARAM.value:
     raise UserError("--gin_file must name a configuration, such as "
                     "gin_configs/demo.gin")
   inspecting = _MODE.value == "inspect"
   if not _RUN_DIR.value and not _DRY_RUN.value and not inspecting:
     raise UserError("--run_dir must name a folder")
-  _parse_gin(_GIN_FILE.value, _GIN_PARAM.value)
+  _parse_gin(_GIN_FILE.value, params)
   import gin  # pylint: disable=g-import-not-at-top
   import tensorflow as tf  # pylint: disable=g-import-not-at-top
   from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
@@ -195,6 +222,9 @@ def _where(run) -> str:
       "sampler.json": "the searched sampler, portable",
       "metrics.json": "all figures",
       "export": "SavedModel",
+      "diffusers_scheduler": "the sampler as a scheduler of diffusers",
+      "sampler.onnx": "sampler and network for ONNX Runtime",
+      "sampler.tflite": "sampler and network for TensorFlow Lite",
       "tensorboard": f"tensorboard --logdir={run.path('tensorboard')}",
   }
   return "\n".join(f"{run.path(name):<40} {note}" for name, note

@@ -133,7 +133,7 @@ def _results(run):
   Returns:
     The lists, and how many records are in none of them.
   """
-  everything = evaluation.read_records(run.path(evaluation.METRICS))
+  everything = storage.read_records(run.path(evaluation.METRICS))
   records = everything
   table = run.path(f"{comparing.TABLE}.csv")
   if os.path.exists(table):

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from typing import Callable
 
 from absl import logging
 import gin
@@ -22,6 +23,7 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
+from ddss_tf import data
 from ddss_tf import checkpointing
 from ddss_tf import distribution
 from ddss_tf import elbo
@@ -38,7 +40,9 @@ from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import Terminated, UserError
+from ddss_tf.features import FeatureNetwork
 from ddss_tf.samplers import KINDS, Sampler
+from ddss_tf.schedules import NoiseSchedule
 
 
 # What a search leaves to look at.
@@ -522,15 +526,15 @@ class _Validation:
 def search(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
-    dataset: ImageDataset = gin.REQUIRED,
-    features=gin.REQUIRED,
-    sampler=gin.REQUIRED,
+    dataset: ImageDataset | np.ndarray = gin.REQUIRED,
+    features: FeatureNetwork | list[FeatureNetwork] = gin.REQUIRED,
+    sampler: Sampler | Callable[[NoiseSchedule], Sampler] = gin.REQUIRED,
     num_search_steps: int = gin.REQUIRED,
     batch_size: int = gin.REQUIRED,
     gradient_samples: int | None = None,
     micro_batch_size: int | None = None,
-    objective="kid_linear",
-    feature_weights=None,
+    objective: str | dict[str, float] = "kid_linear",
+    feature_weights: list[float] | None = None,
     teacher: dict | None = None,
     control_variate: bool = True,
     pool_samples: int = 8192,
@@ -540,7 +544,7 @@ def search(
     seed: int = 0,
     x0_bound: str | None = None,
     start_samples: int = 250,
-    start_candidates=None,
+    start_candidates: list[dict] | None = None,
     validation_samples: int = 1000,
     validate_every: int = 25,
     checkpoint_every: int = 25,
@@ -561,10 +565,10 @@ def search(
   Args:
     run_dir: folder of the run.
     denoiser: the frozen model.
-    dataset: its training set.
+    dataset: its training set; or images, float32 [N, H, W, C] in [-1, 1].
     features: the network of the loss, or a list of networks.
-    sampler: function from a noise schedule to the sampler to learn, such as
-      `@make_sampler`.
+    sampler: the sampler to learn; or a function from a noise schedule to it,
+      such as `@make_sampler` in gin, which `init="auto"` needs.
     num_search_steps: steps in all.
     batch_size: images per step, at least 2: the population of the objective.
     gradient_samples: how many of them the gradient passes through; all if
@@ -639,6 +643,7 @@ def search(
         f"{micro_batch_size}, gradient_samples={gradient_samples}, "
         f"batch_size={batch_size}")
   check_x0_bound("search", x0_bound)
+  dataset = data.as_dataset(dataset)
   networks = list(features) if isinstance(features, (list, tuple)) else [
       features]
   check_shapes(denoiser, dataset, *networks)
@@ -646,7 +651,11 @@ def search(
   if set(multipliers) != set(KINDS):
     raise UserError(f"search.rate_multipliers must be for {', '.join(KINDS)}. "
                     f"Received: {', '.join(multipliers)}")
-  make_sampler, sampler = sampler, sampler(denoiser.schedule)
+  make_sampler, sampler = sampler, (
+      sampler if isinstance(sampler, Sampler) else sampler(denoiser.schedule))
+  if make_sampler is sampler and getattr(sampler, "init", None) == "auto":
+    raise UserError("search.sampler must be a function from a schedule to a "
+                    "sampler where init is 'auto'. Received: a sampler")
   if not sampler.variables_by_kind:
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                     "a learned family, such as ggdm+pred+time")

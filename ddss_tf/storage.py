@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from typing import Iterator
+
+from ddss_tf.errors import UserError
 
 
 @contextlib.contextmanager
@@ -36,6 +39,29 @@ def replacing(path: str) -> Iterator[str]:
       os.remove(temporary)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: str) -> Iterator[str]:
+  """Gives a temporary folder beside `path` that takes its place on success.
+
+  Args:
+    path: the final path; what is there goes only then.
+
+  Yields:
+    Path of an empty folder, beside it.
+  """
+  parent, name = os.path.split(os.path.abspath(path))
+  os.makedirs(parent, exist_ok=True)
+  temporary = tempfile.mkdtemp(dir=parent, prefix=f".{name}-")
+  try:
+    yield temporary
+    os.chmod(temporary, 0o755)
+    if os.path.exists(path):
+      shutil.rmtree(path)
+    os.replace(temporary, path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: str, text: str) -> None:
   """Writes a text file atomically."""
   with replacing(path) as temporary:
@@ -46,3 +72,22 @@ def write_text(path: str, text: str) -> None:
 def write_json(path: str, value) -> None:
   """Writes JSON atomically, readable; NaN is an error, not invalid JSON."""
   write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_records(path: str) -> list[dict]:
+  """Reads a list of records, such as `metrics.json`; none if it is not there.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  if not os.path.exists(path):
+    return []
+  try:
+    with open(path) as f:
+      records = json.load(f)
+    if not all(isinstance(record, dict) for record in records):
+      raise ValueError("not a list of records")
+    return records
+  except (ValueError, TypeError) as error:
+    raise UserError(f"{path} is damaged: {error}. Delete it to measure anew"
+                    ) from error

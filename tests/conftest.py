@@ -51,7 +51,8 @@ def main_in_process():
     finally:
       gin.clear_config()
       flags.FLAGS.unparse_flags()
-      for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run"):
+      for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run",
+                   "sampler"):
         flags.FLAGS[name].unparse()
 
   return run

@@ -249,7 +249,8 @@ def test_bad_input(arguments, params, words, main_in_process, tfds_dir,
 
 
 # Parts that others include: they leave things to bind.
-PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin")
+PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin",
+         "sample.gin")
 
 
 @pytest.mark.parametrize(

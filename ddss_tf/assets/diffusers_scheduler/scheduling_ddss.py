@@ -1,0 +1,284 @@
+# Part of ddss_tf, under the Apache License 2.0.
+"""A searched few-step sampler as a scheduler of diffusers.
+
+This file and the `scheduler_config.json` beside it are all there is to it; they
+need PyTorch and diffusers, and nothing of the library that wrote them:
+
+  from scheduling_ddss import DDSSScheduler  # This folder on sys.path.
+
+  pipe.scheduler = DDSSScheduler.from_pretrained("this/folder")
+  images = pipe(num_inference_steps=K).images
+
+With x_0 ... x_{K-1} the visited states, x_0 the noise,
+
+  x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])
+  x_{k+1}  = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k][u] x_u
+             + noise_scales[k] z_k,    z_k ~ N(0, I)
+
+and x_K is the image. A step uses all states before it, so a chain starts at its
+first step and leaves none out; it cannot begin halfway, as image-to-image
+pipelines would have it.
+"""
+
+import dataclasses
+import os
+import shutil
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+import torch
+
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+_BOUNDS = (None, "clip", "dynamic")
+_DYNAMIC_QUANTILE = 0.995
+
+
+@dataclasses.dataclass
+class DDSSSchedulerOutput(BaseOutput):
+  """What a step returns.
+
+  Attributes:
+    prev_sample: [B, C, H, W], the next state; after the last step the image.
+    pred_original_sample: [B, C, H, W], the image predicted at this step.
+  """
+
+  prev_sample: torch.Tensor
+  pred_original_sample: torch.Tensor | None = None
+
+
+class DDSSScheduler(SchedulerMixin, ConfigMixin):
+  """K steps with the coefficients that a search has found.
+
+  Args:
+    times: [K], what the network is fed with, noisiest first; fractional.
+    x0_from_state: [K].
+    x0_from_eps: [K].
+    state_weights: [K][K], lower triangular.
+    x0_weights: [K].
+    noise_scales: [K], the last one 0.
+    trained_betas: [T], the variances of the training steps of the model.
+    num_train_timesteps: T.
+    prediction_type: what the model predicts: "epsilon", "sample" (the image) or
+      "v_prediction".
+    x0_bound: what the sampler was searched with: None; "clip", predicted images
+      are clipped to [-1, 1]; "dynamic", to the 0.995 quantile of their absolute
+      values, if that is above 1, and divided by it.
+    integer_timesteps: round the times, for a model that takes whole numbers
+      only or cuts fractions off. It is then another sampler than the one that
+      was searched, with other images.
+    label: what its author calls the sampler.
+    denoiser: the name and the SHA-256 of the model it was searched for.
+
+  Attributes:
+    timesteps: [K], float32, or int64 with `integer_timesteps`.
+    init_noise_sigma: 1: the chain starts at standard normal noise.
+
+  Raises:
+    ValueError: lists that do not fit together, unknown prediction_type or
+      x0_bound.
+  """
+
+  order = 1
+
+  @register_to_config
+  def __init__(
+      self,
+      times: list[float],
+      x0_from_state: list[float],
+      x0_from_eps: list[float],
+      state_weights: list[list[float]],
+      x0_weights: list[float],
+      noise_scales: list[float],
+      trained_betas: list[float],
+      num_train_timesteps: int = 1000,
+      prediction_type: str = "epsilon",
+      x0_bound: str | None = None,
+      integer_timesteps: bool = False,
+      label: str = "DDSS",
+      denoiser: dict | None = None,
+  ):
+    steps = len(times)
+    lengths = {len(values) for values in (
+        x0_from_state, x0_from_eps, state_weights, x0_weights, noise_scales,
+        *state_weights)}
+    if lengths != {steps}:
+      raise ValueError(f"all coefficients must have {steps} entries, one a "
+                       f"step. Received: {sorted(lengths)}")
+    if len(trained_betas) != num_train_timesteps:
+      raise ValueError(f"trained_betas must have {num_train_timesteps} "
+                       f"entries. Received: {len(trained_betas)}")
+    if prediction_type not in _PREDICTIONS:
+      raise ValueError(f"prediction_type must be one of {_PREDICTIONS}. "
+                       f"Received: {prediction_type!r}")
+    if x0_bound not in _BOUNDS:
+      raise ValueError(f"x0_bound must be one of {_BOUNDS}. "
+                       f"Received: {x0_bound!r}")
+    betas = torch.tensor(trained_betas, dtype=torch.float64)
+    self._log_abar = torch.cumsum(torch.log1p(-betas), 0)
+    self.betas = betas.float()
+    self.alphas_cumprod = torch.exp(self._log_abar).float()
+    self.init_noise_sigma = 1.0
+    self.num_inference_steps = steps
+    self.set_timesteps()
+
+  def __len__(self) -> int:
+    return self.config.num_train_timesteps
+
+  @property
+  def step_index(self) -> int:
+    """How many steps of the current chain have been made."""
+    return len(self._states)
+
+  def set_timesteps(self, num_inference_steps: int | None = None,
+                    device: str | torch.device | None = None) -> None:
+    """Begins a chain.
+
+    Args:
+      num_inference_steps: K; None is the same.
+      device: of `timesteps`.
+
+    Raises:
+      ValueError: another number of steps, for which there are no coefficients.
+    """
+    steps = len(self.config.times)
+    if num_inference_steps not in (None, steps):
+      raise ValueError(
+          f"num_inference_steps must be {steps}: the sampler was searched for "
+          f"{steps} steps. Received: {num_inference_steps}")
+    times = torch.tensor(self.config.times, dtype=torch.float32)
+    if self.config.integer_timesteps:
+      times = times.round().long().clamp(
+          max=self.config.num_train_timesteps - 1)
+    self.timesteps = times.to(device)
+    self._times = times.tolist()
+    self._states = []
+
+  def scale_model_input(self, sample: torch.Tensor,
+                        timestep=None) -> torch.Tensor:
+    """The states are the network's input as they are."""
+    del timestep
+    return sample
+
+  def step(
+      self,
+      model_output: torch.Tensor,
+      timestep: float | torch.Tensor,
+      sample: torch.Tensor,
+      generator: torch.Generator | list[torch.Generator] | None = None,
+      variance_noise: torch.Tensor | None = None,
+      return_dict: bool = True,
+  ) -> DDSSSchedulerOutput | tuple:
+    """Makes one step. After the last one the next chain may begin.
+
+    Args:
+      model_output: [B, C, H, W], the model's prediction at `sample`.
+      timestep: of this step, from `timesteps` in their order.
+      sample: [B, C, H, W], the current state.
+      generator: of the noise, in the steps that add any.
+      variance_noise: [B, C, H, W], standard normal noise to use instead.
+      return_dict: return a tuple if False.
+
+    Returns:
+      The next state and the predicted image.
+
+    Raises:
+      ValueError: a step out of order, a model_output of another shape, or both
+        generator and variance_noise.
+    """
+    k = self.step_index
+    self._check_order(k, float(timestep))
+    if model_output.shape != sample.shape:
+      raise ValueError(
+          f"model_output must have the shape {tuple(sample.shape)} of the "
+          "sample; learned variances are not used. Received: "
+          f"{tuple(model_output.shape)}")
+    if generator is not None and variance_noise is not None:
+      raise ValueError("generator and variance_noise must not both be given")
+    config = self.config
+    # The state in float32, whatever the model's precision.
+    x_t = sample.float()
+    self._states.append(x_t)
+    eps = self._eps(model_output.float(), x_t, self._times[k])
+    x0_hat = config.x0_from_state[k] * x_t + config.x0_from_eps[k] * eps
+    x0_hat = _bound(x0_hat, config.x0_bound)
+    x_s = config.x0_weights[k] * x0_hat
+    for weight, state in zip(config.state_weights[k], self._states):
+      x_s = x_s + weight * state
+    if config.noise_scales[k] > 0:
+      if variance_noise is None:
+        variance_noise = randn_tensor(
+            sample.shape, generator=generator, device=sample.device,
+            dtype=sample.dtype)
+      x_s = x_s + config.noise_scales[k] * variance_noise.float()
+    if k == len(self._times) - 1:
+      self._states = []
+    x_s, x0_hat = x_s.to(sample.dtype), x0_hat.to(sample.dtype)
+    if not return_dict:
+      return x_s, x0_hat
+    return DDSSSchedulerOutput(prev_sample=x_s, pred_original_sample=x0_hat)
+
+  def _check_order(self, k: int, timestep: float) -> None:
+    """Refuses a step that is not the next one."""
+    # The nearest of all: a pipeline may have rounded it to half precision.
+    nearest = min(self._times, key=lambda time: abs(time - timestep))
+    if nearest != self._times[k]:
+      raise ValueError(
+          f"step {k} of the chain must be at timestep {self._times[k]:g}. "
+          f"Received: {timestep:g}. Begin a chain with set_timesteps and take "
+          "its timesteps one after the other")
+
+  def _alpha_sigma(self, times: torch.Tensor):
+    """(alpha_t, sigma_t), with log abar linear between training steps."""
+    times = times.double().clamp(0, len(self) - 1)
+    left = times.floor().long().clamp(max=max(len(self) - 2, 0))
+    right = (left + 1).clamp(max=len(self) - 1)
+    table = self._log_abar.to(times.device)
+    log_abar = table[left] + (times - left) * (table[right] - table[left])
+    return torch.exp(0.5 * log_abar), torch.sqrt(-torch.expm1(log_abar))
+
+  def _eps(self, prediction: torch.Tensor, x_t: torch.Tensor,
+           time: float) -> torch.Tensor:
+    """The predicted noise, whatever the model predicts."""
+    if self.config.prediction_type == "epsilon":
+      return prediction
+    alpha_t, sigma_t = (
+        float(value) for value in self._alpha_sigma(torch.tensor(time)))
+    if self.config.prediction_type == "sample":
+      return (x_t - alpha_t * prediction) / sigma_t
+    return sigma_t * x_t + alpha_t * prediction
+
+  def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor,
+                timesteps: torch.Tensor) -> torch.Tensor:
+    """A sample of the forward process at times [B], fractional allowed."""
+    shape = (-1,) + (1,) * (original_samples.ndim - 1)
+    alpha, sigma = (
+        value.to(original_samples).reshape(shape)
+        for value in self._alpha_sigma(timesteps.to(original_samples.device)))
+    return alpha * original_samples + sigma * noise
+
+  def save_pretrained(self, save_directory: str | os.PathLike,
+                      push_to_hub: bool = False, **kwargs) -> None:
+    """Saves the configuration, and this file beside it."""
+    os.makedirs(save_directory, exist_ok=True)
+    copy = os.path.join(save_directory, "scheduling_ddss.py")
+    if os.path.abspath(__file__) != os.path.abspath(copy):
+      shutil.copyfile(__file__, copy)
+    super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+def _bound(x0_hat: torch.Tensor, x0_bound: str | None) -> torch.Tensor:
+  """Keeps predicted images [B, ...] near [-1, 1]; see `DDSSScheduler`."""
+  if x0_bound is None:
+    return x0_hat
+  if x0_bound == "clip":
+    return x0_hat.clamp(-1, 1)
+  # Not torch.quantile, which refuses large images.
+  ordered = x0_hat.abs().flatten(1).sort(dim=1).values
+  position = _DYNAMIC_QUANTILE * (ordered.shape[1] - 1)
+  left = int(position)
+  right = min(left + 1, ordered.shape[1] - 1)
+  s = torch.lerp(ordered[:, left], ordered[:, right], position - left)
+  s = s.clamp(min=1).reshape((-1,) + (1,) * (x0_hat.ndim - 1))
+  return x0_hat.clamp(-s, s) / s

@@ -1,0 +1,90 @@
+"""A found sampler as a scheduler of diffusers, for people who use PyTorch.
+
+What is written is a folder of two files: `scheduling_ddss.py`, a class that
+needs PyTorch and diffusers only (`assets/diffusers_scheduler`, never imported
+here), and `scheduler_config.json`, the coefficients.
+"""
+
+import os
+import shutil
+
+from ddss_tf import diffusers_format
+from ddss_tf import storage
+from ddss_tf.card import SamplerCard
+from ddss_tf.denoisers import Denoiser
+from ddss_tf.errors import UserError
+
+MODULE = "scheduling_ddss.py"
+_CLASS = "DDSSScheduler"
+_TEMPLATE = os.path.join(
+    os.path.dirname(__file__), "assets", "diffusers_scheduler", MODULE)
+
+
+def config(card: SamplerCard, denoiser: Denoiser,
+           integer_timesteps: bool = False) -> dict:
+  """The scheduler's configuration.
+
+  Args:
+    card: of the sampler.
+    denoiser: the model it is used with, in PyTorch: its betas and what it
+      predicts.
+    integer_timesteps: round the times, for models that cannot take fractions;
+      the images are then others than ours.
+
+  Returns:
+    JSON, with the arguments of the class in `scheduling_ddss.py`.
+
+  Raises:
+    UserError: a sampler with guidance of its own, which a scheduler never sees,
+      or a model whose states or times are not those of diffusers.
+  """
+  if card.coefficients.guidance_scales is not None:
+    raise UserError("a scheduler of diffusers cannot guide. Received: a sampler "
+                    f"with guidance_scales, {card.label!r}")
+  names = {ours: theirs for theirs, ours
+           in diffusers_format.PREDICTIONS.items()}
+  other = denoiser.convention.non_default()
+  if other.pop("prediction", "eps") not in names or other:
+    raise UserError(
+        "a scheduler of diffusers needs a variance-preserving model of training "
+        f"steps that predicts {', '.join(names)}. Received: {denoiser.name!r} "
+        f"with {denoiser.convention.non_default()}")
+  betas = denoiser.schedule.betas
+  return {
+      "_class_name": _CLASS,
+      **card.coefficients.to_dict(),
+      "denoiser": card.denoiser,
+      "integer_timesteps": integer_timesteps,
+      "label": card.label,
+      "num_train_timesteps": len(betas),
+      "prediction_type": names[denoiser.prediction],
+      "trained_betas": betas.tolist(),
+      "x0_bound": card.x0_bound,
+  }
+
+
+def write(folder: str, card: SamplerCard, denoiser: Denoiser,
+          integer_timesteps: bool = False) -> None:
+  """Writes the two files; the folder appears whole or not at all.
+
+  Args:
+    folder: its path; only a folder of such files is replaced.
+    card: see `config`, as the others.
+    denoiser: likewise.
+    integer_timesteps: likewise.
+
+  Raises:
+    UserError: something else is there.
+  """
+  if os.path.exists(folder) and not (
+      os.path.isdir(folder)
+      and set(os.listdir(folder)) <= {
+          MODULE, diffusers_format.SCHEDULER, "__pycache__"}):
+    raise UserError(
+        f"folder of a scheduler must be new, or hold {MODULE} and "
+        f"{diffusers_format.SCHEDULER} only. Received: {folder!r}")
+  with storage.replacing_folder(folder) as temporary:
+    shutil.copyfile(_TEMPLATE, os.path.join(temporary, MODULE))
+    storage.write_json(
+        os.path.join(temporary, diffusers_format.SCHEDULER),
+        config(card, denoiser, integer_timesteps))

@@ -1,0 +1,140 @@
+"""The exported sampler for other runtimes: ONNX and TensorFlow Lite.
+
+Both are the noise-in form, sampler and network in one file: x_T and step_noise
+(and labels) in, images out, as `from_noise` of the SavedModel. Stateless
+generators have no counterpart there, so the noise is the caller's.
+"""
+
+import importlib.util
+import warnings
+
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf import storage
+from ddss_tf.errors import UserError
+
+# What a format needs beyond the package itself, under the extra of its name.
+_MODULES = {"onnx": ("tf2onnx", "onnxruntime"), "tflite": ()}
+FORMATS = tuple(_MODULES)
+_OPSET = 17
+_PARITY_TOLERANCE = 1e-4
+
+
+def check_installed(name: str) -> None:
+  """Checks that a format can be written and run here.
+
+  Args:
+    name: one of `FORMATS`.
+
+  Raises:
+    UserError: says what to install.
+  """
+  missing = [module for module in _MODULES[name]
+             if importlib.util.find_spec(module) is None]
+  if missing:
+    raise UserError(f"export to {name!r} needs {' and '.join(missing)}: "
+                    f"pip install 'ddss_tf[{name}]'")
+
+
+def write(path: str, name: str, module: tf.Module, from_noise,
+          inputs: dict[str, np.ndarray], expected: np.ndarray) -> None:
+  """Writes one file, after its images were compared in its own runtime.
+
+  The unrolled chain has the network K times, which the converters take minutes
+  for where a network is large; the weights are in the file once.
+
+  Args:
+    path: of the file; what is there stays if anything fails.
+    name: one of `FORMATS`.
+    module: that owns the weights.
+    from_noise: the `tf.function` to write, with a signature.
+    inputs: arguments of it, by name.
+    expected: float32 [B, H, W, C], the images it makes of them.
+
+  Raises:
+    UserError: something to install, an operation that the format does not have,
+      or images that differ.
+  """
+  check_installed(name)
+  convert, run = {"onnx": (_to_onnx, _run_onnx),
+                  "tflite": (_to_tflite, _run_tflite)}[name]
+  try:
+    content = convert(module, from_noise)
+    received = run(content, inputs)
+  except Exception as error:  # Converters and runtimes raise many kinds.
+    raise UserError(f"the sampler cannot be written as {name}: "
+                    f"{' '.join(str(error).split())[:300]}") from error
+  difference = float(np.max(np.abs(expected - received)))
+  if not difference <= _PARITY_TOLERANCE:
+    raise UserError(
+        f"images of the {name} file must equal those in memory to "
+        f"{_PARITY_TOLERANCE:g}. Received: a difference of {difference:g}")
+  with storage.replacing(path) as temporary:
+    with open(temporary, "wb") as f:
+      f.write(content)
+
+
+def _to_onnx(module, from_noise) -> bytes:
+  del module
+  import tf2onnx  # pylint: disable=g-import-not-at-top
+  signature = from_noise.input_signature
+  proto, _ = tf2onnx.convert.from_function(
+      from_noise, input_signature=signature, opset=_OPSET,
+      custom_op_handlers={"Expm1": (_expm1, [])})
+  # TensorFlow's graphs have lower-case names only.
+  names = {spec.name.lower(): spec.name for spec in signature}
+  for value in proto.graph.input:
+    value.name = names.get(value.name, value.name)
+    value.type.tensor_type.shape.dim[0].dim_param = "batch"
+  for node in proto.graph.node:
+    for i, name in enumerate(node.input):
+      node.input[i] = names.get(name, name)
+  for value in proto.graph.output:
+    value.type.tensor_type.shape.dim[0].dim_param = "batch"
+  return proto.SerializeToString()
+
+
+def _expm1(graph, node, name, args) -> None:
+  """exp(x) - 1, which ONNX has not, as tanh(x / 2) (exp(x) + 1).
+
+  Exact near 0 as well, where sigma_t of models that predict x0 or v needs it.
+  """
+  del args
+  (x,), outputs = list(node.input), list(node.output)
+  shapes, dtypes = node.output_shapes, node.output_dtypes
+  half, one = (
+      graph.make_const(f"{name}/{value}", np.float32(value)).output[0]
+      for value in (0.5, 1))
+
+  def add(kind, *inputs):
+    return graph.make_node(
+        kind, list(inputs), shapes=shapes, dtypes=dtypes).output[0]
+
+  factors = (add("Tanh", add("Mul", x, half)),
+             add("Add", add("Exp", x), one))
+  graph.remove_node(node.name)
+  graph.make_node("Mul", list(factors), outputs=outputs, shapes=shapes,
+                  dtypes=dtypes, name=name)
+
+
+def _run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
+  import onnxruntime  # pylint: disable=g-import-not-at-top
+  session = onnxruntime.InferenceSession(
+      content, providers=["CPUExecutionProvider"])
+  # One step adds no noise: the converter drops that input.
+  names = [value.name for value in session.get_inputs()]
+  return session.run(["images"], {name: inputs[name] for name in names})[0]
+
+
+def _to_tflite(module, from_noise) -> bytes:
+  return tf.lite.TFLiteConverter.from_concrete_functions(
+      [from_noise.get_concrete_function()], module).convert()
+
+
+def _run_tflite(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
+  with warnings.catch_warnings():
+    # That this interpreter moves to the package ai-edge-litert.
+    warnings.simplefilter("ignore")
+    interpreter = tf.lite.Interpreter(model_content=content)
+  return interpreter.get_signature_runner("serving_default")(**inputs)["images"]

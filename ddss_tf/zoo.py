@@ -1,0 +1,128 @@
+"""The zoo: found samplers as files with their figures, to use without a search.
+
+A zoo is a folder of cards, `<name>.json`, each a `sampler.json` with the
+records of its evaluation in it: which model (by the hash of its weights), which
+K and family, figures, the protocol behind them, and where it comes from. One
+comes with the package.
+"""
+
+import os
+
+import ddss_tf
+from ddss_tf import card as card_lib
+from ddss_tf import storage
+from ddss_tf.card import SamplerCard
+from ddss_tf.errors import UserError
+
+FOLDER = os.path.join(os.path.dirname(__file__), "assets", "samplers")
+_SUFFIX = ".json"
+
+
+def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
+  """All samplers of a zoo, by name.
+
+  Args:
+    folder: of the cards; None: those that come with the package.
+
+  Returns:
+    The cards, in the order of their names.
+
+  Raises:
+    UserError: no such folder, or a card is damaged.
+  """
+  folder = folder or FOLDER
+  if not os.path.isdir(folder):
+    raise UserError(f"zoo must be a folder of cards. Received: {folder!r}")
+  names = sorted(name.removesuffix(_SUFFIX) for name in os.listdir(folder)
+                 if name.endswith(_SUFFIX))
+  return {name: card_lib.read(os.path.join(folder, name + _SUFFIX))
+          for name in names}
+
+
+def find(sampler: str, folder: str | None = None) -> str:
+  """Path of a card.
+
+  Args:
+    sampler: its path, or its name in the zoo.
+    folder: of the zoo; None: the one that comes with the package.
+
+  Raises:
+    UserError: neither.
+  """
+  if os.path.isfile(sampler):
+    return sampler
+  folder = folder or FOLDER
+  path = os.path.join(folder, sampler + _SUFFIX)
+  if os.sep in sampler or not os.path.isfile(path):
+    raise UserError("sampler must be the path of a card, or one of "
+                    f"{', '.join(list_cards(folder)) or 'an empty zoo'}. "
+                    f"Received: {sampler!r}")
+  return path
+
+
+def load(sampler: str, folder: str | None = None) -> SamplerCard:
+  """A sampler by its name, or by the path of its card; see `find`."""
+  return card_lib.read(find(sampler, folder))
+
+
+def add(run_dir: str, folder: str, name: str | None = None,
+        metrics: str | None = None, note: str = "") -> str:
+  """Publishes the sampler of a run, with its figures, in a zoo.
+
+  Args:
+    run_dir: folder of the run, with `sampler.json`.
+    folder: of the zoo; made if need be.
+    name: of the card; None: `<denoiser>-k<K>-<family>`.
+    metrics: the file with its records; None: `metrics.json` of the run.
+    note: what a reader should know.
+
+  Returns:
+    Path of the card.
+
+  Raises:
+    UserError: no sampler, no record of its coefficients, or a name that is no
+      file name.
+  """
+  card = card_lib.read(os.path.join(run_dir, card_lib.FILE))
+  metrics = metrics or os.path.join(run_dir, "metrics.json")
+  if not os.path.exists(metrics):
+    raise UserError(f"{metrics} must exist: run --mode=evaluate first")
+  records = tuple(
+      record for record in storage.read_records(metrics)
+      if record.get("coefficients_sha256") == card.coefficients_sha256
+      and record.get("x0_bound") == card.x0_bound
+      and record.get("denoiser") == card.denoiser)
+  if not records:
+    raise UserError(f"{metrics} must have a record of the coefficients in "
+                    f"{run_dir}, with SHA-256 {card.coefficients_sha256}: run "
+                    "--mode=evaluate first")
+  if name is None:
+    name = "-".join([card.denoiser["name"], f"k{card.coefficients.num_steps}",
+                     card.family or "sampler"])
+  if os.path.basename(name) != name or name.startswith("."):
+    raise UserError(f"name of a card must be a file name. Received: {name!r}")
+  path = os.path.join(folder, name + _SUFFIX)
+  card_lib.write(path, SamplerCard(
+      label=card.label, coefficients=card.coefficients, denoiser=card.denoiser,
+      search=card.search, x0_bound=card.x0_bound, metrics=records,
+      provenance={"ddss_tf": ddss_tf.__version__,
+                  **({"note": note} if note else {})}))
+  return path
+
+
+def table(folder: str | None = None) -> str:
+  """A zoo as text: one line a sampler, with its first record's figures."""
+  head = ("name", "model", "sha256", "K", "FID", "held-out", "samples")
+  rows = []
+  for name, card in list_cards(folder).items():
+    record = card.metrics[0] if card.metrics else {}
+    rows.append((
+        name, str(card.denoiser.get("name")),
+        str(card.denoiser.get("sha256"))[:8], str(card.coefficients.num_steps),
+        *("-" if record.get(key) is None else f"{record[key]:.2f}"
+          for key in ("fid", "fid_heldout")),
+        str(record.get("num_samples", "-"))))
+  widths = [max(map(len, column)) for column in zip(head, *rows)]
+  return "\n".join("  ".join(
+      cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                   for row in (head, *rows))

@@ -1,0 +1,115 @@
+"""Tests of the package as a library, without gin."""
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+from PIL import Image
+import pytest
+
+import ddss_tf
+from ddss_tf import data
+from ddss_tf import denoisers
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def test_public_names_have_documentation():
+  for name in ddss_tf.__all__:
+    value = getattr(ddss_tf, name)
+    assert value.__doc__ and len(value.__doc__.splitlines()[0]) > 10, name
+    if inspect.isfunction(value):
+      assert "<object object" not in str(inspect.signature(value)), name
+      for parameter in inspect.signature(value).parameters:
+        if parameter != "options":
+          # Every argument is explained.
+          assert re.search(
+              rf"^ +\**{parameter}:", value.__doc__, re.M), (name, parameter)
+  signature = str(inspect.signature(ddss_tf.search))
+  assert "batch_size: int = REQUIRED" in signature
+  with pytest.raises(AttributeError, match="no attribute 'find_sampler'"):
+    ddss_tf.find_sampler  # pylint: disable=pointless-statement
+
+
+def test_names_for_editors_are_the_public_ones():
+  with open(ddss_tf.__file__) as f:
+    text = f.read()
+  checked = re.findall(r"^  from ddss_tf(?:\.\w+)? import (.+)$", text, re.M)
+  names = {name for line in checked for name in line.split(", ")}
+  assert names == set(ddss_tf.__all__)
+
+
+def test_import_is_quick():
+  code = ("import sys, ddss_tf; "
+          "sys.exit('tensorflow' in sys.modules or 'numpy' in sys.modules)")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
+  denoiser = gaussian_parts["denoiser"]
+  images = np.clip(gaussian_parts["dataset"].images, -1, 1)
+  features = gaussian_parts["features"]
+  options = dict(num_search_steps=1, batch_size=8, validation_samples=8,
+                 pool_samples=16, jit_compile=False)
+  make = lambda schedule: ddss_tf.make_sampler(schedule, "ggdm", num_steps=2)
+  a = ddss_tf.search(str(tmp_path / "a"), denoiser, images, features,
+                     make(denoiser.schedule), **options)
+  b = ddss_tf.search(str(tmp_path / "b"), denoiser, data.as_dataset(images),
+                     features, make, **options)
+  for name, x, y in zip(a.coefficients()._fields, a.coefficients(),
+                        b.coefficients()):
+    np.testing.assert_array_equal(x, y, err_msg=name)
+  for bad, words in ((images[0], "shape"), (images + 9, r"\[-1, 1\]"),
+                     ((images * 100).astype(np.uint8), "uint8"),
+                     (images * np.nan, "finite")):
+    with pytest.raises(ddss_tf.UserError, match=words):
+      ddss_tf.search(str(tmp_path / "c"), denoiser, bad, features, make,
+                     **options)
+  with pytest.raises(ddss_tf.UserError, match="init is 'auto'"):
+    ddss_tf.search(
+        str(tmp_path / "c"), denoiser, images, features, ddss_tf.make_sampler(
+            denoiser.schedule, "ggdm", num_steps=2, init="auto"), **options)
+
+
+def test_quick_start(tmp_path, monkeypatch):
+  spec = importlib.util.spec_from_file_location(
+      "quick_start", os.path.join(ROOT, "examples", "quick_start.py"))
+  quick_start = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(quick_start)
+  # Compiling with XLA would take longer than all else.
+  compiled = denoisers.Denoiser.compiled_eps
+  monkeypatch.setattr(denoisers.Denoiser, "compiled_eps",
+                      lambda self, jit_compile=True: compiled(self, False))
+  rng = np.random.default_rng(0)
+  os.mkdir(tmp_path / "images")
+  for i in range(24):
+    Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).save(
+        tmp_path / "images" / f"{i}.png")
+  keras.utils.set_random_seed(0)
+  inputs = keras.Input((8, 8, 3))
+  x = keras.layers.Flatten()(keras.layers.Conv2D(4, 3, strides=2)(inputs))
+  x = keras.layers.Dense(6, activation="tanh", name="pool")(x)
+  keras.Model(inputs, keras.layers.Dense(3, name="logits")(x)).save(
+      tmp_path / "features.keras")
+  run = str(tmp_path / "run")
+  records = quick_start.main(
+      os.path.join(ROOT, "tests", "testdata", "tiny_unet2d"),
+      str(tmp_path / "images"), run, str(tmp_path / "features.keras"),
+      num_steps=2, num_samples=8, num_search_steps=1, batch_size=4,
+      gradient_samples=2, pool_samples=8, validation_samples=4)
+  assert records[-1]["sampler"] == "GGDM+PRED+TIME"
+  assert records[-1]["num_real"] == 24
+  for name in ("sampler.json", "metrics.json", "export/saved_model.pb",
+               "diffusers_scheduler/scheduling_ddss.py", "generated.png"):
+    assert os.path.exists(os.path.join(run, name)), name
+
+
+def test_one_version():
+  with open(os.path.join(ROOT, "CHANGELOG.md")) as f:
+    newest = re.search(r"^## ([\d.]+)", f.read(), re.M).group(1)
+  assert newest == ddss_tf.__version__

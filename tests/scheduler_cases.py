@@ -1,0 +1,74 @@
+"""Samplers that are written as schedulers of diffusers, for its test.
+
+  python -m tests.scheduler_cases FOLDER
+
+writes them, for `tools/dump_scheduler_fixture.py`.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+import ddss_tf
+from ddss_tf import card
+from ddss_tf import diffusers_scheduler
+from ddss_tf import zoo
+from ddss_tf.coefficients import Coefficients
+
+TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "testdata")
+_DIGITS, _TINY = "digits16-ddpm", "tiny_unet2d"
+
+
+def _perturbed(schedule, solver: str, num_steps: int) -> Coefficients:
+  """A dense sampler near a solver: what a search could have found."""
+  start = ddss_tf.solver_coefficients(schedule, solver, num_steps, "linspace")
+  rng = np.random.default_rng(num_steps)
+  moved = Coefficients(*(
+      value + 0.02 * rng.normal(size=value.shape) for value in start))
+  noise = np.abs(moved.noise_scales)
+  noise[1], noise[-1] = 0.0, 0.0  # One step draws no noise, nor does the last.
+  # Fractional, in order, inside the training steps.
+  times = start.times * 0.93 + rng.uniform(1, 9, num_steps)
+  return moved._replace(
+      times=times, state_weights=np.tril(moved.state_weights),
+      noise_scales=noise).numpy()
+
+
+def cases() -> dict:
+  """By name: card, denoiser, folder of the model in tests/testdata."""
+  digits = ddss_tf.load_denoiser(_DIGITS)
+  tiny = ddss_tf.load_denoiser(os.path.join(TESTDATA, _TINY))
+  found = {}
+  for name in ("ggdm+pred+time", "vars"):
+    found[f"digits_{name}_k5"] = (
+        zoo.load(f"{_DIGITS}-k5-{name}"), digits, _DIGITS)
+
+  def add(name, coefficients, denoiser, folder, x0_bound=None):
+    found[name] = (card.SamplerCard(
+        name, coefficients.numpy(), denoiser.identity, {}, x0_bound),
+                   denoiser, folder)
+
+  add("digits_unipc_k10", ddss_tf.solver_coefficients(
+      digits.schedule, "unipc3-bh2", 10, "logsnr"), digits, _DIGITS)
+  for prediction, x0_bound in (("v", None), ("x0", None), ("eps", "clip"),
+                               ("eps", "dynamic")):
+    denoiser = tiny if prediction == tiny.prediction else ddss_tf.Denoiser(
+        tiny.model, tiny.schedule, prediction, _TINY)
+    for num_steps in (5, 10):
+      add(f"tiny_{prediction}_{x0_bound}_k{num_steps}",
+          _perturbed(tiny.schedule, "deis3", num_steps), denoiser, _TINY,
+          x0_bound)
+  add("tiny_ddpm_k10", ddss_tf.solver_coefficients(
+      tiny.schedule, "ddpm", 10), tiny, _TINY)
+  return found
+
+
+def main(folder: str) -> None:
+  for name, (sampler, denoiser, model) in cases().items():
+    diffusers_scheduler.write(
+        os.path.join(folder, model, name), sampler, denoiser)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
