@@ -72,6 +72,7 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.features import FeatureNetwork, load_features
   from ddss_tf.inspecting import inspect
   from ddss_tf.loading import load_denoiser
+  from ddss_tf.reporting import report
   from ddss_tf.samplers import FixedSampler, Sampler, SolverSampler
   from ddss_tf.schedules import NoiseSchedule, make_schedule
   from ddss_tf.searching import search

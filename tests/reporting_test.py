@@ -93,7 +93,7 @@ def write_card(folder, label="GGDM", found=None, **search):
        "validation": 0.321, "objective": {"frechet": 1.0},
        "config": {"init": "ddim", "stride": "linear"},
        "features": [{"name": "cnn", "sha256": "a" * 64}], **search}))
-  return fingerprint.arrays_sha256(found)
+  return fingerprint.coefficients_sha256(found)
 
 
 def write_run(folder, label="GGDM", **changes):

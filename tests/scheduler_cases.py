@@ -24,8 +24,8 @@ def _perturbed(schedule, solver: str, num_steps: int) -> Coefficients:
   """A dense sampler near a solver: what a search could have found."""
   start = ddss_tf.solver_coefficients(schedule, solver, num_steps, "linspace")
   rng = np.random.default_rng(num_steps)
-  moved = Coefficients(*(
-      value + 0.02 * rng.normal(size=value.shape) for value in start))
+  moved = start.map(
+      lambda value: value + 0.02 * rng.normal(size=value.shape))
   noise = np.abs(moved.noise_scales)
   noise[1], noise[-1] = 0.0, 0.0  # One step draws no noise, nor does the last.
   # Fractional, in order, inside the training steps.

@@ -61,7 +61,7 @@ def test_images_of_diffusers_are_ours(cases, golden, tmp_path):
 def test_the_coefficients_are_kept_exactly(cases, golden):
   for name, (sampler, denoiser, _) in cases.items():
     config = json.loads(str(golden[f"{name}/config"]))
-    for key, value in sampler.coefficients._asdict().items():
+    for key, value in sampler.coefficients.arrays().items():
       np.testing.assert_array_equal(np.float32(config[key]), value)
     np.testing.assert_array_equal(
         config["trained_betas"], denoiser.schedule.betas)
