@@ -194,11 +194,11 @@ def _found_samplers(run):
 
 def _uses(run, groups, found):
   """How to use the sampler of a run, or the best searched ones of each K."""
-  best = [line["searched"]["coefficients_sha256"]
+  best = [(line["searched"]["sampler"], line["searched"]["coefficients_sha256"])
           for line in _headlines(groups) if line["searched"]]
   uses = []
   for each in found:
-    if each["folder"] != "." and each["sha256"] not in best:
+    if each["folder"] != "." and (each["label"], each["sha256"]) not in best:
       continue
     folder = os.path.normpath(run.path(each["folder"]))
     model = os.path.join(folder, exporting.EXPORT)
