@@ -2,8 +2,8 @@
 
 Figures are drawn again from `metrics.json` and embedded; nothing is measured or
 sampled. The page is one file that loads nothing, without scripts. What it says
-comes out of files, so that every text is escaped (by Jinja), and every number of
-a table is a `<data>` element with all its digits in `value`.
+comes out of files, so that every text is escaped (by Jinja), and every number
+of a table is a `<data>` element with all its digits in `value`.
 """
 
 import base64
