@@ -2,8 +2,8 @@
 
 Figures are drawn again from `metrics.json` and embedded; nothing is measured or
 sampled. The page is one file that loads nothing, without scripts. What it says
-comes out of files, so that every text is escaped (Jinja's autoescape), and every
-number of a table is a `<data>` element with all its digits in `value`.
+comes out of files, so that every text is escaped (by Jinja), and every number
+of a table is a `<data>` element with all its digits in `value`.
 """
 
 import base64
@@ -194,11 +194,12 @@ def _found_samplers(run):
 
 def _uses(run, groups, found):
   """How to use the sampler of a run, or the best searched ones of each K."""
-  best = [line["searched"]["coefficients_sha256"]
+  best = [(line["searched"]["sampler"], line["searched"]["coefficients_sha256"])
           for line in _headlines(groups) if line["searched"]]
+  config = run.path("config.gin")
   uses = []
   for each in found:
-    if each["folder"] != "." and each["sha256"] not in best:
+    if each["folder"] != "." and (each["label"], each["sha256"]) not in best:
       continue
     folder = os.path.normpath(run.path(each["folder"]))
     model = os.path.join(folder, exporting.EXPORT)
@@ -208,7 +209,9 @@ def _uses(run, groups, found):
         "card": os.path.join(folder, card.FILE),
         "command": shlex.join([
             "python", "-m", "ddss_tf.main", "--mode=export",
-            f"--gin_file={run.path('config.gin')}", f"--run_dir={folder}"]),
+            f"--gin_file={config}", f"--run_dir={folder}"])
+                   if os.path.exists(config) else
+                   f"ddss_tf.export({folder!r}, denoiser)",
     })
   return uses
 

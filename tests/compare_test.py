@@ -168,8 +168,8 @@ def test_pictures_are_drawn_again_from_the_files(
     (tmp_path / name).unlink()
   monkeypatch.setattr(evaluation, "Evaluator", None)
   with open(os.path.join(run, "metrics.json")) as f:
-    kept = {r["coefficients_sha256"]: r for r in json.load(f)}
-  again = [kept[r["coefficients_sha256"]] for r in records]
+    kept = {r["sampler"]: r for r in json.load(f)}
+  again = [kept[r["sampler"]] for r in records]
   assert comparing.draw(str(tmp_path), again) == names
   assert [(tmp_path / name).read_bytes() for name in names] == before
 

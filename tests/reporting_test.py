@@ -227,7 +227,9 @@ def test_comparison(tmp_path):
   summaries = [text for text in page.text.splitlines() if "k3/" in text]
   assert any("VARS" in text for text in summaries)
   folder = str(tmp_path / "k3" / "ggdm+pred")
-  assert f"--run_dir={folder}" in page.text.replace("'", "")
+  assert f"ddss_tf.export({folder!r}, denoiser)" in page.text
+  storage.write_text(str(tmp_path / "config.gin"), "")
+  assert f"--run_dir={folder}" in page_of(tmp_path).text.replace("'", "")
   assert f"{tmp_path}/k3/vars/sampler.json" not in page.text
 
 
