@@ -76,7 +76,11 @@ def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
             denoiser.schedule, "ggdm", num_steps=2, init="auto"), **options)
 
 
-def test_quick_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", [
+    "gaussian",
+    # About a minute: the U-Net is traced for every stage.
+    pytest.param("tiny_unet2d", marks=pytest.mark.slow)])
+def test_quick_start(model, tmp_path, monkeypatch):
   spec = importlib.util.spec_from_file_location(
       "quick_start", os.path.join(ROOT, "examples", "quick_start.py"))
   quick_start = importlib.util.module_from_spec(spec)
@@ -85,6 +89,11 @@ def test_quick_start(tmp_path, monkeypatch):
   compiled = denoisers.Denoiser.compiled_eps
   monkeypatch.setattr(denoisers.Denoiser, "compiled_eps",
                       lambda self, jit_compile=True: compiled(self, False))
+  if model == "gaussian":
+    path = str(tmp_path / model)
+    ddss_tf.gaussian_denoiser((8, 8, 3)).save(path)
+  else:
+    path = os.path.join(ROOT, "tests", "testdata", model)
   rng = np.random.default_rng(0)
   os.mkdir(tmp_path / "images")
   for i in range(24):
@@ -98,8 +107,7 @@ def test_quick_start(tmp_path, monkeypatch):
       tmp_path / "features.keras")
   run = str(tmp_path / "run")
   records = quick_start.main(
-      os.path.join(ROOT, "tests", "testdata", "tiny_unet2d"),
-      str(tmp_path / "images"), run, str(tmp_path / "features.keras"),
+      path, str(tmp_path / "images"), run, str(tmp_path / "features.keras"),
       num_steps=2, num_samples=8, num_search_steps=1, batch_size=4,
       gradient_samples=2, pool_samples=8, validation_samples=4)
   assert records[-1]["sampler"] == "GGDM+PRED+TIME"
