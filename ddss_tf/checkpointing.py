@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from typing import Iterator
@@ -70,6 +71,8 @@ class Checkpoints:
     if damaged and not self.latest:
       raise UserError("checkpoints must be readable; delete the run_dir to "
                       f"begin anew. Received: {', '.join(damaged)}")
+    for path in self._begun():
+      shutil.rmtree(path, ignore_errors=True)
     for path in damaged:
       os.replace(f"{path}.index", f"{path}.index.damaged")
     notes = {}
@@ -91,7 +94,23 @@ class Checkpoints:
     Args:
       step: its number.
       seconds: what the work took so far.
+
+    Raises:
+      UserError: the disk is full or not to be written to; the checkpoints
+        before are as they were.
     """
+    try:
+      self._save(step, seconds)
+    except (OSError, tf.errors.OpError) as error:
+      # What TensorFlow has begun would fill a full disk for good.
+      for path in self._begun():
+        shutil.rmtree(path, ignore_errors=True)
+      raise UserError(
+          f"checkpoint {self._path(step)} cannot be written: "
+          f"{' '.join(str(error).split())[:200]}; the last good one is "
+          f"{self.latest}") from error
+
+  def _save(self, step, seconds):
     tf.summary.flush()
     # Before the checkpoint, which does not count without it.
     storage.write_json(f"{self._path(step)}.json", {
@@ -107,6 +126,10 @@ class Checkpoints:
                                        "ckpt-*.json")):
       if int(re.search(r"-(\d+)\.json$", path)[1]) not in kept:
         os.remove(path)
+
+  def _begun(self):
+    """Folders of checkpoints that were not finished."""
+    return glob.glob(os.path.join(glob.escape(self._folder), "ckpt-*_temp*"))
 
   def _path(self, step):
     return os.path.join(self._folder, f"ckpt-{step}")

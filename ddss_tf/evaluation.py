@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any, Mapping
 
 from absl import logging
 import gin
@@ -20,7 +21,7 @@ from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.samplers import FixedSampler, Sampler
 from ddss_tf.searching import check_shapes, check_x0_bound
 
@@ -89,13 +90,13 @@ class Evaluator:
     self._seed = seed
     self._batch_size = batch_size
     self._jit_compile = jit_compile
+    self._known = _read_records(run.path(METRICS))
     self._reference = [reference_lib.reference(
         network, dataset, quantise=True, cache_dir=run.cache)
                        for network in self._networks]
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
     self._generators = {}
-    self._known = _read_records(run.path(METRICS))
 
   def generator(self, x0_bound: str | None) -> sampling.Generator:
     """The generator of images with a bound on x0_hat."""
@@ -156,6 +157,22 @@ class Evaluator:
     }
 
 
+def check_evaluate(arguments: Mapping[str, Any]) -> None:
+  """Checks all that can be said of an evaluation before anything is loaded.
+
+  Args:
+    arguments: of `evaluate`, by name; the parts are not looked at.
+
+  Raises:
+    UserError: one is out of range.
+  """
+  # KID has an error from 4 samples on.
+  check_whole("evaluate.num_samples", arguments["num_samples"], 4)
+  check_whole("evaluate.batch_size", arguments["batch_size"], 1)
+  check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
+  check_x0_bound("evaluate", arguments["x0_bound"])
+
+
 @gin.configurable(denylist=["run_dir"])
 def evaluate(
     run_dir: str,
@@ -200,15 +217,16 @@ def evaluate(
     UserError: parts that do not fit together, no sampler to evaluate, or too
       few samples for a metric.
   """
-  check_x0_bound("evaluate", x0_bound)
+  check_evaluate(locals())
   run = run_dir_lib.RunDir(run_dir, cache_dir)
-  evaluator = Evaluator(
-      run, denoiser, dataset, features, heldout_features, seed,
-      max(1, min(batch_size, num_samples)), jit_compile)
   # Each with its bound on x0_hat.
   samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
   if os.path.exists(run.path(card.FILE)) or not samplers:
     samplers.append(load_searched(run, denoiser))
+  evaluator = Evaluator(
+      run, denoiser, dataset, features, heldout_features, seed,
+      min(batch_size, num_samples), jit_compile)
+  run.keep_config()
   records = []
   for sampler, bound in samplers:
     records.append(evaluator.record(sampler, num_samples, bound))

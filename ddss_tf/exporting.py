@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from typing import Any, Mapping
 
 import gin
 import numpy as np
@@ -16,7 +17,7 @@ from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation import load_searched
 
 EXPORT = "export"
@@ -108,11 +109,16 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
   """
   run = run_dir_lib.RunDir(run_dir)
   sampler, x0_bound = load_searched(run, denoiser)
+  run.keep_config()
   coefficients = sampler.coefficients().numpy()
   module = SamplerModule(denoiser, coefficients, x0_bound)
   temporary = tempfile.mkdtemp(dir=run.root, prefix=".export-")
   try:
-    tf.saved_model.save(module, temporary, signatures=module.endpoints)
+    try:
+      tf.saved_model.save(module, temporary, signatures=module.endpoints)
+    except tf.errors.OpError as error:  # Of a full disk, say.
+      raise UserError(f"{run.path(EXPORT)} cannot be written: "
+                      f"{' '.join(str(error).split())[:200]}") from error
     _check(temporary, denoiser, coefficients, x0_bound)
     os.chmod(temporary, 0o755)
     target = run.path(EXPORT)
@@ -144,6 +150,21 @@ def _check(path, denoiser, coefficients, x0_bound):
         f"Received: a difference of {difference:g}")
 
 
+def check_sample(arguments: Mapping[str, Any]) -> None:
+  """Checks the numbers that `sample` is given.
+
+  Args:
+    arguments: of `sample`, by name; the parts are not looked at.
+
+  Raises:
+    UserError: one is out of range.
+  """
+  for name in ("num_images", "batch_size"):
+    check_whole(f"sample.{name}", arguments[name], 1)
+  check_whole("sample.seed", arguments["seed"], 0, most=MAX_SEED)
+  check_whole("sample.label", arguments["label"], 0, optional=True)
+
+
 @gin.configurable(denylist=["run_dir"])
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
@@ -167,14 +188,13 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     UserError: there is no sampler, it is for another model, num_images < 1, or
       a label that the denoiser does not have.
   """
-  if num_images < 1:
-    raise UserError(
-        f"sample.num_images must be at least 1. Received: {num_images}")
+  check_sample(locals())
   if label is not None and not 0 <= label < (denoiser.num_classes or 0):
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
   run = run_dir_lib.RunDir(run_dir)
   sampler, x0_bound = load_searched(run, denoiser)
+  run.keep_config()
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = data.to_uint8(generator.images(

@@ -7,6 +7,7 @@ where an earlier command stopped. Bindings are overridden with
 --gin_param='search.batch_size = 128'.
 """
 
+import inspect
 import os
 import re
 import sys
@@ -78,24 +79,45 @@ def _build(stages) -> None:
   So a fault in what only the last stage needs shows before the first has run
   for hours. What is large is a `gin.singleton`, and so built once.
   """
-  import gin  # pylint: disable=g-import-not-at-top
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
-  from ddss_tf.searching import check_shapes  # pylint: disable=g-import-not-at-top
+  # pylint: disable=g-import-not-at-top
+  import gin
+  from ddss_tf import comparing
+  from ddss_tf import evaluation
+  from ddss_tf import exporting
+  from ddss_tf import registry
+  from ddss_tf import searching
+  from ddss_tf.errors import UserError
+  # pylint: enable=g-import-not-at-top
+  checks = {
+      "compare": comparing.check_compare, "evaluate": evaluation.check_evaluate,
+      "sample": exporting.check_sample, "search": searching.check_search}
   for stage in stages:
     name = stage.__name__
-    bindings = gin.get_bindings(name)
-    for key, value in bindings.items():
+    arguments = _arguments(stage)
+    for key, value in arguments.items():
       if value is gin.REQUIRED:
         raise UserError(f"gin: {name}.{key} must be bound")
-    denoiser = bindings.get("denoiser")
-    if "dataset" in bindings:
-      networks = [bindings[key] for key in ("features", "heldout_features")
-                  if bindings.get(key) is not None]
-      check_shapes(denoiser, bindings["dataset"], *networks)
-    factories = list(bindings.get("baselines") or [])
-    factories += [bindings["sampler"]] if "sampler" in bindings else []
+    if name in checks:
+      checks[name](arguments)
+    if name == "compare":  # Which searches.
+      searching.check_search(_arguments(registry.search))
+    denoiser = arguments["denoiser"]
+    if "dataset" in arguments:
+      networks = [arguments[key] for key in ("features", "heldout_features")
+                  if arguments.get(key) is not None]
+      searching.check_shapes(denoiser, arguments["dataset"], *networks)
+    factories = list(arguments.get("baselines") or [])
+    factories += [arguments["sampler"]] if "sampler" in arguments else []
     for factory in factories:
       factory(denoiser.schedule)
+
+
+def _arguments(stage) -> dict:
+  """What a stage will be called with, defaults too, but for the run_dir."""
+  import gin  # pylint: disable=g-import-not-at-top
+  parameters = inspect.signature(stage).parameters.values()
+  defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
+  return {**defaults, **gin.get_bindings(stage.__name__)}
 
 
 def main(argv):
@@ -142,7 +164,6 @@ def _run():
   from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
   from ddss_tf import evaluation  # pylint: disable=g-import-not-at-top
   from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
-  from ddss_tf import storage  # pylint: disable=g-import-not-at-top
 
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
   stages = _stages(_MODE.value)
@@ -156,11 +177,14 @@ def _run():
       return
     run = run_dir_lib.RunDir(_RUN_DIR.value)
     run.lock()
-    _build(stages)
-    storage.write_text(run.path("config.gin"), gin.config_str())
     results = {}
-    for stage in stages:
-      results[stage.__name__] = stage(run.root)
+    try:
+      _build(stages)
+      for stage in stages:
+        results[stage.__name__] = stage(run.root)
+    except UserError:
+      run.withdraw()
+      raise
   records = results.get("evaluate") or results.get("compare")
   if records:
     print(f"\n{evaluation.table(records)}\n")

@@ -565,8 +565,8 @@ def test_another_search_in_the_same_place(parts, finished, tmp_path):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(batch_size=1), "batch_size must be at least 2"),
-    (dict(num_search_steps=0), "num_search_steps must be at least 1"),
+    (dict(batch_size=1), "batch_size must be a whole number >= 2"),
+    (dict(num_search_steps=0), "num_search_steps must be a whole number >= 1"),
     (dict(rate_multipliers={"colour": 1.0}), "colour"),
     (dict(objective="beauty"), "kid_linear.*'beauty'"),
     (dict(x0_bound="soft"), "clip or dynamic.*'soft'"),
