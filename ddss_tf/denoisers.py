@@ -429,10 +429,11 @@ def _load_own(folder: str) -> Denoiser:
     raise UserError(f"{folder} has {_CARD} but no {_NETWORK}")
   try:
     with frozen_variables():
-      model = keras.saving.load_model(network_path, compile=False)
+      model = keras.saving.load_model(
+          network_path, compile=False, safe_mode=True)
   except Exception as error:  # Keras raises many kinds for a damaged file.
     raise UserError(
-        f"{network_path} is not a complete Keras file: "
+        f"{network_path} is not a complete and safe Keras file: "
         f"{' '.join(str(error).split())[:200]}") from error
   model.trainable = False
   try:

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import sys
+import tokenize
 
 from absl import app
 from absl import flags
@@ -53,7 +54,7 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   try:
     gin.parse_config_files_and_bindings(files, params, skip_unknown=False)
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
-          AttributeError, ImportError) as error:
+          AttributeError, ImportError, tokenize.TokenError) as error:
     raise UserError(f"gin: {error}") from error
   finally:
     logging.set_verbosity(verbosity)
@@ -127,9 +128,11 @@ def main(argv):
   if not flags.FLAGS["verbosity"].present:
     # Libraries' news is for --verbosity=0; ours is the bar and TensorBoard.
     logging.set_verbosity(logging.WARNING)
-  from ddss_tf.errors import Terminated, UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf.errors import Terminated, UserError, WorkerLost  # pylint: disable=g-import-not-at-top
   try:
     _run()
+  except WorkerLost as error:
+    _fail(error, 1, at_once=True)
   except Terminated as error:
     _fail(error, 143)
   except (UserError, OSError) as error:
@@ -140,10 +143,14 @@ def main(argv):
     _fail(f"gin: {error}")
 
 
-def _fail(error, status=2):
+def _fail(error, status=2, at_once=False):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  if at_once:  # TensorFlow would wait for the worker that is gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
   sys.exit(status)
 
 
@@ -179,12 +186,17 @@ def _run():
     run.lock()
     results = {}
     try:
-      _build(stages)
-      for stage in stages:
-        results[stage.__name__] = stage(run.root)
-    except UserError:
+      with distribution.watched():
+        _build(stages)
+        for stage in stages:
+          results[stage.__name__] = stage(run.root)
+        # The chief may have more to do, and none may end before the others.
+        distribution.everyones(0)
+    except Exception:
       run.withdraw()
       raise
+    if not distribution.is_chief():
+      return
   records = results.get("evaluate") or results.get("compare")
   if records:
     print(f"\n{evaluation.table(records)}\n")
