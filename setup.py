@@ -42,7 +42,7 @@ setuptools.setup(
     extras_require={
         # Only to read .pt files.
         "torch": ["torch>=2.4"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},
 )

@@ -22,6 +22,13 @@ class Terminated(Exception):
   """
 
 
+class WorkerLost(Exception):
+  """Another worker process has ended, and this one cannot go on without it.
+
+  The command line prints its text and exits with status 1.
+  """
+
+
 def shape_text(shape) -> str:
   """A shape for a message, "?" where any size will do: "[?, 16, 16, 1]"."""
   sizes = ", ".join("?" if size is None else str(size) for size in shape)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from typing import Any, Mapping
 
 from absl import logging
@@ -97,6 +98,11 @@ class Evaluator:
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
     self._generators = {}
+
+  @property
+  def known(self) -> list[dict]:
+    """All records in `metrics.json`."""
+    return list(self._known)
 
   def generator(self, x0_bound: str | None) -> sampling.Generator:
     """The generator of images with a bound on x0_hat."""
@@ -232,15 +238,21 @@ def evaluate(
     records.append(evaluator.record(sampler, num_samples, bound))
     logging.info("%s: %s", sampler.label, records[-1])
 
-  with tf.summary.create_file_writer(
-      run.path("tensorboard", "evaluate")).as_default():
+  if distribution.is_chief():
+    _summarise(run.path("tensorboard", "evaluate"), evaluator.known)
+  _draw(run, evaluator, samplers, records, seed)
+  return records
+
+
+def _summarise(folder, records):
+  """Writes all records to TensorBoard, in place of what is there."""
+  shutil.rmtree(folder, ignore_errors=True)
+  with tf.summary.create_file_writer(folder).as_default():
     for record in records:
       for name in ("fid", "kid", "inception_score", "fid_heldout"):
         if record.get(name) is not None:
           tf.summary.scalar(f"{name}/{record['sampler']}", record[name],
                             step=record["num_samples"])
-  _draw(run, evaluator, samplers, records, seed)
-  return records
 
 
 def _measure(batches, extract, reference, num_samples):

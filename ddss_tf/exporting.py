@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from ddss_tf import chain
 from ddss_tf import data
+from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
@@ -110,6 +111,8 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED) -> str:
   run = run_dir_lib.RunDir(run_dir)
   sampler, x0_bound = load_searched(run, denoiser)
   run.keep_config()
+  if not distribution.is_chief():
+    return run.path(EXPORT)
   coefficients = sampler.coefficients().numpy()
   module = SamplerModule(denoiser, coefficients, x0_bound)
   temporary = tempfile.mkdtemp(dir=run.root, prefix=".export-")

@@ -19,6 +19,7 @@ import shutil
 import gin
 
 from ddss_tf import card
+from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 
@@ -42,6 +43,9 @@ class RunDir:
     self.cache = cache or self.path("cache")
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
+    self._lock = None
+    if not distribution.is_chief():
+      return
     while not os.path.exists(folder):
       self._made.append(folder)
       folder = os.path.dirname(folder)
@@ -54,7 +58,6 @@ class RunDir:
     except OSError as error:
       raise UserError(f"run_dir must be a folder that can be written to. "
                       f"Received: {root!r} ({error.strerror})") from error
-    self._lock = None
 
   def path(self, *parts: str) -> str:
     """A path inside."""
@@ -63,9 +66,13 @@ class RunDir:
   def lock(self) -> None:
     """Keeps other processes out until this one ends, however it ends.
 
+    The other workers of the same job are not kept out.
+
     Raises:
       UserError: another process is at work here.
     """
+    if not distribution.is_chief():
+      return
     self._lock = open(self.path(_LOCK), "w")  # Held open on purpose.
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +139,7 @@ class RunDir:
     Raises:
       UserError: the directory belongs to another; names the differences.
     """
-    if self.check(stage, identity, restart):
+    if self.check(stage, identity, restart) and distribution.is_chief():
       shutil.rmtree(self.path("checkpoints"))
       if os.path.exists(self.path(card.FILE)):
         os.remove(self.path(card.FILE))

@@ -116,6 +116,7 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 
 # Adam's second moment: short, for searches are short. Our choice.
 _ADAM_BETA_2 = 0.99
+_LARGEST_NORM = 1e18
 _SCALE_DRAWS = 8
 _SENSITIVITY_FLOOR = 0.03
 
@@ -408,29 +409,47 @@ class Search:
 
     Returns:
       The loss, the norm of its gradient in u, and whether the step was taken:
-      one with a value that is not finite changes nothing but the counters.
+      one with a value that is not finite, or that would end at coefficients
+      that are not, changes nothing but the counters.
     """
     loss, gradient = self.loss_and_gradient(self.step)
-    scales = self.scales.numpy()
-    gradient = gradient * scales
+    with np.errstate(over="ignore"):
+      gradient = gradient * self.scales.numpy()
     norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    taken = bool(np.isfinite(loss) and np.isfinite(norm))
     self.not_finite = self._not_finite(loss, gradient)
+    # Adam squares it, and would never forget an infinity.
+    taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
     if taken:
-      self._apply(tf.constant(gradient))
-      flat = self._start + self.scales * self.units.value
-      sizes = [int(np.prod(v.shape)) for v in self.variables]
-      for part, variable in zip(tf.split(flat, sizes), self.variables):
-        value = tf.reshape(part, variable.shape)
-        if variable.constraint is not None:
-          value = variable.constraint(value)
-        variable.assign(value)
-      # What a constraint held back, the units must not remember.
-      self.units.assign((self._flat() - self._start.numpy()) / scales)
-    else:
+      taken = self._take(gradient)
+    if not taken:
       self._skipped.assign_add(1)
     self._step.assign_add(1)
     return loss, norm, taken
+
+  def _take(self, gradient: np.ndarray) -> bool:
+    """Adam's step, inside the constraints; whether the sampler allows it."""
+    start, scales = self._start.numpy(), self.scales.numpy()
+    before = np.array(self.units.value)
+    values = [np.array(variable.value) for variable in self.variables]
+    self._apply(tf.constant(gradient))
+    flat = self._start + self.scales * self.units.value
+    sizes = [int(np.prod(v.shape)) for v in self.variables]
+    for part, variable in zip(tf.split(flat, sizes), self.variables):
+      value = tf.reshape(part, variable.shape)
+      if variable.constraint is not None:
+        value = variable.constraint(value)
+      variable.assign(value)
+    try:
+      self.sampler.coefficients().validate()
+    except ValueError:
+      self.not_finite = "the coefficients it would lead to"
+      self.units.assign(before)
+      for variable, value in zip(self.variables, values):
+        variable.assign(value)
+      return False
+    # What a constraint held back, the units must not remember.
+    self.units.assign((self._flat() - start) / scales)
+    return True
 
   def _apply_gradient(self, gradient):
     """Adam's step, on every replica."""
@@ -743,7 +762,9 @@ def search(
   seconds = checkpoints.seconds  # Of the steps alone.
 
   def validate() -> float:
-    return validation(sampler.coefficients().numpy())
+    # The chief's, lest rounding should part the workers.
+    return distribution.everyones(
+        validation(sampler.coefficients().numpy()))[0]
 
   with checkpoints.writer().as_default(), progress.bar(
       num_search_steps, f"search {sampler.label} K={sampler.num_steps}", "step",
@@ -792,11 +813,12 @@ def search(
         logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
                      value, state.best_value, state.best_step)
         clock = time.monotonic()
-      if step % checkpoint_every == 0 or step == num_search_steps or (
-          termination.received):
+      terminated = any(distribution.everyones(termination.received))
+      if (step % checkpoint_every == 0 or step == num_search_steps
+          or terminated):
         checkpoints.save(step, seconds)
         clock = time.monotonic()
-      if termination.received:
+      if terminated:
         raise Terminated(f"search ended by SIGTERM after step {step} of "
                          f"{num_search_steps}, with checkpoint "
                          f"{checkpoints.latest}; called again it goes on")
@@ -825,6 +847,7 @@ def search(
           "dataset": dataset.name}, x0_bound=x0_bound))
   figures.coefficients_png(
       run.path("coefficients.png"), best, sampler.label)
+  distribution.everyones(0)  # All workers find what the chief has written.
   return sampler
 
 

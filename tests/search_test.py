@@ -154,6 +154,16 @@ def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
   assert sorted((tmp_path / "checkpoints").glob("*.index")) == indices
 
 
+def test_a_first_checkpoint_that_was_not_finished(
+    parts, finished, tmp_path, monkeypatch):
+  interrupted(str(tmp_path), parts, monkeypatch, 6, die, KeyboardInterrupt)
+  # As SIGKILL leaves it before TensorFlow writes its list.
+  (tmp_path / "checkpoints" / "checkpoint").unlink()
+  (tmp_path / "checkpoints" / "ckpt-4.index").write_bytes(b"half")
+  same_sampler(finished[1], ddss_tf.search(str(tmp_path), **parts, **options()))
+  assert events(str(tmp_path)) == events(finished[0])
+
+
 @pytest.mark.parametrize("parameterisation", ["real", "paper"])
 def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   # Deterministic DDIM in 2 steps shrinks a Gaussian; the search must see it in
