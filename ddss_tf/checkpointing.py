@@ -42,6 +42,8 @@ class Checkpoints:
   def __init__(self, checkpoint: tf.train.Checkpoint, folder: str,
                events: str):
     self._checkpoint = checkpoint
+    # TensorFlow makes it when it is first asked for, which takes all workers.
+    self._counter = checkpoint.save_counter
     self._folder = folder
     self._events = events
     self._manager = None

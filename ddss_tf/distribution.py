@@ -23,6 +23,7 @@ import json
 import os
 from typing import Callable, Iterator
 
+from absl import logging
 import gin
 import tensorflow as tf
 
@@ -131,7 +132,8 @@ def everyones(value: float) -> list[float]:
 @functools.lru_cache(maxsize=None)
 def _gather(strategy):
   del strategy  # In force; traced once for each.
-  return replicated(all_rows)
+  # Collectives take the device from the operation that made their input.
+  return replicated(lambda value: all_rows(tf.identity(value)))
 
 
 @contextlib.contextmanager
@@ -148,9 +150,9 @@ def watched() -> Iterator[None]:
           tf.errors.InternalError) as error:
     if _cluster() is None:
       raise
+    logging.info("%s", error)
     raise WorkerLost(
-        "another worker of TF_CONFIG has ended "
-        f"({' '.join(str(error).split())[:150]}); started again, all of them, "
+        "another worker of TF_CONFIG has ended; started again, all of them, "
         "the job goes on from its last checkpoint") from error
 
 

@@ -54,12 +54,19 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   try:
     gin.parse_config_files_and_bindings(files, params, skip_unknown=False)
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
-          AttributeError, ImportError, tokenize.TokenError) as error:
+          AttributeError, ImportError, NameError,
+          tokenize.TokenError) as error:
     raise UserError(f"gin: {error}") from error
   finally:
     logging.set_verbosity(verbosity)
-  # gin takes a misspelt NAME = value for a new macro and goes on.
   text = gin.config_str(max_line_length=10**6)
+  # Imports would let a configuration name, and so call, any function there is.
+  imports = re.search(r"^(import|from) .*", text, re.MULTILINE)
+  if imports:
+    raise UserError(
+        "gin: a configuration binds what ddss_tf registers and must not "
+        f"import. Received: {imports[0]!r}")
+  # gin takes a misspelt NAME = value for a new macro and goes on.
   for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
     if not re.search(rf"%{name}\b", text):
       raise UserError(f"gin: macro {name!r} is not used by any binding; is it "

@@ -155,6 +155,35 @@ def test_bindings_that_are_not_there(refused, gaussian_config, tmp_path):
   assert "lost.gin" in refused(run, unchanged=tmp_path, config=config)
 
 
+@pytest.mark.parametrize("text", [
+    "import colorsys\n", "from __gin__ import dynamic_registration\n"
+    "import os\nimport ddss_tf.searching\n"
+    "ddss_tf.searching.search.denoiser = @os.getcwd()\n"])
+def test_a_configuration_calls_registered_functions_only(
+    refused, gaussian_config, tmp_path, text):
+  config = tmp_path / "imports.gin"
+  with open(gaussian_config) as f:
+    config.write_text(text + ("" if "dynamic" in text else f.read()))
+  line = refused(tmp_path / "run", unchanged=tmp_path, config=config)
+  assert "must not import" in line, line
+
+
+def test_paths_inside_an_archive_lead_nowhere(
+    main_in_process, gaussian_config, tmp_path, capsys):
+  features = os.path.join(os.path.dirname(gaussian_config), "features.keras")
+  (tmp_path / "deep" / "deeper").mkdir(parents=True)
+  path = shutil.copy(features, tmp_path / "deep" / "deeper")
+  with zipfile.ZipFile(path, "a") as archive:
+    for name in ("../evil", "assets/../../evil", str(tmp_path / "evil")):
+      archive.writestr(name, "outside")
+  before = snapshot(tmp_path)
+  main_in_process([
+      f"--gin_file={gaussian_config}", "--dry_run",
+      f"--gin_param=load_features.path = '{path}'"])
+  assert path in capsys.readouterr().out
+  assert snapshot(tmp_path) == before
+
+
 @pytest.fixture
 def bad_files(tmp_path):
   """Files that are not what they seem, by what they are given as."""
@@ -202,9 +231,10 @@ def bad_files(tmp_path):
   (tmp_path / "pickle.pt.json").write_text(json.dumps({
       "image_size": 4, "num_heads": 1, "diffusion_steps": 1000,
       "noise_schedule": "linear", "rescale_timesteps": False,
-      "learn_sigma": False, "predict_xstart": False}))
-  diffusers = tmp_path / "diffusers"
-  diffusers.mkdir()
+      "predict_xstart": False}))
+  for name in ("config.json", "scheduler_config.json"):
+    shutil.copy(os.path.join(ROOT, "tests", "testdata", "tiny_unet2d", name),
+                tmp_path)
   return tmp_path
 
 
@@ -237,8 +267,10 @@ DENOISER = "denoiser/gin.singleton.constructor = @load_denoiser"
      ["network.keras", "safe"]),
     (f"{DENOISER}\nload_denoiser.path = '{{}}/half'", ["half", "config.json"]),
     # Without PyTorch it is not even opened.
-    (f"{DENOISER}\nload_denoiser.path = '{{}}/pickle.pt'", ["pickle.pt"]),
-    (f"{DENOISER}\nload_denoiser.path = '{{}}/pickle.bin'", ["pickle.bin"]),
+    (f"{DENOISER}\nload_denoiser.path = '{{}}/pickle.pt'", ["pickle.pt",
+                                                           "PyTorch"]),
+    (f"{DENOISER}\nload_denoiser.path = '{{}}/pickle.bin'", ["pickle.bin",
+                                                            "PyTorch"]),
 ])
 def test_bad_files(refused, bad_files, tmp_path, param, words):
   line = refused(tmp_path / "run", *param.format(bad_files).split("\n"),
@@ -279,7 +311,7 @@ def test_a_finished_run_stays_as_it_was(refused, finished, mode, params, words):
     ("checkpoints/search.json", "search", ["search.json is damaged"]),
     ("checkpoints/*.index", "search", ["must be readable", "ckpt-12", "ckpt-4"]),
 ])
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00nonsense", b"[3]"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00nonsense", b"[3]"])
 def test_damaged_files(refused, finished, file, mode, words, content):
   for path in finished.glob(file):
     path.write_bytes(content)
