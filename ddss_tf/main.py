@@ -139,7 +139,7 @@ def main(argv):
   try:
     _run()
   except WorkerLost as error:
-    _fail(error, 1, at_once=True)
+    _fail(error, 1)
   except Terminated as error:
     _fail(error, 143)
   except (UserError, OSError) as error:
@@ -150,11 +150,12 @@ def main(argv):
     _fail(f"gin: {error}")
 
 
-def _fail(error, status=2, at_once=False):
+def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  if at_once:  # TensorFlow would wait for the worker that is gone.
+  if os.environ.get("TF_CONFIG"):
+    # TensorFlow would wait for workers that are gone, or that wait for us.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

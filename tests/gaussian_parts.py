@@ -50,7 +50,7 @@ FEATURES = @features/gin.singleton()
 features/gin.singleton.constructor = @load_features
 load_features.path = "{folder}/features.keras"
 
-NUM_STEPS = 3
+NUM_STEPS = 2
 search.denoiser = %DENOISER
 search.dataset = %DATASET
 search.features = %FEATURES

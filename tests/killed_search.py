@@ -32,11 +32,11 @@ def work(run):
       run, **parts, num_search_steps=80, batch_size=16, pool_samples=80,
       validation_samples=64, validate_every=4, checkpoint_every=3, log_every=1,
       jit_compile=False, sampler=functools.partial(
-          families.make_sampler, family="ggdm+pred+time", num_steps=3,
+          families.make_sampler, family="ggdm+pred+time", num_steps=2,
           init="ddpm"))
   ddss_tf.evaluate(
       run, **parts, num_samples=40, jit_compile=False, baselines=[
-          functools.partial(families.make_sampler, family=name, num_steps=3)
+          functools.partial(families.make_sampler, family=name, num_steps=2)
           for name in ("ddim", "ddpm")])
 
 

@@ -61,10 +61,10 @@ def completed(config, runs, *params, mode="run"):
 
 @pytest.fixture(scope="module")
 def alone(main_in_process, gaussian_config, tmp_path_factory):
-  """The run directory of the same job in one process."""
+  """The run directory of the same search in one process."""
   run = str(tmp_path_factory.mktemp("alone") / "run")
   main_in_process([f"--gin_file={gaussian_config}", f"--run_dir={run}",
-                   f"--gin_param={PARAMS[1]}"])
+                   f"--gin_param={PARAMS[1]}", "--mode=search"])
   return run
 
 
@@ -88,7 +88,9 @@ def test_two_workers_find_what_one_process_does(
 
 
 @pytest.mark.slow
-def test_all_stages(gaussian_config, alone, tmp_path):
+def test_all_stages(main_in_process, gaussian_config, alone, tmp_path):
+  main_in_process([f"--gin_file={gaussian_config}", f"--run_dir={alone}",
+                   f"--gin_param={PARAMS[1]}", "--mode=evaluate"])
   run = str(tmp_path / "run")
   completed(gaussian_config, [run, run])
   completed(gaussian_config, [run, run], mode="sample")
