@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from ddss_tf import card
 
@@ -69,9 +70,18 @@ def alone(main_in_process, gaussian_config, tmp_path_factory):
 
 
 def same_coefficients(run, alone):
+  """The best ones, and, whichever step they are of, the last variables."""
   one, other = (card.read(os.path.join(folder, card.FILE)).coefficients
                 for folder in (run, alone))
   for name, a, b in zip(one._fields, one, other):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+  last = [tf.train.load_checkpoint(
+      os.path.join(folder, "checkpoints", "ckpt-20")) for folder in (run, alone)]
+  names = [name for name in last[0].get_variable_to_shape_map()
+           if name.startswith("variables/")]
+  assert names
+  for name in names:
+    a, b = (values.get_tensor(name) for values in last)
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
 
 

@@ -61,8 +61,8 @@ def _check(sampler):
   c.validate()
   assert np.all(c.times <= _T)
   if "times" in sampler.variables_by_kind:
-    # A solver of its own may visit a time twice; learned times keep order.
-    assert np.all(np.diff(c.times) <= 0), c.times
+    # In order, but for rounding: a float32 near 1000 is exact to 6e-5.
+    assert np.all(np.diff(c.times) <= 2e-4), c.times
     if sampler.parameterisation == "real":
       assert np.all(c.times <= _T - 1)
 
