@@ -17,6 +17,7 @@ same for all of them or be agreed on (`everyones`), or they would wait for each
 other for ever; and the chief alone writes (`is_chief`).
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -154,6 +155,12 @@ def watched() -> Iterator[None]:
     raise WorkerLost(
         "another worker of TF_CONFIG has ended; started again, all of them, "
         "the job goes on from its last checkpoint") from error
+
+
+def outside(fn: Callable):
+  """Calls a function where no strategy is in force, and gives its result."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Scopes are threads'.
+    return pool.submit(fn).result()
 
 
 def num_replicas() -> int:

@@ -142,10 +142,15 @@ def _check(path, denoiser, coefficients, x0_bound):
   expected = tf.clip_by_value(chain.run_chain(
       chain.with_labels(denoiser.eps, labels), coefficients, x_T, step_noise,
       x0_bound=x0_bound), -1.0, 1.0)
-  loaded = tf.saved_model.load(path)
-  received = loaded.signatures["from_noise"](
-      x_T=x_T, step_noise=step_noise,
-      **({} if labels is None else {"labels": labels}))["images"]
+  inputs = {"x_T": x_T, "step_noise": step_noise}
+  if labels is not None:
+    inputs["labels"] = labels
+
+  def serve():
+    return tf.saved_model.load(path).signatures["from_noise"](**inputs)
+
+  # As it will be served: with no strategy, which loads variables otherwise.
+  received = distribution.outside(serve)["images"]
   difference = float(tf.reduce_max(tf.abs(expected - received)))
   if not difference <= _PARITY_TOLERANCE:
     raise UserError(

@@ -49,10 +49,12 @@ def export(folder):
           denoiser.schedule, "ddpm", 3, "linear").numpy(),
       denoiser.identity, {}))
   path = ddss_tf.export(folder, denoiser)
-  loaded = tf.saved_model.load(path)
-  images = loaded.signatures["serving_default"](
-      seed=tf.constant([3, 0]), batch_size=tf.constant(5))["images"]
-  return path, images.numpy()
+
+  def serve():
+    return tf.saved_model.load(path).signatures["serving_default"](
+        seed=tf.constant([3, 0]), batch_size=tf.constant(5))["images"]
+
+  return path, distribution.outside(serve).numpy()
 
 
 def main(output, *replicas):
