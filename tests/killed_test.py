@@ -26,17 +26,16 @@ def scalars(run):
   return sorted(found)
 
 
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(kills, tmp_path):
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
   done = subprocess.run(
       [sys.executable, os.path.join(FOLDER, "killed_search.py"), str(tmp_path),
-       str(kills)], capture_output=True, text=True, check=False,
+       "30"], capture_output=True, text=True, check=False,
       env=dict(os.environ, PYTHONPATH=os.pathsep.join(
           [os.path.dirname(FOLDER), os.environ.get("PYTHONPATH", "")])))
   assert done.returncode == 0, done.stderr[-4000:]
   # Or it would not have been a search that was killed.
-  assert int(done.stdout) >= min(kills, 5) - 1
+  assert int(done.stdout) >= 4
   whole, killed = (str(tmp_path / name) for name in ("whole", "killed"))
   one, other = (card.read(os.path.join(run, "sampler.json"))
                 for run in (whole, killed))
