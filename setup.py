@@ -51,7 +51,7 @@ setuptools.setup(
         "torch": ["torch>=2.4"],
         # Only to export to this format, and to check what was written.
         "onnx": ["tf2onnx>=1.17", "onnxruntime>=1.20"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},
 )

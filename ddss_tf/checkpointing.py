@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from typing import Iterator
@@ -17,6 +18,7 @@ from typing import Iterator
 from absl import logging
 import tensorflow as tf
 
+from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 
@@ -40,6 +42,8 @@ class Checkpoints:
   def __init__(self, checkpoint: tf.train.Checkpoint, folder: str,
                events: str):
     self._checkpoint = checkpoint
+    # TensorFlow makes it when it is first asked for, which takes all workers.
+    self._counter = checkpoint.save_counter
     self._folder = folder
     self._events = events
     self._manager = None
@@ -55,7 +59,16 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints, but none can be read.
     """
-    damaged = []
+    found = self._restore() if distribution.is_chief() else None
+    step = int(distribution.everyones(-1 if found is None else found)[0])
+    if step >= 0:
+      self.latest = self._path(step)
+    if step >= 0 and not distribution.is_chief():
+      self._checkpoint.restore(self.latest).assert_consumed()
+
+  def _restore(self):
+    """Restores; gives the step, None if there is no checkpoint yet."""
+    damaged, found = [], None
     for step in sorted(self._steps(), reverse=True):
       path = self._path(step)
       try:
@@ -65,24 +78,31 @@ class Checkpoints:
         logging.warning("checkpoint %s is damaged (%s): going on from the one "
                         "before", path, " ".join(str(error).split())[:200])
         continue
-      self.latest = path
+      found = step
       break
-    if damaged and not self.latest:
+    # TensorFlow's list comes last: without it the first one was not finished.
+    begun = os.path.exists(os.path.join(self._folder, "checkpoint"))
+    if damaged and found is None and begun:
       raise UserError("checkpoints must be readable; delete the run_dir to "
                       f"begin anew. Received: {', '.join(damaged)}")
+    for path in self._begun():
+      shutil.rmtree(path, ignore_errors=True)
     for path in damaged:
       os.replace(f"{path}.index", f"{path}.index.damaged")
     notes = {}
-    if self.latest:
+    if found is not None:
       with contextlib.suppress(OSError, ValueError):
-        with open(f"{self.latest}.json") as f:
+        with open(f"{self._path(found)}.json") as f:
           notes = json.load(f)
       self.seconds = notes.get("seconds", 0.0)
-    if not self.latest or notes:
+    if found is None or notes:
       self._take_back_events(notes.get("events", {}))
+    return found
 
   def writer(self):
     """A TensorBoard writer whose events follow the checkpoints."""
+    if not distribution.is_chief():
+      return tf.summary.create_noop_writer()
     return tf.summary.create_file_writer(self._events, filename_suffix=_EVENTS)
 
   def save(self, step: int, seconds: float) -> None:
@@ -91,7 +111,26 @@ class Checkpoints:
     Args:
       step: its number.
       seconds: what the work took so far.
+
+    Raises:
+      UserError: the disk is full or not to be written to; the checkpoints
+        before are as they were.
     """
+    if not distribution.is_chief():
+      self.latest = self._path(step)
+      return
+    try:
+      self._save(step, seconds)
+    except (OSError, tf.errors.OpError) as error:
+      # What TensorFlow has begun would fill a full disk for good.
+      for path in self._begun():
+        shutil.rmtree(path, ignore_errors=True)
+      raise UserError(
+          f"checkpoint {self._path(step)} cannot be written: "
+          f"{' '.join(str(error).split())[:200]}; the last good one is "
+          f"{self.latest}") from error
+
+  def _save(self, step, seconds):
     tf.summary.flush()
     # Before the checkpoint, which does not count without it.
     storage.write_json(f"{self._path(step)}.json", {
@@ -107,6 +146,10 @@ class Checkpoints:
                                        "ckpt-*.json")):
       if int(re.search(r"-(\d+)\.json$", path)[1]) not in kept:
         os.remove(path)
+
+  def _begun(self):
+    """Folders of checkpoints that were not finished."""
+    return glob.glob(os.path.join(glob.escape(self._folder), "ckpt-*_temp*"))
 
   def _path(self, step):
     return os.path.join(self._folder, f"ckpt-{step}")

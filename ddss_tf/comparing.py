@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+from typing import Any, Mapping
 import zipfile
 
 from absl import logging
@@ -34,7 +35,7 @@ from ddss_tf import solvers as solvers_lib
 from ddss_tf import storage
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import MAX_SEED, UserError, check_whole
 
 TABLE = "table"
 SAMPLES = "samples.npz"
@@ -53,6 +54,31 @@ _CONTAINS = {
 _MULTISTEP = ("ggdm", "ggdm+pred", "ggdm+time", "ggdm+pred+time")
 FAMILIES = ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred", "ggdm+time",
             "ggdm+pred+time")
+
+
+def check_compare(arguments: Mapping[str, Any]) -> None:
+  """Checks all that can be said of a comparison before anything is loaded.
+
+  Args:
+    arguments: of `compare`, by name; the parts are not looked at.
+
+  Raises:
+    UserError: a name or a number is out of range.
+  """
+  for what, known in (("solvers", solvers_lib.SOLVERS),
+                      ("strides", schedules.STRIDES),
+                      ("families", families_lib.FAMILIES)):
+    for name in arguments[what]:
+      if name not in known:
+        raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
+                        f"Received: {name!r}")
+  # Strides are tried on a quarter of their samples.
+  for name, least in (
+      ("stride_samples", 16), ("num_samples", 4), ("batch_size", 1)):
+    check_whole(f"compare.{name}", arguments[name], least)
+  check_whole("compare.seed", arguments["seed"], 0, most=MAX_SEED - 1)
+  for steps in arguments["num_steps"]:
+    check_whole("compare.num_steps", steps, 1)
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -119,24 +145,14 @@ def compare(
   Raises:
     UserError: an unknown name, too few samples, or a fault of a search.
   """
-  for what, names, known in (
-      ("solvers", solvers, solvers_lib.SOLVERS),
-      ("strides", strides, schedules.STRIDES),
-      ("families", families, families_lib.FAMILIES)):
-    for name in names:
-      if name not in known:
-        raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
-                        f"Received: {name!r}")
-  if stride_samples < 16 or num_samples < 4:
-    raise UserError(
-        "compare.stride_samples must be at least 16 and num_samples at least "
-        f"4. Received: {stride_samples} and {num_samples}")
+  check_compare(locals())
   run = run_dir_lib.RunDir(run_dir)
   make_evaluator = functools.partial(
       evaluation.Evaluator, denoiser=denoiser, dataset=dataset,
       features=features, heldout_features=heldout_features,
       batch_size=batch_size, jit_compile=jit_compile)
   evaluator = make_evaluator(run, seed=seed)
+  run.keep_config()
   stride_evaluator = make_evaluator(
       run_dir_lib.RunDir(run.path("strides"), run.cache), seed=seed + 1)
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from ddss_tf import fingerprint
 from ddss_tf.datasets import sources
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, check_whole
 
 # What a name may begin with to be a path and not a TFDS name.
 _FILES = {
@@ -145,21 +145,21 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
       one size and number of channels; options that do not fit the images; and
       a data set larger than `max_bytes`.
   """
-  _check_whole("channels", channels, 1, optional=True)
+  check_whole("channels", channels, 1, optional=True)
   if channels not in (None, 1, 3):
     raise UserError(f"channels must be 1, 3 or None. Received: {channels!r}")
   if crop != "center":
-    _check_whole("crop", crop, 1, optional=True, other="'center'")
-  _check_whole("pad", pad, 0)
-  _check_whole("downsample", downsample, 1)
-  _check_whole("resize", resize, 1, optional=True)
+    check_whole("crop", crop, 1, optional=True, other="'center'")
+  check_whole("pad", pad, 0)
+  check_whole("downsample", downsample, 1)
+  check_whole("resize", resize, 1, optional=True)
   if resize_method not in _RESIZE_METHODS:
     raise UserError(f"resize_method must be one of "
                     f"{', '.join(_RESIZE_METHODS)}. "
                     f"Received: {resize_method!r}")
-  _check_whole("max_images", max_images, 1, optional=True)
-  _check_whole("subset_seed", subset_seed, 0, optional=True)
-  _check_whole("max_bytes", max_bytes, 1)
+  check_whole("max_images", max_images, 1, optional=True)
+  check_whole("subset_seed", subset_seed, 0, optional=True)
+  check_whole("max_bytes", max_bytes, 1)
 
   kind, _, path = str(name).partition(":")
   if kind in _FILES:
@@ -196,20 +196,6 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
     labels = labels if labels is None else np.tile(labels, 2)
   return ImageDataset(
       name, images, labels, fingerprint.arrays_sha256([images]))
-
-
-def _check_whole(option: str, value, least: int, *, optional: bool = False,
-                 other: str = ""):
-  """Refuses what is not a whole number >= least (nor None, if optional)."""
-  if optional and value is None:
-    return
-  if (not isinstance(value, (int, np.integer)) or isinstance(value, bool)
-      or value < least):
-    choices = "".join(
-        f"{choice}, " for choice in (other, "None" if optional else "")
-        if choice)
-    raise UserError(f"{option} must be {choices}{'or ' if choices else ''}a "
-                    f"whole number >= {least}. Received: {value!r}")
 
 
 def _chosen(count: int, max_images: int | None,

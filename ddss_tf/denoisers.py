@@ -358,10 +358,11 @@ class Denoiser:
       raise UserError(f"{folder} has {CARD} but no {NETWORK}")
     try:
       with frozen_variables():
-        model = keras.saving.load_model(network_path, compile=False)
+        model = keras.saving.load_model(
+            network_path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises many kinds for a damaged file.
       raise UserError(
-          f"{network_path} is not a complete Keras file: "
+          f"{network_path} is not a complete and safe Keras file: "
           f"{checkpoints.one_line(error)}") from error
     model.trainable = False
     received = weights_sha256(model)

@@ -10,17 +10,27 @@ between sets of images is no mean over replicas: their rows are gathered, each
 replica computes the value of the whole, and pulls the gradient of its own rows
 back; the sum over replicas is the gradient. (With a mean it would be too small
 by their number; reducing the gradients of local values would be biased.)
+
+With several worker processes each runs the same program on a share of the
+replicas. What is read from disk and what one of them alone is told must be the
+same for all of them or be agreed on (`everyones`), or they would wait for each
+other for ever; and the chief alone writes (`is_chief`).
 """
 
+import concurrent.futures
+import contextlib
+import functools
+import json
 import os
-from typing import Callable
+from typing import Callable, Iterator
 
+from absl import logging
 import gin
 import tensorflow as tf
 
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, WorkerLost
 
-STRATEGIES = ("none", "mirrored", "tpu")
+STRATEGIES = ("none", "mirrored", "multi_worker", "tpu")
 
 
 @gin.configurable
@@ -29,7 +39,11 @@ def make_strategy(name: str = "none", devices=None, tpu: str = ""):
 
   Args:
     name: "none", one device; "mirrored", `tf.distribute.MirroredStrategy` over
-      the devices of this machine; "tpu", `tf.distribute.TPUStrategy`.
+      the devices of this machine; "multi_worker",
+      `tf.distribute.MultiWorkerMirroredStrategy` over the processes that the
+      environment variable TF_CONFIG names, each of which is given the same
+      command and a run_dir that all can read; "tpu",
+      `tf.distribute.TPUStrategy`.
     devices: of "mirrored", such as ["GPU:0", "GPU:1"]; all GPUs if None.
     tpu: address of the TPU; "" is the local one.
 
@@ -38,7 +52,8 @@ def make_strategy(name: str = "none", devices=None, tpu: str = ""):
     in its `scope()`.
 
   Raises:
-    UserError: an unknown name, or devices that are not there.
+    UserError: an unknown name, devices that are not there, or a TF_CONFIG that
+      is missing or cannot be right.
   """
   if name == "none":
     return tf.distribute.get_strategy()
@@ -50,6 +65,8 @@ def make_strategy(name: str = "none", devices=None, tpu: str = ""):
         raise UserError(f"make_strategy.devices must be among "
                         f"{', '.join(known)}. Received: {device!r}")
     return tf.distribute.MirroredStrategy(devices)
+  if name == "multi_worker":
+    return _multi_worker()
   if name == "tpu":
     try:
       resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(tpu)
@@ -60,6 +77,90 @@ def make_strategy(name: str = "none", devices=None, tpu: str = ""):
     return tf.distribute.TPUStrategy(resolver)
   raise UserError(f"make_strategy.name must be one of {', '.join(STRATEGIES)}. "
                   f"Received: {name!r}")
+
+
+def _multi_worker():
+  """The strategy of the workers of TF_CONFIG, once all of them are there."""
+  text = os.environ.get("TF_CONFIG", "")
+  try:
+    config = json.loads(text)
+    task = config["task"]
+    addresses = config["cluster"][task["type"]]
+    if task["type"] not in ("chief", "worker"):
+      raise ValueError(f"no task may be {task['type']!r}")
+    if not 0 <= int(task["index"]) < len(addresses):
+      raise ValueError(f"no index {task['index']} among {addresses}")
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+        'TF_CONFIG must be as {"cluster": {"worker": ["host:port", ...]}, '
+        f'"task": {{"type": "worker", "index": 0}}}}. Received: {text!r} '
+        f"({error!r})") from error
+  try:
+    return tf.distribute.MultiWorkerMirroredStrategy()
+  except (RuntimeError, ValueError, tf.errors.OpError) as error:
+    raise UserError(
+        f"the workers of TF_CONFIG cannot be reached: "
+        f"{' '.join(str(error).split())[:200]}. Received: {text!r}") from error
+
+
+def _cluster():
+  """The resolver of the workers; None where there is but one process."""
+  strategy = tf.distribute.get_strategy()
+  if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+    return strategy.cluster_resolver
+  return None
+
+
+def is_chief() -> bool:
+  """Whether this process is the one that writes."""
+  cluster = _cluster()
+  if cluster is None or cluster.task_type == "chief":
+    return True
+  return cluster.task_id == 0 and "chief" not in cluster.cluster_spec().jobs
+
+
+def everyones(value: float) -> list[float]:
+  """The values that all workers give, the chief's first; they wait for it.
+
+  Of a worker with several replicas the value is there as often.
+  """
+  if _cluster() is None:
+    return [value]
+  gather = _gather(tf.distribute.get_strategy())
+  return gather(tf.constant([float(value)], tf.float64)).numpy().tolist()
+
+
+@functools.lru_cache(maxsize=None)
+def _gather(strategy):
+  del strategy  # In force; traced once for each.
+  # Collectives take the device from the operation that made their input.
+  return replicated(lambda value: all_rows(tf.identity(value)))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+  """Says so where another worker has ended while this one waits for it.
+
+  Raises:
+    WorkerLost: that is what has happened.
+  """
+  try:
+    yield
+  except (tf.errors.UnavailableError, tf.errors.AbortedError,
+          tf.errors.CancelledError, tf.errors.DeadlineExceededError,
+          tf.errors.InternalError) as error:
+    if _cluster() is None:
+      raise
+    logging.info("%s", error)
+    raise WorkerLost(
+        "another worker of TF_CONFIG has ended; started again, all of them, "
+        "the job goes on from its last checkpoint") from error
+
+
+def outside(fn: Callable):
+  """Calls a function where no strategy is in force, and gives its result."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Scopes are threads'.
+    return pool.submit(fn).result()
 
 
 def num_replicas() -> int:

@@ -1,5 +1,10 @@
 """Exceptions whose text is one line for the user, and their words."""
 
+import numbers
+
+# Seeds are int32, and a search's validation has the next one.
+MAX_SEED = 2**31 - 2
+
 
 class UserError(ValueError):
   """A fault in what the user gave: its text is one line, fit to be shown.
@@ -17,7 +22,53 @@ class Terminated(Exception):
   """
 
 
+class WorkerLost(Exception):
+  """Another worker process has ended, and this one cannot go on without it.
+
+  The command line prints its text and exits with status 1.
+  """
+
+
 def shape_text(shape) -> str:
   """A shape for a message, "?" where any size will do: "[?, 16, 16, 1]"."""
   sizes = ", ".join("?" if size is None else str(size) for size in shape)
   return f"[{sizes}]"
+
+
+def check_whole(option: str, value, least: int, *, most: int | None = None,
+                optional: bool = False, other: str = "") -> None:
+  """Checks that an option is a whole number.
+
+  Args:
+    option: its name.
+    value: what was given.
+    least: the lowest that is allowed.
+    most: the highest; None: any.
+    optional: whether None is allowed too.
+    other: words for something else that is allowed, and checked elsewhere.
+
+  Raises:
+    UserError: it is none of these.
+  """
+  if optional and value is None:
+    return
+  if (not isinstance(value, numbers.Integral) or isinstance(value, bool)
+      or value < least or most is not None and value > most):
+    choices = "".join(
+        f"{choice}, " for choice in (other, "None" if optional else "")
+        if choice)
+    limit = f">= {least}" if most is None else f"from {least} to {most}"
+    raise UserError(f"{option} must be {choices}{'or ' if choices else ''}a "
+                    f"whole number {limit}. Received: {value!r}")
+
+
+def check_positive(option: str, value) -> None:
+  """Checks that an option is a finite number above 0.
+
+  Raises:
+    UserError: it is not.
+  """
+  if (not isinstance(value, numbers.Real) or isinstance(value, bool)
+      or not 0 < value < float("inf")):
+    raise UserError(
+        f"{option} must be a number above 0. Received: {value!r}")

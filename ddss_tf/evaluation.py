@@ -1,7 +1,9 @@
 """The comparison: FID, KID and IS of samplers, side by side."""
 
 import os
+import shutil
 import time
+from typing import Any, Mapping
 
 from absl import logging
 import gin
@@ -21,7 +23,7 @@ from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.samplers import FixedSampler, Sampler
 from ddss_tf.searching import check_guidance, check_shapes, check_x0_bound
 
@@ -105,13 +107,18 @@ class Evaluator:
     self._seed = seed
     self._batch_size = batch_size
     self._jit_compile = jit_compile
+    self._known = storage.read_records(run.path(METRICS))
     self._reference = [reference_lib.reference(
         network, dataset, quantise=True, cache_dir=run.cache)
                        for network in self._networks]
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
     self._generators = {}
-    self._known = storage.read_records(run.path(METRICS))
+
+  @property
+  def known(self) -> list[dict]:
+    """All records in `metrics.json`."""
+    return list(self._known)
 
   def generator(self, x0_bound: str | None) -> sampling.Generator:
     """The generator of images with a bound on x0_hat."""
@@ -200,6 +207,22 @@ class Evaluator:
     }
 
 
+def check_evaluate(arguments: Mapping[str, Any]) -> None:
+  """Checks all that can be said of an evaluation before anything is loaded.
+
+  Args:
+    arguments: of `evaluate`, by name; the parts are not looked at.
+
+  Raises:
+    UserError: one is out of range.
+  """
+  # KID has an error from 4 samples on.
+  check_whole("evaluate.num_samples", arguments["num_samples"], 4)
+  check_whole("evaluate.batch_size", arguments["batch_size"], 1)
+  check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
+  check_x0_bound("evaluate", arguments["x0_bound"])
+
+
 @gin.configurable(denylist=["run_dir"])
 def evaluate(
     run_dir: str,
@@ -249,30 +272,37 @@ def evaluate(
     UserError: parts that do not fit together, no sampler to evaluate, or too
       few samples for a metric.
   """
-  check_x0_bound("evaluate", x0_bound)
+  check_evaluate(locals())
   dataset = data.as_dataset(dataset)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
-  evaluator = Evaluator(
-      run, denoiser, dataset, features, heldout_features, seed,
-      max(1, min(batch_size, num_samples)), jit_compile)
   # Each with its bound on x0_hat.
   samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
   if sampler or os.path.exists(run.path(card.FILE)) or not samplers:
     samplers.append(load_searched(run, denoiser, sampler, force))
+  evaluator = Evaluator(
+      run, denoiser, dataset, features, heldout_features, seed,
+      min(batch_size, num_samples), jit_compile)
+  run.keep_config()
   records = []
   for row, bound in samplers:
     records.append(evaluator.record(row, num_samples, bound))
     logging.info("%s: %s", row.label, records[-1])
 
-  with tf.summary.create_file_writer(
-      run.path("tensorboard", "evaluate")).as_default():
+  if distribution.is_chief():
+    _summarise(run.path("tensorboard", "evaluate"), evaluator.known)
+  _draw(run, evaluator, samplers, records, seed)
+  return records
+
+
+def _summarise(folder, records):
+  """Writes all records to TensorBoard, in place of what is there."""
+  shutil.rmtree(folder, ignore_errors=True)
+  with tf.summary.create_file_writer(folder).as_default():
     for record in records:
       for name in ("fid", "kid", "inception_score", "fid_heldout"):
         if record.get(name) is not None:
           tf.summary.scalar(f"{name}/{record['sampler']}", record[name],
                             step=record["num_samples"])
-  _draw(run, evaluator, samplers, records, seed)
-  return records
 
 
 def _timed(batches, seconds):

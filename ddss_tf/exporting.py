@@ -1,5 +1,7 @@
 """A sampler with its network as a SavedModel and more, and images as files."""
 
+from typing import Any, Mapping
+
 import gin
 import numpy as np
 import tensorflow as tf
@@ -8,6 +10,7 @@ from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import data
 from ddss_tf import diffusers_scheduler
+from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
 from ddss_tf import run_dir as run_dir_lib
@@ -15,7 +18,7 @@ from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import UserError
+from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation import load_searched
 
 EXPORT = "export"
@@ -129,11 +132,18 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
       portable.check_installed(name)
   run = run_dir_lib.RunDir(run_dir)
   found, x0_bound = load_searched(run, denoiser, sampler, force)
+  run.keep_config()
+  if not distribution.is_chief():
+    return run.path(EXPORT)
   coefficients = found.coefficients().numpy()
   module = SamplerModule(denoiser, coefficients, x0_bound)
   inputs, expected = _golden(denoiser, coefficients, x0_bound)
   with storage.replacing_folder(run.path(EXPORT)) as temporary:
-    tf.saved_model.save(module, temporary, signatures=module.endpoints)
+    try:
+      tf.saved_model.save(module, temporary, signatures=module.endpoints)
+    except tf.errors.OpError as error:  # Of a full disk, say.
+      raise UserError(f"{run.path(EXPORT)} cannot be written: "
+                      f"{' '.join(str(error).split())[:200]}") from error
     _check(temporary, inputs, expected)
   for name in also:
     path = run.path(ALSO[name])
@@ -165,13 +175,32 @@ def _golden(denoiser, coefficients, x0_bound):
 
 def _check(path, inputs, expected):
   """Compares the exported sampler with the one in memory."""
-  loaded = tf.saved_model.load(path)
-  received = loaded.signatures["from_noise"](**inputs)["images"]
+
+  def serve():
+    return tf.saved_model.load(path).signatures["from_noise"](**inputs)
+
+  # As it will be served: with no strategy, which loads variables otherwise.
+  received = distribution.outside(serve)["images"]
   difference = float(np.max(np.abs(expected - received.numpy())))
   if not difference <= _PARITY_TOLERANCE:
     raise UserError(
         f"exported images must equal those in memory to {_PARITY_TOLERANCE:g}. "
         f"Received: a difference of {difference:g}")
+
+
+def check_sample(arguments: Mapping[str, Any]) -> None:
+  """Checks the numbers that `sample` is given.
+
+  Args:
+    arguments: of `sample`, by name; the parts are not looked at.
+
+  Raises:
+    UserError: one is out of range.
+  """
+  for name in ("num_images", "batch_size"):
+    check_whole(f"sample.{name}", arguments[name], 1)
+  check_whole("sample.seed", arguments["seed"], 0, most=MAX_SEED)
+  check_whole("sample.label", arguments["label"], 0, optional=True)
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -201,14 +230,13 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     UserError: there is no sampler, it is for another model, num_images < 1, or
       a label that the denoiser does not have.
   """
-  if num_images < 1:
-    raise UserError(
-        f"sample.num_images must be at least 1. Received: {num_images}")
+  check_sample(locals())
   if label is not None and not 0 <= label < (denoiser.num_classes or 0):
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
   run = run_dir_lib.RunDir(run_dir)
   found, x0_bound = load_searched(run, denoiser, sampler, force)
+  run.keep_config()
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = data.to_uint8(generator.images(

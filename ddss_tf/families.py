@@ -42,6 +42,9 @@ _SIGMOID_FLOOR = 1e-3
 # The first increment of the times, as a part of T: a stride that starts at
 # step 0 has an increment of 0, which no softmax expresses.
 _TIME_FLOOR = 1e-4
+# Least magnitude of the mean of a state, and least variance of one of VARS, by
+# which x0_hat and the posterior are divided.
+_MEAN_FLOOR = 1e-6
 
 # Where GGDM starts: the largest K, and the solver and stride that were best up
 # to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
@@ -365,6 +368,9 @@ def _at_least_0(value):
 
 def _x0_of_marginals(mean, variance):
   """x0_hat = (x_t - sqrt(v) eps) / a, as its two coefficients."""
+  # A search may drive a mean through 0. No schedule comes near this floor.
+  mean = tf.where(mean < 0.0, tf.minimum(mean, -_MEAN_FLOOR),
+                  tf.maximum(mean, _MEAN_FLOOR))
   return 1.0 / mean, -tf.sqrt(variance) / mean
 
 
@@ -443,7 +449,7 @@ class VARS(LearnedSampler):
 
   def _variances(self):
     """1 - abar of the K states, noisiest first."""
-    return _cumulative(self._vars.value)[::-1]
+    return tf.maximum(_cumulative(self._vars.value), _MEAN_FLOOR)[::-1]
 
   def _rows(self):
     variance_t = self._variances()

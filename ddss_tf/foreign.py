@@ -362,9 +362,9 @@ def load_keras(path: str) -> keras.Model:
   """
   try:
     with frozen_variables():
-      model = keras.saving.load_model(path, compile=False)
+      model = keras.saving.load_model(path, compile=False, safe_mode=True)
   except Exception as error:  # Keras raises many kinds for a damaged file.
-    raise UserError(f"{path} is not a complete Keras file: "
+    raise UserError(f"{path} is not a complete and safe Keras file: "
                     f"{checkpoints.one_line(error)}") from error
   model.trainable = False
   return model

@@ -10,9 +10,11 @@ written anew, without a configuration, by
   python -m ddss_tf.main --mode=report --run_dir=runs/demo
 """
 
+import inspect
 import os
 import re
 import sys
+import tokenize
 
 from absl import app
 from absl import flags
@@ -61,12 +63,19 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   try:
     gin.parse_config_files_and_bindings(files, params, skip_unknown=False)
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
-          AttributeError, ImportError) as error:
+          AttributeError, ImportError, NameError,
+          tokenize.TokenError) as error:
     raise UserError(f"gin: {error}") from error
   finally:
     logging.set_verbosity(verbosity)
-  # gin takes a misspelt NAME = value for a new macro and goes on.
   text = gin.config_str(max_line_length=10**6)
+  # Imports would let a configuration name, and so call, any function there is.
+  imports = re.search(r"^(import|from) .*", text, re.MULTILINE)
+  if imports:
+    raise UserError(
+        "gin: a configuration binds what ddss_tf registers and must not "
+        f"import. Received: {imports[0]!r}")
+  # gin takes a misspelt NAME = value for a new macro and goes on.
   for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
     if not re.search(rf"%{name}\b", text):
       raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
@@ -97,28 +106,49 @@ def _build(stages) -> None:
   So a fault in what only the last stage needs shows before the first has run
   for hours. What is large is a `gin.singleton`, and so built once.
   """
-  import gin  # pylint: disable=g-import-not-at-top
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
-  from ddss_tf import zoo  # pylint: disable=g-import-not-at-top
-  from ddss_tf.searching import check_shapes  # pylint: disable=g-import-not-at-top
+  # pylint: disable=g-import-not-at-top
+  import gin
+  from ddss_tf import comparing
+  from ddss_tf import evaluation
+  from ddss_tf import exporting
+  from ddss_tf import registry
+  from ddss_tf import searching
+  from ddss_tf import zoo
+  from ddss_tf.errors import UserError
+  # pylint: enable=g-import-not-at-top
+  checks = {
+      "compare": comparing.check_compare, "evaluate": evaluation.check_evaluate,
+      "sample": exporting.check_sample, "search": searching.check_search}
   for stage in stages:
     name = stage.__name__
-    bindings = gin.get_bindings(name)
-    for key, value in bindings.items():
+    arguments = _arguments(stage)
+    for key, value in arguments.items():
       if value is gin.REQUIRED:
         raise UserError(f"gin: {name}.{key} must be bound")
-    denoiser = bindings.get("denoiser")
-    if "dataset" in bindings:
-      networks = [bindings[key] for key in ("features", "heldout_features")
-                  if bindings.get(key) is not None]
-      check_shapes(denoiser, bindings["dataset"], *networks)
-    factories = list(bindings.get("baselines") or [])
-    if name == "search" and "sampler" in bindings:
-      factories.append(bindings["sampler"])
-    elif bindings.get("sampler") is not None:
-      zoo.load(bindings["sampler"])
+    if name in checks:
+      checks[name](arguments)
+    if name == "compare":  # Which searches.
+      searching.check_search(_arguments(registry.search))
+    denoiser = arguments.get("denoiser")
+    if "dataset" in arguments:
+      networks = [arguments[key] for key in ("features", "heldout_features")
+                  if arguments.get(key) is not None]
+      searching.check_shapes(denoiser, arguments["dataset"], *networks)
+    factories = list(arguments.get("baselines") or [])
+    if name == "search":
+      factories.append(arguments["sampler"])
+    elif arguments.get("sampler") is not None:
+      zoo.load(arguments["sampler"])
     for factory in factories:
       factory(denoiser.schedule)
+
+
+def _arguments(stage) -> dict:
+  """What a stage will be called with, defaults too, but for the run_dir."""
+  import gin  # pylint: disable=g-import-not-at-top
+  parameters = inspect.signature(stage).parameters.values()
+  defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
+  return {**defaults, **gin.get_bindings(stage.__name__)}
 
 
 def main(argv):
@@ -128,9 +158,11 @@ def main(argv):
   if not flags.FLAGS["verbosity"].present:
     # Libraries' news is for --verbosity=0; ours is the bar and TensorBoard.
     logging.set_verbosity(logging.WARNING)
-  from ddss_tf.errors import Terminated, UserError  # pylint: disable=g-import-not-at-top
+  from ddss_tf.errors import Terminated, UserError, WorkerLost  # pylint: disable=g-import-not-at-top
   try:
     _run()
+  except WorkerLost as error:
+    _fail(error, 1)
   except Terminated as error:
     _fail(error, 143)
   except (UserError, OSError) as error:
@@ -145,6 +177,11 @@ def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  if os.environ.get("TF_CONFIG"):
+    # TensorFlow would wait for workers that are gone, or that wait for us.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
   sys.exit(status)
 
 
@@ -179,7 +216,6 @@ def _run():
   from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
   from ddss_tf import evaluation  # pylint: disable=g-import-not-at-top
   from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
-  from ddss_tf import storage  # pylint: disable=g-import-not-at-top
 
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
   stages = _stages(_MODE.value)
@@ -193,12 +229,19 @@ def _run():
       return
     run = run_dir_lib.RunDir(_RUN_DIR.value)
     run.lock()
-    _build(stages)
-    if not reporting:
-      storage.write_text(run.path("config.gin"), gin.config_str())
     results = {}
-    for stage in stages:
-      results[stage.__name__] = stage(run.root)
+    try:
+      with distribution.watched():
+        _build(stages)
+        for stage in stages:
+          results[stage.__name__] = stage(run.root)
+        # The chief may have more to do, and none may end before the others.
+        distribution.everyones(0)
+    except Exception:
+      run.withdraw()
+      raise
+    if not distribution.is_chief():
+      return
   records = results.get("evaluate") or results.get("compare")
   if records:
     print(f"\n{evaluation.table(records)}\n")

@@ -288,6 +288,44 @@ def make_distance(name: str, real: np.ndarray):
   return lambda features: kid(features, real, kernel, real_term)
 
 
+def weights_of_terms(terms) -> dict[str, float]:
+  """The weights by name of a name out of `OBJECTIVES`, or of weights by name.
+
+  Raises:
+    ValueError: unknown or no terms, weights that are not positive, or "elbo"
+      among others.
+  """
+  terms = {terms: 1.0} if isinstance(terms, str) else dict(terms)
+  for name in terms:
+    if name not in OBJECTIVES:
+      raise ValueError(f"objective must be out of {', '.join(OBJECTIVES)}. "
+                       f"Received: {name!r}")
+  if not terms or any(not w > 0 for w in terms.values()):
+    raise ValueError("objective must have terms with positive weights. "
+                     f"Received: {terms}")
+  if ELBO in terms and len(terms) > 1:
+    raise ValueError(f"objective 'elbo' stands alone. Received: {terms}")
+  return terms
+
+
+def weights_of_networks(weights, networks) -> list[float]:
+  """The weights of feature networks, 1 each for None.
+
+  Raises:
+    ValueError: more or fewer weights than networks.
+  """
+  weights = [1.0] * len(networks) if weights is None else list(weights)
+  if len(weights) != len(networks):
+    raise ValueError("feature_weights must be one for each of the "
+                     f"{len(networks)} networks. Received: {weights}")
+  return weights
+
+
+def uses(terms, kind: tuple[str, ...]) -> bool:
+  """Whether any of the terms is of a kind, such as `MATCHING`."""
+  return any(name in kind for name in terms)
+
+
 class Objective:
   """A weighted sum of distances and matching terms, of one population.
 
@@ -322,26 +360,11 @@ class Objective:
 
   def __init__(self, terms, networks, reals, image_shape,
                network_weights=None):
-    self.terms = {terms: 1.0} if isinstance(terms, str) else dict(terms)
-    for name in self.terms:
-      if name not in OBJECTIVES:
-        raise ValueError(f"objective must be out of {', '.join(OBJECTIVES)}. "
-                         f"Received: {name!r}")
-    if not self.terms or any(not w > 0 for w in self.terms.values()):
-      raise ValueError("objective must have terms with positive weights. "
-                       f"Received: {self.terms}")
+    self.terms = weights_of_terms(terms)
     self.is_elbo = ELBO in self.terms
-    if self.is_elbo and len(self.terms) > 1:
-      raise ValueError(
-          f"objective 'elbo' stands alone. Received: {self.terms}")
-    if network_weights is None:
-      network_weights = [1.0] * len(networks)
-    if len(network_weights) != len(networks):
-      raise ValueError(f"feature_weights must be one for each of the "
-                       f"{len(networks)} networks. Received: {network_weights}")
-    self.uses_teacher = any(name in MATCHING for name in self.terms)
+    self.uses_teacher = uses(self.terms, MATCHING)
     self._networks = networks
-    self._weights = network_weights
+    self._weights = weights_of_networks(network_weights, networks)
     self._sizes = [real.shape[1] for real in reals]
     self._variances = [float(np.sum(np.var(real, axis=0, dtype=np.float64)))
                        for real in reals]
@@ -349,7 +372,7 @@ class Objective:
         name: [make_distance(name, real) for real in reals]
         for name in self.terms if name in DISTANCES}
     self._means = [real.mean(axis=0, dtype=np.float64) for real in reals]
-    self.uses_control = any(name in MOMENTS for name in self.terms)
+    self.uses_control = uses(self.terms, MOMENTS)
     self._pixels = "teacher_pixels" in self.terms
     self.width = sum(self._sizes)
     if self._pixels:

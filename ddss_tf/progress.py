@@ -4,6 +4,8 @@ import sys
 
 import tqdm
 
+from ddss_tf import distribution
+
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
   """A progress bar on the standard error output.
@@ -20,5 +22,5 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
   terminal = sys.stderr.isatty()
   return tqdm.tqdm(
       total=total, initial=initial, desc=description, unit=unit,
-      disable=not description,
+      disable=not description or not distribution.is_chief(),
       mininterval=0.1 if terminal else 20.0, leave=True, dynamic_ncols=terminal)

@@ -19,6 +19,7 @@ import markupsafe
 
 import ddss_tf
 from ddss_tf import card
+from ddss_tf import distribution
 from ddss_tf import comparing
 from ddss_tf import evaluation
 from ddss_tf import exporting
@@ -74,6 +75,8 @@ def report(run_dir: str) -> str:
       file.
   """
   run = run_dir_lib.RunDir(run_dir)
+  if not distribution.is_chief():  # Which alone has all files for sure.
+    return run.path(REPORT)
   groups, more = _results(run)
   found = _found_samplers(run)
   if not groups and not found:

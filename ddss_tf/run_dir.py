@@ -1,6 +1,6 @@
 """The run directory: what one run leaves on disk.
 
-  config.gin          the bindings of the last command
+  config.gin          the bindings of the last command that was accepted
   checkpoints/        of the search
   tensorboard/        events
   cache/              features of the real images
@@ -13,14 +13,20 @@
   export/             SavedModel
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 
+import gin
+
 from ddss_tf import card
+from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf.errors import UserError
+
+_LOCK = ".lock"
 
 
 class RunDir:
@@ -38,6 +44,14 @@ class RunDir:
   def __init__(self, root: str, cache: str | None = None):
     self.root = root
     self.cache = cache or self.path("cache")
+    # The folders that are not there yet, the innermost first.
+    self._made, folder = [], os.path.abspath(root)
+    self._lock = None
+    if not distribution.is_chief():
+      return
+    while not os.path.exists(folder):
+      self._made.append(folder)
+      folder = os.path.dirname(folder)
     try:
       os.makedirs(root, exist_ok=True)
       # Tried, not asked: os.access says yes to root on read-only systems.
@@ -47,7 +61,6 @@ class RunDir:
     except OSError as error:
       raise UserError(f"run_dir must be a folder that can be written to. "
                       f"Received: {root!r} ({error.strerror})") from error
-    self._lock = None
 
   def path(self, *parts: str) -> str:
     """A path inside."""
@@ -56,15 +69,67 @@ class RunDir:
   def lock(self) -> None:
     """Keeps other processes out until this one ends, however it ends.
 
+    The other workers of the same job are not kept out.
+
     Raises:
       UserError: another process is at work here.
     """
-    self._lock = open(self.path(".lock"), "w")  # Held open on purpose.
+    if not distribution.is_chief():
+      return
+    self._lock = open(self.path(_LOCK), "w")  # Held open on purpose.
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       raise UserError(
           f"run_dir {self.root!r} is in use by another process") from error
+
+  def withdraw(self) -> None:
+    """Removes what the constructor made, if nothing else has come into it."""
+    if self._made and set(os.listdir(self.root)) <= {_LOCK}:
+      with contextlib.suppress(OSError):  # Not empty: of others as well.
+        shutil.rmtree(self.root)
+        for folder in self._made[1:]:
+          os.rmdir(folder)
+
+  def keep_config(self) -> None:
+    """Writes `config.gin`, for a stage that has accepted what it is given."""
+    text = gin.config_str()
+    if text:
+      storage.write_text(self.path("config.gin"), text)
+
+  def check(self, stage: str, identity: dict, restart: bool = False) -> bool:
+    """Checks that the directory is not of another configuration of a stage.
+
+    Args:
+      stage: its name.
+      identity: of all that decides its result, what is known so far; JSON.
+      restart: accept another configuration, which `claim` will delete.
+
+    Returns:
+      Whether it is of another one.
+
+    Raises:
+      UserError: the directory belongs to another; names the differences.
+    """
+    path = self._claim_path(stage)
+    if not os.path.exists(path):
+      return False
+    identity = json.loads(json.dumps(identity))
+    try:
+      with open(path) as f:
+        before = dict(json.load(f))
+    except (ValueError, TypeError) as error:
+      raise UserError(f"{path} is damaged: {error}. Use another run_dir, or "
+                      "delete this one") from error
+    differences = [
+        f"another {key}: {before.get(key)}. Received: {identity[key]}"
+        for key in sorted(identity) if before.get(key) != identity[key]]
+    if differences and not restart:
+      raise UserError(
+          f"run_dir {self.root!r} holds a {stage} with "
+          f"{'; '.join(differences)}. Use another run_dir, delete this one, "
+          f"or bind {stage}.restart = True")
+    return bool(differences)
 
   def claim(self, stage: str, identity: dict, restart: bool = False) -> None:
     """Ties the directory to one configuration of a stage.
@@ -77,26 +142,11 @@ class RunDir:
     Raises:
       UserError: the directory belongs to another; names the differences.
     """
-    path = self.path("checkpoints", f"{stage}.json")
-    identity = json.loads(json.dumps(identity))
-    if os.path.exists(path):
-      try:
-        with open(path) as f:
-          before = dict(json.load(f))
-      except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}. Use another run_dir, or "
-                        "delete this one") from error
-      differences = [
-          f"another {key}: {before.get(key)}. Received: {identity.get(key)}"
-          for key in sorted(set(before) | set(identity))
-          if before.get(key) != identity.get(key)]
-      if differences and not restart:
-        raise UserError(
-            f"run_dir {self.root!r} holds a {stage} with "
-            f"{'; '.join(differences)}. Use another run_dir, delete this one, "
-            f"or bind {stage}.restart = True")
-      if differences:
-        shutil.rmtree(self.path("checkpoints"))
-        if os.path.exists(self.path(card.FILE)):
-          os.remove(self.path(card.FILE))
-    storage.write_json(path, identity)
+    if self.check(stage, identity, restart) and distribution.is_chief():
+      shutil.rmtree(self.path("checkpoints"))
+      if os.path.exists(self.path(card.FILE)):
+        os.remove(self.path(card.FILE))
+    storage.write_json(self._claim_path(stage), identity)
+
+  def _claim_path(self, stage):
+    return self.path("checkpoints", f"{stage}.json")

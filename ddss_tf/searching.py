@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from typing import Callable
+from typing import Any, Callable, Mapping
 
 from absl import logging
 import gin
@@ -39,7 +39,8 @@ from ddss_tf import teacher as teacher_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.errors import Terminated, UserError
+from ddss_tf.errors import (
+    MAX_SEED, Terminated, UserError, check_positive, check_whole)
 from ddss_tf.features import FeatureNetwork
 from ddss_tf.samplers import KINDS, Sampler
 from ddss_tf.schedules import NoiseSchedule
@@ -111,8 +112,56 @@ def check_x0_bound(root: str, x0_bound: str | None) -> None:
                     f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
 
 
+# The least value of each of a search's whole numbers.
+_LEAST = {
+    "num_search_steps": 1, "batch_size": 2, "gradient_samples": 1,
+    "micro_batch_size": 1, "start_samples": 2, "pool_samples": 2,
+    "validation_samples": 2, "validate_every": 1, "checkpoint_every": 1,
+    "log_every": 1, "max_skipped": 0}
+
+
+def check_search(arguments: Mapping[str, Any]) -> None:
+  """Checks all that can be said of a search before anything is loaded.
+
+  Args:
+    arguments: of `search`, by name; others, and the parts, are not looked at.
+
+  Raises:
+    UserError: one is out of range, or they do not fit together.
+  """
+  values = dict(arguments)
+  for name, least in _LEAST.items():
+    check_whole(f"search.{name}", values[name], least, optional=name in (
+        "gradient_samples", "micro_batch_size"))
+  check_whole("search.seed", values["seed"], 0, most=MAX_SEED)
+  for name in ("learning_rate", "rate_of_distance"):
+    check_positive(f"search.{name}", values[name])
+  whole = values["batch_size"]
+  part = values["gradient_samples"] or whole
+  micro = values["micro_batch_size"] or part
+  if whole % micro or part % micro or part > whole:
+    raise UserError(
+        "search.micro_batch_size must divide gradient_samples, at most "
+        "batch_size, and batch_size. Received: micro_batch_size="
+        f"{micro}, gradient_samples={part}, batch_size={whole}")
+  x0_bound = values["x0_bound"]
+  check_x0_bound("search", x0_bound)
+  unknown = set(values["rate_multipliers"] or {}) - set(KINDS)
+  if unknown:
+    raise UserError(f"search.rate_multipliers must be for {', '.join(KINDS)}. "
+                    f"Received: {', '.join(sorted(unknown))}")
+  try:
+    terms = objectives.weights_of_terms(values["objective"])
+  except (TypeError, ValueError) as error:
+    raise UserError(f"search: {error}") from error
+  if objectives.ELBO in terms and x0_bound is not None:
+    raise UserError("search.x0_bound must be None for the objective 'elbo', "
+                    f"whose states are not sampled. Received: {x0_bound!r}")
+
+
 # Adam's second moment: short, for searches are short. Our choice.
 _ADAM_BETA_2 = 0.99
+_LARGEST_NORM = 1e18
 _SCALE_DRAWS = 8
 _SENSITIVITY_FLOOR = 0.03
 
@@ -405,29 +454,47 @@ class Search:
 
     Returns:
       The loss, the norm of its gradient in u, and whether the step was taken:
-      one with a value that is not finite changes nothing but the counters.
+      one with a value that is not finite, or that would end at coefficients
+      that are not, changes nothing but the counters.
     """
     loss, gradient = self.loss_and_gradient(self.step)
-    scales = self.scales.numpy()
-    gradient = gradient * scales
+    with np.errstate(over="ignore"):
+      gradient = gradient * self.scales.numpy()
     norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    taken = bool(np.isfinite(loss) and np.isfinite(norm))
     self.not_finite = self._not_finite(loss, gradient)
+    # Adam squares it, and would never forget an infinity.
+    taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
     if taken:
-      self._apply(tf.constant(gradient))
-      flat = self._start + self.scales * self.units.value
-      sizes = [int(np.prod(v.shape)) for v in self.variables]
-      for part, variable in zip(tf.split(flat, sizes), self.variables):
-        value = tf.reshape(part, variable.shape)
-        if variable.constraint is not None:
-          value = variable.constraint(value)
-        variable.assign(value)
-      # What a constraint held back, the units must not remember.
-      self.units.assign((self._flat() - self._start.numpy()) / scales)
-    else:
+      taken = self._take(gradient)
+    if not taken:
       self._skipped.assign_add(1)
     self._step.assign_add(1)
     return loss, norm, taken
+
+  def _take(self, gradient: np.ndarray) -> bool:
+    """Adam's step, inside the constraints; whether the sampler allows it."""
+    start, scales = self._start.numpy(), self.scales.numpy()
+    before = np.array(self.units.value)
+    values = [np.array(variable.value) for variable in self.variables]
+    self._apply(tf.constant(gradient))
+    flat = self._start + self.scales * self.units.value
+    sizes = [int(np.prod(v.shape)) for v in self.variables]
+    for part, variable in zip(tf.split(flat, sizes), self.variables):
+      value = tf.reshape(part, variable.shape)
+      if variable.constraint is not None:
+        value = variable.constraint(value)
+      variable.assign(value)
+    try:
+      self.sampler.coefficients().validate()
+    except ValueError:
+      self.not_finite = "the coefficients it would lead to"
+      self.units.assign(before)
+      for variable, value in zip(self.variables, values):
+        variable.assign(value)
+      return False
+    # What a constraint held back, the units must not remember.
+    self.units.assign((self._flat() - start) / scales)
+    return True
 
   def _apply_gradient(self, gradient):
     """Adam's step, on every replica."""
@@ -621,36 +688,16 @@ def search(
     UserError: arguments out of range or that do not fit together; a run
       directory of another search; too many non-finite steps.
   """
-  gradient_samples = gradient_samples or batch_size
-  micro_batch_size = micro_batch_size or gradient_samples
-  for name, value, least in (
-      ("num_search_steps", num_search_steps, 1), ("batch_size", batch_size, 2),
-      ("gradient_samples", gradient_samples, 1),
-      ("micro_batch_size", micro_batch_size, 1),
-      ("start_samples", start_samples, 2),
-      ("pool_samples", pool_samples, 2),
-      ("validation_samples", validation_samples, 2),
-      ("validate_every", validate_every, 1),
-      ("checkpoint_every", checkpoint_every, 1), ("log_every", log_every, 1)):
-    if value < least:
-      raise UserError(f"search.{name} must be at least {least}. "
-                      f"Received: {value}")
-  if batch_size % micro_batch_size or gradient_samples % micro_batch_size or (
-      gradient_samples > batch_size):
-    raise UserError(
-        "search.micro_batch_size must divide gradient_samples, at most "
-        "batch_size, and batch_size. Received: micro_batch_size="
-        f"{micro_batch_size}, gradient_samples={gradient_samples}, "
-        f"batch_size={batch_size}")
-  check_x0_bound("search", x0_bound)
+  check_search(locals())
+  if gradient_samples is None:
+    gradient_samples = batch_size
+  if micro_batch_size is None:
+    micro_batch_size = gradient_samples
   dataset = data.as_dataset(dataset)
   networks = list(features) if isinstance(features, (list, tuple)) else [
       features]
   check_shapes(denoiser, dataset, *networks)
   multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
-  if set(multipliers) != set(KINDS):
-    raise UserError(f"search.rate_multipliers must be for {', '.join(KINDS)}. "
-                    f"Received: {', '.join(multipliers)}")
   make_sampler, sampler = sampler, (
       sampler if isinstance(sampler, Sampler) else sampler(denoiser.schedule))
   if make_sampler is sampler and getattr(sampler, "init", None) == "auto":
@@ -662,23 +709,49 @@ def search(
   check_times(denoiser, sampler)
   check_guidance(denoiser, sampler.coefficients())
 
-  run = run_dir_lib.RunDir(run_dir, cache_dir)
-  reals = [reference.reference(
-      network, dataset, quantise=False, cache_dir=run.cache).pool
-           for network in networks]
-  try:
-    goal = objectives.Objective(
-        objective, networks, reals, denoiser.image_shape, feature_weights)
-  except (TypeError, ValueError) as error:
-    raise UserError(f"search: {error}") from error
-  if goal.is_elbo and x0_bound is not None:
-    raise UserError("search.x0_bound must be None for the objective 'elbo', "
-                    f"whose states are not sampled. Received: {x0_bound!r}")
-  if goal.is_elbo and denoiser.num_classes is not None:
+  terms = objectives.weights_of_terms(objective)
+  if objectives.ELBO in terms and denoiser.num_classes is not None:
     raise UserError("objective 'elbo' needs an unconditional denoiser: images "
                     f"come without their classes. Received: {denoiser.name!r}")
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
-  control_variate = control_variate and goal.uses_control
+  uses_teacher = objectives.uses(terms, objectives.MATCHING)
+  control_variate = control_variate and objectives.uses(
+      terms, objectives.MOMENTS)
+  try:
+    objectives.weights_of_networks(feature_weights, networks)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"search: {error}") from error
+  try:
+    teacher_coefficients = uses_teacher and teacher_lib.coefficients(
+        denoiser.schedule, **teacher)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"search.teacher: {error}") from error
+  # All that decides the result: another one cannot go on from its checkpoint.
+  setting = {
+      "denoiser": denoiser.key, "dataset": dataset.sha256,
+      "features": [network.key for network in networks],
+      "feature_weights": feature_weights, "objective": terms,
+      "x0_bound": x0_bound}
+  if uses_teacher:
+    setting["teacher"] = teacher
+  identity = {
+      **setting, "num_search_steps": num_search_steps,
+      "batch_size": batch_size, "gradient_samples": gradient_samples,
+      "pool_samples": (
+          pool_samples if uses_teacher or control_variate else None),
+      "control_variate": control_variate,
+      "learning_rate": learning_rate, "rate_of_distance": rate_of_distance,
+      "rate_multipliers": multipliers,
+      "seed": seed, "validation_samples": validation_samples,
+      "validate_every": validate_every}
+
+  run = run_dir_lib.RunDir(run_dir, cache_dir)
+  run.check("search", identity, restart)
+  reals = [reference.reference(
+      network, dataset, quantise=False, cache_dir=run.cache).pool
+           for network in networks]
+  goal = objectives.Objective(
+      terms, networks, reals, denoiser.image_shape, feature_weights)
 
   make_views = functools.partial(
       teacher_lib.views, goal, denoiser, cache_dir=run.cache,
@@ -686,24 +759,14 @@ def search(
       x0_bound=x0_bound, jit_compile=jit_compile)
 
   def views_of_teacher(num_samples, noise_seed):
-    if not goal.uses_teacher:
+    if not uses_teacher:
       return None
-    try:
-      known = teacher_lib.coefficients(denoiser.schedule, **teacher)
-    except (TypeError, ValueError) as error:
-      raise UserError(f"search.teacher: {error}") from error
-    return make_views(known, num_samples=num_samples, seed=noise_seed)
+    return make_views(
+        teacher_coefficients, num_samples=num_samples, seed=noise_seed)
 
   make_value = functools.partial(
       _Validation, goal, denoiser, dataset.images, seed=seed + 1,
       x0_bound=x0_bound, jit_compile=jit_compile)
-  identity = {
-      "denoiser": denoiser.key, "dataset": dataset.sha256,
-      "features": [network.key for network in networks],
-      "feature_weights": feature_weights, "objective": goal.terms,
-      "x0_bound": x0_bound}
-  if goal.uses_teacher:
-    identity["teacher"] = teacher
 
   if getattr(sampler, "init", None) == "auto":
     sampler = starts.choose(
@@ -711,21 +774,11 @@ def search(
         make_value(
             start_samples, views_of_teacher(start_samples, seed + 1), None),
         run.path(starts.FILE), {
-            **identity, "family": sampler.get_config(),
+            **setting, "family": sampler.get_config(),
             "samples": start_samples, "seed": seed + 1}, start_candidates)
 
-  # All that decides the result: another one cannot go on from its checkpoint.
-  run.claim("search", {
-      **identity, "sampler": sampler.get_config(),
-      "num_search_steps": num_search_steps, "batch_size": batch_size,
-      "gradient_samples": gradient_samples,
-      "pool_samples": (
-          pool_samples if goal.uses_teacher or control_variate else None),
-      "control_variate": control_variate,
-      "learning_rate": learning_rate, "rate_of_distance": rate_of_distance,
-      "rate_multipliers": multipliers,
-      "seed": seed, "validation_samples": validation_samples,
-      "validate_every": validate_every}, restart)
+  run.claim("search", {**identity, "sampler": sampler.get_config()}, restart)
+  run.keep_config()
   first = sampler.coefficients().numpy()
   control, known, rate = None, None, learning_rate
   if control_variate:
@@ -762,7 +815,9 @@ def search(
   seconds = checkpoints.seconds  # Of the steps alone.
 
   def validate() -> float:
-    return validation(sampler.coefficients().numpy())
+    # The chief's, lest rounding should part the workers.
+    return distribution.everyones(
+        validation(sampler.coefficients().numpy()))[0]
 
   with checkpoints.writer().as_default(), progress.bar(
       num_search_steps, f"search {sampler.label} K={sampler.num_steps}", "step",
@@ -816,11 +871,12 @@ def search(
         logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
                      value, state.best_value, state.best_step)
         clock = time.monotonic()
-      if step % checkpoint_every == 0 or step == num_search_steps or (
-          termination.received):
+      terminated = any(distribution.everyones(termination.received))
+      if (step % checkpoint_every == 0 or step == num_search_steps
+          or terminated):
         checkpoints.save(step, seconds)
         clock = time.monotonic()
-      if termination.received:
+      if terminated:
         raise Terminated(f"search ended by SIGTERM after step {step} of "
                          f"{num_search_steps}, with checkpoint "
                          f"{checkpoints.latest}; called again it goes on")
@@ -847,10 +903,11 @@ def search(
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in networks],
           "dataset": dataset.name}, x0_bound=x0_bound))
-  # A search that was over before is not drawn again.
-  if state.step > start or not all(
-      os.path.exists(run.path(name)) for name in PICTURES):
+  # A search that was over before is not drawn again; the chief knows.
+  if distribution.everyones(state.step > start or not all(
+      os.path.exists(run.path(name)) for name in PICTURES))[0]:
     _draw(run, sampler, first, validation.generator, seed + 1, state.best_step)
+  distribution.everyones(0)  # All workers find what the chief has written.
   return sampler
 
 
@@ -877,6 +934,8 @@ def _draw(run, sampler, first, generator, seed, step):
       for title, coefficients in (
           (f"before the search, K = {sampler.num_steps}", first),
           (f"after {step} steps of it: {label}", best))], side)
+  if not distribution.is_chief():
+    return
   events = run.path("tensorboard", "pictures")
   # Drawn again after a kill: those before are no other step's.
   shutil.rmtree(events, ignore_errors=True)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from typing import Iterator
 
+from ddss_tf import distribution
 from ddss_tf.errors import UserError
 
 
@@ -15,7 +16,8 @@ def replacing(path: str) -> Iterator[str]:
   """Gives a temporary path beside `path` that takes its place on success.
 
   On any exception, a full disk among them, the temporary file goes and what
-  was at `path` stays.
+  was at `path` stays. Of several worker processes the chief alone writes; what
+  the others write goes nowhere.
 
   Args:
     path: the final path; its folder is made if need be.
@@ -24,6 +26,10 @@ def replacing(path: str) -> Iterator[str]:
     A path with the same ending, in the same folder.
   """
   folder, name = os.path.split(os.path.abspath(path))
+  if not distribution.is_chief():
+    with tempfile.TemporaryDirectory() as nowhere:
+      yield os.path.join(nowhere, name)
+    return
   os.makedirs(folder, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=name)
   os.close(handle)
@@ -34,6 +40,9 @@ def replacing(path: str) -> Iterator[str]:
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     os.replace(temporary, path)
+  except OSError as error:  # A failed write does not say of what.
+    raise OSError(
+        error.errno, error.strerror or str(error), path) from error
   finally:
     if os.path.exists(temporary):
       os.remove(temporary)

@@ -80,7 +80,6 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
   view = distribution.row_wise(objective.view)
   found = np.concatenate([view(images).numpy() for images in generator.batches(
       known, num_samples, seed, description)])
-  os.makedirs(cache_dir, exist_ok=True)
   with storage.replacing(path) as temporary:
     np.savez(temporary, views=found)
   return found

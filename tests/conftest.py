@@ -32,7 +32,7 @@ def gaussian_parts():
   return parts.make()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def main_in_process():
   """Runs the command line here: a process of its own would import TensorFlow.
 
@@ -56,3 +56,10 @@ def main_in_process():
         flags.FLAGS[name].unparse()
 
   return run
+
+
+@pytest.fixture(scope="session")
+def gaussian_config(tmp_path_factory):
+  """A gin file of a run of the Gaussian parts, of seconds."""
+  import gaussian_parts as parts  # pylint: disable=g-import-not-at-top
+  return parts.save(str(tmp_path_factory.mktemp("parts")))

@@ -294,7 +294,7 @@ def test_damaged_own_format(tmp_path):
   network = os.path.join(folder, "network.keras")
   with open(network, "r+b") as f:
     f.truncate(os.path.getsize(network) // 2)
-  refused(folder, "not a complete Keras file")
+  refused(folder, "not a complete and safe Keras file")
   os.remove(network)
   refused(folder, "no network.keras")
   with open(os.path.join(folder, "denoiser.json"), "w") as f:

@@ -5,9 +5,11 @@ Usage: distributed_search.py OUTPUT.npz REPLICAS...
 
 import functools
 import json
+import os
 import sys
 import tempfile
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -17,8 +19,10 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * 4)
 
 import ddss_tf  # pylint: disable=g-import-not-at-top
+from ddss_tf import card
 from ddss_tf import distribution
 from ddss_tf import families
+from ddss_tf import solvers
 import gaussian_parts
 
 # One pass; two with a last micro-batch that is not full; a bound, no distance.
@@ -28,6 +32,29 @@ SEARCHES = {
                        objective="frechet", pool_samples=90),
     "elbo": dict(batch_size=8, objective="elbo"),
 }
+
+
+def export(folder):
+  """Images of an exported sampler whose network has weights."""
+  keras.utils.set_random_seed(0)
+  x_t, t = keras.Input(gaussian_parts.SHAPE), keras.Input(())
+  scaled = keras.layers.Reshape((1, 1, 1))(t / 1000.0)
+  eps = keras.layers.Conv2D(1, 3, padding="same")(
+      keras.layers.Conv2D(4, 3, padding="same", activation="silu")(
+          x_t + scaled))
+  denoiser = ddss_tf.Denoiser(
+      keras.Model([x_t, t], eps), ddss_tf.NoiseSchedule.linear())
+  card.write(os.path.join(folder, card.FILE), card.SamplerCard(
+      "DDPM", solvers.solver_coefficients(
+          denoiser.schedule, "ddpm", 3, "linear").numpy(),
+      denoiser.identity, {}))
+  path = ddss_tf.export(folder, denoiser)
+
+  def serve():
+    return tf.saved_model.load(path).signatures["serving_default"](
+        seed=tf.constant([3, 0]), batch_size=tf.constant(5))["images"]
+
+  return path, distribution.outside(serve).numpy()
 
 
 def main(output, *replicas):
@@ -56,6 +83,11 @@ def main(output, *replicas):
             with np.load(ddss_tf.sample(
                 run, parts["denoiser"], num_images=7)) as images:
               results[f"{name}/images/{count}"] = images["images"]
+      path = os.path.join(os.path.dirname(output), f"export{count}")
+      os.makedirs(path)
+      path, images = export(path)
+      results[f"export/images/{count}"] = images
+      results[f"export/path/{count}"] = path
   np.savez(output, **results)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from ddss_tf import distribution
 from ddss_tf.errors import UserError
@@ -82,13 +83,38 @@ def test_metrics_and_images_do_not_depend_on_the_replicas(results):
   assert difference.max() <= 1 and np.mean(difference > 0) < 0.05
 
 
+@counts
+def test_an_export_does_not_depend_on_the_replicas(results):
+  count, found = results
+  images = found[f"export/images/{count}"]
+  assert images.shape == (5, 4, 4, 1) and np.ptp(images.astype(int)) > 20
+  assert np.abs(images - found["export/images/1"].astype(int)).max() <= 1
+  # Where there is one device, as anywhere that it may be served.
+  served = tf.saved_model.load(str(found[f"export/path/{count}"]))
+  again = served.signatures["serving_default"](
+      seed=tf.constant([3, 0]), batch_size=tf.constant(5))["images"].numpy()
+  assert np.abs(images - again.astype(int)).max() <= 1
+
+
 @pytest.mark.parametrize("options,message", [
-    (dict(name="best"), "none, mirrored, tpu.*'best'"),
+    (dict(name="best"), "none, mirrored, multi_worker, tpu.*'best'"),
     (dict(name="mirrored", devices=["GPU:7"]), "among CPU:0.*'GPU:7'"),
 ])
 def test_bad_strategies(options, message):
   with pytest.raises(UserError, match=message):
     distribution.make_strategy(**options)
+
+
+@pytest.mark.parametrize("config", [
+    "", "{", "[]", '{"cluster": {}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker"}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+    '{"cluster": {"ps": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
+])
+def test_bad_tf_config(config, monkeypatch):
+  monkeypatch.setenv("TF_CONFIG", config)
+  with pytest.raises(UserError, match="TF_CONFIG must be as"):
+    distribution.make_strategy("multi_worker")
 
 
 def test_without_a_strategy_nothing_is_split():

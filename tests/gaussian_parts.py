@@ -1,5 +1,7 @@
 """Small parts of a search, of which everything is known: Gaussian images."""
 
+import os
+
 import keras
 import numpy as np
 
@@ -30,3 +32,64 @@ def make() -> dict:
       dataset=data.ImageDataset(
           "gaussian", images, None, fingerprint.arrays_sha256([images])),
       features=features_lib.FeatureNetwork(model, "random"))
+
+
+# A run of them by the command line, of seconds.
+_CONFIG = """
+DENOISER = @denoiser/gin.singleton()
+denoiser/gin.singleton.constructor = @gaussian_denoiser
+gaussian_denoiser.image_shape = (4, 4, 1)
+gaussian_denoiser.mean = 0.3
+gaussian_denoiser.std = 0.25
+
+DATASET = @dataset/gin.singleton()
+dataset/gin.singleton.constructor = @load_dataset
+load_dataset.name = "npz:{folder}/images.npz"
+
+FEATURES = @features/gin.singleton()
+features/gin.singleton.constructor = @load_features
+load_features.path = "{folder}/features.keras"
+
+NUM_STEPS = 2
+search.denoiser = %DENOISER
+search.dataset = %DATASET
+search.features = %FEATURES
+search.sampler = @searched/make_sampler
+searched/make_sampler.family = "ggdm+pred+time"
+searched/make_sampler.num_steps = %NUM_STEPS
+searched/make_sampler.init = "ddpm"
+search.num_search_steps = 12
+search.batch_size = 16
+search.pool_samples = 80
+search.validation_samples = 64
+search.validate_every = 4
+search.checkpoint_every = 4
+search.log_every = 2
+search.jit_compile = False
+
+evaluate.denoiser = %DENOISER
+evaluate.dataset = %DATASET
+evaluate.features = %FEATURES
+evaluate.num_samples = 40
+evaluate.jit_compile = False
+evaluate.baselines = [@baseline/make_sampler]
+baseline/make_sampler.family = "ddim"
+baseline/make_sampler.num_steps = %NUM_STEPS
+
+export.denoiser = %DENOISER
+sample.denoiser = %DENOISER
+sample.num_images = 5
+sample.jit_compile = False
+"""
+
+
+def save(folder: str) -> str:
+  """Writes the parts and a gin file of a run of them; gives its path."""
+  parts = make()
+  np.savez(os.path.join(folder, "images.npz"),
+           images=np.clip(parts["dataset"].images, -1, 1))
+  parts["features"].model.save(os.path.join(folder, "features.keras"))
+  path = os.path.join(folder, "gaussian.gin")
+  with open(path, "w") as f:
+    f.write(_CONFIG.format(folder=folder))
+  return path

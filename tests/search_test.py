@@ -155,6 +155,16 @@ def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
   assert sorted((tmp_path / "checkpoints").glob("*.index")) == indices
 
 
+def test_a_first_checkpoint_that_was_not_finished(
+    parts, finished, tmp_path, monkeypatch):
+  interrupted(str(tmp_path), parts, monkeypatch, 6, die, KeyboardInterrupt)
+  # As SIGKILL leaves it before TensorFlow writes its list.
+  (tmp_path / "checkpoints" / "checkpoint").unlink()
+  (tmp_path / "checkpoints" / "ckpt-4.index").write_bytes(b"half")
+  same_sampler(finished[1], ddss_tf.search(str(tmp_path), **parts, **options()))
+  assert events(str(tmp_path)) == events(finished[0])
+
+
 @pytest.mark.parametrize("parameterisation", ["real", "paper"])
 def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   # Deterministic DDIM in 2 steps shrinks a Gaussian; the search must see it in
@@ -636,8 +646,8 @@ def test_another_search_in_the_same_place(parts, finished, tmp_path):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(batch_size=1), "batch_size must be at least 2"),
-    (dict(num_search_steps=0), "num_search_steps must be at least 1"),
+    (dict(batch_size=1), "batch_size must be a whole number >= 2"),
+    (dict(num_search_steps=0), "num_search_steps must be a whole number >= 1"),
     (dict(rate_multipliers={"colour": 1.0}), "colour"),
     (dict(objective="beauty"), "kid_linear.*'beauty'"),
     (dict(x0_bound="soft"), "clip or dynamic.*'soft'"),
