@@ -240,6 +240,8 @@ def _run():
     except Exception:
       run.withdraw()
       raise
+    finally:
+      run.release()
     if not distribution.is_chief():
       return
   records = results.get("evaluate") or results.get("compare")

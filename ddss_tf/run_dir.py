@@ -83,6 +83,11 @@ class RunDir:
       raise UserError(
           f"run_dir {self.root!r} is in use by another process") from error
 
+  def release(self) -> None:
+    """Lets other processes in."""
+    if self._lock is not None:
+      self._lock.close()
+
   def withdraw(self) -> None:
     """Removes what the constructor made, if nothing else has come into it."""
     if self._made and set(os.listdir(self.root)) <= {_LOCK}:
