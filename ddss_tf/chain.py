@@ -180,8 +180,9 @@ def draw_noise(
                tuple(image_shape), num_steps)
 
 
-# Sample by sample is slow outside of a graph.
-@tf.function(reduce_retracing=True)
+# Sample by sample is slow outside of a graph. Traced for every batch size, for
+# what follows may need to know it.
+@tf.function
 def _draw(seed, indices, image_shape, num_steps):
 
   def one(index):

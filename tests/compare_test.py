@@ -132,7 +132,7 @@ def test_the_first_multistep_family_is_searched_on_two_strides(compared):
   assert init in ("ddpm", "ddim", "dpm++2m") and other.endswith(f"-{stride}")
   assert stride not in {stride for name, stride, _ in best if name == init}
   coefficients = [
-      fingerprint.arrays_sha256(
+      fingerprint.coefficients_sha256(
           card.read(os.path.join(folder, card.FILE)).coefficients)
       for folder in folders]
   # The row is the one that is better on the images by which strides are chosen.

@@ -74,7 +74,7 @@ def main(output, *replicas):
               jit_compile=name == "one_pass", sampler=functools.partial(
                   families.make_sampler, family="ggdm+pred+time", num_steps=3,
                   init="ddpm"))
-          for field, value in sampler.coefficients().numpy()._asdict().items():
+          for field, value in sampler.coefficients().numpy().arrays().items():
             results[f"{name}/{field}/{count}"] = value
           if name == "one_pass":
             (record,) = ddss_tf.evaluate(

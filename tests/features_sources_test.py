@@ -601,7 +601,9 @@ def test_search_and_evaluate(folder, tmp_path):
       pool_samples=8,
       validation_samples=4, validate_every=1, jit_compile=False)
   start = make_sampler(parts["denoiser"].schedule).coefficients()
-  moved = [np.abs(a - b).max() for a, b in zip(sampler.coefficients(), start)]
+  found = sampler.coefficients().arrays()
+  moved = [np.abs(found[name] - value).max()
+           for name, value in start.arrays().items()]
   assert 0 < max(moved) < np.inf
   [record] = ddss_tf.evaluate(
       run, **parts, num_samples=8, batch_size=4, jit_compile=False)

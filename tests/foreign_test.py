@@ -291,7 +291,7 @@ def test_keras_file(exact, tmp_path):
   refused(path, "signature", "serve", signature="serve")
   with open(path, "r+b") as f:
     f.truncate(os.path.getsize(path) // 2)
-  refused(path, "not a complete Keras file")
+  refused(path, "not a complete and safe Keras file")
   refused(str(tmp_path / "none.keras"), ".keras")
 
 
