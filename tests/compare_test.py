@@ -203,6 +203,7 @@ def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
   assert ddss_tf.compare(run, **arguments) == records
 
 
+@pytest.mark.slow
 def test_a_row_for_every_objective(arguments, tmp_path):
   with gin.unlock_config():
     for name, value in {"num_search_steps": 2, "batch_size": 16,

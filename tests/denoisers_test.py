@@ -169,7 +169,8 @@ def test_labels(conditional, noise):
     assert np.abs(same - other).max() > 0.05
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_eps_takes_labels(conditional, noise, jit_compile):
   x, t = noise
   labels = tf.constant([2, 0, 1])

@@ -57,8 +57,17 @@ def export(folder):
   return path, distribution.outside(serve).numpy()
 
 
-def main(output, *replicas):
+def main(output, extent, *replicas):
+  """Leaves what was found with each number of replicas in an npz file.
+
+  Args:
+    output: the file.
+    extent: "all"; or "quick": the first search only, not compiled by XLA.
+    *replicas: numbers of them.
+  """
   results = {}
+  quick = extent == "quick"
+  searches = dict(list(SEARCHES.items())[:1 if quick else None])
   for count in map(int, replicas):
     devices = [f"CPU:{i}" for i in range(count)]
     strategy = (distribution.make_strategy() if count == 1 else
@@ -66,22 +75,24 @@ def main(output, *replicas):
     with strategy.scope():
       assert distribution.num_replicas() == count
       parts = gaussian_parts.make()
-      for name, options in SEARCHES.items():
+      for name, options in searches.items():
         with tempfile.TemporaryDirectory() as run:
           sampler = ddss_tf.search(
               run, **parts, **options, num_search_steps=20,
               learning_rate=0.3, validation_samples=50, validate_every=5,
-              jit_compile=name == "one_pass", sampler=functools.partial(
+              jit_compile=name == "one_pass" and not quick, sampler=functools.partial(
                   families.make_sampler, family="ggdm+pred+time", num_steps=3,
                   init="ddpm"))
           for field, value in sampler.coefficients().numpy().arrays().items():
             results[f"{name}/{field}/{count}"] = value
           if name == "one_pass":
             (record,) = ddss_tf.evaluate(
-                run, **parts, num_samples=101, batch_size=50)
+                run, **parts, num_samples=101, batch_size=50,
+                jit_compile=not quick)
             results[f"{name}/record/{count}"] = json.dumps(record)
             with np.load(ddss_tf.sample(
-                run, parts["denoiser"], num_images=7)) as images:
+                run, parts["denoiser"], num_images=7,
+                jit_compile=not quick)) as images:
               results[f"{name}/images/{count}"] = images["images"]
       path = os.path.join(os.path.dirname(output), f"export{count}")
       os.makedirs(path)

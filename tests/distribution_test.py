@@ -16,7 +16,7 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 SEARCHES = ("one_pass", "two_passes", "elbo")
 
 
-def run(folder, *replicas):
+def run(folder, extent, *replicas):
   """What searches with these numbers of replicas found.
 
   In a process of its own, since devices are set up before TensorFlow starts and
@@ -25,7 +25,7 @@ def run(folder, *replicas):
   path = os.path.join(folder, "results.npz")
   done = subprocess.run(
       [sys.executable, os.path.join(FOLDER, "distributed_search.py"), path,
-       *map(str, replicas)], capture_output=True, text=True, check=False,
+       extent, *map(str, replicas)], capture_output=True, text=True, check=False,
       env=dict(os.environ, PYTHONPATH=os.path.dirname(FOLDER)))
   assert done.returncode == 0, done.stderr[-4000:]
   with np.load(path) as file:
@@ -34,27 +34,35 @@ def run(folder, *replicas):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-  return run(tmp_path_factory.mktemp("few"), 1, 2)
+  return run(tmp_path_factory.mktemp("few"), "all", 1, 2)
 
 
 @pytest.fixture(scope="module")
-def results(request, few, tmp_path_factory):
+def results(request, tmp_path_factory):
   """Those of one replica and of a number of them, and the number."""
-  count = request.param
+  extent, count = request.param
+  if extent == "quick":
+    return count, run(tmp_path_factory.mktemp("quick"), extent, 1, count)
+  few = request.getfixturevalue("few")
   return count, few if count == 2 else {
-      **few, **run(tmp_path_factory.mktemp("many"), count)}
+      **few, **run(tmp_path_factory.mktemp("many"), extent, count)}
 
 
-counts = pytest.mark.parametrize(
-    "results", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+counts = pytest.mark.parametrize("results", [
+    ("quick", 2), *(pytest.param(("all", count), marks=pytest.mark.slow)
+                    for count in (2, 4))], indirect=True)
 
 
 @counts
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", [
+    SEARCHES[0], *(pytest.param(name, marks=pytest.mark.slow)
+                   for name in SEARCHES[1:])])
 def test_coefficients_do_not_depend_on_the_replicas(results, search):
   count, found = results
   names = {key.split("/")[1] for key in found if key.startswith(search)}
   names -= {"record", "images"}
+  if not names and search != SEARCHES[0]:
+    pytest.skip("not among the quick ones")
   assert "times" in names
   for name in names:
     np.testing.assert_allclose(
@@ -62,6 +70,7 @@ def test_coefficients_do_not_depend_on_the_replicas(results, search):
         rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_searches_moved(few):
   # Or nothing would have been compared.
   for one, other in (SEARCHES[:2], SEARCHES[1:]):

@@ -99,6 +99,7 @@ def test_epsilon_of_normalisations(architecture, epsilon):
   assert {norm.groups for norm in norms} == {2, 4}  # 8 channels, or 16.
 
 
+@pytest.mark.slow
 def test_every_weight_counts(tmp_path):
   # What the fixtures do not feel they do not test.
   for name in NETWORKS:
@@ -309,7 +310,7 @@ def test_files_that_are_refused(tmp_path):
         ddss_tf.load_denoiser, path)
 
 
-@pytest.mark.parametrize("name", UNCONDITIONAL)
+@pytest.mark.parametrize("name", UNCONDITIONAL[:1])
 def test_inspecting(tmp_path, name):
   path, _ = write(tmp_path, name)
   denoiser = ddss_tf.load_denoiser(path)

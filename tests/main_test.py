@@ -28,6 +28,7 @@ TINY = [
     "search.validation_samples = 8", "search.validate_every = 2",
     "search.checkpoint_every = 2", "search.jit_compile = False",
     "evaluate.jit_compile = False", "sample.jit_compile = False",
+    "load_dataset.max_images = 500",
 ]
 
 
@@ -89,7 +90,7 @@ def test_the_whole_job(run):
       "DDPM linear", "DDPM quadratic", "DDIM linear", "DDIM quadratic",
       "DPM-Solver++(3M) linear", "UniPC-3 (bh2) linear", "GGDM+PRED+TIME"]
   for record in records:
-    assert record["num_samples"] == 32 and record["num_real"] == 10000
+    assert record["num_samples"] == 32 and record["num_real"] == 500
     assert record["features"]["name"] == "digits_cnn"
     assert record["features_heldout"]["name"] == "digits_resnet"
     assert len(record["denoiser"]["sha256"]) == 64
@@ -97,12 +98,15 @@ def test_the_whole_job(run):
   assert "tensorboard --logdir" in result.stdout
 
 
-def test_killed_search_equals_uninterrupted(run, digits, tmp_path):
+@pytest.mark.slow
+def test_killed_search_equals_uninterrupted(run, tfds_dir, tmp_path):
   # The uninterrupted one through the Python API, in this process.
   import functools  # pylint: disable=g-import-not-at-top
+  dataset = ddss_tf.load_dataset(
+      "ddss_digits", pad=2, downsample=2, data_dir=tfds_dir, max_images=500)
   sampler = ddss_tf.search(
       str(tmp_path), denoiser=ddss_tf.load_denoiser("digits16-ddpm"),
-      dataset=digits, features=ddss_tf.load_features("digits_cnn"),
+      dataset=dataset, features=ddss_tf.load_features("digits_cnn"),
       sampler=functools.partial(
           ddss_tf.make_sampler, family="ggdm+pred+time", num_steps=2),
       num_search_steps=6, batch_size=4, gradient_samples=2,
@@ -114,6 +118,7 @@ def test_killed_search_equals_uninterrupted(run, digits, tmp_path):
     np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_terminated_command_says_so(main_in_process, tmp_path, tfds_dir,
                                       monkeypatch, capsys):
   from ddss_tf import searching  # pylint: disable=g-import-not-at-top
@@ -134,6 +139,7 @@ def test_a_terminated_command_says_so(main_in_process, tmp_path, tfds_dir,
                    capsys.readouterr().err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_stages_one_by_one(run, tfds_dir):
   folder, _, arguments = run
   before = os.stat(os.path.join(folder, "sampler.json")).st_mtime
@@ -163,6 +169,7 @@ def test_report_of_a_run(run, main_in_process, capsys):
     assert f.read() == config
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(run, tfds_dir):
   folder, _, arguments = run
   refused(call(*arguments, "--mode=search", data_dir=tfds_dir,
@@ -241,8 +248,10 @@ PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin",
 
 
 @pytest.mark.parametrize(
-    "config", sorted(n for n in os.listdir(os.path.join(ROOT, "gin_configs"))
-                     if n.endswith(".gin") and n not in PARTS))
+    "config", [pytest.param(n, marks=[] if n == "table.gin" else [
+        pytest.mark.slow]) for n in sorted(os.listdir(
+            os.path.join(ROOT, "gin_configs")))
+               if n.endswith(".gin") and n not in PARTS])
 def test_every_shipped_config_builds(config, tfds_dir):
   compares = config.startswith(("table", "objectives"))
   mode = "compare" if compares else "run"

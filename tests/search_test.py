@@ -110,6 +110,7 @@ def test_killed_and_resumed_is_uninterrupted(
     assert json.load(f)["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_terminated_and_resumed_is_uninterrupted(
     parts, finished, tmp_path, monkeypatch):
   run = str(tmp_path)
@@ -123,7 +124,9 @@ def test_terminated_and_resumed_is_uninterrupted(
   assert events(run) == events(finished[0])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "list"])
+@pytest.mark.parametrize("damage", [
+    "truncated", *(pytest.param(damage, marks=pytest.mark.slow)
+                   for damage in ("flipped", "list"))])
 def test_a_damaged_checkpoint_falls_back(
     parts, finished, tmp_path, monkeypatch, caplog, damage):
   run = str(tmp_path)
@@ -165,7 +168,8 @@ def test_a_first_checkpoint_that_was_not_finished(
   assert events(str(tmp_path)) == events(finished[0])
 
 
-@pytest.mark.parametrize("parameterisation", ["real", "paper"])
+@pytest.mark.parametrize(
+    "parameterisation", ["real", pytest.param("paper", marks=pytest.mark.slow)])
 def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   # Deterministic DDIM in 2 steps shrinks a Gaussian; the search must see it in
   # the features of fresh noise.
@@ -212,9 +216,12 @@ def make_search(parts, **changes):
 
 
 @pytest.mark.parametrize("objective", [
-    *objectives.DISTANCES,
-    {"kid_linear": 1.0, "teacher_pixels": 5.0, "teacher_features": 2.0}])
-@pytest.mark.parametrize("control", [False, True])
+    pytest.param(name, marks=[] if name in ("kid_linear", "frechet") else [
+        pytest.mark.slow]) for name in objectives.DISTANCES] + [
+            {"kid_linear": 1.0, "teacher_pixels": 5.0,
+             "teacher_features": 2.0}])
+@pytest.mark.parametrize(
+    "control", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_passes_give_the_gradient_of_one(parts, objective, control):
   if control and objective not in objectives.MOMENTS:
     pytest.skip("no moments")
@@ -364,6 +371,7 @@ def test_starts_without_a_distance_come_last(parts, tmp_path):
     starts.choose(make, lambda c: 1.0, path, {"a": 3}, candidates)
 
 
+@pytest.mark.slow
 def test_a_markov_family_ranks_only_what_it_holds(parts, tmp_path):
   ddss_tf.search(str(tmp_path), **parts, **options(
       sampler=functools.partial(
@@ -425,6 +433,7 @@ def test_bad_objectives(parts, terms, message):
                          [np.eye(12, dtype=np.float32)], SHAPE)
 
 
+@pytest.mark.slow
 def test_matching_a_teacher(parts, tmp_path):
   # On Gaussian data the ODE's solution is linear in x_T, and three steps with
   # free coefficients can be right: the distance to the exact solution falls.
@@ -460,6 +469,7 @@ def test_matching_a_teacher(parts, tmp_path):
         objective="teacher_pixels", teacher={"colour": "ddpm"}))
 
 
+@pytest.mark.slow
 def test_searching_for_likelihood(parts, tmp_path):
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="ddpm", stride="linear")
@@ -483,6 +493,7 @@ def test_searching_for_likelihood(parts, tmp_path):
         sampler=functools.partial(family, init="ddim"), objective="elbo"))
 
 
+@pytest.mark.slow
 def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
   run = str(tmp_path)
   sampler = ddss_tf.search(run, **parts, **options(
