@@ -53,9 +53,10 @@ class SamplerModule(tf.Module):
     seed_spec = tf.TensorSpec([2], tf.int32, "seed")
 
     def run(x_T, step_noise, labels):
+      # Traced once, called K times.
       return chain.run_chain(
-          chain.with_labels(denoiser.eps, labels), coefficients, x_T,
-          step_noise, x0_bound=x0_bound)
+          chain.with_labels(denoiser.compiled_eps(False), labels), coefficients,
+          x_T, step_noise, x0_bound=x0_bound)
 
     def of_indices(seed, indices, labels):
       x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
