@@ -539,6 +539,7 @@ def test_application_with_random_weights():
   assert not np.allclose(other(x)["pool"], outputs["pool"], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_application_from_a_file(tmp_path):
   model = keras.applications.EfficientNetB0(
       weights=None, classifier_activation=None, input_shape=(32, 32, 3))

@@ -57,8 +57,18 @@ def refused(result, *words):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tfds_dir):
-  """The whole job, killed in the middle of its search and started again."""
+  """The whole job: (folder, finished process, arguments)."""
   folder = str(tmp_path_factory.mktemp("run") / "demo")
+  arguments = [f"--gin_file={DEMO}", f"--run_dir={folder}"]
+  result = call(*arguments, params=TINY, data_dir=tfds_dir)
+  assert result.returncode == 0, result.stderr
+  return folder, result, arguments
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, tfds_dir):
+  """Folder of a job that was killed in its search and started again."""
+  folder = str(tmp_path_factory.mktemp("killed") / "demo")
   environment = dict(os.environ, TFDS_DATA_DIR=tfds_dir)
   arguments = [f"--gin_file={DEMO}", f"--run_dir={folder}"]
   process = subprocess.Popen(
@@ -75,7 +85,7 @@ def run(tmp_path_factory, tfds_dir):
   assert not os.path.exists(os.path.join(folder, "sampler.json"))
   result = call(*arguments, params=TINY, data_dir=tfds_dir)
   assert result.returncode == 0, result.stderr
-  return folder, result, arguments
+  return folder
 
 
 def test_the_whole_job(run):
@@ -99,7 +109,7 @@ def test_the_whole_job(run):
 
 
 @pytest.mark.slow
-def test_killed_search_equals_uninterrupted(run, tfds_dir, tmp_path):
+def test_killed_search_equals_uninterrupted(killed, tfds_dir, tmp_path):
   # The uninterrupted one through the Python API, in this process.
   import functools  # pylint: disable=g-import-not-at-top
   dataset = ddss_tf.load_dataset(
@@ -112,7 +122,7 @@ def test_killed_search_equals_uninterrupted(run, tfds_dir, tmp_path):
       num_search_steps=6, batch_size=4, gradient_samples=2,
       objective="frechet", pool_samples=16, validation_samples=8,
       validate_every=2, checkpoint_every=2, jit_compile=False)
-  found = card.read(os.path.join(run[0], "sampler.json"))
+  found = card.read(os.path.join(killed, "sampler.json"))
   for name, a, b in zip(found.coefficients._fields, found.coefficients,
                         sampler.coefficients()):
     np.testing.assert_array_equal(a, b, err_msg=name)
@@ -247,11 +257,10 @@ PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin",
          "sample.gin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", [pytest.param(n, marks=[] if n == "table.gin" else [
-        pytest.mark.slow]) for n in sorted(os.listdir(
-            os.path.join(ROOT, "gin_configs")))
-               if n.endswith(".gin") and n not in PARTS])
+    "config", sorted(n for n in os.listdir(os.path.join(ROOT, "gin_configs"))
+                     if n.endswith(".gin") and n not in PARTS))
 def test_every_shipped_config_builds(config, tfds_dir):
   compares = config.startswith(("table", "objectives"))
   mode = "compare" if compares else "run"

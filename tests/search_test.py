@@ -158,6 +158,7 @@ def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
   assert sorted((tmp_path / "checkpoints").glob("*.index")) == indices
 
 
+@pytest.mark.slow
 def test_a_first_checkpoint_that_was_not_finished(
     parts, finished, tmp_path, monkeypatch):
   interrupted(str(tmp_path), parts, monkeypatch, 6, die, KeyboardInterrupt)
@@ -237,6 +238,7 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
 
 
+@pytest.mark.slow
 def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
   # At the start both are the same images: what is left is the distance of all
   # of the pool, whichever samples the step has.
@@ -637,6 +639,7 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
     ddss_tf.search(str(tmp_path / "strict"), **parts, **options(max_skipped=1))
 
 
+@pytest.mark.slow
 def test_another_search_in_the_same_place(parts, finished, tmp_path):
   run, sampler = finished
   with pytest.raises(UserError, match=(
