@@ -50,6 +50,7 @@ def test_import_is_quick():
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
   denoiser = gaussian_parts["denoiser"]
   images = np.clip(gaussian_parts["dataset"].images, -1, 1)

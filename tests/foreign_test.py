@@ -137,6 +137,7 @@ def test_card_beside_a_saved_model(exact, tmp_path):
   refused(folder, "keys must be among", "beta")
 
 
+@pytest.mark.slow
 def test_rounded_times(exact, tmp_path, gaussian_parts):
   folder = write(
       tmp_path / "net", lambda x, t: exact.network(

@@ -149,7 +149,7 @@ def run(originals, tmp_path, cases):
 
 
 def test_damaged_files(originals, tmp_path):
-  run(originals, tmp_path, range(40))
+  run(originals, tmp_path, range(20))
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_the_fixture_is_of_these_cases(cases, golden):
       cases)
 
 
+@pytest.mark.slow
 def test_images_of_diffusers_are_ours(cases, golden, tmp_path):
   for name, (sampler, denoiser, _) in cases.items():
     folder = str(tmp_path / name)
