@@ -7,10 +7,11 @@ steps taken; the paper counts the other way), a K-step sampler is
   x_{k+1}  = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k, u] x_u
              + noise_scales[k] z_k,    z_k ~ N(0, I)
 
-and the image is x_K. The last step adds no noise. Of a class-conditional network
-eps(x_k, t) may stand for eps(x_k, t, null) + guidance_scales[k] (eps(x_k, t,
-label) - eps(x_k, t, null)). Everything downstream of the families - the chain, TensorBoard, pictures, `sampler.json`, the export - reads
-only this structure.
+and the image is x_K. The last step adds no noise. Of a class-conditional
+network eps(x_k, t) may stand for eps(x_k, t, null) + guidance_scales[k]
+(eps(x_k, t, label) - eps(x_k, t, null)). Everything downstream of the families
+- the chain, TensorBoard, pictures, `sampler.json`, the export - reads only this
+structure.
 """
 
 from typing import Any, Callable, NamedTuple
