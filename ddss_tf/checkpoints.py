@@ -39,6 +39,22 @@ def one_line(error: Exception) -> str:
   return " ".join(str(error).split())[:200]
 
 
+def load_keras(path: str) -> keras.Model:
+  """Loads a Keras file, frozen.
+
+  Raises:
+    UserError: not a complete Keras file, or classes that nobody registered.
+  """
+  try:
+    with frozen_variables():
+      model = keras.saving.load_model(path, compile=False, safe_mode=True)
+  except Exception as error:  # Keras raises many kinds for a damaged file.
+    raise UserError(f"{path} is not a complete and safe Keras file: "
+                    f"{one_line(error)}") from error
+  model.trainable = False
+  return model
+
+
 def read_state_dict(path: str) -> dict[str, np.ndarray]:
   """Reads a state dict of PyTorch. Runs no code from the file.
 

@@ -20,7 +20,6 @@ from ddss_tf import foreign
 from ddss_tf import schedules
 from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
-from ddss_tf.frozen import frozen_variables
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
@@ -34,8 +33,8 @@ class Denoiser:
   Args:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
       [B, H, W, C]; a class-conditional one `[x_t, t, labels]`, labels int [B].
-      Of a Keras model of two inputs these may come in the other order, and the
-      times be [B, 1] or integers (see `foreign.adapted`). Where it gives 2 C
+      Of a functional Keras model these may come in another order, and be of
+      other shapes and integers (see `foreign.adapted`). Where it gives 2 C
       channels, the last C are taken for a learned variance and left out:
       samplers bring their own. Loaded or built under
       `frozen.frozen_variables()`, a search of it is cheaper by a third.
@@ -79,7 +78,7 @@ class Denoiser:
                sha256: str | None = None, continuous_time: bool | None = None,
                **convention):
     self.convention = conventions.Convention(prediction, **convention)
-    self.model = model = foreign.adapted(model)
+    self.model = model = foreign.adapted(model, num_classes)
     inputs = getattr(model, "input_shape", None)
     if inputs and len(inputs) != (2 if num_classes is None else 3):
       raise ValueError(
@@ -356,15 +355,7 @@ class Denoiser:
     network_path = os.path.join(folder, NETWORK)
     if not os.path.exists(network_path):
       raise UserError(f"{folder} has {CARD} but no {NETWORK}")
-    try:
-      with frozen_variables():
-        model = keras.saving.load_model(
-            network_path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras raises many kinds for a damaged file.
-      raise UserError(
-          f"{network_path} is not a complete and safe Keras file: "
-          f"{checkpoints.one_line(error)}") from error
-    model.trainable = False
+    model = checkpoints.load_keras(network_path)
     received = weights_sha256(model)
     if received != sha256:
       raise UserError(

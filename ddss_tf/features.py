@@ -9,11 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import checkpoints
 from ddss_tf import fingerprint
 from ddss_tf import keras_models
 from ddss_tf import saved_models
 from ddss_tf.errors import UserError, shape_text
-from ddss_tf.frozen import frozen_variables
 from ddss_tf.preprocessing import Preprocessing
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -227,12 +227,7 @@ def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
         f"features must be the path of a {_SUFFIX} file or of a SavedModel's "
         "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
         f"network ({', '.join(embedded_features())}). Received: {path!r}")
-  try:
-    with frozen_variables():
-      model = keras.saving.load_model(path, compile=False, safe_mode=True)
-  except Exception as error:  # Keras raises many kinds for a damaged file.
-    raise UserError(f"{path} is not a complete and safe Keras file: "
-                    f"{' '.join(str(error).split())[:200]}") from error
+  model = checkpoints.load_keras(path)
   name = os.path.basename(path).removesuffix(_SUFFIX)
   return keras_models.KerasNetwork(model, name), name
 

@@ -7,9 +7,11 @@ same words, such as
   {"prediction": "v", "schedule": {"name": "cosine", "num_train_steps": 1000},
    "time_scale": 0.001}
 
+and, where a third input takes classes, "num_classes" and perhaps "null_label".
 A SavedModel and a Keras file are programs: load only those that you trust.
 """
 
+import itertools
 import os
 from typing import Mapping
 
@@ -20,16 +22,16 @@ import tensorflow as tf
 
 from ddss_tf import checkpoints
 from ddss_tf import conventions
+from ddss_tf import edm_unet
 from ddss_tf import saved_models
 from ddss_tf import schedules
 from ddss_tf.errors import UserError, shape_text
-from ddss_tf.frozen import frozen_variables
 
 KERAS_SUFFIX = ".keras"
 
 CONVENTION_KEYS = ("process", "time_input", "time_scale", "time_offset")
 CARD_KEYS = ("prediction", "schedule", "image_shape", "signature",
-             *CONVENTION_KEYS)
+             "num_classes", "null_label", *CONVENTION_KEYS)
 
 
 def is_keras_file(path: str) -> bool:
@@ -52,7 +54,8 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
 
   Returns:
     "prediction"; "schedule", a `NoiseSchedule`; "convention", the rest of
-    `conventions.Convention`; "image_shape" and "signature", None if not given.
+    `conventions.Convention`; "image_shape", "signature", "num_classes" and
+    "null_label", None if not given.
 
   Raises:
     UserError: keys that are missing, unknown, or of a value that is none.
@@ -82,6 +85,8 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
       "convention": convention,
       "image_shape": _image_shape(path, card.get("image_shape")),
       "signature": card.get("signature"),
+      "num_classes": _whole_number(path, card, "num_classes", 1),
+      "null_label": _whole_number(path, card, "null_label", 0),
   }
 
 
@@ -118,34 +123,68 @@ def _image_shape(path, value):
   return tuple(value)
 
 
-def _places(specs) -> tuple[int, int] | None:
-  """Which of two inputs are the images and the times, by dtype and rank.
+def _whole_number(path, card, key, least):
+  value = card.get(key)
+  if value is None or (type(value) is int and value >= least):
+    return value
+  raise UserError(f"{path}: {key} must be a whole number, at least {least}. "
+                  f"Received: {value!r}")
+
+
+def _wanted(num_classes: int | None) -> str:
+  """The inputs of a denoiser, for messages."""
+  text = "float images [B, H, W, C] of any B and a time for each, [B]"
+  if num_classes is None:
+    return "two inputs: " + text
+  return (f"three inputs: {text}, and a label, in whole numbers [B] or as "
+          f"[B, {num_classes}] or [B, {num_classes - 1}] of zeros and a one")
+
+
+def _kinds(spec, num_classes: int | None) -> str:
+  """What an input may be: "x" images, "t" times, "y" labels."""
+  shape, dtype = tf.TensorShape(spec.shape), tf.as_dtype(spec.dtype)
+  if shape.rank is not None and (shape.rank == 0 or shape[0] is not None):
+    return ""
+  if shape.rank == 2 and num_classes and shape[1] in (
+      num_classes, num_classes - 1) and shape[1] > 1:
+    return "y"
+  if not (dtype.is_floating or dtype.is_integer):
+    return ""
+  if shape.rank is None:
+    return "xt" if dtype.is_floating else "ty"
+  if shape.rank == 1 or (shape.rank == 2 and shape[1] == 1):
+    return "t" if dtype.is_floating else "ty"
+  return "x" if shape.rank == 4 and dtype.is_floating else ""
+
+
+def _is_named_label(spec) -> bool:
+  name = (spec.name or "").lower()
+  return name == "y" or "label" in name or "class" in name
+
+
+def _places(specs, num_classes: int | None = None) -> tuple[int, ...] | None:
+  """Which inputs are the images, the times and the labels.
 
   Args:
-    specs: things with `shape` and `dtype`.
+    specs: things with `name`, `shape` and `dtype`.
+    num_classes: of a class-conditional network, else None.
 
   Returns:
-    Their two indices; None if these are not images [B, H, W, C] of any B, in
-    floats, and a time for each of them, [B] or [B, 1].
+    Their indices in this order; None if they are not `_wanted`, or cannot be
+    told apart by dtype and rank. Where both times and labels may be whole
+    numbers [B], labels are those whose name is "y" or has "label" or "class" in
+    it; or else those that come last.
   """
-  if len(specs) != 2:
+  roles = "xt" if num_classes is None else "xty"
+  if len(specs) != len(roles):
     return None
-  kinds = []
-  for spec in specs:
-    shape = tf.TensorShape(spec.shape)
-    dtype = tf.as_dtype(spec.dtype)
-    if shape.rank not in (None, 1, 2, 4) or (
-        shape.rank is not None and shape[0] is not None) or (
-            shape.rank == 2 and shape[1] != 1) or (
-                shape.rank == 4 and not dtype.is_floating) or (
-                    not dtype.is_floating and not dtype.is_integer):
-      return None
-    kinds.append({None: "?", 4: "x"}.get(shape.rank, "t"))
-  for order in ((0, 1), (1, 0)):
-    if kinds[order[0]] in "x?" and kinds[order[1]] in "t?" and (
-        kinds != ["?", "?"]):
-      return order
-  return None
+  kinds = [_kinds(spec, num_classes) for spec in specs]
+  orders = [order for order in itertools.permutations(range(len(specs)))
+            if all(role in kinds[place] for role, place in zip(roles, order))]
+  if len({order[0] for order in orders}) != 1:
+    return None
+  return min(orders, key=lambda order: (
+      len(orders) > 1 and not _is_named_label(specs[order[2]]), order))
 
 
 # --- SavedModels ---
@@ -161,6 +200,7 @@ class SavedModelNetwork:
     signature: the one to call, "__call__" for the object itself; None: that
       one, or else "serving_default", or else the only one.
     image_shape: (H, W, C) where the signature does not say.
+    num_classes: given exactly if it takes labels too.
 
   Attributes:
     continuous_time: False if it takes whole numbers for times; those given are
@@ -170,11 +210,11 @@ class SavedModelNetwork:
 
   Raises:
     UserError: in one line, a folder that is not a complete SavedModel, without
-      such a signature, or with one that takes anything but images and times.
+      such a signature, or with one that takes anything else.
   """
 
   def __init__(self, folder: str, signature: str | None = None,
-               image_shape=None):
+               image_shape=None, num_classes: int | None = None):
     self._loaded = saved_models.load(folder)
     self.sha256 = saved_models.sha256(folder)
     found = list(_entry_points(self._loaded))
@@ -188,20 +228,19 @@ class SavedModelNetwork:
       found = [way for way in found if way[0] in known]
     elif signature is not None:
       found = [way for way in found if way[0] == signature]
-    fitting = [(way, _places(way[2])) for way in found]
+    fitting = [(way, _places(way[2], num_classes)) for way in found]
     fitting = [(way, places) for way, places in fitting if places]
     if not fitting:
       refused = "; ".join(f"{name}({', '.join(map(str, specs))})"
                           for name, _, specs in found)
       raise UserError(
-          f"{folder} must be callable, or have a signature, with two inputs: "
-          "float images [B, H, W, C] of any B and a time for each, [B]. "
-          f"Received: {refused[:300] or 'neither'}"
+          f"{folder} must be callable, or have a signature, with "
+          f"{_wanted(num_classes)}. Received: {refused[:300] or 'neither'}"
           + (f"; name one of the signatures {', '.join(names)}"
              if names and not found else ""))
     (self.entry_point, self._function, specs), places = fitting[0]
-    self._image_place = places[0]
-    self._image, self._time = specs[places[0]], specs[places[1]]
+    self._places = places
+    self._image, self._time, *self._label = (specs[i] for i in places)
     self.continuous_time = self._time.dtype.is_floating
     shape = self._image.shape[1:] if self._image.shape.rank else [None] * 3
     known = image_shape or (None,) * 3
@@ -212,7 +251,7 @@ class SavedModelNetwork:
     if None in shape:
       raise UserError(f"{folder}: image_shape must be given, for its "
                       f"{self.entry_point} takes {shape_text(shape)}")
-    self.input_shape = ((None, *shape), (None,))
+    self.input_shape = ((None, *shape), *[(None,)] * (len(places) - 1))
     self.variables = _variables(self._loaded)
     # What `inspect` counts, and what a SavedModel that calls this must hold.
     self.weights = self.variables
@@ -221,12 +260,13 @@ class SavedModelNetwork:
 
   def __call__(self, inputs, training: bool = False):
     del training  # Decided when it was exported.
-    x, t = inputs
+    x, t, *labels = inputs
     x = tf.cast(x, self._image.dtype)
     t = tf.cast(t if self.continuous_time else tf.round(t), self._time.dtype)
     if self._time.shape.rank == 2:
       t = t[:, None]
-    outputs = self._function(*((x, t) if self._image_place == 0 else (t, x)))
+    fed = dict(zip(self._places, (x, t, *map(_as_input, labels, self._label))))
+    outputs = self._function(*(fed[place] for place in sorted(fed)))
     flat = tf.nest.flatten(outputs)
     if len(flat) != 1:
       raise UserError(f"{self.entry_point} of the SavedModel must give one "
@@ -236,6 +276,14 @@ class SavedModelNetwork:
   def count_params(self) -> int:
     """Number of weights."""
     return sum(int(np.prod(v.shape)) for v in self.variables)
+
+
+def _as_input(labels, spec):
+  """int32 [B] as an input takes it."""
+  if spec.shape.rank == 2 and spec.shape[1] > 1:
+    return tf.one_hot(labels, spec.shape[1], dtype=spec.dtype)
+  labels = tf.cast(labels, spec.dtype)
+  return labels[:, None] if spec.shape.rank == 2 else labels
 
 
 def _entry_points(loaded):
@@ -311,38 +359,56 @@ class TimeInput(keras.layers.Layer):
             "column": self.column}
 
 
-def adapted(model):
-  """A Keras model that takes [x_t, t], float32 [B, H, W, C] and float32 [B].
+def adapted(model, num_classes: int | None = None):
+  """A Keras model of [x_t, t] or [x_t, t, labels].
 
   Args:
-    model: one that takes these in either order, and times as integers or as
-      [B, 1], too. Models with other numbers of inputs, and subclassed ones,
-      which do not tell, pass as they are.
+    model: one that takes these in any order; times as integers or as [B, 1],
+      too; labels as [B, 1] or as [B, classes] of zeros and a one. Models with
+      other numbers of inputs, and subclassed ones, which do not tell, pass as
+      they are.
+    num_classes: given exactly if it takes labels.
+
+  Returns:
+    From float32 [B, H, W, C], float32 [B] and int32 [B].
 
   Raises:
-    ValueError: of two inputs, one is not images or the other not times.
+    ValueError: an input is none of these; see `_places`.
   """
   inputs = getattr(model, "inputs", None)
-  if inputs is None or len(inputs) > 2:
+  if inputs is None or (len(inputs) > 1 and
+                        len(inputs) != 2 + (num_classes is not None)):
     return model
-  places = _places(inputs)
+  places = _places(inputs, num_classes)
   if places is None:
     raise ValueError(
-        "a denoiser must have two inputs, float images [B, H, W, C] and a time "
-        "for each, [B]. Received: "
+        f"a denoiser must have {_wanted(num_classes)}. Received: "
         + ", ".join(f"{i.name} {shape_text(i.shape)} {i.dtype}"
                     for i in inputs))
-  image, time = (inputs[place] for place in places)
+  image, time, *label = (inputs[place] for place in places)
   floating = keras.backend.is_float_dtype(time.dtype)
-  if (places == (0, 1) and floating and len(time.shape) == 1
+  if (places == tuple(range(len(inputs))) and floating
+      and all(len(i.shape) == 1 for i in inputs[1:])
       and isinstance(model.input, (list, tuple))):
     return model
   x = keras.Input(image.shape[1:], name="x_t")
   t = keras.Input((), name="t")
-  fed = TimeInput(None if floating else time.dtype, len(time.shape) == 2,
-                  name="time_input")(t)
-  ordered = [x, fed] if places == (0, 1) else [fed, x]
-  return keras.Model([x, t], model(keras.tree.pack_sequence_as(
+  outer = [x, t]
+  fed = [x, TimeInput(None if floating else time.dtype, len(time.shape) == 2,
+                      name="time_input")(t)]
+  if label:
+    labels = keras.Input((), dtype="int32", name="labels")
+    outer.append(labels)
+    *_, width = label[0].shape
+    if len(label[0].shape) == 1:
+      fed.append(labels)
+    elif width == 1:
+      fed.append(keras.layers.Reshape((1,), name="label_input")(labels))
+    else:
+      fed.append(edm_unet.OneHot(width, name="label_input")(labels))
+  by_place = dict(zip(places, fed))
+  ordered = [by_place[place] for place in sorted(by_place)]
+  return keras.Model(outer, model(keras.tree.pack_sequence_as(
       model.input, ordered)), name=model.name)
 
 
@@ -352,22 +418,6 @@ def is_continuous(model) -> bool:
     return model.continuous_time
   return not any(isinstance(layer, TimeInput) and layer.integer is not None
                  for layer in getattr(model, "layers", ()))
-
-
-def load_keras(path: str) -> keras.Model:
-  """Loads a Keras file, frozen.
-
-  Raises:
-    UserError: not a complete Keras file, or classes that nobody registered.
-  """
-  try:
-    with frozen_variables():
-      model = keras.saving.load_model(path, compile=False, safe_mode=True)
-  except Exception as error:  # Keras raises many kinds for a damaged file.
-    raise UserError(f"{path} is not a complete and safe Keras file: "
-                    f"{checkpoints.one_line(error)}") from error
-  model.trainable = False
-  return model
 
 
 # --- Both ---
@@ -389,6 +439,9 @@ def check(denoiser, source: str) -> bool:
   """
   last = denoiser.schedule.num_train_steps - 1
   by_time = False
+  classes = denoiser.num_classes
+  labels = None if classes is None else tf.constant([0, classes - 1])
+  taken = "" if classes is None else ", and labels [2]"
   for times in ([0, last // 3], [2 * last // 3, last]):
     x, t = denoiser.convention.inputs(
         denoiser.schedule,
@@ -397,13 +450,13 @@ def check(denoiser, source: str) -> bool:
     try:
       with tf.GradientTape() as tape:
         tape.watch([x, t])
-        output = denoiser.network(x, t)
+        output = denoiser.network(x, t, labels)
     except UserError:
       raise
     except Exception as error:  # Whatever the graph raises.
       raise UserError(
           f"{source} must take images {shape_text((2, *denoiser.image_shape))} "
-          f"and times [2]: {checkpoints.one_line(error)}") from error
+          f"and times [2]{taken}: {checkpoints.one_line(error)}") from error
     if not np.all(np.isfinite(output)):
       raise UserError(f"{source} must give finite predictions. Received: NaN "
                       f"or infinity at the times {np.asarray(t).tolist()}")

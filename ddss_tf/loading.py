@@ -57,6 +57,7 @@ def load_denoiser(
     time_scale: float | None = None,
     time_offset: float | None = None,
     signature: str | None = None,
+    num_classes: int | None = None,
     cache_dir: str | None = None,
 ) -> Denoiser:
   """Loads a frozen, pre-trained denoiser.
@@ -104,6 +105,7 @@ def load_denoiser(
     time_scale: likewise, of the times that it is fed with.
     time_offset: likewise.
     signature: of a SavedModel, if there is a choice.
+    num_classes: of a SavedModel or a Keras file that takes labels too.
     cache_dir: where converted checkpoints are kept in our own format, each by
       the hash of its files, so that PyTorch, say, is needed but once; None: see
       `default_cache_dir`; "": nowhere.
@@ -125,7 +127,7 @@ def load_denoiser(
       "prediction": prediction, "schedule": schedule,
       "image_shape": image_shape, "process": process, "time_input": time_input,
       "time_scale": time_scale, "time_offset": time_offset,
-      "signature": signature,
+      "signature": signature, "num_classes": num_classes,
   }
   denoiser = _load(
       path, {key: value for key, value in arguments.items()
@@ -323,17 +325,19 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     if card["signature"] is not None:
       raise UserError("signature must not be given for a Keras file. Received: "
                       f"{card['signature']!r}")
-    model = foreign.load_keras(path)
+    model = checkpoints.load_keras(path)
     sha256 = denoisers.weights_sha256(model)
   else:
     model = foreign.SavedModelNetwork(
-        path, card["signature"], card["image_shape"])
+        path, card["signature"], card["image_shape"], card["num_classes"])
     sha256 = model.sha256
   sha256 = _told_sha256(
-      sha256, card["prediction"], card["schedule"], card["convention"])
+      sha256, card["prediction"], card["schedule"], card["convention"],
+      card["num_classes"])
   try:
     denoiser = Denoiser(
         model, card["schedule"], card["prediction"], name,
+        card["num_classes"], null_label=card["null_label"],
         image_shape=card["image_shape"], sha256=sha256, **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
@@ -343,10 +347,13 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
 
 
 def _told_sha256(sha256: str | None, prediction: str,
-                 schedule: NoiseSchedule, convention: dict) -> str:
+                 schedule: NoiseSchedule, convention: dict,
+                 num_classes: int | None = None) -> str:
   """Hash of a network and of what its file does not tell.
 
   A run must not go on, and no cached result be taken, where these change.
   """
-  return fingerprint.text_sha256(json.dumps(
-      [sha256, prediction, schedule.card(), convention], sort_keys=True))
+  told = [sha256, prediction, schedule.card(), convention]
+  if num_classes is not None:
+    told.append(num_classes)
+  return fingerprint.text_sha256(json.dumps(told, sort_keys=True))

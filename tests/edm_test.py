@@ -3,6 +3,7 @@
 import json
 import os
 
+from checkpoints_test import read_fixture, refusal
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,24 +13,11 @@ import ddss_tf
 from ddss_tf import edm_format
 from ddss_tf import edm_unet
 from ddss_tf import inspecting
-from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
 NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve",
             "edm_ncsnpp"]
 UNCONDITIONAL = ["edm_song", "edm_dhariwal_ve", "edm_ncsnpp"]
-
-
-def read_fixture(name):
-  """(weights by name, golden arrays): see tools/small_fixture.py."""
-  with np.load(os.path.join(DATA, name + ".npz")) as file:
-    golden = dict(file)
-  flat = golden.pop("weights").astype(np.float32)
-  weights = {}
-  for tensor, shape, scale in json.loads(str(golden.pop("index"))):
-    values, flat = np.split(flat, [int(np.prod(shape))])
-    weights[tensor] = (values * np.float32(scale)).reshape(shape)
-  return weights, golden
 
 
 def write(folder, name, suffix=".npz", changes=None, **words):
@@ -55,15 +43,6 @@ def network(folder, name):
   model = edm_format.convert(path, edm_format.read_weights(path), config)
   inputs = [golden["x"], golden["sigma"]]
   return model, inputs + [golden["labels"]] * bool(config.label_dim), golden
-
-
-def refusal(function, *arguments, **keywords):
-  """The one line with which `function` refuses its arguments."""
-  with pytest.raises(UserError) as error:
-    function(*arguments, **keywords)
-  message = str(error.value).split("\n  In call to configurable")[0]
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize("name", NETWORKS)

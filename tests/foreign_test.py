@@ -6,6 +6,7 @@ All of them hold the exact network of Gaussian images, whose eps is known.
 import json
 import os
 
+from checkpoints_test import refusal
 import keras
 import numpy as np
 import pytest
@@ -66,10 +67,7 @@ def write(folder, network, shape=(None, *SHAPE), time=((None,), tf.float32),
 
 
 def refused(path, *words, **keywords):
-  with pytest.raises(UserError) as error:
-    ddss_tf.load_denoiser(path, **keywords)
-  message = str(error.value).split("\n  In call to configurable")[0]
-  assert "\n" not in message
+  message = refusal(ddss_tf.load_denoiser, path, **keywords)
   for word in words:
     assert word in message, message
 
@@ -389,3 +387,130 @@ def test_inspecting_rounded_times():
   text = inspecting.inspect(denoiser=denoiser)
   assert "prediction  score" in text
   assert "whole steps" in text and "no +time" in text
+
+
+# --- Class labels ---
+
+CLASSES = 3
+WITH_LABELS = dict(TOLD, num_classes=CLASSES)
+LABELS = [2, 0, 1, 2]
+
+
+def of_labels(x, t, label):
+  """A prediction that tells times and labels apart, in floats [B]."""
+  pixel = lambda v: tf.reshape(tf.cast(v, tf.float32), [-1, 1, 1, 1])
+  return x * (1.0 + pixel(label)) + 0.001 * pixel(t)
+
+
+def test_labels_of_a_saved_model(tmp_path):
+  """Found by dtype, by name, or by being one-hot; all give the same images."""
+  ways = [
+      [("a", 4, tf.float32), ("b", 1, tf.float32), ("c", 1, tf.int64)],
+      [("c", 1, tf.int32), ("b", 1, tf.float32), ("a", 4, tf.float32)],
+      [("class_id", 1, tf.int32), ("noisy", 4, tf.float32), ("t", 1, tf.int32)],
+      [("x", 4, tf.float32), ("t", 1, tf.int32), ("z", 1, tf.int32)],
+      [("y", 2, tf.float32), ("x", 4, tf.float32), ("t", 1, tf.int32)],
+  ]
+  labels_of = ["c", "c", "class_id", "z", "y"]
+  x, t = states()
+  t = tf.round(t)
+  wanted = of_labels(x, t, LABELS)
+  for number, (way, named) in enumerate(zip(ways, labels_of)):
+    shapes = {4: (None, *SHAPE), 1: (None,), 2: (None, CLASSES)}
+    specs = [tf.TensorSpec(shapes[rank], dtype, name)
+             for name, rank, dtype in way]
+
+    def network(*inputs, way=way, named=named):
+      by_name = {name: value for (name, *_), value in zip(way, inputs)}
+      label = by_name.pop(named)
+      if label.shape.rank == 2:
+        label = tf.argmax(label, 1)
+      [image] = [v for v in by_name.values() if v.shape.rank == 4]
+      [time] = [v for v in by_name.values() if v.shape.rank == 1]
+      return of_labels(image, time, label)
+
+    module = tf.Module()
+    module.__call__ = tf.function(network, input_signature=specs)
+    folder = str(tmp_path / str(number))
+    tf.saved_model.save(module, folder, signatures={
+        "serving_default": tf.function(
+            lambda network=network, way=way, **k: {
+                "eps": network(*(k[name] for name, *_ in way))}
+            ).get_concrete_function(**{s.name: s for s in specs})})
+    denoiser = ddss_tf.load_denoiser(folder, **WITH_LABELS)
+    assert denoiser.num_classes == CLASSES
+    np.testing.assert_allclose(
+        denoiser.network(x, t, LABELS), wanted, rtol=1e-6)
+  refused(folder, "with two inputs", **TOLD)
+  other = ddss_tf.load_denoiser(folder, **dict(WITH_LABELS, null_label=1))
+  assert other.sha256 == denoiser.sha256
+  guided = ddss_tf.load_denoiser(
+      folder, **dict(WITH_LABELS, null_label=1, guidance_scale=3.0))
+  free = of_labels(x, t, [1] * 4)
+  np.testing.assert_allclose(
+      guided.eps(x, t, LABELS), free + 3.0 * (wanted - free), rtol=1e-5)
+  # Told by the card, too; another number of classes is another denoiser.
+  with open(folder + ".json", "w") as f:
+    json.dump(WITH_LABELS | {"null_label": 2}, f)
+  assert ddss_tf.load_denoiser(folder).null_label == 2
+  assert ddss_tf.load_denoiser(folder).sha256 == denoiser.sha256
+  assert ddss_tf.load_denoiser(
+      folder, num_classes=4).sha256 != denoiser.sha256
+
+
+@pytest.mark.parametrize("column,one_hot", [
+    (False, 0), (True, 0), (False, CLASSES), (False, CLASSES - 1)])
+def test_labels_of_a_keras_file(tmp_path, column, one_hot):
+  image = keras.Input(SHAPE, name="image")
+  when = keras.Input((), name="when")
+  width = (1,) if column else (one_hot,) if one_hot else ()
+  label = keras.Input(width, name="which",
+                      dtype="float32" if one_hot else "int64")
+  flat = keras.layers.Flatten()(label)
+  if not one_hot:
+    flat = keras.layers.CategoryEncoding(
+        CLASSES, output_mode="one_hot")(flat)
+  gain = keras.layers.Dense(1, kernel_initializer="ones")
+  value = keras.layers.Reshape((1, 1, 1))(gain(flat))
+  scale = keras.layers.Reshape((1, 1, 1))(
+      keras.layers.Rescaling(0.001)(when))
+  ones = keras.layers.Rescaling(0.0, 1.0)(image)
+  factor = keras.layers.Rescaling(1.0, 1.0)(value)
+  out = keras.layers.Add()([keras.layers.Multiply()([image, factor]),
+                            keras.layers.Multiply()([ones, scale])])
+  model = keras.Model([label, when, image], out)
+  values = np.arange(1.0, 1.0 + (one_hot or CLASSES), dtype=np.float32)
+  gain.set_weights([values[:, None], np.zeros(1, np.float32)])
+  path = str(tmp_path / "model.keras")
+  model.save(path)
+  denoiser = ddss_tf.load_denoiser(path, **WITH_LABELS)
+  x, t = states()
+  # The label after the last of a narrower one-hot vector is all zeros.
+  by_label = np.append(values, np.zeros(CLASSES - len(values)))
+  wanted = (x * (1.0 + by_label[LABELS].astype(np.float32)[
+      :, None, None, None]) + 0.001 * t[:, None, None, None])
+  np.testing.assert_allclose(
+      denoiser.network(x, t, LABELS), wanted, rtol=1e-6)
+  denoiser.save(str(tmp_path / "own"))
+  np.testing.assert_array_equal(
+      ddss_tf.load_denoiser(str(tmp_path / "own")).network(x, t, LABELS),
+      denoiser.network(x, t, LABELS))
+  refused(path, "exactly for a model of three inputs", **TOLD)
+
+
+@pytest.mark.parametrize("told,words", [
+    ({"num_classes": 0}, ["num_classes", "at least 1", "0"]),
+    ({"num_classes": 2.5}, ["num_classes", "2.5"]),
+    ({"num_classes": 3, "null_label": True}, ["null_label", "True"]),
+    ({"num_classes": 3, "null_label": 3}, ["null_label", "3"]),
+    ({"num_classes": 5}, ["three inputs", "[B, 5]", "which"]),
+])
+def test_told_labels_that_are_refused(tmp_path, told, words):
+  image, when = keras.Input(SHAPE), keras.Input(())
+  which = keras.Input((CLASSES,), name="which")
+  path = str(tmp_path / "model.keras")
+  keras.Model([image, when, which], keras.layers.Rescaling(2.0)(image)).save(
+      path)
+  with open(path + ".json", "w") as f:
+    json.dump(TOLD | told, f)
+  refused(path, *words)

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 
-from absl import logging
 import checkpoints_test
 import edm_test
 import numpy as np
