@@ -130,25 +130,28 @@ def run_chain(
   """
   num_steps = coefficients.num_steps
   batch = tf.shape(x_T)[0]
+  # Taken apart at once: K^2 slices would be most of the graph, and each slice's
+  # gradient is an array of its own.
+  one = coefficients.map(
+      lambda value: tf.unstack(tf.convert_to_tensor(value, tf.float32)))
+  state_weights = [tf.unstack(row) for row in one.state_weights]
   states, x0_hats = [x_T], []
   for k in range(num_steps):
     x_t = states[-1]
-    t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
+    t = tf.fill([batch], one.times[k])
     guidance = ()
-    if coefficients.guidance_scales is not None:
-      guidance = tf.repeat(
-          tf.reshape(coefficients.guidance_scales[k], [1]), batch),
+    if one.guidance_scales is not None:
+      guidance = tf.fill([batch], one.guidance_scales[k]),
     # By position, see `rematerialise`.
     eps = eps_fn(x_t, t, *guidance)
-    x0_hat = (coefficients.x0_from_state[k] * x_t
-              + coefficients.x0_from_eps[k] * eps)
+    x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps
     x0_hat = bound_x0(x0_hat, x0_bound)
     x0_hats.append(x0_hat)
-    x_s = coefficients.x0_weights[k] * x0_hat
-    for u in range(k + 1):
-      x_s += coefficients.state_weights[k, u] * states[u]
+    x_s = one.x0_weights[k] * x0_hat
+    for state, weight in zip(states, state_weights[k]):
+      x_s += weight * state
     if step_noise is not None and k < num_steps - 1:
-      x_s += coefficients.noise_scales[k] * step_noise[:, k]
+      x_s += one.noise_scales[k] * step_noise[:, k]
     states.append(x_s)
   images = states.pop()
   return (images, states, x0_hats) if trajectory else images
@@ -182,7 +185,7 @@ def draw_noise(
 
 # Sample by sample is slow outside of a graph. Traced for every batch size, for
 # what follows may need to know it.
-@tf.function
+@tf.function(autograph=False)
 def _draw(seed, indices, image_shape, num_steps):
 
   def one(index):

@@ -8,15 +8,18 @@ of a class-conditional network.
 
 import os
 
+from absl import logging
 import gin
 import keras
 import numpy as np
 import tensorflow as tf
 
 from ddss_tf import checkpoints
+from ddss_tf import compiling
 from ddss_tf import conventions
 from ddss_tf import fingerprint
 from ddss_tf import foreign
+from ddss_tf import precision
 from ddss_tf import schedules
 from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
@@ -63,7 +66,9 @@ class Denoiser:
     sha256: hash of all weights, whatever file they came from, together with
       what arguments of `load_denoiser` told about them; None if the network has
       none.
-    key: `sha256`, or with guidance a hash that covers it too: what decides eps.
+    dtype_policy: what the network computes in, see `precision`.
+    key: `sha256`, or a hash that covers guidance and another format than
+      float32 too: what decides eps.
 
   Raises:
     ValueError: unknown prediction, a convention that there is not, or an image
@@ -108,6 +113,9 @@ class Denoiser:
     if guidance_scale is not None:
       self.key = fingerprint.text_sha256(
           f"{self.sha256} {float(guidance_scale)} {null_label}")
+    self.dtype_policy = precision.policy(model)
+    if self.dtype_policy != precision.FLOAT32:
+      self.key = fingerprint.text_sha256(f"{self.key} {self.dtype_policy}")
     self._compiled = {}
 
   def guided(self, guidance_scale: float | None = None,
@@ -121,11 +129,26 @@ class Denoiser:
     Raises:
       ValueError: see the class.
     """
+    return self._again(
+        self.guidance_scale if guidance_scale is None else guidance_scale,
+        self.null_label if null_label is None else null_label)
+
+  def with_policy(self, dtype_policy: str) -> "Denoiser":
+    """The same weights in another number format; this object changes with it.
+
+    Args:
+      dtype_policy: one of `precision.POLICIES`.
+
+    Raises:
+      UserError: see `precision.set_policy`.
+    """
+    precision.set_policy(self.model, dtype_policy)
+    return self._again(self.guidance_scale, self.null_label)
+
+  def _again(self, guidance_scale, null_label):
     return Denoiser(
         self.model, self.schedule, self.prediction, self.name,
-        self.num_classes,
-        self.guidance_scale if guidance_scale is None else guidance_scale,
-        self.null_label if null_label is None else null_label,
+        self.num_classes, guidance_scale, null_label,
         image_shape=self.image_shape, sha256=self.sha256,
         continuous_time=self.continuous_time, process=self.convention.process,
         time_input=self.convention.time_input,
@@ -134,10 +157,12 @@ class Denoiser:
 
   @property
   def identity(self) -> dict:
-    """How results name it: "name", "sha256", and its guidance if there is."""
+    """How results name it: "name", "sha256", guidance and format if there."""
     guidance = {} if self.guidance_scale is None else {
         "guidance_scale": self.guidance_scale, "null_label": self.null_label}
-    return {"name": self.name, "sha256": self.sha256, **guidance}
+    policy = {} if self.dtype_policy == precision.FLOAT32 else {
+        "dtype_policy": self.dtype_policy}
+    return {"name": self.name, "sha256": self.sha256, **guidance, **policy}
 
   def network(self, x, t, labels=None) -> tf.Tensor:
     """The raw prediction, in the network's own units (`self.convention`).
@@ -285,8 +310,15 @@ class Denoiser:
     and evaluations of a process share this one.
 
     Args:
-      jit_compile: compile it with XLA.
+      jit_compile: compile it with XLA, if that knows all its operations and
+        their gradients: else a warning names one, and it is not compiled.
     """
+    if jit_compile and True not in self._compiled:
+      obstacle = compiling.obstacle(self)
+      if obstacle:
+        logging.warning("denoiser %r is not compiled by XLA: %s", self.name,
+                        obstacle)
+        self._compiled[True] = self.compiled_eps(False)
     if jit_compile not in self._compiled:
       self._compiled[jit_compile] = tf.function(
           self.eps, jit_compile=jit_compile)

@@ -187,7 +187,9 @@ def replicated(fn: Callable) -> Callable:
   """Compiles a function that all replicas call with the same arguments.
 
   Inside, `own_rows`, `all_rows` and `total` tell what is the replica's own and
-  what is everybody's. All of them must return the same values.
+  what is everybody's. All of them must return the same values. Without
+  AutoGraph, whose translation of every function on the way is a good part of the
+  time to trace: control flow that depends on tensors must be TensorFlow's own.
 
   Args:
     fn: of tensors, to tensors in any nest.
@@ -197,13 +199,15 @@ def replicated(fn: Callable) -> Callable:
   """
   strategy = tf.distribute.get_strategy()
 
-  @tf.function
+  @tf.function(autograph=False)
   def call(*args):
     result = strategy.run(fn, args)
     return tf.nest.map_structure(
         lambda value: strategy.experimental_local_results(value)[0], result)
 
-  return tf.function(fn) if strategy.num_replicas_in_sync == 1 else call
+  if strategy.num_replicas_in_sync == 1:
+    return tf.function(fn, autograph=False)
+  return call
 
 
 def row_wise(fn: Callable) -> Callable:
@@ -217,7 +221,7 @@ def row_wise(fn: Callable) -> Callable:
     A function of the same values, for any B.
   """
   if num_replicas() == 1:
-    return tf.function(fn)
+    return tf.function(fn, autograph=False)
   shared = replicated(lambda rows: tf.nest.map_structure(
       all_rows, fn(own_rows(rows))))
 

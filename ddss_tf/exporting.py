@@ -62,13 +62,13 @@ class SamplerModule(tf.Module):
       x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
       return {"images": data.to_uint8(run(x_T, step_noise, labels))}
 
-    @tf.function(input_signature=[
+    @tf.function(autograph=False, input_signature=[
         seed_spec, tf.TensorSpec([], tf.int32, "batch_size")])
     def serve(seed, batch_size):
       indices = tf.range(batch_size)
       return of_indices(seed, indices, denoiser.draw_labels(seed, indices))
 
-    @tf.function(input_signature=[
+    @tf.function(autograph=False, input_signature=[
         tf.TensorSpec([None, height, width, channels], tf.float32, "x_T"),
         tf.TensorSpec([None, steps - 1, height, width, channels], tf.float32,
                       "step_noise"), *(label_spec if conditional else [])])
@@ -79,7 +79,7 @@ class SamplerModule(tf.Module):
     self.endpoints = {"serving_default": serve, "from_noise": from_noise}
     if conditional:
 
-      @tf.function(input_signature=[seed_spec, *label_spec])
+      @tf.function(autograph=False, input_signature=[seed_spec, *label_spec])
       def of_classes(seed, labels):
         return of_indices(seed, tf.range(tf.size(labels)), labels)
 

@@ -58,6 +58,7 @@ def load_denoiser(
     time_offset: float | None = None,
     signature: str | None = None,
     num_classes: int | None = None,
+    dtype_policy: str | None = None,
     cache_dir: str | None = None,
 ) -> Denoiser:
   """Loads a frozen, pre-trained denoiser.
@@ -106,6 +107,8 @@ def load_denoiser(
     time_offset: likewise.
     signature: of a SavedModel, if there is a choice.
     num_classes: of a SavedModel or a Keras file that takes labels too.
+    dtype_policy: what the network computes in, one of `precision.POLICIES`;
+      None: as it was saved, which is float32 for all that we convert.
     cache_dir: where converted checkpoints are kept in our own format, each by
       the hash of its files, so that PyTorch, say, is needed but once; None: see
       `default_cache_dir`; "": nowhere.
@@ -133,6 +136,8 @@ def load_denoiser(
       path, {key: value for key, value in arguments.items()
              if value is not None},
       default_cache_dir() if cache_dir is None else cache_dir)
+  if dtype_policy is not None:
+    denoiser = denoiser.with_policy(dtype_policy)
   if null_label is None and guidance_scale is None:
     return denoiser
   try:

@@ -272,7 +272,7 @@ class Search:
           output_gradients=output_gradients)
       return tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
 
-    @tf.function
+    @tf.function(autograph=False)
     def differentiate(view, teacher, control):
       with tf.GradientTape() as tape:
         tape.watch(view)
@@ -559,13 +559,13 @@ class _Validation:
     self.generator = sampling.Generator(
         denoiser, min(250, num_samples), jit_compile, x0_bound)
     self._view = distribution.row_wise(objective.view)
-    self._value = tf.function(objective.value)
+    self._value = tf.function(objective.value, autograph=False)
     order = np.random.default_rng(seed).permutation(len(images))
     self._images = images[order[:num_samples]]
     self._shape = denoiser.image_shape
     self._eps = denoiser.compiled_eps(jit_compile)
 
-    @tf.function
+    @tf.function(autograph=False)
     def bound(coefficients, indices, x_0):
       first_noise, step_noise = chain.draw_noise(
           sampling.seed_pair(seed), indices, self._shape,

@@ -1,0 +1,51 @@
+"""Whether XLA can compile a network and its gradient."""
+
+import re
+
+import keras
+import tensorflow as tf
+
+from ddss_tf import checkpoints
+from ddss_tf import edm_unet
+from ddss_tf import unet
+
+# Of the networks that we build: XLA is known to compile them, and asking takes
+# as long as tracing them once more.
+_KNOWN = (
+    keras.layers.InputLayer, keras.layers.Rescaling, keras.layers.Dense,
+    keras.layers.Conv2D, keras.layers.GroupNormalization,
+    keras.layers.Activation, keras.layers.Concatenate, keras.layers.Add,
+    keras.layers.ZeroPadding2D, keras.layers.UpSampling2D,
+    keras.layers.Embedding, unet.TimeEmbedding, unet.ResidualBlock,
+    unet.SelfAttention, edm_unet.FilteredDown, edm_unet.FourierEmbedding,
+    edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, edm_unet.OneHot)
+
+
+def obstacle(denoiser) -> str | None:
+  """Why XLA cannot compile a denoiser's eps; None if it can.
+
+  Its gradient counts, too, for an operation may have a kernel and its gradient
+  none. A bicubic resize has neither.
+
+  Args:
+    denoiser: the `Denoiser`; both are lowered for one image, and not compiled.
+  """
+  if all(type(layer) in _KNOWN for layer in denoiser.model.layers):
+    return None
+
+  def gradient(x_t, t, labels):
+    with tf.GradientTape() as tape:
+      tape.watch([x_t, t])
+      eps = denoiser.eps(x_t, t, labels)
+    return eps, tape.gradient(eps, [x_t, t], unconnected_gradients="zero")
+
+  labels = None if denoiser.num_classes is None else tf.zeros([1], tf.int32)
+  try:
+    tf.function(gradient, jit_compile=True).experimental_get_compiler_ir(
+        tf.zeros([1, *denoiser.image_shape]), tf.zeros([1]), labels)(stage="hlo")
+  except Exception as error:  # TensorFlow raises many kinds.
+    missing = sorted(set(re.findall(r"No registered '(\w+)'", str(error))))
+    if missing:
+      return "it has no kernel for " + ", ".join(missing)
+    return checkpoints.one_line(error)
+  return None

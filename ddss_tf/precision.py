@@ -1,0 +1,66 @@
+"""The number format in which a frozen network computes.
+
+Weights, coefficients and losses stay float32; see
+https://keras.io/api/mixed_precision/. Half the memory of the activations, and
+faster where the hardware has bfloat16; slower where it has not.
+"""
+
+import keras
+
+from ddss_tf.errors import UserError
+
+FLOAT32 = "float32"
+BFLOAT16 = "mixed_bfloat16"
+# float16 is none: its gradients need a loss scale.
+POLICIES = (FLOAT32, BFLOAT16)
+
+
+def policy(model) -> str:
+  """One of `POLICIES`: the second if any layer computes in bfloat16."""
+  layers = model.layers if isinstance(model, keras.Model) else ()
+  return BFLOAT16 if any(
+      layer.compute_dtype == "bfloat16" for outer in layers
+      for layer in outer._flatten_layers()) else FLOAT32  # pylint: disable=protected-access
+
+
+def set_policy(model, name: str) -> None:
+  """Lets a functional Keras model compute in another format.
+
+  Our choice of what stays in float32: what takes numbers, such as times, of
+  which bfloat16 would merge neighbours beyond 256; and what gives the outputs.
+
+  Args:
+    model: changed in place, its weights are not.
+    name: one of `POLICIES`.
+
+  Raises:
+    UserError: an unknown policy; not a functional Keras model, such as a
+      SavedModel, whose format was decided when it was written.
+  """
+  if name not in POLICIES:
+    raise UserError(f"dtype_policy must be one of {', '.join(POLICIES)}. "
+                    f"Received: {name!r}")
+  if policy(model) == name:
+    return
+  if not isinstance(model, keras.Model) or getattr(model, "inputs", None) is (
+      None):
+    raise UserError("dtype_policy must be that of a functional Keras model. "
+                    f"Received: {name!r} for a {type(model).__name__}")
+  outputs = {id(tensor) for tensor in keras.tree.flatten(model.output)}
+  for layer in model.layers:
+    if isinstance(layer, keras.Model):
+      set_policy(layer, name)
+      continue
+    nodes = layer._inbound_nodes  # pylint: disable=protected-access
+    inputs = [tensor for node in nodes for tensor in node.input_tensors]
+    last = any(id(tensor) in outputs for node in nodes
+               for tensor in node.outputs)
+    if name == BFLOAT16 and (last or any(map(_is_a_number, inputs))):
+      continue
+    for inner in layer._flatten_layers():  # pylint: disable=protected-access
+      inner.dtype_policy = name
+
+
+def _is_a_number(tensor) -> bool:
+  """Whether each image has one of it: [B] or [B, 1]."""
+  return len(tensor.shape) < 2 or tuple(tensor.shape[1:]) == (1,)
