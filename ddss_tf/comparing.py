@@ -82,6 +82,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
 
 
 @gin.configurable(denylist=["run_dir"])
+@run_dir_lib.releasing_locks
 def compare(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -147,6 +148,7 @@ def compare(
   """
   check_compare(locals())
   run = run_dir_lib.RunDir(run_dir)
+  run.lock()
   make_evaluator = functools.partial(
       evaluation.Evaluator, denoiser=denoiser, dataset=dataset,
       features=features, heldout_features=heldout_features,

@@ -224,6 +224,7 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
 
 
 @gin.configurable(denylist=["run_dir"])
+@run_dir_lib.releasing_locks
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -275,6 +276,7 @@ def evaluate(
   check_evaluate(locals())
   dataset = data.as_dataset(dataset)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
+  run.lock()
   # Each with its bound on x0_hat.
   samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
   if sampler or os.path.exists(run.path(card.FILE)) or not samplers:

@@ -87,6 +87,7 @@ class SamplerModule(tf.Module):
 
 
 @gin.configurable(denylist=["run_dir"])
+@run_dir_lib.releasing_locks
 def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
            integer_timesteps: bool = False, sampler: str | None = None,
            force: bool = False) -> str:
@@ -132,6 +133,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
     if name in portable.FORMATS:
       portable.check_installed(name)
   run = run_dir_lib.RunDir(run_dir)
+  run.lock()
   found, x0_bound = load_searched(run, denoiser, sampler, force)
   run.keep_config()
   if not distribution.is_chief():
@@ -205,6 +207,7 @@ def check_sample(arguments: Mapping[str, Any]) -> None:
 
 
 @gin.configurable(denylist=["run_dir"])
+@run_dir_lib.releasing_locks
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
            jit_compile: bool = True, label: int | None = None,
@@ -236,6 +239,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
   run = run_dir_lib.RunDir(run_dir)
+  run.lock()
   found, x0_bound = load_searched(run, denoiser, sampler, force)
   run.keep_config()
   generator = sampling.Generator(

@@ -27,10 +27,10 @@ def activation_bytes(denoiser: Denoiser) -> int:
   closed, what it does keep, which is about a fifth less.
   """
   specs = [tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))]
-  if isinstance(denoiser.model, SavedModelNetwork):
-    return _kept_bytes(denoiser, specs)
   if denoiser.num_classes is not None:
     specs.append(tf.TensorSpec((1,), tf.int32))
+  if isinstance(denoiser.model, SavedModelNetwork):
+    return _kept_bytes(denoiser, specs)
   graph = tf.function(denoiser.eps).get_concrete_function(*specs).graph
   return sum(
       output.dtype.size * int(np.prod(output.shape))
@@ -42,10 +42,10 @@ def activation_bytes(denoiser: Denoiser) -> int:
 def _kept_bytes(denoiser: Denoiser, specs) -> int:
   """Bytes that calls of functions hand to their gradients."""
 
-  def gradient(x, t):
+  def gradient(x, t, labels=None):
     with tf.GradientTape() as tape:
       tape.watch([x, t])
-      eps = denoiser.eps(x, t)
+      eps = denoiser.eps(x, t, labels)
     return tape.gradient(eps, [x, t])
 
   graph = tf.function(gradient).get_concrete_function(*specs).graph
@@ -132,6 +132,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "sha256": denoiser.sha256 or "none: no weights",
       "layers": ", ".join(f"{count} {name}" for name, count
                           in layers.most_common()),
+      "computes in": denoiser.dtype_policy,
       "times": _times(denoiser),
       "schedule": _process(denoiser),
       "a search": f"K = {num_steps}, micro-batch {micro_batch_size}: about "

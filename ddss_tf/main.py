@@ -61,6 +61,7 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
     # An include is looked for beside the file that has it, too.
     gin.add_config_file_search_path(os.path.dirname(os.path.abspath(file)))
   try:
+    _refuse_imports(files, params)
     gin.parse_config_files_and_bindings(files, params, skip_unknown=False)
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
           AttributeError, ImportError, NameError,
@@ -69,17 +70,58 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   finally:
     logging.set_verbosity(verbosity)
   text = gin.config_str(max_line_length=10**6)
-  # Imports would let a configuration name, and so call, any function there is.
-  imports = re.search(r"^(import|from) .*", text, re.MULTILINE)
-  if imports:
-    raise UserError(
-        "gin: a configuration binds what ddss_tf registers and must not "
-        f"import. Received: {imports[0]!r}")
   # gin takes a misspelt NAME = value for a new macro and goes on.
   for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
     if not re.search(rf"%{name}\b", text):
       raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
                       "misspelt?")
+
+
+def _refuse_imports(files: list[str], params: list[str]) -> None:
+  """Refuses a configuration that imports, before gin reads it.
+
+  For gin imports while it reads, which runs code, and a configuration with
+  imports may name, and so call, any function there is. Includes must be files:
+  gin would look for others in packages, and import these.
+
+  Raises:
+    ValueError: an import, or an include that is not there.
+    SyntaxError, tokenize.TokenError, OSError: as from gin.
+  """
+  from gin import config_parser  # pylint: disable=g-import-not-at-top
+
+  class Unread(config_parser.ParserDelegate):
+    """Leaves the names in values as they are."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+      pass
+
+    def macro(self, macro_name):
+      pass
+
+  folders = ["", *(os.path.dirname(os.path.abspath(file)) for file in files)]
+  known = list(files)
+
+  def check(lines):
+    for statement in config_parser.ConfigParser(lines, Unread()):
+      if isinstance(statement, config_parser.ImportStatement):
+        raise ValueError(
+            "a configuration binds what ddss_tf registers and must not import. "
+            f"Received: {statement.format()!r}")
+      if isinstance(statement, config_parser.IncludeStatement):
+        paths = [os.path.join(folder, statement.filename)
+                 for folder in folders]
+        path = next(filter(os.path.isfile, paths), None)
+        if path is None:
+          raise ValueError("an included file must be there. Received: "
+                           f"{statement.filename!r}")
+        if path not in known:
+          known.append(path)
+
+  for path in known:  # Which grows.
+    with open(path, encoding="utf-8") as lines:
+      check(lines)
+  check("\n".join(params))
 
 
 def _found(file: str) -> str:

@@ -15,6 +15,8 @@
 
 import contextlib
 import fcntl
+import functools
+import inspect
 import json
 import os
 import shutil
@@ -27,6 +29,25 @@ from ddss_tf import storage
 from ddss_tf.errors import UserError
 
 _LOCK = ".lock"
+
+
+_locks = {}  # Of this process: path to open file.
+
+
+def releasing_locks(function):
+  """Decorator: the run directories locked in a call are let go at its end."""
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    before = set(_locks)
+    try:
+      return function(*args, **kwargs)
+    finally:
+      for path in set(_locks) - before:
+        _locks.pop(path).close()
+
+  call.__signature__ = inspect.signature(function)  # gin asks for no other.
+  return call
 
 
 class RunDir:
@@ -46,7 +67,6 @@ class RunDir:
     self.cache = cache or self.path("cache")
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
-    self._lock = None
     if not distribution.is_chief():
       return
     while not os.path.exists(folder):
@@ -67,26 +87,32 @@ class RunDir:
     return os.path.join(self.root, *parts)
 
   def lock(self) -> None:
-    """Keeps other processes out until this one ends, however it ends.
+    """Keeps other processes out until `release`, or the process ends.
 
-    The other workers of the same job are not kept out.
+    Not the other workers of the same job, nor this process itself.
 
     Raises:
       UserError: another process is at work here.
     """
     if not distribution.is_chief():
       return
-    self._lock = open(self.path(_LOCK), "w")  # Held open on purpose.
+    path = os.path.realpath(self.path(_LOCK))
+    if path in _locks:
+      return
+    file = open(path, "w", encoding="utf-8")  # Kept open on purpose.
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+      file.close()
       raise UserError(
           f"run_dir {self.root!r} is in use by another process") from error
+    _locks[path] = file
 
   def release(self) -> None:
     """Lets other processes in."""
-    if self._lock is not None:
-      self._lock.close()
+    file = _locks.pop(os.path.realpath(self.path(_LOCK)), None)
+    if file is not None:
+      file.close()
 
   def withdraw(self) -> None:
     """Removes what the constructor made, if nothing else has come into it."""

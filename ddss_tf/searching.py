@@ -590,6 +590,7 @@ class _Validation:
 
 
 @gin.configurable(denylist=["run_dir"])
+@run_dir_lib.releasing_locks
 def search(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -746,6 +747,7 @@ def search(
       "validate_every": validate_every}
 
   run = run_dir_lib.RunDir(run_dir, cache_dir)
+  run.lock()
   run.check("search", identity, restart)
   reals = [reference.reference(
       network, dataset, quantise=False, cache_dir=run.cache).pool

@@ -155,17 +155,43 @@ def test_bindings_that_are_not_there(refused, gaussian_config, tmp_path):
   assert "lost.gin" in refused(run, unchanged=tmp_path, config=config)
 
 
+@pytest.mark.parametrize("where", ["file", "include", "parameter"])
 @pytest.mark.parametrize("text", [
-    "import colorsys\n", "from __gin__ import dynamic_registration\n"
-    "import os\nimport ddss_tf.searching\n"
-    "ddss_tf.searching.search.denoiser = @os.getcwd()\n"])
-def test_a_configuration_calls_registered_functions_only(
-    refused, gaussian_config, tmp_path, text):
-  config = tmp_path / "imports.gin"
+    "import evil", "import evil as good", "from evil import inner",
+    "from __gin__ import dynamic_registration\nimport evil\n"
+    "evil.search.denoiser = @evil.getcwd()"])
+def test_a_configuration_runs_no_code(
+    refused, gaussian_config, tmp_path, monkeypatch, where, text):
+  """Not even before it is refused."""
+  (tmp_path / "evil").mkdir()
+  (tmp_path / "evil" / "__init__.py").write_text(
+      f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+  (tmp_path / "evil" / "inner.py").write_text("")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  config = tmp_path / "config.gin"
   with open(gaussian_config) as f:
-    config.write_text(text + ("" if "dynamic" in text else f.read()))
-  line = refused(tmp_path / "run", unchanged=tmp_path, config=config)
-  assert "must not import" in line, line
+    rest = f.read()
+  params = text.splitlines() if where == "parameter" else []
+  if where == "include":
+    (tmp_path / "included.gin").write_text(text + "\n")
+    text = 'include "included.gin"'
+  config.write_text(rest if params else f"{text}\n{rest}")
+  line = refused(tmp_path / "run", *params, unchanged=tmp_path, config=config)
+  assert "must not import. Received: '" in line, line
+
+
+def test_an_include_is_not_looked_for_in_packages(
+    refused, tmp_path, monkeypatch):
+  (tmp_path / "evil").mkdir()
+  (tmp_path / "evil" / "__init__.py").write_text(
+      f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+  (tmp_path / "evil" / "a.gin").write_text("")
+  folder = tmp_path / "elsewhere"
+  folder.mkdir()
+  (folder / "config.gin").write_text('include "evil/a.gin"\n')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  assert "'evil/a.gin'" in refused(
+      tmp_path / "run", unchanged=tmp_path, config=folder / "config.gin")
 
 
 def test_paths_inside_an_archive_lead_nowhere(

@@ -441,6 +441,7 @@ def test_labels_of_a_saved_model(tmp_path):
     assert denoiser.num_classes == CLASSES
     np.testing.assert_allclose(
         denoiser.network(x, t, LABELS), wanted, rtol=1e-6)
+  assert "classes     3" in inspecting.inspect(denoiser=denoiser)
   refused(folder, "with two inputs", **TOLD)
   other = ddss_tf.load_denoiser(folder, **dict(WITH_LABELS, null_label=1))
   assert other.sha256 == denoiser.sha256

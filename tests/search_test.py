@@ -1,5 +1,6 @@
 """Tests of the search, the evaluation and the export on a Gaussian data set."""
 
+import fcntl
 import functools
 import glob
 import itertools
@@ -637,6 +638,85 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
       r"at step 6: 2 steps.*not finite, this one in the gradient of \w+; the "
       r"last good checkpoint is .*ckpt-4\b")):
     ddss_tf.search(str(tmp_path / "strict"), **parts, **options(max_skipped=1))
+
+
+@pytest.mark.parametrize("where,value", [
+    ("network", np.nan), pytest.param("network", np.inf, marks=pytest.mark.slow),
+    pytest.param("features", np.nan, marks=pytest.mark.slow),
+    pytest.param("features", np.inf, marks=pytest.mark.slow)])
+def test_faults_of_networks_change_nothing(
+    parts, tmp_path, monkeypatch, where, value):
+  """Injected into the output of a network, at two of the steps."""
+  factor = tf.Variable(1.0, trainable=False)
+  poison = keras.layers.Lambda(lambda output: output * factor)
+  denoiser, features = parts["denoiser"], parts["features"]
+  if where == "network":
+    inputs = denoiser.model.inputs
+    denoiser = ddss_tf.Denoiser(
+        keras.Model(inputs, poison(denoiser.model(inputs))), denoiser.schedule)
+  else:
+    inputs = keras.Input(SHAPE)
+    found, logits = features.model(inputs)
+    features = features_lib.FeatureNetwork(keras.Model(inputs, [
+        keras.layers.Identity(name="pool")(poison(found)),
+        keras.layers.Identity(name="logits")(logits)]), "poisoned")
+  advance = searching.Search.advance
+  skipped = []
+
+  def state(search):
+    return [np.array(v.value) for v in (
+        *search.variables, search.units, *search.optimizer.variables)]
+
+  def broken(self):
+    if self.step not in (2, 5):
+      return advance(self)
+    before = state(self)
+    factor.assign(value)
+    result = advance(self)
+    factor.assign(1.0)
+    assert not result[2] and self.not_finite
+    for one, other in zip(state(self), before):
+      np.testing.assert_array_equal(one, other)
+    skipped.append(self.skipped)
+    return result
+
+  monkeypatch.setattr(searching.Search, "advance", broken)
+  sampler = ddss_tf.search(
+      str(tmp_path), **{**parts, "denoiser": denoiser, "features": features},
+      **options())
+  assert skipped == [1, 2]
+  sampler.coefficients().validate()
+
+
+def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
+  """For as long as it works; of other processes, not of this one."""
+  advance = searching.Search.advance
+  path = str(tmp_path / ".lock")
+
+  def locked():
+    with open(path, "w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return True
+    return False
+
+  seen = []
+
+  def watched(self):
+    seen.append(locked())
+    return advance(self)
+
+  monkeypatch.setattr(searching.Search, "advance", watched)
+  searched = options(num_search_steps=1, validate_every=1)
+  ddss_tf.search(str(tmp_path), **parts, **searched)
+  assert seen == [True] and not locked()
+  with open(path, "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    for call in (lambda: ddss_tf.search(str(tmp_path), **parts, **searched),
+                 lambda: ddss_tf.export(str(tmp_path), parts["denoiser"])):
+      with pytest.raises(UserError, match="in use by another process"):
+        call()
 
 
 @pytest.mark.slow
