@@ -180,6 +180,30 @@ def test_metrics_tell_shifted_and_collapsed_from_equal():
   assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3
 
 
+def test_metrics_of_a_constant_image(sets):
+  """One image, again and again: all its figures are known."""
+  real, _ = sets
+  image = np.full((50, 6), 0.7, np.float32)
+  spread = np.sum((real.mean(0) - image[0]) ** 2) + np.trace(
+      np.cov(real, rowvar=False))
+  np.testing.assert_allclose(metrics.fid(real, image), spread, rtol=1e-4)
+  np.testing.assert_allclose(metrics.fid(image, image), 0.0, atol=1e-5)
+  kid, error = metrics.kid(image, image)
+  np.testing.assert_allclose([kid, error], 0.0, atol=1e-6)
+  # The cubic kernel's mean over pairs, of which two are between constants.
+  kernel = lambda a, b: (a @ b.T / 6 + 1) ** 3
+  among = kernel(real.astype(float), real.astype(float))
+  count = len(real)
+  expected = ((among.sum() - np.trace(among)) / (count * (count - 1))
+              + kernel(image[:1], image[:1])[0, 0]
+              - 2 * kernel(real.astype(float), image[:1]).mean())
+  # In blocks: the estimate of the same number from other pairs.
+  kid, error = metrics.kid(real, image)
+  assert abs(kid - expected) < 4 * max(error, 0.05 * expected)
+  score, deviation = metrics.inception_score(image, splits=5)
+  np.testing.assert_allclose([score, deviation], [1.0, 0.0], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["kid_cubic", "kid_rbf"])
 def test_kernel_kid_loss_against_the_double_sum(sets, name):
   real, generated = (part[:40].astype(float) for part in sets)

@@ -66,6 +66,20 @@ def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   assert "NUM_SAMPLES = 50000" in config
 
 
+def test_a_model_of_ones_own_builds(stand_ins, main_in_process, capsys):
+  """By the command in the README and in the file's header."""
+  configs = os.path.join(ROOT, "gin_configs")
+  with open(os.path.join(ROOT, "README.md")) as f:
+    assert "--gin_file=gin_configs/own.gin --gin_file=" in f.read()
+  for mode in ("run", "compare"):
+    main_in_process([
+        "--dry_run", f"--mode={mode}", f"--gin_file={configs}/own.gin",
+        f"--gin_file={configs}/datasets/folder.gin",
+        "--gin_param=load_dataset.resize = 32", "--gin_param=NUM_STEPS = 10",
+        *(f"--gin_param={binding}" for binding in stand_ins["cifar10"])])
+    assert "search.objective = 'kid_linear'" in capsys.readouterr().out
+
+
 def test_there_is_a_cell_for_every_published_number():
   assert len(CELLS) == 2 * 5 * 5 + 2 * 3 * 3
   # No number is printed as ours.

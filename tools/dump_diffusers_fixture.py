@@ -20,7 +20,8 @@ _CLASSES = 5
 _COMMON = dict(
     sample_size=8, in_channels=3, out_channels=3, layers_per_block=1,
     block_out_channels=(8, 16, 8), attention_head_dim=4, norm_num_groups=4)
-# Together they have every value of every key that we read.
+# Together they have every value of every key that we read but
+# `add_attention: false`.
 _VARIANTS = {
     # Blocks without attention keep their convolution, those with it obey
     # downsample_type and upsample_type.

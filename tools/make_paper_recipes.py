@@ -81,7 +81,7 @@ COMMON = '''# What all recipes of the paper's tables share.
 # Published: KID with the linear kernel on Inception's pool_3, Adam, FID and IS
 # of 50 000 samples against the training set. Not published in any text at hand,
 # so our choice: batch, steps, learning rate, seeds.
-# Required: NUM_STEPS (K), load_denoiser.path (a converted checkpoint).
+# Required: NUM_STEPS (K), load_denoiser.path (the checkpoint).
 
 include "../../features/inception.gin"
 
@@ -134,7 +134,7 @@ searched/make_sampler.num_steps = %NUM_STEPS
 '''
 
 DATA = '''# {name}.
-# The checkpoint must be converted first, see load_denoiser and tools/.
+# load_denoiser reads the original checkpoint, whose path comes below.
 
 include "../../datasets/{dataset}.gin"
 include "common.gin"
