@@ -126,7 +126,9 @@ def kid(real: np.ndarray, generated: np.ndarray,
 
   Binkowski et al. (2018, https://arxiv.org/abs/1801.01401): unbiased, so it
   can be negative. The error comes from the spread between blocks: at least two,
-  since one has none, and few enough to hold two samples of each set.
+  since one has none, and few enough to hold two samples of each set. Samples
+  are dealt to the blocks at random, with a fixed seed: images come class by class
+  from many a folder.
 
   Args:
     real: float [N, D], N at least 4.
@@ -145,6 +147,9 @@ def kid(real: np.ndarray, generated: np.ndarray,
                      f"Received: {smallest}")
   largest = max(len(real), len(generated))
   blocks = max(2, min(-(-largest // block_size), smallest // 2))
+  real, generated = (
+      values[np.random.default_rng(seed).permutation(len(values))]
+      for seed, values in enumerate((real, generated)))
   value, error = (
       _tfgan().kernel_classifier_distance_and_std_from_activations(
           tf.constant(real, tf.float32), tf.constant(generated, tf.float32),

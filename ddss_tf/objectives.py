@@ -22,6 +22,10 @@ MATCHING = ("teacher_pixels", "teacher_features")
 MOMENTS = ("kid_linear", "frechet_axes", "frechet")  # Distances of moments.
 ELBO = "elbo"
 OBJECTIVES = (*DISTANCES, *MATCHING, ELBO)
+# White noise of the smoothed Frechet distance, as a share of the largest
+# variance of the real features along an axis.
+SMOOTHING = 1e-3
+_LEAST_SMOOTHING = 1e-12  # Of real features that are all the same.
 # Real features that a kernel is evaluated against, at the most.
 _KERNEL_REAL = 5000
 _RBF_SCALES = (0.5, 1.0, 2.0)
@@ -181,13 +185,13 @@ def frechet_axes(features: tf.Tensor, real_mean: tf.Tensor, axes: tf.Tensor,
   # with a control the estimate of a small variance can be below.
   floor = 1e-8 * tf.reduce_max(deviations) ** 2
   variance = tf.maximum(variance, 0.0)
-  spread = tf.reduce_sum((tf.sqrt(variance + floor) - deviations) ** 2)
+  spread = tf.reduce_sum((tf.sqrt(variance + floor)
+                          - tf.sqrt(deviations**2 + floor)) ** 2)
   return _squared_mean(residual, mean) + spread
 
 
-def frechet(features: tf.Tensor, real_mean: tf.Tensor,
-            real_covariance: tf.Tensor,
-            control: Control | None = None) -> tf.Tensor:
+def frechet(features: tf.Tensor, real_mean: tf.Tensor, root: tf.Tensor,
+            smoothing: float, control: Control | None = None) -> tf.Tensor:
   """Frechet distance of Gaussian fits, as a loss (Heusel et al. 2017).
 
     |f - m|^2 + tr(S + C - 2 (C^1/2 S C^1/2)^1/2)
@@ -196,10 +200,16 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor,
   by a term that falls with 1 / N and grows with D, and the bias has a gradient
   of its own: it asks for a population of several times D.
 
+  Our choice: both covariances get `smoothing` I, which makes it the distance of
+  features with as much white noise. For the root of an eigenvalue near 0 has a
+  gradient without bound, and is mostly chance. It stays a distance, and is least
+  at S = C.
+
   Args:
     features: float [N, D].
     real_mean: float [D].
-    real_covariance: float [D, D].
+    root: float [D, D], the symmetric root of C + `smoothing` I.
+    smoothing: above 0; see `SMOOTHING`.
     control: a control variate, or None.
 
   Returns:
@@ -213,26 +223,17 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor,
   centred = residual - tf.reduce_mean(residual, axis=0)
   own_noise = tf.matmul(centred, centred, transpose_a=True) / (
       count * (count - 1.0))
-  covariance = second - mean[:, None] * mean + own_noise
-  values, vectors = tf.linalg.eigh(real_covariance)
-  # Of a feature that is constant, or a combination of others, rounding may
-  # leave a negative one.
-  values = tf.maximum(values, 0.0)
-  root = tf.matmul(vectors * tf.sqrt(values), vectors,
-                   transpose_b=True)
-  # The root of an eigenvalue near 0 has a gradient without bound, and is mostly
-  # noise. The shift that this floor brings, at S = C, is taken off.
-  floor = 1e-6 * tf.reduce_max(values) ** 2
-  shift = 2.0 * tf.reduce_sum(tf.sqrt(values**2 + floor) - values)
+  covariance = (second - mean[:, None] * mean + own_noise
+                + smoothing * tf.eye(tf.shape(root)[0]))
   product = tf.matmul(root, tf.matmul(covariance, root))
   # The decomposition of what is not finite raises an error, where a NaN lets
   # the search skip the step.
   finite = tf.reduce_all(tf.math.is_finite(product))
-  product = tf.linalg.eigvalsh(
-      tf.where(finite, product, 0.0) + floor * tf.eye(tf.shape(root)[0]))
+  product = tf.linalg.eigvalsh(tf.where(finite, product, 0.0))
+  # With a control the estimate of a covariance need not be one.
+  product = tf.maximum(product, 0.01 * smoothing**2)
   distance = (tf.reduce_sum(mean**2) + tf.linalg.trace(covariance)
-              + tf.linalg.trace(real_covariance) + shift
-              - 2.0 * tf.reduce_sum(tf.sqrt(tf.maximum(product, floor))))
+              + tf.reduce_sum(root**2) - 2.0 * tf.reduce_sum(tf.sqrt(product)))
   return tf.where(finite, distance, np.nan)
 
 
@@ -243,8 +244,8 @@ def make_distance(name: str, real: np.ndarray):
     name: one of `DISTANCES`.
     real: float [R, D], features of the whole training set. The cubic and the
       Gaussian kernel are evaluated against 5 000 of them at the most, drawn
-      once with seed 0. The Gaussian's bandwidth is the median distance of the
-      first 1 000 of these.
+      once with seed 0. The Gaussian's bandwidth is the median distance of 1 000
+      of these.
 
   Returns:
     A function from features [N, D], and a `Control` or None if the distance is
@@ -267,12 +268,16 @@ def make_distance(name: str, real: np.ndarray):
     return lambda features, control=None: frechet_axes(
         features, real_mean, axes, deviations, control)
   if name == "frechet":
-    covariance = tf.constant(np.cov(real.astype(np.float64).T), tf.float32)
+    values, vectors = np.linalg.eigh(np.cov(real.astype(np.float64).T))
+    # Rounding may leave a negative one, of features that depend on each other.
+    values = np.maximum(values, 0.0)
+    smoothing = max(SMOOTHING * float(values.max()), _LEAST_SMOOTHING)
+    root = tf.constant((vectors * np.sqrt(values + smoothing)) @ vectors.T,
+                       tf.float32)
     return lambda features, control=None: frechet(
-        features, real_mean, covariance, control)
-  if len(real) > _KERNEL_REAL:
-    order = np.random.default_rng(0).permutation(len(real))
-    real = real[order[:_KERNEL_REAL]]
+        features, real_mean, root, smoothing, control)
+  order = np.random.default_rng(0).permutation(len(real))
+  real = real[order[:_KERNEL_REAL]]
   real = tf.constant(real, tf.float32)
   kernel = cubic_kernel
   if name == "kid_rbf":

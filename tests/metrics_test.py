@@ -84,11 +84,18 @@ def cubic_kid(real, generated):
           - 2 * kernel(real, generated).mean())
 
 
+def dealt(*sets):
+  """Real and generated features in the order in which blocks are made."""
+  return [x[np.random.default_rng(seed).permutation(len(x))]
+          for seed, x in enumerate(sets)]
+
+
 def test_kid_against_numpy(sets):
   real, generated = (s.astype(np.float64)[:200] for s in sets)
-  # Two blocks of 100, in order.
-  blocks = [cubic_kid(real[i:i + 100], generated[i:i + 100]) for i in (0, 100)]
   value, error = metrics.kid(real, generated)
+  # Two blocks of 100.
+  real, generated = dealt(real, generated)
+  blocks = [cubic_kid(real[i:i + 100], generated[i:i + 100]) for i in (0, 100)]
   np.testing.assert_allclose(value, np.mean(blocks), rtol=1e-3)
   np.testing.assert_allclose(
       error, np.std(blocks, ddof=1) / np.sqrt(2), rtol=1e-3)
@@ -96,13 +103,26 @@ def test_kid_against_numpy(sets):
 
 def test_kid_of_few_samples_against_many(sets):
   # 300 real, 5 generated: two blocks, of 150 and 2 or 3.
-  real, generated = sets[0].astype(np.float64), sets[1][:5].astype(np.float64)
+  real, generated = dealt(
+      sets[0].astype(np.float64), sets[1][:5].astype(np.float64))
   blocks = [cubic_kid(real[:150], generated[:2]),
             cubic_kid(real[150:], generated[2:])]
   value, error = metrics.kid(*[sets[0], sets[1][:5]], block_size=100)
   np.testing.assert_allclose(value, np.mean(blocks), rtol=1e-3)
   np.testing.assert_allclose(
       error, np.std(blocks, ddof=1) / np.sqrt(2), rtol=1e-3)
+
+
+def test_kid_of_images_class_by_class():
+  """Ten far classes in order: no block may hold one class only."""
+  rng = np.random.default_rng(0)
+  centres = 5 * rng.normal(size=(10, 4))
+  real = np.repeat(centres, 200, axis=0) + rng.normal(size=(2000, 4))
+  generated = centres[rng.integers(10, size=2000)] + rng.normal(size=(2000, 4))
+  kid, error = metrics.kid(real, generated, block_size=200)
+  assert abs(kid) < 4 * error
+  apart = real[:1000], real[1000:]
+  assert metrics.kid(*apart, block_size=200)[0] > 20 * error
 
 
 def test_kid_needs_samples_for_an_error():
@@ -228,16 +248,53 @@ def test_cubic_kid_loss_is_the_metric_of_tfgan(sets):
   # TF-GAN's estimate on one block of equal sets, which has no error.
   real, generated = sets[0][:200], sets[1]
   value, _ = metrics.kid(real, generated, block_size=200)
+  real, generated = dealt(real, generated)
   parts = [float(objectives.make_distance("kid_cubic", real[i:i + 100])(
       generated[i:i + 100])) for i in (0, 100)]
   np.testing.assert_allclose(np.mean(parts), value, rtol=1e-3)
 
 
-def test_frechet_loss_is_the_metric(sets):
+def smoothed_fid(real, generated):
+  """FID of features with white noise, as the loss has it; by SciPy."""
+  covariances = [np.cov(x.astype(float), rowvar=False) for x in
+                 (real, generated)]
+  noise = objectives.SMOOTHING * np.linalg.eigvalsh(covariances[0]).max()
+  c, s = (x + noise * np.eye(len(x)) for x in covariances)
+  return np.sum((real.mean(0) - generated.mean(0)) ** 2) + np.trace(
+      c + s - 2 * scipy.linalg.sqrtm(c @ s).real)
+
+
+def test_frechet_loss_is_the_smoothed_metric(sets):
   real, generated = sets
   objective = objectives.make_distance("frechet", real)
   np.testing.assert_allclose(
-      objective(generated), metrics.fid(real, generated), rtol=2e-3)
+      objective(generated), smoothed_fid(real, generated), rtol=2e-3)
+  np.testing.assert_allclose(
+      smoothed_fid(real, generated), metrics.fid(real, generated), rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["frechet", "frechet_axes"])
+def test_a_frechet_loss_is_least_at_the_real_spread(name):
+  """Along every axis, however small its variance is."""
+  rng = np.random.default_rng(0)
+  count, deviations = 2000, 10.0 ** np.array([0, -0.5, -1, -1.5, -2, -2.5])
+  unit = rng.normal(size=(count, len(deviations)))
+  unit -= unit.mean(0)
+  unit @= np.linalg.inv(np.linalg.cholesky(np.cov(unit.T))).T
+  real = (unit * deviations).astype(np.float32)
+  loss = objectives.make_distance(name, real)
+  scales = tf.ones([len(deviations)])
+  with tf.GradientTape() as tape:
+    tape.watch(scales)
+    value = loss(real * scales)
+  np.testing.assert_allclose(value, 0.0, atol=2e-3)
+  # Shares of each axis' own variance, which is what its collapse would cost.
+  gradient = tape.gradient(value, scales).numpy() / (2 * deviations**2)
+  assert np.all(np.abs(gradient) < 0.02), gradient
+  for axis in range(len(deviations)):
+    worse = [float(loss(real * np.where(np.arange(6) == axis, factor, 1.0)
+                        .astype(np.float32))) for factor in (0.0, 0.5, 1.5)]
+    assert min(worse) > float(value), (axis, worse, value)
 
 
 def test_frechet_loss_of_dependent_features(sets):
@@ -252,7 +309,7 @@ def test_frechet_loss_of_dependent_features(sets):
     value = objectives.make_distance("frechet", real)(features)
   gradient = tape.gradient(value, features)
   np.testing.assert_allclose(
-      value, metrics.fid(real, generated), rtol=5e-3)
+      value, smoothed_fid(real, generated), rtol=5e-3)
   assert np.all(np.isfinite(gradient))
 
 
@@ -337,8 +394,11 @@ def test_a_control_variate_corrects_moments(sets, name):
     expected = square - np.trace(noise) + np.sum(
         (deviations - np.sqrt(values)) ** 2)
   else:
-    expected = metrics.fid(metrics.Moments(mean, covariance), metrics.Moments(
-        np.zeros(6), np.cov(real.astype(float).T)))
+    real_covariance = np.cov(real.astype(float).T)
+    noise = objectives.SMOOTHING * np.linalg.eigvalsh(real_covariance).max()
+    expected = metrics.fid(*(
+        metrics.Moments(m, c + noise * np.eye(6)) for m, c in (
+            (mean, covariance), (np.zeros(6), real_covariance))))
   got = objectives.make_distance(name, real)(features, objectives.Control(
       tf.constant(control), *known_moments(many, real.mean(0))))
   np.testing.assert_allclose(got, expected, rtol=2e-3)
