@@ -68,7 +68,11 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   for what, known in (("solvers", solvers_lib.SOLVERS),
                       ("strides", schedules.STRIDES),
                       ("families", families_lib.FAMILIES)):
-    for name in arguments[what]:
+    names = arguments[what]
+    if not isinstance(names, (list, tuple)) or not names and what != "families":
+      raise UserError(f"compare.{what} must be a list of names. "
+                      f"Received: {names!r}")
+    for name in names:
       if name not in known:
         raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
                         f"Received: {name!r}")
@@ -77,6 +81,9 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
       ("stride_samples", 16), ("num_samples", 4), ("batch_size", 1)):
     check_whole(f"compare.{name}", arguments[name], least)
   check_whole("compare.seed", arguments["seed"], 0, most=MAX_SEED - 1)
+  if not isinstance(arguments["num_steps"], (list, tuple)):
+    raise UserError("compare.num_steps must be a list of whole numbers. "
+                    f"Received: {arguments['num_steps']!r}")
   for steps in arguments["num_steps"]:
     check_whole("compare.num_steps", steps, 1)
 

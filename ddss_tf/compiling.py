@@ -15,10 +15,15 @@ _KNOWN = (
     keras.layers.InputLayer, keras.layers.Rescaling, keras.layers.Dense,
     keras.layers.Conv2D, keras.layers.GroupNormalization,
     keras.layers.Activation, keras.layers.Concatenate, keras.layers.Add,
-    keras.layers.ZeroPadding2D, keras.layers.UpSampling2D,
-    keras.layers.Embedding, unet.TimeEmbedding, unet.ResidualBlock,
+    keras.layers.ZeroPadding2D, keras.layers.Embedding, unet.TimeEmbedding, unet.ResidualBlock,
     unet.SelfAttention, edm_unet.FilteredDown, edm_unet.FourierEmbedding,
     edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, edm_unet.OneHot)
+
+
+def _is_known(layer) -> bool:
+  if type(layer) is keras.layers.UpSampling2D:  # Others are resized by TF.
+    return layer.interpolation == "nearest"
+  return type(layer) in _KNOWN
 
 
 def obstacle(denoiser) -> str | None:
@@ -30,7 +35,7 @@ def obstacle(denoiser) -> str | None:
   Args:
     denoiser: the `Denoiser`; both are lowered for one image, and not compiled.
   """
-  if all(type(layer) in _KNOWN for layer in denoiser.model.layers):
+  if all(_is_known(layer) for layer in denoiser.model.layers):
     return None
 
   def gradient(x_t, t, labels):

@@ -6,6 +6,7 @@ scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
 of a class-conditional network.
 """
 
+import json
 import os
 
 from absl import logging
@@ -67,8 +68,8 @@ class Denoiser:
       what arguments of `load_denoiser` told about them; None if the network has
       none.
     dtype_policy: what the network computes in, see `precision`.
-    key: `sha256`, or a hash that covers guidance and another format than
-      float32 too: what decides eps.
+    key: `sha256`, or a hash that covers what else decides the images, where it
+      is not as by default: the convention, null label and guidance, the format.
 
   Raises:
     ValueError: unknown prediction, a convention that there is not, or an image
@@ -109,13 +110,11 @@ class Denoiser:
       continuous_time = foreign.is_continuous(model)
     self.continuous_time = continuous_time
     self.sha256 = weights_sha256(model) if sha256 is None else sha256
-    self.key = self.sha256
-    if guidance_scale is not None:
-      self.key = fingerprint.text_sha256(
-          f"{self.sha256} {float(guidance_scale)} {null_label}")
     self.dtype_policy = precision.policy(model)
-    if self.dtype_policy != precision.FLOAT32:
-      self.key = fingerprint.text_sha256(f"{self.key} {self.dtype_policy}")
+    self.key = self.sha256
+    if self._told():
+      self.key = fingerprint.text_sha256(
+          json.dumps([self.sha256, self._told()], sort_keys=True))
     self._compiled = {}
 
   def guided(self, guidance_scale: float | None = None,
@@ -157,12 +156,17 @@ class Denoiser:
 
   @property
   def identity(self) -> dict:
-    """How results name it: "name", "sha256", guidance and format if there."""
-    guidance = {} if self.guidance_scale is None else {
-        "guidance_scale": self.guidance_scale, "null_label": self.null_label}
-    policy = {} if self.dtype_policy == precision.FLOAT32 else {
-        "dtype_policy": self.dtype_policy}
-    return {"name": self.name, "sha256": self.sha256, **guidance, **policy}
+    """How results name it: "name", "sha256", and `key`'s rest if there."""
+    return {"name": self.name, "sha256": self.sha256, **self._told()}
+
+  def _told(self) -> dict:
+    """What decides the images beside the weights and the coefficients."""
+    told = {"guidance_scale": self.guidance_scale,
+            "null_label": self.null_label}
+    told = {name: value for name, value in told.items() if value is not None}
+    if self.dtype_policy != precision.FLOAT32:
+      told["dtype_policy"] = self.dtype_policy
+    return {**told, **self.convention.non_default()}
 
   def network(self, x, t, labels=None) -> tf.Tensor:
     """The raw prediction, in the network's own units (`self.convention`).

@@ -54,9 +54,9 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
   """
   path = run.path(card.FILE) if sampler is None else zoo.find(sampler)
   found = card.read(path)
-  for name, own in (("sha256", denoiser.sha256),
-                    ("guidance_scale", denoiser.guidance_scale)):
-    known = found.denoiser.get(name)
+  mine = denoiser.identity
+  for name in sorted({*found.denoiser, *mine} - {"name"}):
+    known, own = found.denoiser.get(name), mine.get(name)
     if known == own:
       continue
     difference = (

@@ -45,6 +45,7 @@ _TIME_FLOOR = 1e-4
 # Least magnitude of the mean of a state, and least variance of one of VARS, by
 # which x0_hat and the posterior are divided.
 _MEAN_FLOOR = 1e-6
+_LEAST_ABAR = 1e-12  # Of VARS and +PRED in their cumulative form.
 
 # Where GGDM starts: the largest K, and the solver and stride that were best up
 # to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
@@ -138,11 +139,16 @@ def _cumulative_logits(values):
 
 
 def _cumulative(v):
-  """cumsum(softmax([v; 1])) without its last entry, which is 1."""
-  values = tf.cumsum(tf.nn.softmax(tf.concat([v, [1.0]], axis=0)))[:-1]
-  # Rounding could reach 1 and beyond, and x0_hat would divide by 0. The limit
-  # is below abar_T of any schedule in use (4e-5 for the linear one).
-  return tf.minimum(values, 1.0 - 1e-6)
+  """cumsum(softmax([v; 1])) without its last entry, which is 1; and 1 minus it.
+
+  The second is a sum of its own: at the end of a cosine schedule it is 2e-9,
+  which a difference from 1 in float32 is not.
+  """
+  increments = tf.nn.softmax(tf.concat([v, [1.0]], axis=0))
+  values = tf.cumsum(increments)[:-1]
+  rest = tf.cumsum(increments, exclusive=True, reverse=True)[:-1]
+  # x0_hat is divided by the root of it.
+  return values, tf.maximum(rest, _LEAST_ABAR)
 
 
 class LearnedSampler(Sampler):
@@ -287,8 +293,8 @@ class LearnedSampler(Sampler):
       start = self._start.numpy()
       return (start.x0_from_state + self._pred_state.value,
               start.x0_from_eps + self._pred_eps.value)
-    variance = _cumulative(self._pred.value)[::-1]
-    return _x0_of_marginals(tf.sqrt(1.0 - variance), variance)
+    variance, rest = _cumulative(self._pred.value)
+    return _x0_of_marginals(tf.sqrt(rest)[::-1], variance[::-1])
 
   def _create_times(self):
     total = self.schedule.num_train_steps
@@ -306,7 +312,9 @@ class LearnedSampler(Sampler):
   def _learned_times(self):
     total = self.schedule.num_train_steps
     if not self._real:
-      return float(total) * _cumulative(self._times.value)[::-1]
+      values, _ = _cumulative(self._times.value)
+      # Rounding could reach T.
+      return float(total) * tf.minimum(values, 1.0 - 1e-6)[::-1]
     times = self._start.numpy().times + float(total - 1) * self._times.value
     # The constraint holds up to the rounding of this sum. The gradient passes
     # all the same, or a time that reached its bound could not leave it.
@@ -405,7 +413,8 @@ class LearnedDDIM(LearnedSampler):
     if self._real:
       self._noise = self._learn(
           "noise_scales", "noise_scales", np.zeros(self.num_steps - 1),
-          constraint=_Interval(-noise, 0.999 * most - noise))
+          constraint=_Interval(
+              -noise, np.maximum(0.999 * most - noise, 0.0)))
     else:
       self._noise = self._learn(
           "noise_scales", "noise_scales", _logit(noise / most))
@@ -417,8 +426,13 @@ class LearnedDDIM(LearnedSampler):
       sigma = _at_least_0(start.noise_scales[:-1] + self._noise.value)
     else:
       sigma = most * tf.sigmoid(self._noise.value)
-    sigma = tf.minimum(sigma, 0.9999 * most)
-    direction = tf.sqrt(most**2 - sigma**2)
+    # Short of all, where a square root has no gradient; or where it started.
+    first = start.noise_scales[:-1]
+    sigma = tf.minimum(sigma, np.maximum(0.9999 * most, first))
+    # most^2 - sigma^2, whose difference float32 may not have: from the start's.
+    left = (1 - self._abar_s - self._start.noise_scales[:-1].astype(float)**2)
+    direction = tf.sqrt(
+        left.astype(np.float32) + (first - sigma) * (first + sigma))
     from_state = direction / np.sqrt(1 - self._abar_t).astype(np.float32)
     x0 = (np.sqrt(self._abar_s).astype(np.float32)
           - from_state * np.sqrt(self._abar_t).astype(np.float32))
@@ -447,14 +461,15 @@ class VARS(LearnedSampler):
     self._vars = self._learn(
         "noise_scales", "variances", _cumulative_logits((1 - abar)[::-1]))
 
-  def _variances(self):
-    """1 - abar of the K states, noisiest first."""
-    return tf.maximum(_cumulative(self._vars.value), _MEAN_FLOOR)[::-1]
+  def _marginals(self):
+    """1 - abar and abar of the K states, noisiest first."""
+    variances, rest = _cumulative(self._vars.value)
+    return tf.maximum(variances, _MEAN_FLOOR)[::-1], rest[::-1]
 
   def _rows(self):
-    variance_t = self._variances()
+    variance_t, abar_t = self._marginals()
     variance_s = tf.concat([variance_t[1:], [0.0]], axis=0)
-    abar_t, abar_s = 1.0 - variance_t, 1.0 - variance_s
+    abar_s = tf.concat([abar_t[1:], [1.0]], axis=0)
     # The posterior of a DDPM, Ho et al. (2020), equations 6 and 7, for a step
     # from abar_t to abar_s: beta = 1 - abar_t / abar_s.
     ratio = abar_t / abar_s
@@ -467,8 +482,8 @@ class VARS(LearnedSampler):
             tf.concat([sigma, [0.0]], axis=0))
 
   def _implied_x0(self, state_weights, x0_weights, noise_scales):
-    variance = self._variances()
-    return _x0_of_marginals(tf.sqrt(1.0 - variance), variance)
+    variance, abar = self._marginals()
+    return _x0_of_marginals(tf.sqrt(abar), variance)
 
 
 class GGDM(LearnedSampler):

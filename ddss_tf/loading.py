@@ -296,8 +296,15 @@ def _convert_openai(path: str, given: dict) -> Denoiser:
   betas = openai_format.betas(card)
   weights = checkpoints.read_state_dict(path)
   model = openai_format.convert(path, weights, card)
-  return Denoiser(model, NoiseSchedule(betas),
-                  "x0" if card["predict_xstart"] else "eps",
+  prediction = "x0" if card["predict_xstart"] else "eps"
+  schedule = NoiseSchedule(betas)
+  # What changes the network without a trace in its weights.
+  flags = {key: card[key] for key in (
+      "num_heads", "num_head_channels", "use_new_attention_order",
+      "rescale_timesteps") if key in card}
+  sha256 = _told_sha256(
+      denoisers.weights_sha256(model), prediction, schedule, flags)
+  return Denoiser(model, schedule, prediction, sha256=sha256,
                   num_classes=openai_format.num_classes(weights))
 
 

@@ -173,9 +173,12 @@ def _build(stages) -> None:
       searching.check_search(_arguments(registry.search))
     denoiser = arguments.get("denoiser")
     if "dataset" in arguments:
-      networks = [arguments[key] for key in ("features", "heldout_features")
-                  if arguments.get(key) is not None]
-      searching.check_shapes(denoiser, arguments["dataset"], *networks)
+      networks = []
+      for key in ("features", "heldout_features"):
+        value = arguments.get(key)
+        networks += value if isinstance(value, (list, tuple)) else [value]
+      searching.check_shapes(denoiser, arguments["dataset"], *(
+          network for network in networks if network is not None))
     factories = list(arguments.get("baselines") or [])
     if name == "search":
       factories.append(arguments["sampler"])

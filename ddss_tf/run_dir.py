@@ -145,7 +145,7 @@ class RunDir:
     path = self._claim_path(stage)
     if not os.path.exists(path):
       return False
-    identity = json.loads(json.dumps(identity))
+    identity = json.loads(json.dumps(identity, default=storage.plain))
     try:
       with open(path) as f:
         before = dict(json.load(f))

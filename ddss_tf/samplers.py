@@ -86,6 +86,7 @@ class Sampler(keras.layers.Layer):
     self.num_steps = num_steps
     self.label = label
     self.variables_by_kind = {}
+    self._starts = {}  # Of the variables, by name.
     self.built = True
 
   def _learn(self, kind: str, name: str, start, constraint=None):
@@ -95,7 +96,14 @@ class Sampler(keras.layers.Layer):
         shape=start.shape, name=name, constraint=constraint,
         initializer=lambda shape, dtype=None: tf.constant(start, dtype))
     self.variables_by_kind.setdefault(kind, []).append(variable)
+    self._starts[name] = start
     return variable
+
+  def reset(self) -> None:
+    """Puts all that is learned back to where it starts."""
+    for variables in self.variables_by_kind.values():
+      for variable in variables:
+        variable.assign(self._starts[variable.name])
 
   def coefficients(self) -> Coefficients:
     """The sampler's coefficients as float32 tensors, differentiable."""
@@ -153,7 +161,7 @@ class SolverSampler(FixedSampler):
         lower_order_final=lower_order_final)
     if label is None:
       label = LABELS[solver]
-      if eta is not None:
+      if eta is not None and solver in ("ddim", "ddpm"):
         label = {0.0: "DDIM", 1.0: "DDPM"}.get(
             float(eta), f"DDIM(eta={eta:g})")
       label += " " + (stride if isinstance(stride, str) else _GIVEN_TIMES)

@@ -9,6 +9,7 @@
 
 import functools
 import json
+import math
 import os
 import shutil
 import time
@@ -117,7 +118,8 @@ _LEAST = {
     "num_search_steps": 1, "batch_size": 2, "gradient_samples": 1,
     "micro_batch_size": 1, "start_samples": 2, "pool_samples": 2,
     "validation_samples": 2, "validate_every": 1, "checkpoint_every": 1,
-    "log_every": 1, "max_skipped": 0}
+    "log_every": 1, "max_skipped": 0, "sampling_batch_size": 1}
+_OPTIONAL = ("gradient_samples", "micro_batch_size", "sampling_batch_size")
 
 
 def check_search(arguments: Mapping[str, Any]) -> None:
@@ -131,8 +133,8 @@ def check_search(arguments: Mapping[str, Any]) -> None:
   """
   values = dict(arguments)
   for name, least in _LEAST.items():
-    check_whole(f"search.{name}", values[name], least, optional=name in (
-        "gradient_samples", "micro_batch_size"))
+    check_whole(f"search.{name}", values[name], least,
+                optional=name in _OPTIONAL)
   check_whole("search.seed", values["seed"], 0, most=MAX_SEED)
   for name in ("learning_rate", "rate_of_distance"):
     check_positive(f"search.{name}", values[name])
@@ -146,14 +148,25 @@ def check_search(arguments: Mapping[str, Any]) -> None:
         f"{micro}, gradient_samples={part}, batch_size={whole}")
   x0_bound = values["x0_bound"]
   check_x0_bound("search", x0_bound)
-  unknown = set(values["rate_multipliers"] or {}) - set(KINDS)
-  if unknown:
-    raise UserError(f"search.rate_multipliers must be for {', '.join(KINDS)}. "
-                    f"Received: {', '.join(sorted(unknown))}")
+  multipliers = values["rate_multipliers"] or {}
+  if not isinstance(multipliers, Mapping) or not set(multipliers) <= set(KINDS):
+    raise UserError("search.rate_multipliers must be numbers by kind, for "
+                    f"{', '.join(KINDS)}. Received: {multipliers!r}")
+  for kind, value in multipliers.items():
+    if value != 0:  # Which holds a kind where it starts.
+      check_positive(f"search.rate_multipliers[{kind!r}]", value)
+  if not isinstance(values["teacher"] or {}, Mapping):
+    raise UserError("search.teacher must be options by name. "
+                    f"Received: {values['teacher']!r}")
   try:
     terms = objectives.weights_of_terms(values["objective"])
   except (TypeError, ValueError) as error:
     raise UserError(f"search: {error}") from error
+  pooled = objectives.uses(terms, objectives.MATCHING) or (
+      values["control_variate"] and objectives.uses(terms, objectives.MOMENTS))
+  if pooled and values["pool_samples"] < whole:
+    raise UserError("search.pool_samples must be at least batch_size, "
+                    f"{whole}. Received: {values['pool_samples']}")
   if objectives.ELBO in terms and x0_bound is not None:
     raise UserError("search.x0_bound must be None for the objective 'elbo', "
                     f"whose states are not sampled. Received: {x0_bound!r}")
@@ -269,7 +282,8 @@ class Search:
     def flat_gradient(tape, target, output_gradients=None):
       gradients = tape.gradient(
           target, [v.value for v in self.variables],
-          output_gradients=output_gradients)
+          output_gradients=output_gradients,
+          unconnected_gradients="zero")  # Noise scales where K is 1.
       return tf.concat([tf.reshape(g, [-1]) for g in gradients], axis=0)
 
     @tf.function(autograph=False)
@@ -358,12 +372,9 @@ class Search:
     Returns:
       The loss and float32 [n], the gradient in all variables as one vector.
     """
-    indices = step * self._batch_size + np.arange(self._batch_size)
+    indices = self._indices(step)
     if self._objective.is_elbo:
       return self._bound_and_gradient(step, indices)
-    for known in (self._teacher, self._control):
-      if known is not None:
-        indices %= len(known)
     # As many rows as all replicas make in one chain each.
     most = self._micro_batch_size * distribution.num_replicas()
     if self._batch_size == self._gradient_samples <= most and (
@@ -389,6 +400,21 @@ class Search:
     scale = self._batch_size / self._gradient_samples
     return float(loss), scale * tf.add_n(gradients).numpy()
 
+  def _indices(self, step):
+    """The samples of a step; of a pool, each once before any comes again.
+
+    Later rounds are in other orders, for the first of a population alone pass
+    the gradient on.
+    """
+    size = self._batch_size
+    pool = min((len(known) for known in (self._teacher, self._control)
+                if known is not None), default=None)
+    if pool is None or (step + 1) * size <= pool:
+      return step * size + np.arange(size)
+    number, place = divmod(step, pool // size)
+    order = np.random.default_rng([self._seed, number]).permutation(pool)
+    return order[place * size:(place + 1) * size]
+
   def _targets(self, indices):
     """The teacher's views of samples, or zeros where there is no teacher."""
     if self._teacher is None:
@@ -399,11 +425,15 @@ class Search:
     """The control variate on samples, as `Objective.value` takes it."""
     if self._control is None:
       return None
-    rows = np.asarray(indices) % len(self._control)
-    return tf.constant(self._control[rows]), self._control_moments
+    return (tf.constant(self._control[np.asarray(indices)]),
+            self._control_moments)
 
   def _bound_and_gradient(self, step, indices):
-    """The ELBO objective: a mean over samples, so micro-batches average."""
+    """The ELBO objective, averaged over micro-batches.
+
+    The variance of the last step is fitted to each of them, so it depends a
+    little on their size.
+    """
     chosen = np.random.default_rng([self._seed, step]).integers(
         len(self._images), size=self._gradient_samples)
     size = self._micro_batch_size
@@ -474,8 +504,8 @@ class Search:
   def _take(self, gradient: np.ndarray) -> bool:
     """Adam's step, inside the constraints; whether the sampler allows it."""
     start, scales = self._start.numpy(), self.scales.numpy()
-    before = np.array(self.units.value)
-    values = [np.array(variable.value) for variable in self.variables]
+    changed = [self.units, *self.variables, *self.optimizer.variables]
+    before = [np.array(variable.value) for variable in changed]
     self._apply(tf.constant(gradient))
     flat = self._start + self.scales * self.units.value
     sizes = [int(np.prod(v.shape)) for v in self.variables]
@@ -488,12 +518,13 @@ class Search:
       self.sampler.coefficients().validate()
     except ValueError:
       self.not_finite = "the coefficients it would lead to"
-      self.units.assign(before)
-      for variable, value in zip(self.variables, values):
+      for variable, value in zip(changed, before):
         variable.assign(value)
       return False
     # What a constraint held back, the units must not remember.
-    self.units.assign((self._flat() - start) / scales)
+    self.units.assign(np.divide(
+        self._flat() - start, scales, out=np.zeros_like(start),
+        where=scales > 0))  # 0: a kind that is held.
     return True
 
   def _apply_gradient(self, gradient):
@@ -541,6 +572,7 @@ class _Validation:
     num_samples: how many.
     teacher: the teacher's views of these samples, or None.
     control: a control variate on them, as `Objective.value` takes it, or None.
+    batch_size: images at a time, but for the ELBO, which is of all at once.
     seed: of the noise.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
@@ -550,14 +582,14 @@ class _Validation:
   """
 
   def __init__(self, objective, denoiser, images, num_samples, teacher,
-               control, *, seed, x0_bound, jit_compile):
+               control, *, batch_size, seed, x0_bound, jit_compile):
     self._objective = objective
     self._num_samples = num_samples
     self._seed = seed
     self._teacher = None if teacher is None else tf.constant(teacher)
     self._control = control
     self.generator = sampling.Generator(
-        denoiser, min(250, num_samples), jit_compile, x0_bound)
+        denoiser, min(batch_size, num_samples), jit_compile, x0_bound)
     self._view = distribution.row_wise(objective.view)
     self._value = tf.function(objective.value, autograph=False)
     order = np.random.default_rng(seed).permutation(len(images))
@@ -601,6 +633,7 @@ def search(
     batch_size: int = gin.REQUIRED,
     gradient_samples: int | None = None,
     micro_batch_size: int | None = None,
+    sampling_batch_size: int | None = None,
     objective: str | dict[str, float] = "kid_linear",
     feature_weights: list[float] | None = None,
     teacher: dict | None = None,
@@ -644,7 +677,11 @@ def search(
       population stands, at the cost of a forward chain. See
       `Search.loss_and_gradient`.
     micro_batch_size: images per chain, a divisor of both; `gradient_samples` if
-      None. Smaller ones need less memory; the gradient is the same.
+      None. Smaller ones need less memory; the gradient is the same, but for
+      the ELBO, whose last variance is fitted to each of them.
+    sampling_batch_size: images per chain without gradient, of the validation,
+      the starts and the pools; None: four times `micro_batch_size`, for they
+      need less memory, but not above 250.
     objective: what is minimised, out of `objectives.OBJECTIVES`: a name, or
       weights by name. The best step is chosen by the same on the validation
       images.
@@ -694,6 +731,8 @@ def search(
     gradient_samples = batch_size
   if micro_batch_size is None:
     micro_batch_size = gradient_samples
+  if sampling_batch_size is None:
+    sampling_batch_size = min(250, 4 * micro_batch_size)
   dataset = data.as_dataset(dataset)
   networks = list(features) if isinstance(features, (list, tuple)) else [
       features]
@@ -704,9 +743,11 @@ def search(
   if make_sampler is sampler and getattr(sampler, "init", None) == "auto":
     raise UserError("search.sampler must be a function from a schedule to a "
                     "sampler where init is 'auto'. Received: a sampler")
-  if not sampler.variables_by_kind:
+  if not sum(math.prod(variable.shape) for variables
+             in sampler.variables_by_kind.values() for variable in variables):
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                     "a learned family, such as ggdm+pred+time")
+  sampler.reset()  # An object may have been searched before.
   check_times(denoiser, sampler)
   check_guidance(denoiser, sampler.coefficients())
 
@@ -745,6 +786,8 @@ def search(
       "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every}
+  if objectives.ELBO in terms:  # To which alone it makes a difference.
+    identity["micro_batch_size"] = micro_batch_size
 
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   run.lock()
@@ -757,6 +800,7 @@ def search(
 
   make_views = functools.partial(
       teacher_lib.views, goal, denoiser, cache_dir=run.cache,
+      batch_size=sampling_batch_size,
       identity=[n.key for n in networks] + ["teacher_pixels" in goal.terms],
       x0_bound=x0_bound, jit_compile=jit_compile)
 
@@ -768,6 +812,7 @@ def search(
 
   make_value = functools.partial(
       _Validation, goal, denoiser, dataset.images, seed=seed + 1,
+      batch_size=sampling_batch_size,
       x0_bound=x0_bound, jit_compile=jit_compile)
 
   if getattr(sampler, "init", None) == "auto":
@@ -841,7 +886,7 @@ def search(
       if os.path.exists(run.path(starts.FILE)):
         with open(run.path(starts.FILE)) as f:
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)
-    clock = time.monotonic()
+    clock, since = time.monotonic(), start
     while state.step < num_search_steps:
       began = time.monotonic()
       loss, norm, taken = state.advance()
@@ -857,8 +902,8 @@ def search(
               f"values that are not finite, this one in {state.not_finite}; "
               f"the last good checkpoint is {checkpoints.latest}")
       if step % log_every == 0 or step == num_search_steps:
-        pace = (time.monotonic() - clock) / min(log_every, step - start)
-        clock = time.monotonic()
+        pace = (time.monotonic() - clock) / (step - since)
+        clock, since = time.monotonic(), step
         for name, value in (
             ("search/loss", loss), ("search/gradient_norm", norm),
             ("search/seconds_per_step", pace),
@@ -872,12 +917,12 @@ def search(
         _summarise_state(sampler, validation.generator, seed, step, value)
         logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
                      value, state.best_value, state.best_step)
-        clock = time.monotonic()
+        clock, since = time.monotonic(), step
       terminated = any(distribution.everyones(termination.received))
       if (step % checkpoint_every == 0 or step == num_search_steps
           or terminated):
         checkpoints.save(step, seconds)
-        clock = time.monotonic()
+        clock, since = time.monotonic(), step
       if terminated:
         raise Terminated(f"search ended by SIGTERM after step {step} of "
                          f"{num_search_steps}, with checkpoint "

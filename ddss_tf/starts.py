@@ -45,12 +45,17 @@ def choose(make: Callable[..., Sampler],
                   for solver in solvers.SOLVERS for stride in STRIDES]
   ranking = _read(path, conditions)
   known = [(entry["start"], entry["sha256"]) for entry in ranking]
+  mine = []  # Others may be of candidates that there no longer are.
   for start in candidates:
     try:
       coefficients = make(**{"init": None, **start}).start.numpy()
-    except UserError:
-      continue  # Not a start of this family, or not a stride for this K.
+    except UserError as error:
+      # Not a start of this family, or not a stride for this K.
+      if start.get("init") not in solvers.SOLVERS:
+        logging.warning("no start: %s", error)
+      continue
     sha256 = fingerprint.coefficients_sha256(coefficients)
+    mine.append((start, sha256))
     if (start, sha256) in known:
       continue
     value = distance(coefficients)
@@ -59,6 +64,8 @@ def choose(make: Callable[..., Sampler],
                     "distance": value if np.isfinite(value) else None})
     ranking.sort(key=_worse)
     storage.write_json(path, {"conditions": conditions, "ranking": ranking})
+  ranking = [entry for entry in ranking
+             if (entry["start"], entry["sha256"]) in mine]
   for rank, entry in enumerate(ranking, 1):
     logging.info("start %d: %s, distance %s", rank, entry["start"],
                  entry["distance"])

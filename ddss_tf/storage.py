@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from typing import Iterator
 
+import numpy as np
+
 from ddss_tf import distribution
 from ddss_tf.errors import UserError
 
@@ -78,9 +80,17 @@ def write_text(path: str, text: str) -> None:
       f.write(text)
 
 
+def plain(value):
+  """A NumPy number or array as JSON has it; `json.dumps`' default."""
+  if isinstance(value, (np.generic, np.ndarray)):
+    return value.tolist()
+  raise TypeError(f"{type(value).__name__} is no JSON")
+
+
 def write_json(path: str, value) -> None:
   """Writes JSON atomically, readable; NaN is an error, not invalid JSON."""
-  write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+  write_text(path, json.dumps(
+      value, indent=1, allow_nan=False, default=plain) + "\n")
 
 
 def read_records(path: str) -> list[dict]:

@@ -43,7 +43,7 @@ def coefficients(schedule, solver: str, stride, num_steps: int) -> Coefficients:
 
 
 def views(objective, denoiser, known: Coefficients, *, num_samples: int,
-          seed: int, cache_dir: str, identity: list,
+          seed: int, cache_dir: str, identity: list, batch_size: int = 250,
           x0_bound: str | None = None, jit_compile: bool = True,
           description: str = "teacher") -> np.ndarray:
   """What an objective sees of a fixed sampler's images, made once and cached.
@@ -56,6 +56,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
     seed: of the noise.
     cache_dir: folder of the cache.
     identity: all else that decides a view, such as the networks' keys; JSON.
+    batch_size: images at a time.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
     description: of the progress bar.
@@ -76,7 +77,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
       pass  # Damaged: made again.
   generator = sampling.Generator(
-      denoiser, min(250, num_samples), jit_compile, x0_bound)
+      denoiser, min(batch_size, num_samples), jit_compile, x0_bound)
   view = distribution.row_wise(objective.view)
   found = np.concatenate([view(images).numpy() for images in generator.batches(
       known, num_samples, seed, description)])

@@ -102,6 +102,7 @@ OBJECTIVE = "search.objective = "
     ("search.learning_rate = 'high'", ["learning_rate", "'high'"]),
     ("search.x0_bound = 'soft'", ["clip or dynamic", "'soft'"]),
     ("search.rate_multipliers = {'colour': 1.0}", ["times", "colour"]),
+    ("search.pool_samples = 15", ["pool_samples", "16", "15"]),
     ("search.feature_weights = [1, 2]", ["1 networks", "[1, 2]"]),
     ("search.teacher = {'num_steps': 0}\nsearch.objective = 'teacher_pixels'",
      ["search.teacher", "num_steps"]),
@@ -192,6 +193,27 @@ def test_an_include_is_not_looked_for_in_packages(
   monkeypatch.syspath_prepend(str(tmp_path))
   assert "'evil/a.gin'" in refused(
       tmp_path / "run", unchanged=tmp_path, config=folder / "config.gin")
+
+
+@pytest.mark.parametrize("params,words", [
+    (["compare.solvers = []"], ["compare.solvers", "list of names", "[]"]),
+    (["compare.num_steps = 5"], ["compare.num_steps", "list", "5"]),
+    (["search.teacher = 'ddim'"], ["search.teacher", "by name", "'ddim'"])])
+def test_arguments_of_another_kind(refused, tmp_path, params, words):
+  parts = [f"compare.{name} = %{name.upper()}" for name in (
+      "denoiser", "dataset", "features")]
+  params = [*parts, "compare.num_samples = 40", "compare.num_steps = [2]",
+            *params]
+  line = refused(tmp_path / "run", *params, unchanged=tmp_path, mode="compare")
+  assert all(word in line for word in words), line
+
+
+def test_several_feature_networks_build(
+    main_in_process, gaussian_config, tmp_path, capsys):
+  main_in_process([
+      f"--gin_file={gaussian_config}", "--dry_run",
+      "--gin_param=search.features = [%FEATURES, %FEATURES]"])
+  assert "search.features = [%FEATURES, %FEATURES]" in capsys.readouterr().out
 
 
 def test_paths_inside_an_archive_lead_nowhere(

@@ -108,7 +108,10 @@ def test_guidance_is_another_mean(scale):
 def test_guidance_is_part_of_what_a_denoiser_is(tmp_path):
   one, other, none = (make(guidance_scale=scale, null_label=null)
                       for scale, null in ((2.0, 1), (3.0, 1), (None, 1)))
-  assert len({one.key, other.key, none.key}) == 3 and none.key == none.sha256
+  # Which classes are drawn is a part of it, with or without guidance.
+  assert len({one.key, other.key, none.key, make().key}) == 4
+  assert none.identity["null_label"] == 1 and "null_label" not in (
+      make().identity)
   assert one.identity["guidance_scale"] == 2.0
   assert "guidance_scale" not in none.identity
   one.save(str(tmp_path))

@@ -301,3 +301,16 @@ def test_damaged_own_format(tmp_path):
   with open(os.path.join(folder, "denoiser.json"), "w") as f:
     f.write("[]")
   refused(folder, "damaged")
+
+
+def test_what_a_network_means_is_part_of_what_it_is():
+  """Or a record of a wrong prediction would be taken for the right one's."""
+  exact = ddss_tf.gaussian_denoiser((4, 4, 1))
+  keys, identities = zip(*(
+      (d.key, json.dumps(d.identity)) for d in (
+          ddss_tf.Denoiser(exact.model, exact.schedule, prediction, **more)
+          for prediction, more in (
+              ("eps", {}), ("v", {}), ("x0", {}), ("eps", {"time_scale": 0.5}),
+              ("eps", {"time_offset": 1.0})))))
+  assert len(set(keys)) == len(set(identities)) == 5
+  assert set(json.loads(identities[0])) == {"name", "sha256"}

@@ -454,3 +454,17 @@ def test_free_last_row_can_mix():
 def test_bad_arguments(arguments, message):
   with pytest.raises(UserError, match=message):
     families.make_sampler(SCHEDULE, **arguments)
+
+
+@pytest.mark.parametrize("family,init", [
+    ("vars", "ddpm"), ("ddim-learned", "ddpm"), ("ggdm+pred", "ddpm")])
+def test_starts_are_exact_at_the_end_of_a_cosine_schedule(family, init):
+  """Where abar is 2e-9, which is 0 as a difference from 1 in float32."""
+  schedule = NoiseSchedule.cosine(1000)
+  sampler = families.make_sampler(
+      schedule, family, 4, init=init, stride="trailing")
+  wanted = solvers.solver_coefficients(schedule, init, 4, "trailing").numpy()
+  assert wanted.x0_from_state[0] > 1e4
+  for name, value in sampler.coefficients().numpy().arrays().items():
+    np.testing.assert_allclose(
+        value, getattr(wanted, name), rtol=2e-3, atol=1e-6, err_msg=name)

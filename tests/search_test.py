@@ -181,6 +181,7 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
       init="ddim", parameterisation=parameterisation)
   sampler = ddss_tf.search(run, **parts, **options(
       sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.3,
+      pool_samples=256,
       validate_every=20, checkpoint_every=60, validation_samples=512))
   generator = sampling.Generator(parts["denoiser"], 500, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
@@ -347,6 +348,12 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   again = ddss_tf.search(run, **parts, **arguments)
   for a, b in zip(sampler.coefficients(), again.coefficients()):
     np.testing.assert_array_equal(a, b)
+  # What is no candidate any more is not taken, however good.
+  few = [entry["start"] for entry in (ranking[-2], ranking[-1])]
+  other = ddss_tf.search(run, **parts, **arguments, start_candidates=few,
+                         restart=True)
+  config = other.get_config()
+  assert {key: config[key] for key in ("init", "stride")} == few[0]
 
 
 def test_starts_without_a_distance_come_last(parts, tmp_path):
@@ -641,12 +648,12 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where,value", [
-    ("network", np.nan), pytest.param("network", np.inf, marks=pytest.mark.slow),
+    ("network", np.nan), ("coefficients", None),
+    pytest.param("network", np.inf, marks=pytest.mark.slow),
     pytest.param("features", np.nan, marks=pytest.mark.slow),
     pytest.param("features", np.inf, marks=pytest.mark.slow)])
-def test_faults_of_networks_change_nothing(
-    parts, tmp_path, monkeypatch, where, value):
-  """Injected into the output of a network, at two of the steps."""
+def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
+  """In the output of a network, or where Adam leads, at two of the steps."""
   factor = tf.Variable(1.0, trainable=False)
   poison = keras.layers.Lambda(lambda output: output * factor)
   denoiser, features = parts["denoiser"], parts["features"]
@@ -654,7 +661,7 @@ def test_faults_of_networks_change_nothing(
     inputs = denoiser.model.inputs
     denoiser = ddss_tf.Denoiser(
         keras.Model(inputs, poison(denoiser.model(inputs))), denoiser.schedule)
-  else:
+  elif where == "features":
     inputs = keras.Input(SHAPE)
     found, logits = features.model(inputs)
     features = features_lib.FeatureNetwork(keras.Model(inputs, [
@@ -662,6 +669,9 @@ def test_faults_of_networks_change_nothing(
         keras.layers.Identity(name="logits")(logits)]), "poisoned")
   advance = searching.Search.advance
   skipped = []
+
+  def refuse(coefficients):
+    raise ValueError("outside")
 
   def state(search):
     return [np.array(v.value) for v in (
@@ -671,8 +681,12 @@ def test_faults_of_networks_change_nothing(
     if self.step not in (2, 5):
       return advance(self)
     before = state(self)
-    factor.assign(value)
-    result = advance(self)
+    with monkeypatch.context() as patch:
+      if where == "coefficients":
+        patch.setattr(ddss_tf.Coefficients, "validate", refuse)
+      else:
+        factor.assign(value)
+      result = advance(self)
     factor.assign(1.0)
     assert not result[2] and self.not_finite
     for one, other in zip(state(self), before):
@@ -686,6 +700,74 @@ def test_faults_of_networks_change_nothing(
       **options())
   assert skipped == [1, 2]
   sampler.coefficients().validate()
+
+
+def test_a_sampler_that_was_searched_starts_anew(
+    parts, finished, tmp_path, monkeypatch):
+  """An object may be given twice, as in a notebook after an interruption."""
+  _, expected = finished
+  sampler = options()["sampler"](parts["denoiser"].schedule)
+  searched = options(sampler=sampler)
+  advance = searching.Search.advance
+
+  def broken(self):
+    if self.step == 10:
+      die()
+    return advance(self)
+
+  run = str(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    patch.setattr(searching.Search, "advance", broken)
+    with pytest.raises(KeyboardInterrupt):
+      ddss_tf.search(run, **parts, **searched)
+  # From its checkpoint; and, the third time, from the beginning.
+  for folder in (run, str(tmp_path / "other")):
+    same_sampler(ddss_tf.search(folder, **parts, **searched), expected)
+
+
+@pytest.mark.parametrize("family", ["ggdm+pred+time", "rddim+pred"])
+def test_a_single_step_is_searched(parts, tmp_path, family):
+  """K = 1 has no noise to learn, but the rest."""
+  make = functools.partial(
+      families.make_sampler, family=family, num_steps=1, init="ddpm")
+  sampler = ddss_tf.search(str(tmp_path), **parts, **options(sampler=make))
+  assert not np.array_equal(
+      sampler.coefficients().x0_from_eps,
+      make(parts["denoiser"].schedule).coefficients().x0_from_eps)
+  with pytest.raises(UserError, match="nothing to learn"):
+    ddss_tf.search(str(tmp_path / "none"), **parts, **options(
+        sampler=functools.partial(
+            families.make_sampler, family="ddim-learned", num_steps=1)))
+
+
+def test_a_kind_with_rate_0_is_held(parts, tmp_path):
+  sampler = ddss_tf.search(
+      str(tmp_path), **parts, **options(rate_multipliers={"times": 0.0}))
+  start = options()["sampler"](parts["denoiser"].schedule).coefficients()
+  found = sampler.coefficients()
+  np.testing.assert_array_equal(found.times, start.times)
+  assert np.any(np.abs(found.state_weights - start.state_weights) > 1e-3)
+
+
+def test_a_pool_is_used_up_before_it_comes_again(parts):
+  sampler = options()["sampler"](parts["denoiser"].schedule)
+  goal = objectives.Objective(
+      {"kid_linear": 1.0}, [parts["features"]],
+      [np.ones((9, 12), np.float32)], SHAPE, None)
+  search = searching.Search(
+      parts["denoiser"], sampler, goal, batch_size=16, gradient_samples=4,
+      micro_batch_size=4, num_search_steps=20, learning_rate=0.1,
+      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0,
+      control=np.ones((83, 12), np.float32), jit_compile=False)
+  steps = [search._indices(step) for step in range(15)]
+  np.testing.assert_array_equal(np.concatenate(steps[:5]), np.arange(80))
+  for first in (0, 5, 10):
+    used = np.concatenate(steps[first:first + 5])
+    assert len(set(used)) == 80 and used.min() >= 0 and used.max() < 83
+  # Those through which the gradient passes are others in every round.
+  passed = [set(np.concatenate([s[:4] for s in steps[i:i + 5]]))
+            for i in (0, 5, 10)]
+  assert len(set.union(*passed)) > 35
 
 
 def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
@@ -743,6 +825,10 @@ def test_another_search_in_the_same_place(parts, finished, tmp_path):
     (dict(batch_size=1), "batch_size must be a whole number >= 2"),
     (dict(num_search_steps=0), "num_search_steps must be a whole number >= 1"),
     (dict(rate_multipliers={"colour": 1.0}), "colour"),
+    (dict(rate_multipliers={"times": -1.0}), "'times'.*-1.0"),
+    (dict(rate_multipliers=0.5), "numbers by kind.*0.5"),
+    (dict(teacher="ddim"), "options by name.*'ddim'"),
+    (dict(pool_samples=15), "at least batch_size, 16.*15"),
     (dict(objective="beauty"), "kid_linear.*'beauty'"),
     (dict(x0_bound="soft"), "clip or dynamic.*'soft'"),
     (dict(x0_bound="clip", objective="elbo"), "must be None.*'elbo'.*'clip'"),
