@@ -132,8 +132,9 @@ def run_chain(
   batch = tf.shape(x_T)[0]
   # Taken apart at once: K^2 slices would be most of the graph, and each slice's
   # gradient is an array of its own.
+  x_T = tf.convert_to_tensor(x_T)
   one = coefficients.map(
-      lambda value: tf.unstack(tf.convert_to_tensor(value, tf.float32)))
+      lambda value: tf.unstack(tf.convert_to_tensor(value, x_T.dtype)))
   state_weights = [tf.unstack(row) for row in one.state_weights]
   states, x0_hats = [x_T], []
   for k in range(num_steps):

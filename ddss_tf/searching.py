@@ -505,7 +505,7 @@ class Search:
     """Adam's step, inside the constraints; whether the sampler allows it."""
     start, scales = self._start.numpy(), self.scales.numpy()
     changed = [self.units, *self.variables, *self.optimizer.variables]
-    before = [np.array(variable.value) for variable in changed]
+    before = [tf.convert_to_tensor(variable.value) for variable in changed]
     self._apply(tf.constant(gradient))
     flat = self._start + self.scales * self.units.value
     sizes = [int(np.prod(v.shape)) for v in self.variables]
