@@ -37,10 +37,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.beside_pytorch --pytorch=$(PYTORCH)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m 'not slow' tests
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 $(VENV)/.installed: requirements.txt setup.py
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), \

@@ -12,6 +12,17 @@ import pytest
 from ddss_tf import data
 
 
+# Files that take a minute or more: first, for a worker that begins one last
+# would be waited for.
+_LONG = ("main_test", "search_test", "distribution_test", "checkpoints_test",
+         "compare_test")
+
+
+def pytest_collection_modifyitems(items):
+  places = {name: place for place, name in enumerate(_LONG)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory) -> str:
   """A folder for prepared data sets that no other run has touched."""

@@ -186,6 +186,7 @@ def test_another_configuration_is_refused(run, tfds_dir):
                params=[*TINY, "search.seed = 9"]), "another seed")
 
 
+@pytest.mark.slow
 def test_run_dir_in_use_is_refused(run, tfds_dir):
   import fcntl  # pylint: disable=g-import-not-at-top
   folder, _, arguments = run
@@ -213,8 +214,8 @@ def test_help_is_quick_to_import():
 
 @pytest.mark.parametrize("arguments,words", [
     (["--gin_file=nowhere.gin", "--run_dir=x"], ["nowhere.gin"]),
-    ([f"--gin_file={DEMO}", "--run_dir=/proc/nothing"],
-     ["run_dir", "/proc/nothing"]),
+    pytest.param([f"--gin_file={DEMO}", "--run_dir=/proc/nothing"],
+                 ["run_dir", "/proc/nothing"], marks=pytest.mark.slow),
 ])
 def test_bad_input_ends_with_one_line(arguments, words, tfds_dir):
   refused(call(*arguments, data_dir=tfds_dir), *words)

@@ -618,9 +618,8 @@ def test_pictures_are_of_the_sampler_and_its_start(
   assert os.path.exists(os.path.join(run, searching.PATH))
 
 
-def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
+def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
   init = searching.Search.__init__
-  seen = []
 
   def poisoned(self, *args, **kwargs):
     init(self, *args, **kwargs)
@@ -635,12 +634,8 @@ def test_non_finite_steps_are_skipped_and_counted(parts, tmp_path, monkeypatch):
       return loss, gradient
 
     self.loss_and_gradient = compute
-    seen.append(self)
 
   monkeypatch.setattr(searching.Search, "__init__", poisoned)
-  sampler = ddss_tf.search(str(tmp_path), **parts, **options())
-  assert int(seen[0].skipped) == 2 and int(seen[0].step) == 12
-  sampler.coefficients().validate()
   with pytest.raises(UserError, match=(
       r"at step 6: 2 steps.*not finite, this one in the gradient of \w+; the "
       r"last good checkpoint is .*ckpt-4\b")):
