@@ -289,6 +289,7 @@ def test_files_that_are_refused(tmp_path):
         ddss_tf.load_denoiser, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNCONDITIONAL[:1])
 def test_inspecting(tmp_path, name):
   path, _ = write(tmp_path, name)

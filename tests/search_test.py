@@ -221,8 +221,8 @@ def make_search(parts, **changes):
 @pytest.mark.parametrize("objective", [
     pytest.param(name, marks=[] if name in ("kid_linear", "frechet") else [
         pytest.mark.slow]) for name in objectives.DISTANCES] + [
-            {"kid_linear": 1.0, "teacher_pixels": 5.0,
-             "teacher_features": 2.0}])
+            pytest.param({"kid_linear": 1.0, "teacher_pixels": 5.0,
+                          "teacher_features": 2.0}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "control", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_passes_give_the_gradient_of_one(parts, objective, control):
