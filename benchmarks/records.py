@@ -83,7 +83,18 @@ def record(name: str, values, yardsticks, *, bound: float | None, of: str, unit:
                 (ratio if of == "ratio" else value) <= bound),
       "unit": unit,
       "threads": len(os.sched_getaffinity(0)), "runs": len(values),
-      "note": note, "machine": platform.processor() or platform.machine()}
+      "note": note, "machine": _machine()}
+
+
+def _machine() -> str:
+  """The processor's name, where the system tells."""
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+      found = [line.split(":", 1)[1].strip() for line in f
+               if line.startswith("model name")]
+  except OSError:
+    found = []
+  return found[0] if found else platform.machine()
 
 
 def keep(records: list[dict]) -> None:

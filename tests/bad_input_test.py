@@ -103,6 +103,8 @@ OBJECTIVE = "search.objective = "
     ("search.x0_bound = 'soft'", ["clip or dynamic", "'soft'"]),
     ("search.rate_multipliers = {'colour': 1.0}", ["times", "colour"]),
     ("search.pool_samples = 15", ["pool_samples", "16", "15"]),
+    ("make_strategy.name = 'tpu'", ["make_strategy.tpu", "address of a TPU"]),
+    ("make_strategy.name = 'horovod'", ["mirrored, multi_worker", "horovod"]),
     ("search.feature_weights = [1, 2]", ["1 networks", "[1, 2]"]),
     ("search.teacher = {'num_steps': 0}\nsearch.objective = 'teacher_pixels'",
      ["search.teacher", "num_steps"]),

@@ -31,6 +31,52 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     exec(compile(block, page, "exec"), names)  # pylint: disable=exec-used
 
 
+@pytest.mark.slow
+def test_code_of_the_readme_runs(tmp_path, monkeypatch):
+  """With small things where the reader's own and Inception would be."""
+  import keras  # pylint: disable=g-import-not-at-top
+  import numpy as np  # pylint: disable=g-import-not-at-top
+  from PIL import Image  # pylint: disable=g-import-not-at-top
+  import ddss_tf  # pylint: disable=g-import-not-at-top
+  from ddss_tf import card  # pylint: disable=g-import-not-at-top
+
+  monkeypatch.chdir(tmp_path)
+  serve, search = blocks("README.md")
+  denoiser = ddss_tf.gaussian_denoiser((16, 16, 1))
+  os.makedirs("runs/demo")
+  card.write("runs/demo/sampler.json", card.SamplerCard(
+      "DDIM", ddss_tf.solver_coefficients(
+          denoiser.schedule, "ddim", 2).numpy(), denoiser.identity, {}))
+  ddss_tf.export("runs/demo", denoiser)
+  names = {}
+  exec(compile(serve, "README.md", "exec"), names)  # pylint: disable=exec-used
+  images = names["images"].numpy()
+  assert images.dtype == np.uint8 and images.std() > 5
+  assert images.shape == (16, 16, 16, 1)
+
+  ddss_tf.gaussian_denoiser((64, 64, 3)).save("path/to/diffusers_folder")
+  os.mkdir("my_images")
+  rng = np.random.default_rng(0)
+  for i in range(6):
+    Image.fromarray(rng.integers(0, 255, (70, 90, 3), np.uint8)).save(
+        f"my_images/{i}.png")
+  inputs = keras.Input((64, 64, 3))
+  pool = keras.layers.Dense(5, name="pool")(
+      keras.layers.Flatten()(keras.layers.AveragePooling2D(16)(inputs)))
+  keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool)).save(
+      "inception.keras")
+  for mine, small in (
+      ("https://tfhub.dev/tensorflow/tfgan/eval/inception/1",
+       "inception.keras"),
+      ("num_search_steps=500, batch_size=128",
+       "num_search_steps=1, batch_size=4, pool_samples=8, "
+       "validation_samples=8, jit_compile=False")):
+    assert search.count(mine) == 1
+    search = search.replace(mine, small)
+  exec(compile(search, "README.md", "exec"), {})  # pylint: disable=exec-used
+  assert card.read("runs/mine/sampler.json").coefficients.num_steps == 10
+
+
 def test_pages_with_code():
   assert {"docs/index.md", "docs/method.md"} <= {
       page for page in PAGES if blocks(page)}

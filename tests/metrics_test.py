@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from ddss_tf import metrics
 from ddss_tf import objectives
+from ddss_tf import reference
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,13 @@ def test_metrics_tell_shifted_and_collapsed_from_equal():
   distance = objectives.kid_linear(spread.astype(np.float32), mean)
   assert abs(float(distance)) < 0.2
   assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3
+
+
+@pytest.mark.parametrize("rows", [0, 7, 9])
+def test_other_numbers_of_samples_than_asked_for(rows):
+  batches = ((np.ones([size, 3]),) for size in (4, rows - 4) if size > 0)
+  with pytest.raises(ValueError, match=f"must be 8 rows. Received: {rows or 4}"):
+    reference.collect(batches, 8)
 
 
 def test_metrics_of_a_constant_image(sets):

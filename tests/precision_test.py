@@ -1,11 +1,14 @@
 """Tests of the network's number format, and of what XLA cannot compile."""
 
+import os
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import ddss_tf
+from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import compiling
 from ddss_tf import precision
@@ -75,6 +78,24 @@ def test_the_format_decides_who_it_is(both, tmp_path):
   x = tf.random.stateless_normal([2, 16, 16, 1], [0, 1])
   np.testing.assert_array_equal(
       back.eps(x, [3.0, 500.0]), exact.eps(x, [3.0, 500.0]))
+
+
+@pytest.mark.slow
+def test_an_export_in_bfloat16(both, tmp_path):
+  """A graph rounds elsewhere than single calls do, within bfloat16's own."""
+  _, rough = both
+  run = str(tmp_path)
+  card.write(os.path.join(run, card.FILE), card.SamplerCard(
+      "DDIM", ddss_tf.solver_coefficients(
+          rough.schedule, "ddim", 3).numpy(), rough.identity, {}))
+  served = tf.saved_model.load(ddss_tf.export(run, rough)).signatures[
+      "from_noise"]
+  x_T, noise = chain.draw_noise([0, 1], tf.range(2), (16, 16, 1), 3)
+  images = chain.run_chain(
+      both[0].eps, card.read(os.path.join(run, card.FILE)).coefficients, x_T)
+  np.testing.assert_allclose(
+      served(x_T=x_T, step_noise=noise)["images"],
+      tf.clip_by_value(images, -1, 1), atol=0.15)
 
 
 def test_formats_that_are_refused():
