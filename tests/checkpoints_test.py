@@ -25,7 +25,8 @@ DATA = os.path.join(os.path.dirname(__file__), "testdata")
 OPENAI = ["openai_learned_sigma", "openai_plain"]
 GUIDED = ["guided_new_order", "guided_old_order", "guided_half_width",
           "openai_class_cond"]
-DIFFUSERS = ["diffusers_classes", "diffusers_timestep", "diffusers_relu"]
+DIFFUSERS = ["diffusers_classes", "diffusers_timestep", "diffusers_relu",
+             "diffusers_plain_middle"]
 
 
 def read_fixture(name):

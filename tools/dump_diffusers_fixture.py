@@ -20,8 +20,7 @@ _CLASSES = 5
 _COMMON = dict(
     sample_size=8, in_channels=3, out_channels=3, layers_per_block=1,
     block_out_channels=(8, 16, 8), attention_head_dim=4, norm_num_groups=4)
-# Together they have every value of every key that we read but
-# `add_attention: false`.
+# Together they have every value of every key that we read.
 _VARIANTS = {
     # Blocks without attention keep their convolution, those with it obey
     # downsample_type and upsample_type.
@@ -42,6 +41,10 @@ _VARIANTS = {
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         act_fn="relu", attention_head_dim=None),
+    "diffusers_plain_middle": dict(
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        add_attention=False),
 }
 
 
