@@ -15,9 +15,10 @@ _KNOWN = (
     keras.layers.InputLayer, keras.layers.Rescaling, keras.layers.Dense,
     keras.layers.Conv2D, keras.layers.GroupNormalization,
     keras.layers.Activation, keras.layers.Concatenate, keras.layers.Add,
-    keras.layers.ZeroPadding2D, keras.layers.Embedding, unet.TimeEmbedding, unet.ResidualBlock,
-    unet.SelfAttention, edm_unet.FilteredDown, edm_unet.FourierEmbedding,
-    edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, edm_unet.OneHot)
+    keras.layers.ZeroPadding2D, keras.layers.Embedding, unet.TimeEmbedding,
+    unet.ResidualBlock, unet.SelfAttention, edm_unet.FilteredDown,
+    edm_unet.FourierEmbedding, edm_unet.EDMBlock, edm_unet.EDMInput,
+    edm_unet.EDMOutput, edm_unet.OneHot)
 
 
 def _is_known(layer) -> bool:
@@ -46,8 +47,10 @@ def obstacle(denoiser) -> str | None:
 
   labels = None if denoiser.num_classes is None else tf.zeros([1], tf.int32)
   try:
-    tf.function(gradient, jit_compile=True).experimental_get_compiler_ir(
-        tf.zeros([1, *denoiser.image_shape]), tf.zeros([1]), labels)(stage="hlo")
+    compiled = tf.function(gradient, jit_compile=True)
+    lower = compiled.experimental_get_compiler_ir(
+        tf.zeros([1, *denoiser.image_shape]), tf.zeros([1]), labels)
+    lower(stage="hlo")
   except Exception as error:  # TensorFlow raises many kinds.
     missing = sorted(set(re.findall(r"No registered '(\w+)'", str(error))))
     if missing:

@@ -188,8 +188,8 @@ def replicated(fn: Callable) -> Callable:
 
   Inside, `own_rows`, `all_rows` and `total` tell what is the replica's own and
   what is everybody's. All of them must return the same values. Without
-  AutoGraph, whose translation of every function on the way is a good part of the
-  time to trace: control flow that depends on tensors must be TensorFlow's own.
+  AutoGraph, whose translation of every function on the way is a good part of
+  the time to trace: control flow that depends on tensors must be TensorFlow's.
 
   Args:
     fn: of tensors, to tensors in any nest.
