@@ -114,7 +114,10 @@ def run_chain(
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; with
       the scale of its guidance, float32 [B], as a third argument if the
       coefficients have one.
-    coefficients: of the K steps, float32.
+    coefficients: of the K steps, float32. NumPy arrays are constants: the
+      states that have no weight in them are not read, and are let go of, so
+      that a Markovian sampler costs as much at every step, and the images are
+      the same.
     x_T: float32 [B, H, W, C], standard normal.
     step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
       but the last add. None adds none, which is right only for a sampler whose
@@ -130,12 +133,8 @@ def run_chain(
   """
   num_steps = coefficients.num_steps
   batch = tf.shape(x_T)[0]
-  # Taken apart at once: K^2 slices would be most of the graph, and each slice's
-  # gradient is an array of its own.
   x_T = tf.convert_to_tensor(x_T)
-  one = coefficients.map(
-      lambda value: tf.unstack(tf.convert_to_tensor(value, x_T.dtype)))
-  state_weights = [tf.unstack(row) for row in one.state_weights]
+  one, terms, last_reads = _taken_apart(coefficients, x_T.dtype)
   states, x0_hats = [x_T], []
   for k in range(num_steps):
     x_t = states[-1]
@@ -147,15 +146,49 @@ def run_chain(
     eps = eps_fn(x_t, t, *guidance)
     x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps
     x0_hat = bound_x0(x0_hat, x0_bound)
-    x0_hats.append(x0_hat)
     x_s = one.x0_weights[k] * x0_hat
-    for state, weight in zip(states, state_weights[k]):
-      x_s += weight * state
+    for u, weight in terms[k]:
+      x_s += weight * states[u]
     if step_noise is not None and k < num_steps - 1:
       x_s += one.noise_scales[k] * step_noise[:, k]
     states.append(x_s)
+    if trajectory:
+      x0_hats.append(x0_hat)
+    else:
+      for u in last_reads[k]:
+        states[u] = None
   images = states.pop()
   return (images, states, x0_hats) if trajectory else images
+
+
+def _taken_apart(coefficients, dtype):
+  """The coefficients step by step.
+
+  Returns:
+    The coefficients, whose entries can be indexed by k; for each k the pairs
+    (u, weight) of the states x_u that make x_{k+1}; and for each k the states
+    that nothing reads after it.
+  """
+  num_steps = coefficients.num_steps
+  if isinstance(coefficients.times, np.ndarray):
+    # Python's numbers take the type of what they multiply.
+    one = coefficients.map(lambda value: value.tolist())
+    terms = [[(u, weight) for u, weight in enumerate(row[:k + 1]) if weight]
+             for k, row in enumerate(one.state_weights)]
+    # The network reads x_k at k.
+    last = {k: k for k in range(num_steps)}
+    last.update((u, k) for k, pairs in enumerate(terms) for u, _ in pairs)
+    last_reads = [[] for _ in range(num_steps)]
+    for u, k in last.items():
+      last_reads[k].append(u)
+    return one, terms, last_reads
+  # Taken apart at once: K^2 slices would be most of the graph, and each slice's
+  # gradient is an array of its own.
+  one = coefficients.map(
+      lambda value: tf.unstack(tf.convert_to_tensor(value, dtype)))
+  terms = [list(enumerate(tf.unstack(row)[:k + 1]))
+           for k, row in enumerate(one.state_weights)]
+  return one, terms, [()] * num_steps
 
 
 def draw_noise(

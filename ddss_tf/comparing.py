@@ -29,10 +29,12 @@ from ddss_tf import figures
 from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import run_dir as run_dir_lib
+from ddss_tf import samplers as samplers_lib
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import solvers as solvers_lib
 from ddss_tf import storage
+from ddss_tf import zoo
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
@@ -69,7 +71,8 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
                       ("strides", schedules.STRIDES),
                       ("families", families_lib.FAMILIES)):
     names = arguments[what]
-    if not isinstance(names, (list, tuple)) or not names and what != "families":
+    if (not isinstance(names, (list, tuple))
+        or not names and what == "strides" and arguments["solvers"]):
       raise UserError(f"compare.{what} must be a list of names. "
                       f"Received: {names!r}")
     for name in names:
@@ -80,12 +83,30 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   for name, least in (
       ("stride_samples", 16), ("num_samples", 4), ("batch_size", 1)):
     check_whole(f"compare.{name}", arguments[name], least)
-  check_whole("compare.seed", arguments["seed"], 0, most=MAX_SEED - 1)
-  if not isinstance(arguments["num_steps"], (list, tuple)):
-    raise UserError("compare.num_steps must be a list of whole numbers. "
-                    f"Received: {arguments['num_steps']!r}")
-  for steps in arguments["num_steps"]:
+  seeds = [arguments["seed"], *_listed("more_seeds", arguments)]
+  for seed in seeds:
+    check_whole("compare.seed and more_seeds", seed, 0, most=MAX_SEED - 1)
+  if len(set(seeds)) < len(seeds):
+    raise UserError("compare.more_seeds must differ from each other and from "
+                    f"compare.seed. Received: {seeds}")
+  for path in _listed("cards", arguments):
+    zoo.find(path)
+  for steps in _listed("num_steps", arguments):
     check_whole("compare.num_steps", steps, 1)
+  if not (arguments["cards"] or arguments["full_chain"]
+          or arguments["num_steps"]
+          and (arguments["solvers"] or arguments["families"])):
+    raise UserError(
+        "compare needs solvers or families and their num_steps, or cards. "
+        "Received: none of them")
+
+
+def _listed(name, arguments):
+  """An argument that must be a list."""
+  if not isinstance(arguments[name], (list, tuple)):
+    raise UserError(f"compare.{name} must be a list. "
+                    f"Received: {arguments[name]!r}")
+  return arguments[name]
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -101,9 +122,12 @@ def compare(
     strides=schedules.STRIDES,
     families=FAMILIES,
     objectives=None,
+    cards=(),
+    full_chain: bool = False,
     num_samples: int = gin.REQUIRED,
     stride_samples: int = 1000,
     seed: int = 1234,
+    more_seeds=(),
     batch_size: int = 250,
     jit_compile: bool = True,
 ) -> list[dict]:
@@ -140,15 +164,22 @@ def compare(
       K start at its default, those at DDPM for which that has no finite value,
       as the ELBO of a sampler without noise. None: one row, with the binding of
       `search`.
+    cards: samplers that were found before, measured as they are: paths of
+      their cards, or names in the zoo; see `evaluation.load_searched`.
+    full_chain: also measure DDPM with all training steps (hundreds of calls an
+      image: a reference for small models, or for few samples).
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: of the rows' noise.
+    more_seeds: of further noise with which every row is measured again: a
+      record for each, their mean in the table, a band in the pictures.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
 
   Returns:
-    The records, in the order of the table; with `objectives` they also have the
-    one of their search, and `search_seconds`, the time of its steps.
+    The records, in the order of the table, those of several seeds one after
+    another; with `objectives` they also have the one of their search, and
+    `search_seconds`, the time of its steps.
 
   Raises:
     UserError: an unknown name, too few samples, or a fault of a search.
@@ -163,7 +194,8 @@ def compare(
   evaluator = make_evaluator(run, seed=seed)
   run.keep_config()
   stride_evaluator = make_evaluator(
-      run_dir_lib.RunDir(run.path("strides"), run.cache), seed=seed + 1)
+      run_dir_lib.RunDir(run.path("strides"), run.cache),
+      seed=max([seed, *more_seeds]) + 1)
 
   records = []
 
@@ -175,11 +207,15 @@ def compare(
       images[sample_key(record)] = data.to_uint8(
           evaluator.images(sampler, _SHOWN, x0_bound))
       _write_samples(run.path(SAMPLES), images)
-    if objectives:
-      record = {**record, "objective": search and search["objective"],
-                "search_seconds": search and search["seconds"]}
-    records.append(record)
-    logging.info("%s", records[-1])
+    of_row = [record, *(
+        evaluator.record(sampler, num_samples, x0_bound, more)
+        for more in more_seeds)]
+    for record in of_row:
+      if objectives:
+        record = {**record, "objective": search and search["objective"],
+                  "search_seconds": search and search["seconds"]}
+      records.append(record)
+      logging.info("%s", record)
     write_table(run.path(TABLE), records)
 
   for steps in num_steps:
@@ -196,7 +232,8 @@ def compare(
               if sampler.solver in ("ddpm", "ddim")]
     best, *others = sorted(
         itertools.chain(*ranked),
-        key=lambda s: stride_evaluator.record(s, stride_samples)["fid"])
+        key=lambda s: stride_evaluator.record(s, stride_samples)["fid"]
+        ) or [None]
     other = next((s for s in others if _apart(best, s)), None)
     ends = {}  # Of each family, the folders of its searches.
 
@@ -230,7 +267,8 @@ def compare(
           for name in inside for path in ends[name])]
       rounds = {folder: starts}
       if family in _MULTISTEP and not set(inside) & set(_MULTISTEP):
-        rounds[folder] = [*starts, _as_start(best)]
+        if best:
+          rounds[folder] = [*starts, _as_start(best)]
         if other:
           rounds[f"{folder}-{other.stride}"] = [_as_start(other)]
       found = {path: searched(path, family, candidates)
@@ -240,6 +278,14 @@ def compare(
           found, key=lambda path: stride_evaluator.record(
               found[path][0], stride_samples, found[path][1])["fid"])
       add(*found[path], _search_of(path))
+  for path in cards:
+    sampler, bound = evaluation.load_searched(run, denoiser, path)
+    if any((row["sampler"], row["num_steps"])
+           == (sampler.label, sampler.num_steps) for row in records):
+      sampler.label += f" ({_card_name(path)})"
+    add(sampler, bound)
+  if full_chain:
+    add(samplers_lib.full_chain(denoiser.schedule))
   draw(run.root, records)
   return records
 
@@ -301,6 +347,13 @@ def _write_samples(path, images):
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:
       np.savez_compressed(f, **images)
+
+
+def _card_name(path):
+  """What tells a card from others of its family: its file or its folder."""
+  folder, name = os.path.split(path)
+  return os.path.basename(folder) if name == card.FILE and folder else (
+      os.path.splitext(name)[0])
 
 
 def _as_start(sampler):

@@ -214,7 +214,7 @@ def row_wise(fn: Callable) -> Callable:
   """Compiles a function of rows, such as a network, each replica its share.
 
   Args:
-    fn: from a tensor [B, ...] to tensors [B, ...] in any nest, each row by
+    fn: from tensors [B, ...] to tensors [B, ...] in any nest, each row by
       itself.
 
   Returns:
@@ -222,16 +222,18 @@ def row_wise(fn: Callable) -> Callable:
   """
   if num_replicas() == 1:
     return tf.function(fn, autograph=False)
-  shared = replicated(lambda rows: tf.nest.map_structure(
-      all_rows, fn(own_rows(rows))))
+  shared = replicated(lambda *rows: tf.nest.map_structure(
+      all_rows, fn(*map(own_rows, rows))))
 
-  def call(rows):
+  def filled_up(rows):
     rows = tf.convert_to_tensor(rows)
-    count = rows.shape[0]
-    missing = filled(count) - count
-    if missing:
-      rows = tf.concat([rows, tf.repeat(rows[-1:], missing, axis=0)], axis=0)
-    return tf.nest.map_structure(lambda values: values[:count], shared(rows))
+    missing = filled(rows.shape[0]) - rows.shape[0]
+    return rows if not missing else tf.concat(
+        [rows, tf.repeat(rows[-1:], missing, axis=0)], axis=0)
+
+  def call(*rows):
+    return tf.nest.map_structure(
+        lambda values: values[:len(rows[0])], shared(*map(filled_up, rows)))
 
   return call
 

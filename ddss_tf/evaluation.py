@@ -1,5 +1,6 @@
 """The comparison: FID, KID and IS of samplers, side by side."""
 
+import itertools
 import os
 import shutil
 import time
@@ -128,13 +129,14 @@ class Evaluator:
     return self._generators[x0_bound]
 
   def record(self, sampler: Sampler, num_samples: int,
-             x0_bound: str | None = None) -> dict:
+             x0_bound: str | None = None, seed: int | None = None) -> dict:
     """Measures one sampler, or remembers it.
 
     Args:
       sampler: of any family.
       num_samples: generated images, at least 4.
       x0_bound: see `chain.bound_x0`.
+      seed: of the noise, in place of the evaluator's.
 
     Returns:
       Its conditions and metrics, as `metrics.json` has them.
@@ -146,7 +148,9 @@ class Evaluator:
       raise UserError("num_samples must be at least 4, for KID has an error "
                       f"only then. Received: {num_samples}")
     coefficients = sampler.coefficients().numpy()
-    conditions = self._conditions(sampler, coefficients, num_samples, x0_bound)
+    seed = self._seed if seed is None else seed
+    conditions = self._conditions(
+        sampler, coefficients, num_samples, x0_bound, seed)
     for record in self._known:
       if conditions.items() <= record.items():
         return record
@@ -154,7 +158,7 @@ class Evaluator:
     seconds = []
     values = _measure(
         _timed(generator.batches(
-            coefficients, num_samples, self._seed, sampler.label), seconds),
+            coefficients, num_samples, seed, sampler.label), seconds),
         self._extract, self._reference, num_samples)
     self._known.append({**conditions, **values,
                         "timing": _timing(seconds, generator.batch_size)})
@@ -186,7 +190,7 @@ class Evaluator:
     return self.generator(x0_bound).images(
         sampler.coefficients(), num_images, self._seed)
 
-  def _conditions(self, sampler, coefficients, num_samples, x0_bound):
+  def _conditions(self, sampler, coefficients, num_samples, x0_bound, seed):
     """All that decides a record's values."""
     features = [{"name": network.name, "sha256": network.sha256,
                  "protocol": network.protocol}
@@ -198,7 +202,7 @@ class Evaluator:
         "x0_bound": x0_bound,
         "num_samples": num_samples,
         "num_real": len(self._dataset.images),
-        "seed": self._seed,
+        "seed": seed,
         "features": features[0],
         "features_heldout": features[1],
         "denoiser": self._denoiser.identity,
@@ -373,22 +377,39 @@ def _draw(run, evaluator, samplers, records, seed):
   figures.samples_png(run.path(SAMPLES), titled)
 
 
+def _mean(records, name):
+  return float(np.mean([record[name] for record in records]))
+
+
+def _spread(records, name):
+  """Mean of a value, and its standard deviation if there are several."""
+  if len(records) == 1:
+    return f"{records[0][name]:.2f}"
+  deviation = np.std([record[name] for record in records], ddof=1)
+  return f"{_mean(records, name):.2f} ± {deviation:.2f}"
+
+
 def table(records: list[dict]) -> str:
   """The records as a text table, also valid Markdown.
 
   An FID of fewer than 50 000 samples says of how many (`metrics.fid_label`).
+  Records of one sampler that differ in their seed are one line: the mean, and
+  of FID the standard deviation of single seeds.
   """
   counts = {record["num_samples"] for record in records}
   label = metrics.fid_label(counts.pop()) if len(counts) == 1 else "FID"
   head = ["sampler", "K", label, f"{label} held-out", "KID", "IS"]
+  groups = [list(group) for _, group in itertools.groupby(
+      records, lambda record: [record[key] for key in (
+          "sampler", "num_steps", "coefficients_sha256", "num_samples")])]
   rows = [[
-      record["sampler"], str(record["num_steps"]), f"{record['fid']:.2f}",
-      "-" if record["fid_heldout"] is None else f"{record['fid_heldout']:.2f}",
-      f"{record['kid']:.4f} ± {record['kid_std']:.4f}",
-      f"{record['inception_score']:.2f}"] for record in records]
+      group[0]["sampler"], str(group[0]["num_steps"]), _spread(group, "fid"),
+      "-" if group[0]["fid_heldout"] is None else _spread(group, "fid_heldout"),
+      f"{_mean(group, 'kid'):.4f} ± {_mean(group, 'kid_std'):.4f}",
+      f"{_mean(group, 'inception_score'):.2f}"] for group in groups]
   if any(record.get("search_seconds") for record in records):
     head.append("search, s")
-    for row, record in zip(rows, records):
+    for row, (record, *_) in zip(rows, groups):
       seconds = record.get("search_seconds")
       row.append("-" if seconds is None else f"{seconds:.0f}")
   widths = [max(map(len, column)) for column in zip(head, *rows)]

@@ -354,6 +354,8 @@ def _best(curves):
   """Names of the best of each group: lowest mean log value, of as many K."""
   best = {}
   for name, points in curves.items():
+    if name == samplers.FULL_CHAIN:
+      continue  # What all are measured against.
     rank = (-len(points), float(np.mean(
         [math.log(max(y, 1e-12)) for _, y, *_ in points])))
     best.setdefault(samplers.group(name), []).append((rank, name))
@@ -412,6 +414,8 @@ def _draw_curves(axis, curves):
     xs, ys, lows, highs = zip(*points)
     style = dict(color=colour, zorder=3 if strong else 2,
                  alpha=1 if strong else _PALE)
+    if name == samplers.FULL_CHAIN and len(points) > 1:
+      marker, style = "", dict(color=_TEXT, linestyle="--", zorder=1)
     axis.plot(xs, ys, marker=marker, linewidth=2.2 if strong else 1.2,
               markersize=6 if strong else 4.5, gid=name, **style)
     if lows != highs or lows != ys:
@@ -463,8 +467,9 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
 
   The best of each group of samplers is strong, the others are pale; several
   records of one sampler at one K (several seeds) become a band around their
-  mean. Where all have the same K a line would be a point: then each sampler has
-  a row, the best on top, with its held-out FID as an open marker.
+  mean; the full chain, if there is one, is a dashed line. Where all have the
+  same K a line would be a point: then each sampler has a row, the best on top,
+  with its held-out FID as an open marker.
 
   Args:
     path: of the PNG.
@@ -472,12 +477,16 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
       number of samples.
   """
   label = metrics.fid_label(records[0]["num_samples"])
-  if len({record["num_steps"] for record in records}) == 1:
+  steps = sorted({record["num_steps"] for record in records
+                  if record["sampler"] != samplers.FULL_CHAIN})
+  if len(steps) < 2:
     figure = _ranking(records, label)
   else:
     curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
+    if samplers.FULL_CHAIN in curves:  # Of no K: a line across all of them.
+      ((_, *y),) = curves[samplers.FULL_CHAIN]
+      curves[samplers.FULL_CHAIN] = [(steps[0], *y), (steps[-1], *y)]
     figure, axis = _curves_figure(curves)
-    steps = sorted({record["num_steps"] for record in records})
     _log_axis(axis.xaxis, steps)
     axis.xaxis.set_major_locator(ticker.FixedLocator(steps))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
@@ -487,6 +496,11 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
     _explain(axis, curves, records)
     _draw_curves(axis, curves)
   _save(figure, path)
+
+
+def _few_steps(records):
+  """The K of records of one K, the full chain aside unless it is alone."""
+  return min(record["num_steps"] for record in records)
 
 
 def _ranking(records, label):
@@ -528,7 +542,7 @@ def _ranking(records, label):
   axis.spines[["top", "right", "left"]].set_visible(False)
   axis.tick_params(axis="y", length=0)
   open_too = "; open: held-out features" if heldout else ""
-  axis.set_xlabel(f"{label} at K = {records[0]['num_steps']} (log, lower is "
+  axis.set_xlabel(f"{label} at K = {_few_steps(records)} (log, lower is "
                   f"better){open_too}")
   _explain(axis, curves, records, "right")
   return figure

@@ -230,11 +230,17 @@ def _title(groups, found):
 
 
 def _headlines(groups):
-  """For each K the best searched sampler, and the best of the others."""
+  """For each K the best searched sampler, and the best of the others.
+
+  All of one seed, or the luckiest would be the best.
+  """
   lines = []
-  for steps in sorted({r["num_steps"] for r in groups[0]} if groups else ()):
+  records = [r for r in (groups[0] if groups else ())
+             if r["sampler"] != samplers.FULL_CHAIN
+             and r["seed"] == groups[0][0]["seed"]]
+  for steps in sorted({r["num_steps"] for r in records}):
     best = {}
-    for record in groups[0]:
+    for record in records:
       if record["num_steps"] == steps:
         searched = samplers.group(record["sampler"]) == samplers.SEARCHED
         if record["fid"] < best.get(searched, {"fid": float("inf")})["fid"]:

@@ -27,6 +27,7 @@ LABELS = {
     "vars": "VARS", "rddim": "RDDIM", "ggdm": "GGDM",
 }
 _GIVEN_TIMES = "given times"
+FULL_CHAIN = "DDPM (full chain)"
 
 # What tables and pictures compare with each other.
 BASELINES = "DDPM and DDIM"
@@ -48,7 +49,8 @@ def group(label: str) -> str:
   What is neither DDPM or DDIM nor another solver by its name was searched.
   """
   name = without_stride(label)
-  if name in (LABELS["ddpm"], LABELS["ddim"]) or name.startswith("DDIM(eta="):
+  if (name in (LABELS["ddpm"], LABELS["ddim"], FULL_CHAIN)
+      or name.startswith("DDIM(eta=")):
     return BASELINES
   if name in (LABELS[solver] for solver in solvers.SOLVERS):
     return TRAINING_FREE
@@ -175,3 +177,17 @@ class SolverSampler(FixedSampler):
     return {**super().get_config(), "solver": self.solver,
             "stride": self.stride, "eta": self.eta,
             "lower_order_final": self.lower_order_final}
+
+
+def full_chain(schedule: NoiseSchedule) -> SolverSampler:
+  """DDPM at every training step, what few-step samplers are measured against.
+
+  Args:
+    schedule: the forward process of the denoiser.
+
+  Returns:
+    A sampler of T steps (Ho et al. 2020, https://arxiv.org/abs/2006.11239,
+    algorithm 2, with the variance of the posterior).
+  """
+  return SolverSampler(schedule, schedule.num_train_steps, "ddpm", "linspace",
+                       label=FULL_CHAIN)

@@ -12,6 +12,11 @@ from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
 
 
+# Longer chains run step by step: traced as one, they are a graph of so many
+# operations that to make it takes longer than the images.
+_UNROLLED = 100
+
+
 def seed_pair(seed: int) -> tf.Tensor:
   """The int32 [2] seed of TensorFlow's stateless generators of an integer."""
   return tf.constant([seed, 0], tf.int32)
@@ -26,7 +31,9 @@ class Generator:
   """Samples a denoiser: image i of a seed, whatever the batch.
 
   The coefficients are an input, so that one traced function serves every
-  sampler of the same number of steps.
+  sampler of the same number of steps. Chains of more than 100 steps run step by
+  step, through the same compiled network; the noise of all their steps is in
+  memory.
 
   Args:
     denoiser: the frozen network.
@@ -43,6 +50,7 @@ class Generator:
     self.batch_size = distribution.filled(batch_size)
     self.x0_bound = x0_bound
     self._eps = denoiser.compiled_eps(jit_compile)
+    self._rows_eps = distribution.row_wise(self._eps)
     self._sample = distribution.replicated(self._sample_batch)
     self._walk = distribution.replicated(self._walk_path)
 
@@ -57,6 +65,16 @@ class Generator:
     return distribution.all_rows(chain.run_chain(
         chain.with_labels(self._eps, labels), coefficients, x_T, step_noise,
         x0_bound=self.x0_bound))
+
+  def _sample_long(self, coefficients, seed, indices, labels=None):
+    if labels is None:
+      labels = self.denoiser.draw_labels(seed, indices)
+    x_T, step_noise = chain.draw_noise(
+        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
+    # As NumPy: what has no weight costs nothing.
+    return chain.run_chain(
+        chain.with_labels(self._rows_eps, labels), coefficients.numpy(), x_T,
+        step_noise, x0_bound=self.x0_bound)
 
   def _walk_path(self, coefficients, seed, indices):
     x_T, step_noise = chain.draw_noise(
@@ -106,11 +124,13 @@ class Generator:
     coefficients = _tensors(coefficients)
     pair = seed_pair(seed)
     labels = None if label is None else tf.fill([self.batch_size], label)
+    sample = (self._sample if coefficients.num_steps <= _UNROLLED
+              else self._sample_long)
     with progress.bar(num_images, description, "image") as bar:
       for start in range(0, num_images, self.batch_size):
         indices = tf.range(start, start + self.batch_size)
         count = min(self.batch_size, num_images - start)
-        yield self._sample(coefficients, pair, indices, labels)[:count]
+        yield sample(coefficients, pair, indices, labels)[:count]
         bar.update(count)
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,

@@ -8,6 +8,7 @@ from ddss_tf import chain
 from ddss_tf import coefficients as coefficients_lib
 from ddss_tf import denoisers
 from ddss_tf import samplers
+from ddss_tf import sampling
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.frozen import frozen_variables
 from ddss_tf.unet import UNetConfig, build_unet
@@ -41,7 +42,8 @@ def random_coefficients(steps=3, seed=0):
       noise_scales=noise).numpy()
 
 
-def test_the_equation_against_numpy():
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_equation_against_numpy(constant):
   c = random_coefficients()
   rng = np.random.default_rng(1)
   x_T = rng.normal(size=(2, *SHAPE)).astype(np.float32)
@@ -61,10 +63,50 @@ def test_the_equation_against_numpy():
     states.append(new)
   images, visited, x0_hats = chain.run_chain(
       lambda x, t: tf.tanh(x) * (1 + t[:, None, None, None] / 1000),
-      c, tf.constant(x_T), tf.constant(noise), trajectory=True)
+      c if constant else c.map(tf.constant), tf.constant(x_T),
+      tf.constant(noise), trajectory=True)
   np.testing.assert_allclose(images, states[-1], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(visited[2], states[2], rtol=1e-5, atol=1e-5)
   assert len(visited) == len(x0_hats) == 3
+
+
+def test_states_without_weight_are_not_read():
+  c = random_coefficients(steps=5)
+  weights = np.zeros((5, 5), np.float32)
+  # From two steps before, from the noise at the very end, or from none.
+  for k, u in ((0, 0), (2, 0), (2, 1), (4, 0), (4, 4)):
+    weights[k, u] = c.state_weights[k, u]
+  c = c._replace(state_weights=weights)
+  x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 5)
+
+  def images(coefficients):
+    return chain.run_chain(lambda x, t: tf.sin(x), coefficients, x_T, noise)
+
+  np.testing.assert_array_equal(images(c), images(c.map(tf.constant)))
+
+
+def test_a_markovian_chain_costs_as_much_at_every_step():
+  def operations(solver, steps):
+    c = samplers.SolverSampler(
+        samplers.NoiseSchedule.linear(), steps, solver).coefficients().numpy()
+    graph = tf.function(lambda x: chain.run_chain(
+        lambda x, t: x, c, x)).get_concrete_function(
+            tf.TensorSpec([2, *SHAPE])).graph
+    return len(graph.get_operations())
+
+  few, more, most = (operations("ddpm", steps) for steps in (10, 20, 30))
+  assert most - more == more - few
+
+
+def test_step_by_step_as_traced_as_one(small, monkeypatch):
+  coefficients = samplers.SolverSampler(
+      small.schedule, 6, "ddpm").coefficients()
+  one = sampling.Generator(small, 4, False).images(coefficients, 5, 3)
+  monkeypatch.setattr(sampling, "_UNROLLED", 5)
+  long = sampling.Generator(small, 4, False)
+  monkeypatch.setattr(long, "_sample", None)
+  np.testing.assert_allclose(
+      long.images(coefficients, 5, 3), one, rtol=1e-5, atol=1e-5)
 
 
 def gradients(eps_fn, coefficients, jit=False):

@@ -203,6 +203,38 @@ def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
   assert ddss_tf.compare(run, **arguments) == records
 
 
+def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
+  run, records = compared
+  found = os.path.join(run, "k3", "rddim", "sampler.json")
+  schedule = ddss_tf.NoiseSchedule(np.linspace(1e-4, 0.2, 120))
+  other = ddss_tf.gaussian_denoiser(
+      (4, 4, 1), mean=0.3, std=0.25, schedule=schedule)
+  mine = str(tmp_path / "mine.json")
+  card.write(mine, card.SamplerCard(
+      "DDIM linear", ddss_tf.SolverSampler(schedule, 2, "ddim").coefficients(),
+      other.identity, {}, None))
+  bare = {**arguments, "solvers": (), "families": (), "num_steps": ()}
+  # The samplers of before are measured as they were, and with a second seed.
+  again = ddss_tf.compare(
+      run, **{**bare, "cards": [found], "more_seeds": [7]})
+  assert again[0] == records[3] and len(again) == 2
+  assert again[1]["seed"] == 7 and again[1]["fid"] != again[0]["fid"]
+  fids = [record["fid"] for record in again]
+  (line,) = evaluation.table(again).splitlines()[2:]
+  assert [cell.strip() for cell in line.split("|")[1:4]] == [
+      "RDDIM", "3", f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}"]
+
+  with pytest.raises(UserError, match="was found for the denoiser"):
+    ddss_tf.compare(str(tmp_path / "a"), **{
+        **bare, "denoiser": other, "cards": [found]})
+  records = ddss_tf.compare(str(tmp_path / "b"), **{
+      **bare, "denoiser": other, "solvers": ["ddim"], "strides": ["linear"],
+      "num_steps": [2], "cards": [mine], "full_chain": True})
+  assert [(r["sampler"], r["num_steps"]) for r in records] == [
+      ("DDIM linear", 2), ("DDIM linear (mine)", 2), ("DDPM (full chain)", 120)]
+  assert records[0]["fid"] == records[1]["fid"] > 5 * records[2]["fid"]
+
+
 @pytest.mark.slow
 def test_a_row_for_every_objective(arguments, tmp_path):
   with gin.unlock_config():
@@ -235,6 +267,11 @@ def test_a_row_for_every_objective(arguments, tmp_path):
     (dict(solvers=["euler"]), "solvers must be out of ddpm.*'euler'"),
     (dict(strides=["cubic"]), "strides must be out of linear.*'cubic'"),
     (dict(families=["best"]), "families must be out of.*'best'"),
+    (dict(cards=["nobody"]), "must be the path of a card, or one of.*'nobody'"),
+    (dict(cards="mine.json"), "cards must be a list.*'mine.json'"),
+    (dict(more_seeds=[3, 3]), r"must differ.*\[1234, 3, 3\]"),
+    (dict(more_seeds=[-1]), "more_seeds must be .*Received: -1"),
+    (dict(solvers=[], families=[]), "needs solvers or families.*or cards"),
     (dict(stride_samples=3), "stride_samples must be .* >= 16.*Received: 3"),
 ])
 def test_bad_arguments(arguments, tmp_path, changes, message):

@@ -22,6 +22,7 @@ import ddss_tf  # pylint: disable=g-import-not-at-top
 from ddss_tf import card
 from ddss_tf import distribution
 from ddss_tf import families
+from ddss_tf import sampling
 from ddss_tf import solvers
 import gaussian_parts
 
@@ -94,6 +95,10 @@ def main(output, extent, *replicas):
                 run, parts["denoiser"], num_images=7,
                 jit_compile=not quick)) as images:
               results[f"{name}/images/{count}"] = images["images"]
+      denoiser = parts["denoiser"]  # More steps than are traced as one.
+      results[f"long/images/{count}"] = sampling.Generator(
+          denoiser, 4, False).images(ddss_tf.SolverSampler(
+              denoiser.schedule, 101, "ddpm").coefficients(), 5, 1)
       path = os.path.join(os.path.dirname(output), f"export{count}")
       os.makedirs(path)
       path, images = export(path)

@@ -93,6 +93,15 @@ def test_metrics_and_images_do_not_depend_on_the_replicas(results):
 
 
 @counts
+def test_a_long_chain_does_not_depend_on_the_replicas(results):
+  count, found = results
+  images = found["long/images/1"]
+  assert images.shape == (5, 4, 4, 1)
+  np.testing.assert_allclose(
+      found[f"long/images/{count}"], images, rtol=1e-4, atol=1e-4)
+
+
+@counts
 def test_an_export_does_not_depend_on_the_replicas(results):
   count, found = results
   images = found[f"export/images/{count}"]

@@ -98,6 +98,26 @@ def test_one_k_is_a_ranking(drawn):
       "2.00", "4.00", "9.00", "10.00", "12.00"]
 
 
+def test_the_full_chain_is_a_line_across(drawn):
+  few = [record("DDIM", 5, 9.0), record("GGDM", 5, 2.0)]
+  full = record("DDPM (full chain)", 1000, 0.5)
+  figures.fid_by_steps_png("a", [
+      *few, record("DDIM", 10, 4.0), record("GGDM", 10, 1.0), full])
+  (axis,) = drawn["a"].axes
+  assert [t.get_text() for t in axis.get_xticklabels()] == ["5", "10"]
+  line = lines_of(axis)["DDPM (full chain)"]
+  np.testing.assert_array_equal(line.get_xydata(), [[5, 0.5], [10, 0.5]])
+  assert line.get_linestyle() == "--"
+  # It is no rival of DDIM, which is the best of its group.
+  assert lines_of(axis)["DDIM"].get_alpha() == 1
+  figures.fid_by_steps_png("b", [*few, full])
+  (axis,) = drawn["b"].axes
+  assert [t.get_text() for t in axis.get_yticklabels()] == [
+      "DDPM (full chain)", "GGDM", "DDIM"]
+  assert "K = 5 " in axis.get_xlabel()
+  assert lines_of(axis)["DDIM"].get_alpha() == 1
+
+
 def test_quality_by_time_is_at_the_measured_times(drawn):
   timing = lambda s: {"seconds_per_image": s, "device": "2 CPU cores",
                       "batch_size": 8}
