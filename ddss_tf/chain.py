@@ -138,10 +138,11 @@ def run_chain(
   states, x0_hats = [x_T], []
   for k in range(num_steps):
     x_t = states[-1]
-    t = tf.fill([batch], one.times[k])
+    t = tf.fill([batch], tf.convert_to_tensor(one.times[k], x_T.dtype))
     guidance = ()
     if one.guidance_scales is not None:
-      guidance = tf.fill([batch], one.guidance_scales[k]),
+      guidance = tf.fill([batch], tf.convert_to_tensor(
+          one.guidance_scales[k], x_T.dtype)),
     # By position, see `rematerialise`.
     eps = eps_fn(x_t, t, *guidance)
     x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps

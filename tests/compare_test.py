@@ -224,7 +224,7 @@ def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
   assert [cell.strip() for cell in line.split("|")[1:4]] == [
       "RDDIM", "3", f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}"]
 
-  with pytest.raises(UserError, match="was found for the denoiser"):
+  with pytest.raises(UserError, match="times must not exceed 120"):
     ddss_tf.compare(str(tmp_path / "a"), **{
         **bare, "denoiser": other, "cards": [found]})
   records = ddss_tf.compare(str(tmp_path / "b"), **{
