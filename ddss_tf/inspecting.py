@@ -16,7 +16,7 @@ _NOT_KEPT = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN",
              "Reshape", "Shape", "StridedSlice", "NoOp", "ExpandDims"}
 # With what backpropagation needs beside the activations, as measured on the
 # digits model (0.95 GiB at 64 images, K = 10).
-_BACKWARD_FACTOR = 2.75
+BACKWARD_FACTOR = 2.75
 
 
 def activation_bytes(denoiser: Denoiser) -> int:
@@ -121,7 +121,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   state = 4 * int(np.prod(denoiser.image_shape))
   network = activation_bytes(denoiser)
   needed = micro_batch_size * (
-      _BACKWARD_FACTOR * network + 2 * num_steps * state)
+      BACKWARD_FACTOR * network + 2 * num_steps * state)
   rows = {
       "name": denoiser.name,
       "prediction": denoiser.prediction,

@@ -94,16 +94,17 @@ def test_a_markovian_chain_costs_as_much_at_every_step():
             tf.TensorSpec([2, *SHAPE])).graph
     return len(graph.get_operations())
 
-  few, more, most = (operations("ddpm", steps) for steps in (10, 20, 30))
+  few, more, most = (operations("ddpm", steps) for steps in (3, 6, 9))
   assert most - more == more - few
 
 
-def test_step_by_step_as_traced_as_one(small, monkeypatch):
+def test_step_by_step_as_traced_as_one(monkeypatch):
+  denoiser = denoisers.gaussian_denoiser(SHAPE)
   coefficients = samplers.SolverSampler(
-      small.schedule, 6, "ddpm").coefficients()
-  one = sampling.Generator(small, 4, False).images(coefficients, 5, 3)
+      denoiser.schedule, 6, "ddpm").coefficients()
+  one = sampling.Generator(denoiser, 4, False).images(coefficients, 5, 3)
   monkeypatch.setattr(sampling, "_UNROLLED", 5)
-  long = sampling.Generator(small, 4, False)
+  long = sampling.Generator(denoiser, 4, False)
   monkeypatch.setattr(long, "_sample", None)
   np.testing.assert_allclose(
       long.images(coefficients, 5, 3), one, rtol=1e-5, atol=1e-5)
@@ -114,7 +115,7 @@ def gradients(eps_fn, coefficients, jit=False):
   x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
   target = tf.sin(tf.range(16, dtype=tf.float32))
 
-  @tf.function(jit_compile=jit)
+  @tf.function(jit_compile=jit, autograph=False)
   def compute(values):
     with tf.GradientTape() as tape:
       tape.watch(values)
@@ -147,9 +148,9 @@ def test_gradients_agree_with_finite_differences(small):
   _, analytic = gradients(eps_fn, c)
   x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
   target = tf.sin(tf.range(16, dtype=tf.float32))
-  traced = tf.function(small.eps)
+  traced = tf.function(small.eps, autograph=False)
 
-  @tf.function
+  @tf.function(autograph=False)
   def loss(values):
     images = chain.run_chain(traced, Coefficients(*values), x_T, noise)
     return tf.reduce_mean(tf.tanh(tf.reshape(images, [3, 16])) * target)

@@ -1,0 +1,218 @@
+"""The paper's searches on 1, 8 and 64 accelerators, on paper.
+
+  python -m benchmarks.scaling
+
+Counted: multiplications and additions of one call of each network, bytes of its
+activations, what a step calls, and what is sent. Assumed: the accelerator, and
+how much of its peak such networks reach. So times are estimates; how they grow
+with K, batch and replicas is not.
+"""
+
+import argparse
+import dataclasses
+import math
+
+import keras
+import tensorflow as tf
+
+from ddss_tf import denoisers
+from ddss_tf import inspecting
+from ddss_tf import schedules
+from ddss_tf import unet
+from ddss_tf.frozen import frozen_variables
+
+BATCH = 512  # The paper's population, and its steps.
+STEPS = 50_000
+_FEATURES = 2048
+# The models of its smaller images, with a micro-batch that fits into 80 GB: Ho
+# et al.'s of CIFAR-10, and improved-diffusion's imagenet64_uncond_100M_1500K.
+_MODELS = {
+    "CIFAR-10": (unet.UNetConfig(
+        image_size=32, in_channels=3, out_channels=3,
+        channels=(128, 256, 256, 256), blocks_per_level=2,
+        attention_levels=(1,)), 128),
+    "ImageNet-64": (unet.UNetConfig(
+        image_size=64, in_channels=3, out_channels=6,
+        channels=(128, 256, 384, 512), blocks_per_level=3,
+        attention_levels=(2, 3), num_heads=4, scale_shift=True), 32),
+}
+_INCEPTION_SIZE = 299
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """What is assumed of a device, by its maker's data sheet.
+
+  Attributes:
+    name: of the device.
+    flops: peak operations a second, in the format that networks compute in.
+    gib: memory.
+    near: bytes a second from one device to the others of its machine.
+    far: bytes a second between machines, for each device.
+    machine: devices of one machine.
+    latency: seconds of one message.
+  """
+  name: str
+  flops: float
+  gib: float
+  near: float
+  far: float
+  machine: int
+  latency: float
+
+
+A100 = Accelerator("A100, TF32", 156e12, 80, 300e9, 25e9, 8, 2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """One call of a network for one image: operations, bytes of activations."""
+  flops: float
+  bytes: float
+
+
+def flops(function, *specs) -> int:
+  """Floating-point operations of a function, as TensorFlow counts them.
+
+  Args:
+    function: of tensors.
+    *specs: their shapes, all sizes known.
+
+  Returns:
+    Multiplications and additions, one each.
+  """
+  graph = tf.function(
+      function, autograph=False).get_concrete_function(*specs).graph
+  options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+  options["output"] = "none"
+  return tf.compat.v1.profiler.profile(graph, options=options).total_float_ops
+
+
+def network_cost(config: unet.UNetConfig) -> Cost:
+  """Of a U-Net of random weights."""
+  with frozen_variables():
+    model = unet.build_unet(config)
+  denoiser = denoisers.Denoiser(
+      model, schedules.NoiseSchedule.linear(),
+      image_shape=(config.image_size, config.image_size, config.in_channels))
+  return Cost(
+      flops(denoiser.eps, tf.TensorSpec((1, *denoiser.image_shape)),
+            tf.TensorSpec((1,))),
+      inspecting.activation_bytes(denoiser))
+
+
+def inception_flops() -> int:
+  """Of the feature network, by Keras's Inception v3."""
+  model = keras.applications.InceptionV3(
+      weights=None, include_top=False, pooling="avg")
+  return flops(lambda x: model(x, training=False), tf.TensorSpec(
+      (1, _INCEPTION_SIZE, _INCEPTION_SIZE, 3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A search step on a number of replicas, as estimated.
+
+  Attributes:
+    chains: images of one chain on each replica, the micro-batch.
+    passes: 1; or 2, where the population takes several micro-batches.
+    seconds: of computing.
+    gib: of activations and states, on each replica.
+    sent_seconds: of the feature gather and the gradient's reduction.
+    sent_bytes: that each replica receives.
+  """
+  chains: int
+  passes: int
+  seconds: float
+  gib: float
+  sent_seconds: float
+  sent_bytes: float
+
+
+def step(network: Cost, inception: float, num_steps: int, state_bytes: int,
+         micro_batch: int, replicas: int, device: Accelerator,
+         utilisation: float) -> Step:
+  """A rematerialised step.
+
+  A chain calls the network K times, and once more to recompute each call, with
+  a gradient in its inputs, which takes as many operations as a call: no weight
+  has a gradient. Where the own share of the population is more than a
+  micro-batch, all of it is sampled once for its features first (two passes).
+
+  Args:
+    network: one call.
+    inception: operations of the feature network for one image.
+    num_steps: K.
+    state_bytes: of one image.
+    micro_batch: the most images of one chain.
+    replicas: devices.
+    device: which.
+    utilisation: the part of its peak that networks reach, in (0, 1].
+
+  Returns:
+    The estimate.
+  """
+  share = BATCH // replicas
+  chains = min(share, micro_batch)
+  passes = 1 if chains == share else 2
+  operations = share * (
+      num_steps * network.flops * (3 if passes == 1 else 4)
+      + inception * (2 if passes == 1 else 3))
+  parameters = num_steps * (num_steps + 1) / 2 + 5 * num_steps
+  sent = 4 * (BATCH * _FEATURES + parameters) * (replicas - 1) / replicas
+  bandwidth = device.near if replicas <= device.machine else device.far
+  messages = 2 * math.ceil(math.log2(replicas)) if replicas > 1 else 0
+  return Step(
+      chains, passes, operations / (device.flops * utilisation),
+      chains * (inspecting.BACKWARD_FACTOR * network.bytes
+                + 2 * num_steps * state_bytes) / 2**30,
+      sent / bandwidth + messages * device.latency, sent)
+
+
+def table(costs: dict[str, tuple[Cost, int, int]], inception: float,
+          utilisation: float, device: Accelerator = A100) -> str:
+  """Markdown of all settings.
+
+  Args:
+    costs: by the model's name: a call, bytes of an image, the micro-batch.
+    inception: see `step`.
+    utilisation: likewise.
+    device: likewise.
+  """
+  lines = ["| model | K | accelerators | images a chain | a step | received a "
+           f"step, and its time | memory | {STEPS:,} steps |",
+           "|---|---|---|---|---|---|---|---|"]
+  for name, (cost, state_bytes, micro_batch) in costs.items():
+    for num_steps in (5, 10, 25):
+      for replicas in (1, 8, 64):
+        found = step(cost, inception, num_steps, state_bytes, micro_batch,
+                     replicas, device, utilisation)
+        hours = STEPS * (found.seconds + found.sent_seconds) / 3600
+        lines.append(
+            f"| {name} | {num_steps} | {replicas} | {found.chains}"
+            f"{', two passes' if found.passes == 2 else ''} | "
+            f"{found.seconds:.3g} s | {found.sent_bytes / 2**20:.1f} MiB, "
+            f"{1e3 * found.sent_seconds:.2f} ms | {found.gib:.1f} GiB | "
+            f"{hours:,.1f} h |")
+  return "\n".join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--utilisation", type=float, default=0.3)
+  utilisation = parser.parse_args().utilisation
+  costs = {}
+  for name, (config, micro_batch) in _MODELS.items():
+    cost = network_cost(config)
+    print(f"{name}: {cost.flops / 1e9:.1f} GFLOP and "
+          f"{cost.bytes / 2**20:.0f} MiB of activations a call and image")
+    costs[name] = (cost, 4 * config.image_size ** 2 * config.in_channels,
+                   micro_batch)
+  inception = inception_flops()
+  print(f"Inception: {inception / 1e9:.1f} GFLOP an image")
+  print(f"\n{A100.name}, {utilisation:g} of {A100.flops / 1e12:g} TFLOP/s\n")
+  print(table(costs, inception, utilisation))
+
+
+if __name__ == "__main__":
+  main()
