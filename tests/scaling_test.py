@@ -29,6 +29,6 @@ def test_replicas_share_the_work():
       eight.seconds, 64 * (5 * 3 * 2e9 + 2e9) / (0.5 * 156e12))
   assert one.sent_seconds == 0 < eight.sent_seconds
   # A machine sends to another more slowly than within.
-  assert step(5, 64, 16).sent_seconds > 5 * eight.sent_seconds
+  assert step(5, 64, 16).sent_seconds > 2 * eight.sent_seconds
   # Five times the steps, and the memory of a call.
   assert step(25, 64, 8).gib < 1.01 * eight.gib
