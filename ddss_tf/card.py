@@ -8,6 +8,7 @@ import json
 import os
 
 from ddss_tf import fingerprint
+from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
@@ -118,6 +119,8 @@ def read(path: str) -> SamplerCard:
     if any(record["coefficients_sha256"] != card.coefficients_sha256
            for record in card.metrics):
       raise ValueError("metrics must be of the card's own coefficients")
+    for record in card.metrics:
+      metrics.heldout_fids(record)  # As many as there are networks.
     return card
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged: {error}") from error

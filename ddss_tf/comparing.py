@@ -116,7 +116,8 @@ def compare(
     denoiser: Denoiser = gin.REQUIRED,
     dataset: ImageDataset = gin.REQUIRED,
     features: features_lib.FeatureNetwork = gin.REQUIRED,
-    heldout_features: features_lib.FeatureNetwork | None = None,
+    heldout_features: (features_lib.FeatureNetwork
+                       | list[features_lib.FeatureNetwork] | None) = None,
     num_steps=gin.REQUIRED,
     solvers=solvers_lib.SOLVERS,
     strides=schedules.STRIDES,
@@ -154,7 +155,8 @@ def compare(
     denoiser: the frozen model.
     dataset: its training set, and the reference.
     features: the network of the searches' loss, and of FID, KID and IS.
-    heldout_features: an unrelated network for `fid_heldout`.
+    heldout_features: an unrelated network for `fid_heldout`, or a list of them;
+      see `evaluation.evaluate`.
     num_steps: the K, a list.
     solvers: names out of `solvers.SOLVERS`.
     strides: names out of `schedules.STRIDES`.
@@ -394,17 +396,10 @@ def _apart(sampler, other):
 def write_table(path: str, records: list[dict]) -> None:
   """Writes `<path>.csv`, with the columns of `metrics.json`, and `<path>.md`.
 
-  Nested values get a column each, such as `features.name`.
+  Nested values get a column each, such as `features.name`; those of a list by
+  their position, such as `fid_heldout.0` and `features_heldout.0.name`.
   """
-  rows = []
-  for record in records:
-    row = {}
-    for key, value in record.items():
-      if isinstance(value, dict):
-        row.update({f"{key}.{name}": v for name, v in value.items()})
-      else:
-        row[key] = value
-    rows.append(row)
+  rows = [_flat(record) for record in records]
   columns = list(dict.fromkeys(key for row in rows for key in row))
   text = io.StringIO()
   writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -412,3 +407,15 @@ def write_table(path: str, records: list[dict]) -> None:
   writer.writerows(rows)
   storage.write_text(f"{path}.csv", text.getvalue())
   storage.write_text(f"{path}.md", evaluation.table(records) + "\n")
+
+
+def _flat(value, name=""):
+  """Values inside of dicts and lists, by the dotted path to each."""
+  if isinstance(value, list):
+    value = dict(enumerate(value))
+  if not isinstance(value, dict):
+    return {name: value}
+  flat = {}
+  for key, inner in value.items():
+    flat.update(_flat(inner, f"{name}.{key}" if name else str(key)))
+  return flat

@@ -83,7 +83,8 @@ class Evaluator:
     denoiser: the frozen model.
     dataset: the real images, all of them the reference.
     features: the network of FID, KID and IS.
-    heldout_features: an unrelated network for `fid_heldout`, or None.
+    heldout_features: an unrelated network for `fid_heldout`, a list of them, or
+      None. All see the same images, which are made once.
     seed: of the noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
@@ -95,15 +96,18 @@ class Evaluator:
   def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
                dataset: data.ImageDataset,
                features: features_lib.FeatureNetwork,
-               heldout_features: features_lib.FeatureNetwork | None = None,
+               heldout_features: (
+                   features_lib.FeatureNetwork
+                   | list[features_lib.FeatureNetwork] | None) = None,
                seed: int = 1234, batch_size: int = 250,
                jit_compile: bool = True):
     self._run = run
     self._denoiser = denoiser
     self._dataset = dataset
-    self._networks = [features]
-    if heldout_features is not None:
-      self._networks.append(heldout_features)
+    self._networks = [
+        *features_lib.as_networks("features", features, several=False),
+        *features_lib.as_networks(
+            "heldout_features", heldout_features, optional=True)]
     check_shapes(denoiser, dataset, *self._networks)
     self._seed = seed
     self._batch_size = batch_size
@@ -194,7 +198,7 @@ class Evaluator:
     """All that decides a record's values."""
     features = [{"name": network.name, "sha256": network.sha256,
                  "protocol": network.protocol}
-                for network in self._networks] + [None]
+                for network in self._networks]
     return {
         "sampler": sampler.label,
         "num_steps": sampler.num_steps,
@@ -204,7 +208,7 @@ class Evaluator:
         "num_real": len(self._dataset.images),
         "seed": seed,
         "features": features[0],
-        "features_heldout": features[1],
+        "features_heldout": _one_or_all(features[1:]),
         "denoiser": self._denoiser.identity,
         "dataset": self._dataset.name,
         "dataset_sha256": self._dataset.sha256,
@@ -234,7 +238,8 @@ def evaluate(
     denoiser: Denoiser = gin.REQUIRED,
     dataset: data.ImageDataset | np.ndarray = gin.REQUIRED,
     features: features_lib.FeatureNetwork = gin.REQUIRED,
-    heldout_features: features_lib.FeatureNetwork | None = None,
+    heldout_features: (features_lib.FeatureNetwork
+                       | list[features_lib.FeatureNetwork] | None) = None,
     baselines=(),
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,
@@ -257,7 +262,9 @@ def evaluate(
       [N, H, W, C] in [-1, 1].
     features: the network of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, which shows gains
-      that merely flatter the first.
+      that merely flatter the first; or a list of networks, all measured in one
+      pass over the samples. Then a record has lists of as many
+      `features_heldout` and `fid_heldout`.
     baselines: functions from a noise schedule to a sampler.
     num_samples: generated images of each sampler.
     seed: of their noise.
@@ -305,9 +312,14 @@ def _summarise(folder, records):
   shutil.rmtree(folder, ignore_errors=True)
   with tf.summary.create_file_writer(folder).as_default():
     for record in records:
-      for name in ("fid", "kid", "inception_score", "fid_heldout"):
-        if record.get(name) is not None:
-          tf.summary.scalar(f"{name}/{record['sampler']}", record[name],
+      values = {name: record.get(name)
+                for name in ("fid", "kid", "inception_score")}
+      for label, value in metrics.heldout_fids(record).items():
+        network = label.removeprefix(metrics.HELDOUT).replace(" ", "/", 1)
+        values[f"fid_heldout{network}"] = value
+      for name, value in values.items():
+        if value is not None:
+          tf.summary.scalar(f"{name}/{record['sampler']}", value,
                             step=record["num_samples"])
 
 
@@ -330,6 +342,11 @@ def _timing(seconds, batch_size):
     return None
   return {"seconds_per_image": float(np.median(seconds[1:])) / batch_size,
           "batch_size": batch_size, "device": distribution.device_name()}
+
+
+def _one_or_all(values):
+  """What a record has of held-out networks: one value alone, none as None."""
+  return values if len(values) > 1 else next(iter(values), None)
 
 
 def _measure(batches, extract, reference, num_samples):
@@ -355,8 +372,9 @@ def _measure(batches, extract, reference, num_samples):
       "inception_score": metrics.inception_score(logits)[0],
       "inception_score_splits": {
           "splits": splits, "mean": split_mean, "std": split_std},
-      "fid_heldout": (metrics.fid(reference[1].moments, pools[1])
-                      if len(extract) > 1 else None),
+      "fid_heldout": _one_or_all([
+          metrics.fid(real.moments, pool)
+          for real, pool in zip(reference[1:], pools[1:])]),
   }
 
 
@@ -383,6 +401,8 @@ def _mean(records, name):
 
 def _spread(records, name):
   """Mean of a value, and its standard deviation if there are several."""
+  if name not in records[0]:
+    return "-"
   if len(records) == 1:
     return f"{records[0][name]:.2f}"
   deviation = np.std([record[name] for record in records], ddof=1)
@@ -394,19 +414,27 @@ def table(records: list[dict]) -> str:
 
   An FID of fewer than 50 000 samples says of how many (`metrics.fid_label`).
   Records of one sampler that differ in their seed are one line: the mean, and
-  of FID the standard deviation of single seeds.
+  of FID the standard deviation of single seeds. Of several held-out networks
+  each has a column, with its name.
   """
   counts = {record["num_samples"] for record in records}
   label = metrics.fid_label(counts.pop()) if len(counts) == 1 else "FID"
-  head = ["sampler", "K", label, f"{label} held-out", "KID", "IS"]
   groups = [list(group) for _, group in itertools.groupby(
       records, lambda record: [record[key] for key in (
           "sampler", "num_steps", "coefficients_sha256", "num_samples")])]
+  heldout = [[metrics.heldout_fids(record) for record in group]
+             for group in groups]
+  # A column even where no network is held out: tables then look alike.
+  columns = list(dict.fromkeys(name for group in heldout for fids in group
+                               for name in fids)) or [metrics.HELDOUT]
+  head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
+          "KID", "IS"]
   rows = [[
       group[0]["sampler"], str(group[0]["num_steps"]), _spread(group, "fid"),
-      "-" if group[0]["fid_heldout"] is None else _spread(group, "fid_heldout"),
+      *(_spread(fids, name) for name in columns),
       f"{_mean(group, 'kid'):.4f} ± {_mean(group, 'kid_std'):.4f}",
-      f"{_mean(group, 'inception_score'):.2f}"] for group in groups]
+      f"{_mean(group, 'inception_score'):.2f}"]
+          for group, fids in zip(groups, heldout)]
   if any(record.get("search_seconds") for record in records):
     head.append("search, s")
     for row, (record, *_) in zip(rows, groups):

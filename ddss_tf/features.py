@@ -114,6 +114,44 @@ class FeatureNetwork:
             for key, value in zip(_KEYS, self._function(images))}
 
 
+def as_networks(what: str, value, several: bool = True,
+                optional: bool = False) -> list[FeatureNetwork]:
+  """The feature networks of an argument that takes one or a list of them.
+
+  Args:
+    what: the argument's name, for the message.
+    value: a network; a list or tuple of them; None.
+    several: whether a list is allowed.
+    optional: whether None, or an empty list, is.
+
+  Returns:
+    The networks, in order.
+
+  Raises:
+    UserError: the argument is something else.
+  """
+  if optional and value is None:
+    return []
+  networks = [value]
+  if several and isinstance(value, (list, tuple)):
+    networks = list(value)
+  strangers = [each for each in networks
+               if not isinstance(each, FeatureNetwork)]
+  if strangers or not (networks or optional):
+    raise UserError(
+        f"{what} must be {'a' if several else 'one'} feature network, as "
+        f"load_features gives{', or a list of them' if several else ''}. "
+        f"Received: {_described(strangers[0] if strangers else value)}")
+  return networks
+
+
+def _described(value) -> str:
+  """What an argument is, in a few words."""
+  if isinstance(value, (list, tuple)) and value:
+    return f"a {type(value).__name__} of {len(value)}"
+  return repr(value)[:80]
+
+
 def _fits(sizes, expected) -> bool:
   return tf.TensorShape(sizes).is_compatible_with(expected)
 

@@ -5,6 +5,7 @@ Nothing is computed here but positions: what is drawn comes in as records of
 at all.
 """
 
+import itertools
 import math
 
 from matplotlib import lines
@@ -30,6 +31,11 @@ _GROUPS = {
     samplers.TRAINING_FREE: (_BLUE, "s"),
     samplers.BASELINES: (_GREEN, "^"),
 }
+# Markers of held-out networks, by what to call them.
+_OPEN = {"open": {"mfc": "none"}, **{
+    f"{name} half": {"fillstyle": style, "markerfacecoloralt": "none"}
+    for name, style in (("left", "left"), ("right", "right"),
+                        ("upper", "top"), ("lower", "bottom"))}}
 _PALE = 0.35
 _TEXT = "#444444"
 # Names come from files, where a dollar is a dollar.
@@ -469,7 +475,8 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
   records of one sampler at one K (several seeds) become a band around their
   mean; the full chain, if there is one, is a dashed line. Where all have the
   same K a line would be a point: then each sampler has a row, the best on top,
-  with its held-out FID as an open marker.
+  with its held-out FID as an open marker, and those of more held-out networks,
+  up to five, as half open ones.
 
   Args:
     path: of the PNG.
@@ -506,17 +513,22 @@ def _few_steps(records):
 def _ranking(records, label):
   """A row for each sampler of one K, sorted by FID."""
   curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
-  heldout = _curves(
-      [r for r in records if r["fid_heldout"] is not None],
-      lambda r: r["num_steps"], lambda r: r["fid_heldout"])
+  fids = [metrics.heldout_fids(record) for record in records]
+  heldout = {}  # Of each held-out network, as many as can be told apart.
+  for network in list(dict.fromkeys(itertools.chain(*fids)))[:len(_OPEN)]:
+    heldout[network] = _curves(
+        [{**record, "fid": own[network]} for record, own in zip(records, fids)
+         if network in own], lambda r: r["num_steps"], lambda r: r["fid"])
   best = _best(curves)
   names = sorted(curves, key=lambda name: curves[name][0][1])
-  height = 0.24 * len(names) + 1.3
+  below = 0.6 if len(heldout) < 2 else 0.8  # Another line explains them.
+  height = 0.24 * len(names) + 0.7 + below
   figure = Figure((8.5, height))
-  axis = figure.add_axes((0.3, 0.6 / height, 0.6, (height - 1.2) / height))
+  axis = figure.add_axes(
+      (0.3, below / height, 0.6, (height - 0.6 - below) / height))
   _log_axis(axis.xaxis, [
-      y for found in (curves, heldout) for points in found.values()
-      for y in points[0][1:]])
+      y for found in (curves, *heldout.values())
+      for points in found.values() for y in points[0][1:]])
   for row, name in enumerate(names):
     colour, marker = _GROUPS[samplers.group(name)]
     strong = name in best
@@ -524,11 +536,12 @@ def _ranking(records, label):
     _, y, low, high = curves[name][0]
     axis.hlines(row, low, high, linewidth=3, **style)
     axis.plot([y], [row], marker, markersize=7, gid=name, **style)
-    if name in heldout:
-      _, y_heldout, low, high = heldout[name][0]
-      axis.hlines(row, low, high, linewidth=1, **style)
-      axis.plot([y_heldout], [row], marker, markersize=6, mfc="none",
-                gid=f"{name} held-out", **style)
+    for (network, others), fill in zip(heldout.items(), _OPEN.values()):
+      if name in others:
+        _, y_heldout, low, high = others[name][0]
+        axis.hlines(row, low, high, linewidth=1, **style)
+        axis.plot([y_heldout], [row], marker, markersize=6,
+                  gid=f"{name} {network}", **fill, **style)
     axis.annotate(f"{y:.2f}", (1, row), xycoords=axis.get_yaxis_transform(),
                   xytext=(6, 0), textcoords="offset points", va="center",
                   fontsize=9, color=colour if strong else _TEXT,
@@ -542,8 +555,11 @@ def _ranking(records, label):
   axis.spines[["top", "right", "left"]].set_visible(False)
   axis.tick_params(axis="y", length=0)
   open_too = "; open: held-out features" if heldout else ""
+  if len(heldout) > 1:
+    open_too = "\n" + "; ".join(
+        f"{word}: {network}" for word, network in zip(_OPEN, heldout))
   axis.set_xlabel(f"{label} at K = {_few_steps(records)} (log, lower is "
-                  f"better){open_too}")
+                  f"better){open_too}", **_PLAIN)
   _explain(axis, curves, records, "right")
   return figure
 

@@ -153,6 +153,7 @@ def _build(stages) -> None:
   from ddss_tf import comparing
   from ddss_tf import evaluation
   from ddss_tf import exporting
+  from ddss_tf import features
   from ddss_tf import registry
   from ddss_tf import searching
   from ddss_tf import zoo
@@ -173,12 +174,12 @@ def _build(stages) -> None:
       searching.check_search(_arguments(registry.search))
     denoiser = arguments.get("denoiser")
     if "dataset" in arguments:
-      networks = []
-      for key in ("features", "heldout_features"):
-        value = arguments.get(key)
-        networks += value if isinstance(value, (list, tuple)) else [value]
-      searching.check_shapes(denoiser, arguments["dataset"], *(
-          network for network in networks if network is not None))
+      networks = features.as_networks(
+          f"{name}.features", arguments["features"], several=name == "search")
+      networks += features.as_networks(
+          f"{name}.heldout_features", arguments.get("heldout_features"),
+          optional=True)
+      searching.check_shapes(denoiser, arguments["dataset"], *networks)
     factories = list(arguments.get("baselines") or [])
     if name == "search":
       factories.append(arguments["sampler"])
@@ -295,11 +296,17 @@ def _run():
     print(f"{records[0]['num_samples']} samples a row against "
           f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
           f"seed {records[0]['seed']}; features "
-          f"{records[0]['features']['name']}, held-out "
-          f"{(records[0]['features_heldout'] or {}).get('name')}.")
+          f"{records[0]['features']['name']}, held-out {_heldout(records[0])}.")
   if "sample" in results:
     print(f"images: {results['sample']}")
   print(_where(run))
+
+
+def _heldout(record) -> str:
+  """Names of a record's held-out networks."""
+  networks = record["features_heldout"]
+  networks = networks if isinstance(networks, list) else [networks or {}]
+  return ", ".join(str(network.get("name")) for network in networks)
 
 
 def _where(run) -> str:

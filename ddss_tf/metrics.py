@@ -19,6 +19,7 @@ import tensorflow as tf
 
 
 FULL_SAMPLES = 50_000  # Of published values.
+HELDOUT = "held-out"
 _BLOCK_ROWS = 4096
 
 
@@ -118,6 +119,35 @@ def fid_label(num_samples: int) -> str:
   if num_samples % 1000 == 0:
     return f"FID-{num_samples // 1000}k"
   return f"FID-{num_samples}"
+
+
+def heldout_fids(record: dict) -> dict[str, float]:
+  """The FIDs of a record's held-out networks, by what to call them.
+
+  Args:
+    record: of `metrics.json`. Its `fid_heldout` is a number if there is one
+      such network, a list in the order of `features_heldout` if there are
+      several, else None.
+
+  Returns:
+    "held-out" for one network; of several also the name of each. A name that
+    comes again is numbered.
+
+  Raises:
+    ValueError: not as many values as networks.
+  """
+  values = record.get("fid_heldout")
+  if values is None:
+    return {}
+  if not isinstance(values, list):
+    return {HELDOUT: values}
+  names = [network["name"] for network in record["features_heldout"]]
+  fids = {}
+  for i, (name, value) in enumerate(zip(names, values, strict=True)):
+    before = names[:i].count(name)
+    number = f" ({before + 1})" if before else ""
+    fids[f"{HELDOUT} {name}{number}"] = value
+  return fids
 
 
 def kid(real: np.ndarray, generated: np.ndarray,

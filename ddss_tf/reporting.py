@@ -157,6 +157,12 @@ def _results(run):
       if not good:
         raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
                         f"{name!r} of a record is missing or no number")
+    try:
+      metrics.heldout_fids(record)
+    except (KeyError, TypeError, ValueError) as error:
+      raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
+                      "'fid_heldout' of a record must be one for each of its "
+                      f"'features_heldout': {error}") from error
     key = [record[name] for name in _CONDITIONS]
     groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
   ordered = sorted(groups.values(), key=lambda group: (
@@ -256,11 +262,15 @@ def _table(records):
   for record in records:
     steps = record["num_steps"]
     lowest[steps] = min(lowest.get(steps, float("inf")), record["fid"])
+  networks = records[0]["features_heldout"]
   return {
       "records": records,
       "label": metrics.fid_label(records[0]["num_samples"]),
       "best": [r["fid"] == lowest[r["num_steps"]] for r in records],
-      "heldout": any(r["fid_heldout"] is not None for r in records),
+      "heldout": list(metrics.heldout_fids(records[0])),
+      "fids_heldout": [metrics.heldout_fids(r) for r in records],
+      "networks_heldout": (
+          networks if isinstance(networks, list) else [networks]),
       "timed": any(r.get("timing") for r in records),
       "devices": sorted({f"{r['timing']['device']}, batches of "
                          f"{r['timing']['batch_size']}"

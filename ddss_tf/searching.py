@@ -42,7 +42,7 @@ from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import (
     MAX_SEED, Terminated, UserError, check_positive, check_whole)
-from ddss_tf.features import FeatureNetwork
+from ddss_tf.features import FeatureNetwork, as_networks
 from ddss_tf.samplers import KINDS, Sampler
 from ddss_tf.schedules import NoiseSchedule
 
@@ -734,8 +734,7 @@ def search(
   if sampling_batch_size is None:
     sampling_batch_size = min(250, 4 * micro_batch_size)
   dataset = data.as_dataset(dataset)
-  networks = list(features) if isinstance(features, (list, tuple)) else [
-      features]
+  networks = as_networks("search.features", features)
   check_shapes(denoiser, dataset, *networks)
   multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
   make_sampler, sampler = sampler, (

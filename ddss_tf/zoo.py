@@ -10,6 +10,7 @@ import os
 
 import ddss_tf
 from ddss_tf import card as card_lib
+from ddss_tf import metrics as metrics_lib
 from ddss_tf import storage
 from ddss_tf.card import SamplerCard
 from ddss_tf.errors import UserError
@@ -119,8 +120,9 @@ def table(folder: str | None = None) -> str:
     rows.append((
         name, str(card.denoiser.get("name")),
         str(card.denoiser.get("sha256"))[:8], str(card.coefficients.num_steps),
-        *("-" if record.get(key) is None else f"{record[key]:.2f}"
-          for key in ("fid", "fid_heldout")),
+        "-" if record.get("fid") is None else f"{record['fid']:.2f}",
+        " / ".join(f"{fid:.2f}" for fid in metrics_lib.heldout_fids(
+            record).values()) or "-",
         str(record.get("num_samples", "-"))))
   widths = [max(map(len, column)) for column in zip(head, *rows)]
   return "\n".join("  ".join(

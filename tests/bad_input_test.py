@@ -218,6 +218,39 @@ def test_several_feature_networks_build(
   assert "search.features = [%FEATURES, %FEATURES]" in capsys.readouterr().out
 
 
+def test_several_held_out_networks_build(
+    main_in_process, gaussian_config, capsys):
+  main_in_process([
+      f"--gin_file={gaussian_config}", "--dry_run",
+      "--gin_param=evaluate.heldout_features = [%FEATURES, %FEATURES]"])
+  assert ("evaluate.heldout_features = [%FEATURES, %FEATURES]"
+          in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("param,words", [
+    ("evaluate.features = [%FEATURES, %FEATURES]",
+     ["evaluate.features", "one feature network", "a list of 2"]),
+    ("evaluate.heldout_features = [%FEATURES, 'digits_cnn']",
+     ["evaluate.heldout_features", "a list of them", "'digits_cnn'"]),
+    ("evaluate.heldout_features = @load_features",
+     ["evaluate.heldout_features", "a feature network", "function"]),
+    ("search.features = []", ["search.features", "Received: []"]),
+    ("search.features = None", ["search.features", "Received: None"]),
+])
+def test_feature_networks_of_another_kind(refused, tmp_path, param, words):
+  line = refused(tmp_path / "run", param, unchanged=tmp_path)
+  assert all(word in line for word in words), line
+
+
+def test_several_feature_networks_of_a_comparison(refused, tmp_path):
+  line = refused(
+      tmp_path / "run", "compare.denoiser = %DENOISER",
+      "compare.dataset = %DATASET", "compare.num_samples = 40",
+      "compare.num_steps = [2]", "compare.features = [%FEATURES, %FEATURES]",
+      unchanged=tmp_path, mode="compare")
+  assert "compare.features must be one feature network" in line
+
+
 def test_paths_inside_an_archive_lead_nowhere(
     main_in_process, gaussian_config, tmp_path, capsys):
   features = os.path.join(os.path.dirname(gaussian_config), "features.keras")

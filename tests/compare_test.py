@@ -9,6 +9,7 @@ import shutil
 import gin
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import card
@@ -64,6 +65,40 @@ def test_a_row_for_every_solver_and_family(compared):
     assert flat == set(record)
   with open(os.path.join(run, "table.md")) as f:
     assert f.read() == evaluation.table(records) + "\n"
+
+
+def test_every_held_out_network_has_its_columns(compared, tmp_path):
+  _, records = compared
+  networks = [{**records[0]["features"], "name": name} for name in "aba"]
+  several = [{**record, "features_heldout": networks,
+              "fid_heldout": [1.5 + i, 2.5 + i, 3.5 + i]}
+             for i, record in enumerate(records)]
+  comparing.write_table(str(tmp_path / "table"), several)
+  with open(tmp_path / "table.csv", newline="") as f:
+    rows = list(csv.DictReader(f))
+  for row, record in zip(rows, several, strict=True):
+    for i, (network, fid) in enumerate(zip(networks, record["fid_heldout"])):
+      assert float(row[f"fid_heldout.{i}"]) == fid
+      for key, value in network.items():
+        assert row[f"features_heldout.{i}.{key}"] == value
+  head, _, *lines = (tmp_path / "table.md").read_text().splitlines()
+  assert [cell.strip() for cell in head.split("|")][3:8] == [
+      "FID-200", "FID-200 held-out a", "FID-200 held-out b",
+      "FID-200 held-out a (2)", "KID"]
+  for line, record in zip(lines, several, strict=True):
+    assert [cell.strip() for cell in line.split("|")][4:7] == [
+        f"{fid:.2f}" for fid in record["fid_heldout"]]
+  evaluation._summarise(str(tmp_path / "events"), [*several, *records])
+  (path,) = (tmp_path / "events").iterdir()
+  scalars = {
+      value.tag: float(tf.make_ndarray(value.tensor))
+      for event in tf.compat.v1.train.summary_iterator(str(path))
+      for value in event.summary.value}
+  for record, one in zip(several, records):
+    for name, fid in zip(("a", "b", "a (2)"), record["fid_heldout"]):
+      assert scalars[f"fid_heldout/{name}/{record['sampler']}"] == fid
+    assert scalars[f"fid_heldout/{one['sampler']}"] == pytest.approx(
+        one["fid_heldout"])
 
 
 def test_a_solver_is_shown_on_its_best_stride(arguments, compared):

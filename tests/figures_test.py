@@ -118,6 +118,28 @@ def test_the_full_chain_is_a_line_across(drawn):
   assert lines_of(axis)["DDIM"].get_alpha() == 1
 
 
+def test_a_ranking_shows_every_held_out_network(drawn):
+  networks = [{"name": "one"}, {"name": "$x$"}]
+  figures.fid_by_steps_png("a", [
+      record(name, 5, fid, features_heldout=networks,
+             fid_heldout=[2 * fid, 3 * fid])
+      for name, fid in (("DDIM linear", 9.0), ("GGDM", 2.0))])
+  (axis,) = drawn["a"].axes
+  lines = lines_of(axis)
+  for row, (name, fid) in enumerate((("GGDM", 2.0), ("DDIM", 9.0))):
+    for factor, network in ((2, "one"), (3, "$x$")):
+      np.testing.assert_array_equal(
+          lines[f"{name} held-out {network}"].get_xydata(),
+          [[factor * fid, row]])
+  # Told apart by their markers, which the axis explains.
+  assert lines["GGDM held-out one"].get_markerfacecolor() == "none"
+  assert lines["GGDM held-out $x$"].get_fillstyle() == "left"
+  assert axis.get_xlabel().endswith(
+      "\nopen: held-out one; left half: held-out $x$")
+  low, high = axis.get_xlim()
+  assert low < 2 and 27 < high
+
+
 def test_quality_by_time_is_at_the_measured_times(drawn):
   timing = lambda s: {"seconds_per_image": s, "device": "2 CPU cores",
                       "batch_size": 8}

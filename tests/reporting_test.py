@@ -106,6 +106,30 @@ def write_run(folder, label="GGDM", **changes):
   return records
 
 
+def test_a_column_for_every_held_out_network(tmp_path):
+  networks = [{"name": name, "sha256": letter * 64, "protocol": "as is"}
+              for name, letter in (("resnet", "d"), ("<vgg>", "e"))]
+  records = [record(name, features_heldout=networks, fid_heldout=[fid, 3 * fid])
+             for name, fid in (("DDIM linear", 1.23), ("PNDM linear", 4.56))]
+  storage.write_json(str(tmp_path / "metrics.json"), records)
+  page = page_of(tmp_path)
+  assert page.rows[0][2:5] == [
+      "FID-2k", "FID-2k held-out resnet", "FID-2k held-out <vgg>"]
+  for row, numbers, each in zip(
+      page.rows[1:3], page.row_numbers[1:3], records, strict=True):
+    assert row[3:5] == [f"{fid:.2f}" for fid in each["fid_heldout"]]
+    assert numbers[2:4] == [repr(fid) for fid in each["fid_heldout"]]
+  with open(tmp_path / "report.html") as f:
+    text = f.read()
+  assert "features cnn, held-out resnet, &lt;vgg&gt;" in text
+  for network in networks:
+    assert network["sha256"] in text
+  records[1]["fid_heldout"].pop()
+  storage.write_json(str(tmp_path / "metrics.json"), records)
+  with pytest.raises(UserError, match="metrics.json is damaged.*fid_heldout"):
+    reporting.report(str(tmp_path))
+
+
 def page_of(folder):
   with open(reporting.report(str(folder)), encoding="utf-8") as f:
     return Page(f.read())

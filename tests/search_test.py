@@ -26,6 +26,7 @@ from ddss_tf import families
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import objectives
+from ddss_tf import run_dir
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf import schedules
@@ -887,6 +888,57 @@ def test_evaluation(parts, finished, monkeypatch):
   assert f"| FID-{records[0]['num_samples']} |" in text
   full = evaluation.table([{**records[0], "num_samples": 50_000}])
   assert "| FID " in full and "FID-" not in full
+
+
+def test_several_held_out_networks_are_measured_in_one_pass(
+    parts, tmp_path, monkeypatch):
+  denoiser = parts["denoiser"]
+  networks = []
+  for seed, width in ((1, 5), (2, 9), (3, 7)):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([
+        keras.Input(SHAPE), keras.layers.Flatten(),
+        keras.layers.Dense(width, activation="tanh", name="pool"),
+        keras.layers.Dense(3, name="logits")])
+    networks.append(features_lib.FeatureNetwork(model, f"of_{width}"))
+  calls = tf.Variable(0)
+  plain = denoiser.compiled_eps(False)
+
+  @tf.function
+  def counted(x_t, t):
+    calls.assign_add(1)
+    return plain(x_t, t)
+
+  monkeypatch.setattr(type(denoiser), "compiled_eps", lambda *args: counted)
+  sampler = samplers.SolverSampler(denoiser.schedule, 2, "ddpm")
+
+  def measure(folder, heldout, images=100):
+    calls.assign(0)
+    run = run_dir.RunDir(str(tmp_path / folder), str(tmp_path / "cache"))
+    record = evaluation.Evaluator(
+        run, **parts, heldout_features=heldout, batch_size=50,
+        jit_compile=False).record(sampler, 100)
+    assert int(calls) == sampler.num_steps * images // 50
+    return record
+
+  together = measure("all", networks)
+  alone = [measure(f"only{i}", network) for i, network in enumerate(networks)]
+  same = lambda record: {key: value for key, value in record.items() if key
+                         not in ("features_heldout", "fid_heldout", "timing")}
+  for i, record in enumerate(alone):
+    assert record["features_heldout"] == together["features_heldout"][i]
+    assert record["fid_heldout"] == together["fid_heldout"][i]
+    assert same(record) == same(together)
+  assert alone[0]["fid_heldout"] != alone[1]["fid_heldout"] > 0
+  # A list of one is that network: what is known of it is not measured again.
+  assert measure("only0", networks[:1], images=0) == alone[0]
+  assert measure("all", tuple(networks), images=0) == together
+  # Other networks are.
+  assert measure("all", networks[1:])["fid_heldout"] == together[
+      "fid_heldout"][1:]
+  none = measure("none", None)
+  assert none["features_heldout"] is none["fid_heldout"] is None
+  assert measure("none", [], images=0) == none and same(none) == same(together)
 
 
 def test_evaluation_with_an_unknown_bound(parts, finished):

@@ -154,4 +154,16 @@ def test_publishing_a_run(tmp_path):
   assert again.provenance == {"ddss_tf": ddss_tf.__version__, "note": "a note"}
   with pytest.raises(ddss_tf.UserError, match="file name"):
     zoo.add(run, folder, name="../up")
+  # Of several held-out networks the table has all.
+  record = found.metrics[0]
+  several = {**record, "features_heldout": 2 * [record["features_heldout"]],
+             "fid_heldout": [1.25, 3.5]}
+  storage.write_json(metrics, [several])
+  zoo.add(run, folder)
+  assert " 1.25 / 3.50 " in zoo.table(folder)
+  storage.write_json(metrics, [{**several, "fid_heldout": [1.25]}])
+  with pytest.raises(ddss_tf.UserError, match="damaged"):
+    zoo.load(os.path.basename(zoo.add(run, folder)), folder)
+  storage.write_json(metrics, [several])
+  zoo.add(run, folder)
   assert list(zoo.list_cards(folder)) == [NAME]
