@@ -25,6 +25,7 @@ from ddss_tf import metrics
 from ddss_tf import preprocessing
 from ddss_tf import reference
 from ddss_tf import registry  # pylint: disable=unused-import
+from ddss_tf import sampling
 from ddss_tf import saved_models
 from ddss_tf.errors import UserError
 
@@ -607,11 +608,42 @@ def test_search_and_evaluate(folder, tmp_path):
            for name, value in start.arrays().items()]
   assert 0 < max(moved) < np.inf
   [record] = ddss_tf.evaluate(
-      run, **parts, num_samples=8, batch_size=4, jit_compile=False)
+      run, **parts, num_samples=12, batch_size=4, jit_compile=False)
   assert record["features"] == {"name": os.path.basename(folder),
                                 "sha256": parts["features"].sha256,
                                 "protocol": parts["features"].protocol}
-  assert record["fid"] > 0 and record["inception_score"] >= 1
+  expected = tf_gan_metrics(
+      tf.saved_model.load(folder), images,
+      sampling.Generator(parts["denoiser"], 4, jit_compile=False).images(
+          sampler.coefficients(), 12, record["seed"]))
+  for name, value in expected.items():
+    np.testing.assert_allclose(record[name], value, rtol=1e-4, err_msg=name)
+  assert record["fid"] > 0.1 and record["inception_score"] >= 1
+
+
+def tf_gan_metrics(model, real, generated):
+  """FID, KID and IS of float images by TF-GAN's functions and none of ours.
+
+  Images are rounded to bytes and go through the SavedModel as they are in a
+  file: none of this is done by the package.
+  """
+  pools, logits = [], []
+  for images in (real, generated):
+    pixels = np.clip(np.round(127.5 * images + 127.5), 0, 255).astype(np.uint8)
+    assert np.any(pixels != 127.5 * images + 127.5)  # Or nothing was rounded.
+    outputs = model(tf.image.resize(pixels / np.float32(127.5) - 1, (299, 299)))
+    pools.append(np.reshape(outputs["pool_3"], (len(images), -1)))
+    logits.append(outputs["logits"])
+  tfgan = metrics._tfgan()  # TF-GAN's module itself.
+  fid = tfgan.frechet_classifier_distance_from_activations(
+      *map(tf.constant, pools))
+  # Its blocks are consecutive rows; ours are dealt, by one generator each.
+  dealt = [pool[np.random.default_rng(seed).permutation(len(pool))]
+           for seed, pool in enumerate(pools)]
+  kid, kid_std = tfgan.kernel_classifier_distance_and_std_from_activations(
+      *map(tf.constant, dealt), max_block_size=len(real) // 2)
+  return {"fid": fid, "kid": kid, "kid_std": kid_std,
+          "inception_score": tfgan.classifier_score_from_logits(logits[1])}
 
 
 def test_search_names_the_network_that_does_not_fit(small, tmp_path):

@@ -25,6 +25,7 @@ from ddss_tf import evaluation
 from ddss_tf import families
 from ddss_tf import features as features_lib
 from ddss_tf import figures
+from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf import run_dir
 from ddss_tf import samplers
@@ -888,6 +889,37 @@ def test_evaluation(parts, finished, monkeypatch):
   assert f"| FID-{records[0]['num_samples']} |" in text
   full = evaluation.table([{**records[0], "num_samples": 50_000}])
   assert "| FID " in full and "FID-" not in full
+
+
+def test_a_record_is_what_tf_gan_says_of_the_same_images(parts, tmp_path):
+  """`features_sources_test.py` does so of a searched sampler and a SavedModel.
+
+  There all images are of one class, and the Inception Score is 1.
+  """
+  denoiser, network = parts["denoiser"], parts["features"].model
+  sampler = samplers.SolverSampler(denoiser.schedule, 2, "ddpm")
+  record = evaluation.Evaluator(
+      run_dir.RunDir(str(tmp_path)), **parts, batch_size=50,
+      jit_compile=False).record(sampler, 100)
+  generated = sampling.Generator(denoiser, 50, jit_compile=False).images(
+      sampler.coefficients(), 100, record["seed"])
+  (real, _), (fake, logits) = [
+      network(np.clip(np.round(127.5 * images + 127.5), 0, 255).astype(
+          np.uint8) / np.float32(127.5) - 1)
+      for images in (parts["dataset"].images, generated)]
+  tfgan = metrics._tfgan()  # TF-GAN's module itself.
+  # Its blocks are consecutive rows; ours are dealt, by one generator each.
+  dealt = [tf.gather(pool, np.random.default_rng(seed).permutation(len(pool)))
+           for seed, pool in enumerate((real, fake))]
+  kid, kid_std = tfgan.kernel_classifier_distance_and_std_from_activations(
+      *dealt, max_block_size=len(real) // 2)
+  for name, value in {
+      "fid": tfgan.frechet_classifier_distance_from_activations(real, fake),
+      "kid": kid, "kid_std": kid_std,
+      "inception_score": tfgan.classifier_score_from_logits(logits)}.items():
+    np.testing.assert_allclose(record[name], value, rtol=1e-5, err_msg=name)
+    assert abs(record[name]) > 1e-3
+  assert record["inception_score"] > 1.01
 
 
 def test_several_held_out_networks_are_measured_in_one_pass(
