@@ -81,7 +81,8 @@ def _to_onnx(module, from_noise) -> bytes:
   signature = from_noise.input_signature
   proto, _ = tf2onnx.convert.from_function(
       from_noise, input_signature=signature, opset=_OPSET,
-      custom_op_handlers={"Expm1": (_expm1, [])})
+      custom_op_handlers={
+          name: _handler(formula) for name, formula in _MISSING.items()})
   # TensorFlow's graphs have lower-case names only.
   names = {spec.name.lower(): spec.name for spec in signature}
   for value in proto.graph.input:
@@ -95,27 +96,62 @@ def _to_onnx(module, from_noise) -> bytes:
   return proto.SerializeToString()
 
 
-def _expm1(graph, node, name, args) -> None:
-  """exp(x) - 1, which ONNX has not, as tanh(x / 2) (exp(x) + 1).
+def _handler(formula):
+  """What tf2onnx calls for an operation that ONNX has not.
+
+  Args:
+    formula: (add, x) -> y, of names; `add(kind, *inputs)` adds an operation of
+      ONNX, of names and numbers.
+  """
+
+  def handle(graph, node, name, args):
+    del args
+    (x,), outputs = list(node.input), list(node.output)
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+
+    from tf2onnx import utils  # pylint: disable=g-import-not-at-top
+
+    def add(kind, *inputs):
+      inputs = [
+          value if isinstance(value, str) else graph.make_const(
+              utils.make_name(f"{name}/{kind}"), np.float32(value)).output[0]
+          for value in inputs]
+      return graph.make_node(
+          kind, inputs, shapes=shapes, dtypes=dtypes).output[0]
+
+    y = formula(add, x)
+    graph.remove_node(node.name)
+    graph.make_node("Identity", [y], outputs=outputs, shapes=shapes,
+                    dtypes=dtypes, name=name)
+
+  return handle, []
+
+
+def _expm1(add, x):
+  """exp(x) - 1 as tanh(x / 2) (exp(x) + 1).
 
   Exact near 0 as well, where sigma_t of models that predict x0 or v needs it.
   """
-  del args
-  (x,), outputs = list(node.input), list(node.output)
-  shapes, dtypes = node.output_shapes, node.output_dtypes
-  half, one = (
-      graph.make_const(f"{name}/{value}", np.float32(value)).output[0]
-      for value in (0.5, 1))
+  return add("Mul", add("Tanh", add("Mul", x, 0.5)),
+             add("Add", add("Exp", x), 1.0))
 
-  def add(kind, *inputs):
-    return graph.make_node(
-        kind, list(inputs), shapes=shapes, dtypes=dtypes).output[0]
 
-  factors = (add("Tanh", add("Mul", x, half)),
-             add("Add", add("Exp", x), one))
-  graph.remove_node(node.name)
-  graph.make_node("Mul", list(factors), outputs=outputs, shapes=shapes,
-                  dtypes=dtypes, name=name)
+def _log1p(add, x):
+  """log(1 + x), with what rounding takes from 1 + x given back.
+
+  Networks with a clock of log(sigma), such as EDM's, take it of small numbers.
+  """
+  rounded = add("Add", x, 1.0)
+  lost = add("Sub", x, add("Sub", rounded, 1.0))
+  return add("Add", add("Log", rounded), add("Div", lost, rounded))
+
+
+def _erfc(add, x):
+  """1 - erf(x): GELU, which has it, needs no small values of it."""
+  return add("Sub", 1.0, add("Erf", x))
+
+
+_MISSING = {"Expm1": _expm1, "Log1p": _log1p, "Erfc": _erfc}
 
 
 def _run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
