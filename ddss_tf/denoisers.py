@@ -64,9 +64,9 @@ class Denoiser:
     image_shape: (H, W, C).
     continuous_time: False if times are rounded to integers, or have no
       gradient: they cannot be learned then, all else works.
-    sha256: hash of all weights, whatever file they came from, together with
-      what arguments of `load_denoiser` told about them; None if the network has
-      none.
+    sha256: hash of all weights; of a network that `load_denoiser` read from
+      another format than ours, together with its architecture, prediction and
+      schedule, which weights do not tell. None if there are none.
     dtype_policy: what the network computes in, see `precision`.
     key: `sha256`, or a hash that covers what else decides the images, where it
       is not as by default: the convention, null label and guidance, the format.

@@ -5,6 +5,7 @@ what is made of each. A checkpoint is weights: what is converted of one is kept,
 see `load_denoiser`. SavedModels and Keras files are programs, used as they are.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,10 +23,14 @@ from ddss_tf import fingerprint
 from ddss_tf import foreign
 from ddss_tf import openai_format
 from ddss_tf.denoisers import Denoiser
+from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import ExplodingSchedule, NoiseSchedule
+from ddss_tf.unet import UNetConfig
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
+# Counts changes to what is kept: copies of another revision are not taken.
+_CACHE_REVISION = 2
 _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
                 "use_new_attention_order", "diffusion_steps", "noise_schedule",
                 "rescale_timesteps")
@@ -243,7 +248,8 @@ def _cache_key(path: str, given: dict) -> str:
   told = {key: value.card() if isinstance(value, NoiseSchedule) else value
           for key, value in given.items()}
   digest = hashlib.sha256(json.dumps(
-      [ddss_tf.__version__, told], sort_keys=True, default=repr).encode())
+      [ddss_tf.__version__, _CACHE_REVISION, told], sort_keys=True,
+      default=repr).encode())
   for file in _files(path):
     with open(file, "rb") as f:
       content = hashlib.file_digest(f, "sha256").hexdigest()
@@ -277,16 +283,17 @@ def _convert_diffusers(path: str, given: dict) -> Denoiser:
   model = checkpoints.build_frozen(
       path, config,
       lambda variables: diffusers_format.to_keras(weights, variables))
-  return Denoiser(model, NoiseSchedule(betas), prediction,
-                  num_classes=config.num_classes)
+  return _converted(model, config, NoiseSchedule(betas), prediction)
 
 
 def _convert_ddpm(path: str, given: dict) -> Denoiser:
   """Reads a checkpoint of the original DDPM; all use one process."""
   prefix = ddpm_format.find_prefix(path)
-  model = ddpm_format.convert(
-      prefix, ddpm_format.read_weights(prefix), given.get("image_size"))
-  return Denoiser(model, NoiseSchedule.linear())
+  weights = ddpm_format.read_weights(prefix)
+  image_size = given.get("image_size")
+  model = ddpm_format.convert(prefix, weights, image_size)
+  return _converted(model, ddpm_format.infer_config(weights, image_size),
+                    NoiseSchedule.linear())
 
 
 def _convert_openai(path: str, given: dict) -> Denoiser:
@@ -296,16 +303,10 @@ def _convert_openai(path: str, given: dict) -> Denoiser:
   betas = openai_format.betas(card)
   weights = checkpoints.read_state_dict(path)
   model = openai_format.convert(path, weights, card)
-  prediction = "x0" if card["predict_xstart"] else "eps"
-  schedule = NoiseSchedule(betas)
-  # What changes the network without a trace in its weights.
-  flags = {key: card[key] for key in (
-      "num_heads", "num_head_channels", "use_new_attention_order",
-      "rescale_timesteps") if key in card}
-  sha256 = _told_sha256(
-      denoisers.weights_sha256(model), prediction, schedule, flags)
-  return Denoiser(model, schedule, prediction, sha256=sha256,
-                  num_classes=openai_format.num_classes(weights))
+  # The order of attention's channels is in the weights by now.
+  return _converted(model, openai_format.infer_config(weights, card),
+                    NoiseSchedule(betas),
+                    "x0" if card["predict_xstart"] else "eps")
 
 
 def _convert_edm(path: str, given: dict) -> Denoiser:
@@ -317,21 +318,48 @@ def _convert_edm(path: str, given: dict) -> Denoiser:
       raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
                       f"'sigmas'. Received: {given['schedule']!r}")
   model = edm_format.convert(path, edm_format.read_weights(path), config)
-  sha256 = denoisers.weights_sha256(model)
-  if "schedule" in given:
-    sha256 = _told_sha256(sha256, "eps", schedule, {})
-  # The label after the last one is no class: all zeros, see `edm_unet.OneHot`.
-  classes = config.label_dim + 1 if config.label_dim else None
-  return Denoiser(
-      model, schedule, num_classes=classes,
-      null_label=config.label_dim or None, sha256=sha256, process="ve",
-      time_input="sigma")
+  return _converted(model, config, schedule)
+
+
+def _converted(model, config: UNetConfig | EDMConfig, schedule: NoiseSchedule,
+               prediction: str = "eps", null_label: int | None = None,
+               **convention) -> Denoiser:
+  """The denoiser of one of our own networks.
+
+  Args:
+    model: the network, frozen.
+    config: its architecture, part of the hash: no weight tells the padding of
+      a convolution or the epsilon of a normalisation.
+    schedule: see `Denoiser`, as all below; of EDM's networks, whose process and
+      prediction are their own, the only one.
+    prediction: likewise.
+    null_label: likewise.
+    **convention: likewise.
+  """
+  # Only what is not as by default: a field that is added changes no hash.
+  architecture = {
+      "kind": type(config).__name__,
+      **{field.name: getattr(config, field.name)
+         for field in dataclasses.fields(config)
+         if getattr(config, field.name) != field.default}}
+  classes = getattr(config, "num_classes", None)
+  if isinstance(config, EDMConfig):
+    convention = {"process": "ve", "time_input": "sigma"}
+    # The label after the last is no class: all zeros, see `edm_unet.OneHot`.
+    null_label = config.label_dim or None
+    classes = config.label_dim + 1 if config.label_dim else None
+  sha256 = _told_sha256(
+      denoisers.weights_sha256(model), prediction, schedule,
+      {**convention, "architecture": architecture})
+  return Denoiser(model, schedule, prediction, num_classes=classes,
+                  null_label=null_label, sha256=sha256, **convention)
 
 
 def _load_foreign(path: str, given: dict) -> Denoiser:
   """Reads a SavedModel or a Keras file, and tries it."""
   card = foreign.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
+  told = dict(card["convention"])
   if foreign.is_keras_file(path):
     name = name.removesuffix(foreign.KERAS_SUFFIX)
     if card["signature"] is not None:
@@ -339,13 +367,14 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
                       f"{card['signature']!r}")
     model = checkpoints.load_keras(path)
     sha256 = denoisers.weights_sha256(model)
+    # The hash of a SavedModel is of its graph, too.
+    told["architecture"] = fingerprint.text_sha256(model.to_json())
   else:
     model = foreign.SavedModelNetwork(
         path, card["signature"], card["image_shape"], card["num_classes"])
     sha256 = model.sha256
   sha256 = _told_sha256(
-      sha256, card["prediction"], card["schedule"], card["convention"],
-      card["num_classes"])
+      sha256, card["prediction"], card["schedule"], told, card["num_classes"])
   try:
     denoiser = Denoiser(
         model, card["schedule"], card["prediction"], name,
@@ -359,13 +388,20 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
 
 
 def _told_sha256(sha256: str | None, prediction: str,
-                 schedule: NoiseSchedule, convention: dict,
+                 schedule: NoiseSchedule, others: dict,
                  num_classes: int | None = None) -> str:
-  """Hash of a network and of what its file does not tell.
+  """Hash of a network and of what its weights do not tell.
 
   A run must not go on, and no cached result be taken, where these change.
+
+  Args:
+    sha256: of the weights, or of the files.
+    prediction: see `Denoiser`.
+    schedule: likewise.
+    others: by name, the convention and the architecture among them.
+    num_classes: of a foreign network.
   """
-  told = [sha256, prediction, schedule.card(), convention]
+  told = [sha256, prediction, schedule.card(), others]
   if num_classes is not None:
     told.append(num_classes)
   return fingerprint.text_sha256(json.dumps(told, sort_keys=True))

@@ -127,7 +127,9 @@ def test_ddpm_checkpoint_matches_the_original(ddpm, tmp_path, warnings):
   folder = os.path.dirname(prefix)
   smaller = ddss_tf.load_denoiser(folder, image_size=8)
   assert smaller.image_shape == (8, 8, 3)
-  assert smaller.sha256 == denoiser.sha256
+  assert denoisers.weights_sha256(smaller.model) == denoisers.weights_sha256(
+      denoiser.model)
+  assert smaller.sha256 != denoiser.sha256
   assert "num_heads must not be given" in refusal(
       ddss_tf.load_denoiser, folder, num_heads=4)
   assert "cannot be built" in refusal(
@@ -722,6 +724,34 @@ def test_every_key_matters(tmp_path, name, changes):
   denoiser = ddss_tf.load_denoiser(str(tmp_path))
   difference = np.abs(predict(denoiser, golden) - golden["output"])
   assert difference.max() > 1e-3
+
+
+def test_switches_are_part_of_what_a_network_is(tmp_path):
+  """Or a sampler of one would be taken for that of another."""
+
+  def load(**changes):
+    write_folder(str(tmp_path), "diffusers_relu", **changes)
+    return ddss_tf.load_denoiser(str(tmp_path))
+
+  plain = load()
+  others = [load(**changes) for changes in (
+      dict(act_fn="silu"), dict(downsample_padding=0), dict(freq_shift=0.5),
+      dict(norm_eps=1e-4), dict(flip_sin_to_cos=False))]
+  with open(tmp_path / diffusers_format.SCHEDULER) as f:
+    scheduler = json.load(f)
+  with open(tmp_path / diffusers_format.SCHEDULER, "w") as f:
+    json.dump(scheduler | {"beta_end": 0.019}, f)
+  others.append(ddss_tf.load_denoiser(str(tmp_path)))
+  assert len({d.sha256 for d in [plain, *others]}) == 7
+  assert {denoisers.weights_sha256(d.model) for d in others} == {
+      denoisers.weights_sha256(plain.model)}
+  # What changes no image is none of it.
+  same = load(dropout=0.5, _diffusers_version="9")
+  assert same.sha256 == plain.sha256
+  # Our own format keeps it.
+  others[1].save(str(tmp_path / "own"))
+  again = ddss_tf.load_denoiser(str(tmp_path / "own"))
+  assert again.identity == {**others[1].identity}
 
 
 def test_dropout_is_off(tmp_path):

@@ -303,6 +303,18 @@ def test_damaged_own_format(tmp_path):
   refused(folder, "damaged")
 
 
+def test_the_embedded_model_is_the_one_of_the_results():
+  denoiser = ddss_tf.load_denoiser("digits16-ddpm")
+  with open(os.path.join(
+      os.path.dirname(DATA), os.pardir, "results", "digits16",
+      "metrics.json")) as f:
+    records = json.load(f)
+  assert {json.dumps(record["denoiser"]) for record in records} == {
+      json.dumps(denoiser.identity)}
+  assert denoiser.key == denoiser.sha256 == denoisers.weights_sha256(
+      denoiser.model)
+
+
 def test_what_a_network_means_is_part_of_what_it_is():
   """Or a record of a wrong prediction would be taken for the right one's."""
   exact = ddss_tf.gaussian_denoiser((4, 4, 1))

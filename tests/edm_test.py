@@ -10,6 +10,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
+from ddss_tf import denoisers
 from ddss_tf import edm_format
 from ddss_tf import edm_unet
 from ddss_tf import inspecting
@@ -229,6 +230,14 @@ def test_published_networks(name, tmp_path):
   first = [float(np.ravel(v)[0]) for v in model.get_weights()]
   assert len(set(first)) == len(first)
   assert model.inputs[2].name == "labels"
+
+
+def test_preconditioning_is_part_of_what_a_network_is(tmp_path):
+  plain, other = (ddss_tf.load_denoiser(write(tmp_path, "edm_song", **words)[0])
+                  for words in ({}, {"sigma_data": 0.4}))
+  assert denoisers.weights_sha256(plain.model) == denoisers.weights_sha256(
+      other.model)
+  assert plain.sha256 != other.sha256
 
 
 @pytest.mark.parametrize("name,changes,words", [

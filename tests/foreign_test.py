@@ -294,6 +294,20 @@ def test_keras_file(exact, tmp_path):
   refused(str(tmp_path / "none.keras"), ".keras")
 
 
+def test_layers_are_part_of_what_a_keras_file_is(tmp_path):
+  hashes = []
+  weights = small_network().get_weights()
+  for activation in ("silu", "relu", "silu"):
+    model = small_network(activation)
+    model.set_weights(weights)
+    # Compiling is for training.
+    model.compile("adam" if len(hashes) == 2 else "sgd", "mse")
+    path = str(tmp_path / f"{len(hashes)}.keras")
+    model.save(path)
+    hashes.append(ddss_tf.load_denoiser(path, **TOLD).sha256)
+  assert hashes[0] == hashes[2] != hashes[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
 def test_keras_models_of_other_inputs(exact, tmp_path, dtype):
   x, _ = states()
@@ -348,13 +362,14 @@ def test_subclassed_model(exact):
 # --- Mode inspect ---
 
 
-def small_network():
+def small_network(activation="silu"):
   """A convolutional network [x, t] -> eps that depends on t."""
+  keras.backend.clear_session()  # Or Keras would count on in its names.
   x, t = keras.Input((8, 8, 1)), keras.Input(())
   shift = keras.layers.Dense(4)(keras.layers.Reshape((1,))(t))
-  h = keras.layers.Conv2D(4, 3, padding="same", activation="silu")(x)
+  h = keras.layers.Conv2D(4, 3, padding="same", activation=activation)(x)
   h = keras.layers.Add()([h, keras.layers.Reshape((1, 1, 4))(shift)])
-  h = keras.layers.Conv2D(4, 3, padding="same", activation="silu")(h)
+  h = keras.layers.Conv2D(4, 3, padding="same", activation=activation)(h)
   return keras.Model([x, t], keras.layers.Conv2D(1, 3, padding="same")(h))
 
 
