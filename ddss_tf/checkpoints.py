@@ -5,6 +5,7 @@ variable left unfilled, and no weight NaN, is checked here for all of them.
 """
 
 import json
+import math
 from typing import Callable, Iterable, Mapping
 
 import keras
@@ -16,6 +17,9 @@ from ddss_tf.frozen import frozen_variables
 
 # Of a variable: where its value comes from, and how it is laid out there.
 Relayout = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray]
+
+# More of anything is a slip; a network of 10**9 blocks would be built all day.
+_LARGEST = 2**16
 
 
 def read_json_object(path: str) -> dict:
@@ -32,6 +36,37 @@ def read_json_object(path: str) -> dict:
   if not isinstance(values, dict):
     raise UserError(f"{path} must be a JSON object")
   return values
+
+
+def json_value(source: str, key: str, value, kind: type, least: int = 1):
+  """A value of a JSON file as a field of an architecture.
+
+  Args:
+    source: the file, for the message.
+    key: likewise.
+    value: as JSON has it.
+    kind: int; float; bool; str; or tuple, of whole numbers.
+    least: whether numbers are positive, 1, or may be 0.
+
+  Raises:
+    UserError: of another kind, or out of range.
+  """
+  # type(), because True is an int.
+  whole = lambda n: type(n) is int and least <= n <= _LARGEST
+  if kind is tuple and isinstance(value, list) and all(map(whole, value)):
+    return tuple(value)
+  if kind is float and type(value) in (int, float) and (
+      math.isfinite(value) and (value > 0 or value == least == 0)):
+    return float(value)
+  if kind is int and whole(value) or (
+      kind in (bool, str) and type(value) is kind):
+    return value
+  whole_numbers = f"from {least} to {_LARGEST}"
+  words = {int: f"a whole number {whole_numbers}",
+           float: "a number, at least 0" if least == 0 else "a positive number",
+           bool: "true or false", str: "a word",
+           tuple: f"a list of whole numbers {whole_numbers}"}[kind]
+  raise UserError(f"{source}: {key} must be {words}. Received: {value!r}")
 
 
 def one_line(error: Exception) -> str:
@@ -180,6 +215,35 @@ def _some(names: list[str]) -> str:
   return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def frozen(source: str, build: Callable[..., keras.Model],
+           config) -> keras.Model:
+  """Builds a network, frozen, with weights that mean nothing yet.
+
+  Args:
+    source: what is read, for the message.
+    build: from the architecture to the network.
+    config: the architecture.
+
+  Raises:
+    UserError: it cannot be built.
+  """
+  try:
+    with frozen_variables():
+      model = build(config)
+  except (TypeError, ValueError) as error:  # TypeError: "32" for 32.
+    raise UserError(
+        f"{source} describes a network that cannot be built: "
+        f"{one_line(error)}") from error
+  model.trainable = False
+  return model
+
+
+def fill(model: keras.Model, values: Mapping[str, np.ndarray]) -> None:
+  """Gives every variable its value, by its path."""
+  for variable in model.weights:
+    variable.assign(values[variable.path])
+
+
 def build_frozen(
     source: str,
     config: unet.UNetConfig,
@@ -196,15 +260,6 @@ def build_frozen(
   Raises:
     UserError: the architecture cannot be built, or what `to_keras` raises.
   """
-  try:
-    with frozen_variables():
-      model = unet.build_unet(config)
-  except (TypeError, ValueError) as error:  # TypeError: "32" for 32.
-    raise UserError(
-        f"{source} describes a network that cannot be built: "
-        f"{one_line(error)}") from error
-  model.trainable = False
-  values = to_keras([(v.path, tuple(v.shape)) for v in model.weights])
-  for variable in model.weights:
-    variable.assign(values[variable.path])
+  model = frozen(source, unet.build_unet, config)
+  fill(model, to_keras([(v.path, tuple(v.shape)) for v in model.weights]))
   return model

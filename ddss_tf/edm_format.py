@@ -20,10 +20,10 @@ import safetensors.numpy
 
 from ddss_tf import checkpoints
 from ddss_tf import edm_unet
+from ddss_tf import foreign
 from ddss_tf import schedules
 from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
-from ddss_tf.frozen import frozen_variables
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -90,6 +90,22 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
   if not os.path.exists(source):
     raise UserError(f"{path} must have a card, {source}, as "
                     "tools/convert_edm.py writes it. Received: none")
+  return read_config(source)
+
+
+def read_config(
+    source: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
+  """Reads a card.
+
+  Args:
+    source: its path.
+
+  Returns:
+    See `read_card`.
+
+  Raises:
+    UserError: a network that is not implemented.
+  """
   card = checkpoints.read_json_object(source)
   if set(card) != {"class_name", "init_kwargs"} or not isinstance(
       card["init_kwargs"], dict):
@@ -126,15 +142,15 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
           "M": "timesteps"}
   values = dict(_DEFAULTS.get(model, {}))
   for key, value in words.items():
-    values[ours.get(key, key)] = _typed(source, key, value, types[key])
+    values[ours.get(key, key)] = checkpoints.json_value(
+        source, key, value, types[key], 0 if key == "label_dim" else 1)
   missing = [key for key in ("img_resolution", "img_channels")
              if key not in words]
   if missing:
     raise UserError(f"{source}: init_kwargs must have {', '.join(missing)}. "
                     f"Received: {sorted(words)}")
   try:
-    schedule = schedules.ExplodingSchedule.geometric(
-        max(low, _SIGMAS[0]), min(high, _SIGMAS[1]), _NUM_STEPS)
+    schedule = sigmas(low, high)
   except (TypeError, ValueError) as error:
     raise UserError(f"{source}: {error}") from error
   return EDMConfig(
@@ -144,21 +160,32 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
       **values), schedule
 
 
-def _typed(source, key, value, kind):
-  """A value of the card as `EDMConfig` has it."""
-  words = {int: "a whole number", float: "a positive number",
-           tuple: "a list of whole numbers"}[kind]
-  # type(), because True is an int.
-  if kind is tuple:
-    if isinstance(value, list) and all(
-        type(item) is int and item > 0 for item in value):
-      return tuple(value)
-  elif kind is float:
-    if type(value) in (int, float) and value > 0:
-      return float(value)
-  elif type(value) is int and value >= (0 if key == "label_dim" else 1):
-    return value
-  raise UserError(f"{source}: {key} must be {words}. Received: {value!r}")
+def sigmas(low: float = 0.0,
+           high: float = float("inf")) -> schedules.ExplodingSchedule:
+  """Where the original's samplers go, as far as a network allows.
+
+  Args:
+    low: its least sigma.
+    high: its largest.
+
+  Raises:
+    ValueError: nothing is left between them.
+  """
+  return schedules.ExplodingSchedule.geometric(
+      max(low, _SIGMAS[0]), min(high, _SIGMAS[1]), _NUM_STEPS)
+
+
+def read_schedule(path: str, value) -> schedules.ExplodingSchedule:
+  """Other sigmas than its own for a network; see `foreign.read_schedule`.
+
+  Raises:
+    UserError: a schedule that is not of sigmas, or none.
+  """
+  schedule = foreign.read_schedule(path, value)
+  if not isinstance(schedule, schedules.ExplodingSchedule):
+    raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
+                    f"'sigmas'. Received: {value!r}")
+  return schedule
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:
@@ -204,13 +231,7 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     UserError: it cannot be built, or weights and architecture do not match,
       resampling filters among them.
   """
-  try:
-    with frozen_variables():
-      model = edm_unet.build_edm(config)
-  except ValueError as error:
-    raise UserError(f"{source} describes a network that cannot be built: "
-                    f"{checkpoints.one_line(error)}") from error
-  model.trainable = False
+  model = checkpoints.frozen(source, edm_unet.build_edm, config)
   size = config.image_size
   out = ("out_norm", "out_conv")
   if config.architecture == "SongUNet":
@@ -239,6 +260,5 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
   values = checkpoints.matched(
       learned, [(v.path, tuple(v.shape)) for v in model.weights], source_name,
       checkpoints.torch_layout)
-  for variable in model.weights:
-    variable.assign(values[variable.path])
+  checkpoints.fill(model, values)
   return model

@@ -53,27 +53,67 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     given: values of `CARD_KEYS` that take precedence.
 
   Returns:
-    "prediction"; "schedule", a `NoiseSchedule`; "convention", the rest of
-    `conventions.Convention`; "image_shape", "signature", "num_classes" and
-    "null_label", None if not given.
+    See `parsed_card`; and "image_shape", "signature" and "num_classes", None if
+    not given.
 
   Raises:
     UserError: keys that are missing, unknown, or of a value that is none.
   """
-  source = os.path.normpath(path) + ".json"
+  card = merged_card(path, given, CARD_KEYS)
+  return {
+      **parsed_card(path, card),
+      "image_shape": _image_shape(path, card.get("image_shape")),
+      "signature": card.get("signature"),
+      "num_classes": _whole_number(path, card, "num_classes", 1),
+  }
+
+
+def _card_path(path: str) -> str:
+  return os.path.normpath(path) + ".json"
+
+
+def merged_card(path: str, given: Mapping[str, object],
+                keys: tuple[str, ...]) -> dict:
+  """The card beside a file, if there is one, and what was given.
+
+  Args:
+    path: of the file.
+    given: values that take precedence.
+    keys: those that it may have.
+
+  Raises:
+    UserError: unknown keys, or not JSON.
+  """
+  source = _card_path(path)
   card = {}
   if os.path.exists(source):
     card = checkpoints.read_json_object(source)
-  unknown = sorted(set(card) - set(CARD_KEYS))
+  unknown = sorted(set(card) - set(keys))
   if unknown:
-    raise UserError(f"{source}: keys must be among {', '.join(CARD_KEYS)}. "
+    raise UserError(f"{source}: keys must be among {', '.join(keys)}. "
                     f"Received: {', '.join(unknown)}")
-  card |= given
+  return card | given
+
+
+def parsed_card(path: str, card: Mapping[str, object]) -> dict:
+  """What a network means, by the words of a card.
+
+  Args:
+    path: of the model.
+    card: as `merged_card` gives it.
+
+  Returns:
+    "prediction"; "schedule", a `NoiseSchedule`; "convention", the rest of
+    `conventions.Convention`; "null_label", None if not given.
+
+  Raises:
+    UserError: keys that are missing, or of a value that is none.
+  """
   missing = [key for key in ("prediction", "schedule") if key not in card]
   if missing:
     raise UserError(
-        f"{', '.join(missing)} must be given, by {source} or as arguments: the "
-        f"network does not tell. Received: {sorted(card)}")
+        f"{', '.join(missing)} must be given, by {_card_path(path)} or as "
+        f"arguments: the network does not tell. Received: {sorted(card)}")
   convention = {key: card[key] for key in CONVENTION_KEYS if key in card}
   try:
     conventions.Convention(card["prediction"], **convention)
@@ -83,9 +123,6 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
       "prediction": card["prediction"],
       "schedule": read_schedule(path, card["schedule"]),
       "convention": convention,
-      "image_shape": _image_shape(path, card.get("image_shape")),
-      "signature": card.get("signature"),
-      "num_classes": _whole_number(path, card, "num_classes", 1),
       "null_label": _whole_number(path, card, "null_label", 0),
   }
 

@@ -22,10 +22,11 @@ from ddss_tf import edm_format
 from ddss_tf import fingerprint
 from ddss_tf import foreign
 from ddss_tf import openai_format
+from ddss_tf import weights_format
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
-from ddss_tf.schedules import ExplodingSchedule, NoiseSchedule
+from ddss_tf.schedules import NoiseSchedule
 from ddss_tf.unet import UNetConfig
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -63,6 +64,7 @@ def load_denoiser(
     time_offset: float | None = None,
     signature: str | None = None,
     num_classes: int | None = None,
+    preset: str | None = None,
     dtype_policy: str | None = None,
     cache_dir: str | None = None,
 ) -> Denoiser:
@@ -86,6 +88,9 @@ def load_denoiser(
         images and times to a prediction (see `Denoiser`), with what it does not
         tell as arguments, `prediction` and `schedule` at least, or in a card
         beside it, `<path>.json`, of the same words;
+      - weights of one of our networks as Keras saves them (`.weights.h5`), with
+        `preset` and, unless that is one of EDM's, `prediction` and `schedule`,
+        as arguments or in such a card;
       - the name of an embedded model: "digits16-ddpm".
     image_size: height and width, for the two formats that do not say; None: the
       card's, or, for DDPM, such that attention is at 16x16.
@@ -100,8 +105,8 @@ def load_denoiser(
     null_label: of a class-conditional network, the label that stands for no
       class; None: it has none, or our own format's card says.
     guidance_scale: see `Denoiser`; needs a null label.
-    prediction: of a SavedModel or a Keras file, "eps", "x0", "v" or "score";
-      this and all below see `conventions.Convention`.
+    prediction: of a SavedModel, a Keras file or weights with a preset, "eps",
+      "x0", "v" or "score"; this and all below see `conventions.Convention`.
     schedule: likewise, the process it was trained for: a schedule, or the
       arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
       "geometric" or "sigmas".
@@ -112,6 +117,9 @@ def load_denoiser(
     time_offset: likewise.
     signature: of a SavedModel, if there is a choice.
     num_classes: of a SavedModel or a Keras file that takes labels too.
+    preset: the architecture of a `.weights.h5` file: a name of
+      `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file
+      of the fields of `unet.UNetConfig`, or of EDM's words.
     dtype_policy: what the network computes in, one of `precision.POLICIES`;
       None: as it was saved, which is float32 for all that we convert.
     cache_dir: where converted checkpoints are kept in our own format, each by
@@ -135,7 +143,7 @@ def load_denoiser(
       "prediction": prediction, "schedule": schedule,
       "image_shape": image_shape, "process": process, "time_input": time_input,
       "time_scale": time_scale, "time_offset": time_offset,
-      "signature": signature, "num_classes": num_classes,
+      "signature": signature, "num_classes": num_classes, "preset": preset,
   }
   denoiser = _load(
       path, {key: value for key, value in arguments.items()
@@ -164,9 +172,12 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
     return _load_foreign(path, given)
   convert, allowed = _converter(path)
   _check_given(path, given, allowed)
+  if weights_format.is_weights(path):
+    # For the key of the cache: what a preset's name or file stands for.
+    given = weights_format.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
-  for suffix in (openai_format.SUFFIX, *diffusers_format.SUFFIXES,
-                 *edm_format.SUFFIXES):
+  for suffix in (openai_format.SUFFIX, weights_format.SUFFIX,
+                 *diffusers_format.SUFFIXES, *edm_format.SUFFIXES):
     name = name.removesuffix(suffix)
   denoiser = _cached(cache_dir, path, given, convert)
   denoiser.name = name
@@ -177,6 +188,8 @@ def _converter(path: str):
   """The function that reads a checkpoint, and what may be told of it."""
   if edm_format.is_edm(path):
     return _convert_edm, ("schedule",)
+  if weights_format.is_weights(path):
+    return _convert_weights, weights_format.CARD_KEYS
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _convert_openai, _OPENAI_KEYS
   if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path) or (
@@ -187,8 +200,9 @@ def _converter(path: str):
   if not os.path.isdir(path):
     raise UserError(
         "denoiser path must be a folder, a checkpoint prefix, a .pt, "
-        ".safetensors or .bin file, a .keras file, weights of EDM (.npz or "
-        ".safetensors with a card) or "
+        ".safetensors or .bin file, a .keras file, weights of Keras "
+        "(.weights.h5 with a preset), weights of EDM (.npz or .safetensors "
+        "with a card) or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(
@@ -245,11 +259,14 @@ def _cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
 
 def _cache_key(path: str, given: dict) -> str:
   """Hash of all that a conversion depends on."""
-  told = {key: value.card() if isinstance(value, NoiseSchedule) else value
-          for key, value in given.items()}
+
+  def plain(value):
+    # Architectures show all their fields.
+    return value.card() if isinstance(value, NoiseSchedule) else repr(value)
+
   digest = hashlib.sha256(json.dumps(
-      [ddss_tf.__version__, _CACHE_REVISION, told], sort_keys=True,
-      default=repr).encode())
+      [ddss_tf.__version__, _CACHE_REVISION, given], sort_keys=True,
+      default=plain).encode())
   for file in _files(path):
     with open(file, "rb") as f:
       content = hashlib.file_digest(f, "sha256").hexdigest()
@@ -313,12 +330,20 @@ def _convert_edm(path: str, given: dict) -> Denoiser:
   """Reads weights of EDM, whose network is of a variance-exploding process."""
   config, schedule = edm_format.read_card(path)
   if "schedule" in given:
-    schedule = foreign.read_schedule(path, given["schedule"])
-    if not isinstance(schedule, ExplodingSchedule):
-      raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
-                      f"'sigmas'. Received: {given['schedule']!r}")
+    schedule = edm_format.read_schedule(path, given["schedule"])
   model = edm_format.convert(path, edm_format.read_weights(path), config)
   return _converted(model, config, schedule)
+
+
+def _convert_weights(path: str, card: dict) -> Denoiser:
+  """Reads weights of Keras; see `weights_format.read_card` for the card."""
+  model = weights_format.convert(path, card["config"])
+  try:
+    return _converted(
+        model, card["config"], card["schedule"], card["prediction"],
+        card["null_label"], **card["convention"])
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
 
 
 def _converted(model, config: UNetConfig | EDMConfig, schedule: NoiseSchedule,

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
 LABEL_EMBEDDINGS = ("table", "sinusoidal")
+_MAX_BLOCKS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +336,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   Raises:
     ValueError: the image size does not divide, or groups do not divide widths,
       or heads do not, or they are given twice; an unknown activation or label
-      embedding.
+      embedding; more blocks than anyone has.
   """
   for key, known in (("activation", ACTIVATIONS),
                      ("label_embedding", LABEL_EMBEDDINGS)):
@@ -346,6 +347,10 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     raise ValueError(
         "num_heads and head_channels must not both be given. Received: "
         f"{config.num_heads} and {config.head_channels}")
+  if not 1 <= config.blocks_per_level <= _MAX_BLOCKS:
+    # Of a damaged file: it would be built all day.
+    raise ValueError(f"blocks_per_level must be from 1 to {_MAX_BLOCKS}. "
+                     f"Received: {config.blocks_per_level}")
   levels = len(config.channels)
   factor = 2 ** (levels - 1)
   if config.image_size % factor:

@@ -726,6 +726,7 @@ def test_every_key_matters(tmp_path, name, changes):
   assert difference.max() > 1e-3
 
 
+@pytest.mark.slow
 def test_switches_are_part_of_what_a_network_is(tmp_path):
   """Or a sampler of one would be taken for that of another."""
 

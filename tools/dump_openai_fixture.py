@@ -35,11 +35,14 @@ _MODELS = {
              noise_schedule="linear", rescale_timesteps=False)),
 }
 
-# The published networks for CIFAR-10 and LSUN, a quarter as wide.
+# The published networks for CIFAR-10, ImageNet and LSUN, a quarter as wide.
 _PUBLISHED = {
     "cifar10": dict(
         out_channels=6, channel_mult=(1, 2, 2, 2), num_res_blocks=3,
         attention_resolutions=(2, 4), use_scale_shift_norm=True),
+    "imagenet64": dict(
+        out_channels=6, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
+        attention_resolutions=(4, 8), use_scale_shift_norm=True),
     "lsun": dict(
         out_channels=6, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2,
         attention_resolutions=(16,), use_scale_shift_norm=False),

@@ -1,0 +1,171 @@
+"""Reads weights of our own networks as Keras saves them, `.weights.h5`.
+
+`model.save_weights` writes arrays without an architecture: a preset gives it,
+see `presets`. What the network means comes as with other files of Keras, see
+`foreign`, by arguments or in a card beside it, `<file>.json`:
+
+  {"preset": "ddpm-cifar10-32", "prediction": "eps",
+   "schedule": {"name": "linear", "num_train_steps": 1000}}
+
+A network of EDM has its own process and prediction, and its own schedule unless
+one is given.
+"""
+
+import collections
+import os
+import re
+from typing import Mapping
+
+import h5py
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf import checkpoints
+from ddss_tf import edm_format
+from ddss_tf import edm_unet
+from ddss_tf import foreign
+from ddss_tf import presets
+from ddss_tf import unet
+from ddss_tf.edm_unet import EDMConfig
+from ddss_tf.errors import UserError
+
+SUFFIX = ".weights.h5"
+CARD_KEYS = ("preset", "prediction", "schedule", "null_label",
+             *foreign.CONVENTION_KEYS)
+
+
+def is_weights(path: str) -> bool:
+  """Whether it is such a file."""
+  return path.endswith(SUFFIX) and os.path.isfile(path)
+
+
+def read_card(path: str, given: Mapping[str, object]) -> dict:
+  """Reads what the arrays do not tell.
+
+  Args:
+    path: of the weights; `<path>.json` is read if it is there, and a path in it
+      starts in its folder.
+    given: values of `CARD_KEYS` that take precedence.
+
+  Returns:
+    "config", the architecture; "schedule", a `NoiseSchedule`; "prediction",
+    "null_label" and "convention" as of `foreign.read_card`.
+
+  Raises:
+    UserError: keys that are missing, unknown, not of such a network, or of a
+      value that is none.
+  """
+  source = path + ".json"
+  card = foreign.merged_card(path, given, CARD_KEYS)
+  if "preset" not in card:
+    raise UserError(
+        f"preset must be given, by {source} or as an argument, for a {SUFFIX} "
+        f"file has no architecture: {presets.WANTED}. Received: {sorted(card)}")
+  preset = card.pop("preset")
+  if "preset" not in given and isinstance(preset, str) and (
+      preset not in presets.PRESETS):
+    preset = os.path.join(os.path.dirname(path), preset)
+  config, schedule = presets.read(preset)
+  if not isinstance(config, EDMConfig):
+    return {"config": config, **foreign.parsed_card(path, card)}
+  others = sorted(set(card) - {"schedule"})
+  if others:
+    raise UserError(
+        f"{path}: {', '.join(others)} must not be given for a network of EDM, "
+        f"which has its own. Received: {others[0]}={card[others[0]]!r}")
+  if "schedule" in card:
+    schedule = edm_format.read_schedule(path, card["schedule"])
+  return {"config": config, "schedule": schedule, "prediction": "eps",
+          "null_label": None, "convention": {}}
+
+
+def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
+  """Builds the network of a preset, with the weights of a file.
+
+  Args:
+    path: of the weights.
+    config: the architecture.
+
+  Returns:
+    The network, frozen.
+
+  Raises:
+    UserError: it cannot be built; the file is truncated; its arrays are not
+      those of the network, one for one, or not finite; with their names.
+  """
+  model = checkpoints.frozen(
+      path, edm_unet.build_edm if isinstance(config, EDMConfig)
+      else unet.build_unet, config)
+  names = dataset_names(model)
+  variables = [(v.path, tuple(v.shape)) for v in model.weights]
+  try:
+    with h5py.File(path, "r") as file:
+      # Shapes are compared before an array is read: a damaged one may be huge.
+      matched = checkpoints.matched(
+          _datasets(path, file), variables, names.get,
+          lambda variable, dataset, shape: dataset)
+      arrays = {names[variable]: _array(dataset)
+                for variable, dataset in matched.items()}
+  except UserError:
+    raise
+  except Exception as error:  # HDF5 raises many kinds for a damaged file.
+    raise UserError(f"{path} is not a complete file of Keras weights: "
+                    f"{checkpoints.one_line(error)}") from error
+  arrays = checkpoints.finite_float32(path, arrays)
+  checkpoints.fill(
+      model, {variable: arrays[name] for variable, name in names.items()})
+  return model
+
+
+def dataset_names(model: keras.Model) -> dict[str, str]:
+  """Where Keras saves the variables of one of our networks.
+
+  Layers are numbered by their kinds, in order; what is inside of one is named
+  by its attributes, which in our networks have the names of what they hold.
+
+  Args:
+    model: of `unet.build_unet` or `edm_unet.build_edm`.
+
+  Returns:
+    Names of datasets, such as "layers/residual_block_2/conv1/vars/0", by the
+    paths of variables.
+  """
+  names, kinds = {}, collections.Counter()
+  for layer in model.layers:
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_",
+                  type(layer).__name__).lower()
+    place = f"{kind}_{kinds[kind]}" if kinds[kind] else kind
+    kinds[kind] += 1
+    counts = collections.Counter()
+    for variable in layer.weights:
+      inside = variable.path.split("/")[1:-1]
+      group = "/".join(["layers", place, *inside, "vars"])
+      names[variable.path] = f"{group}/{counts[group]}"
+      counts[group] += 1
+  return names
+
+
+def _datasets(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
+  """All datasets of a file by their names, whatever Keras would ignore."""
+  links, found = [], {}
+  # All links first: HDF5 hands no exception on.
+  file.visititems_links(lambda name, link: links.append((name, link)))
+  for name, link in links:
+    # Others than hard ones lead out of the file, or to a second name.
+    whole = isinstance(link, h5py.HardLink)
+    place = file[name] if whole else None
+    if isinstance(place, h5py.Dataset):
+      found[name] = place
+      whole = not (place.external or place.is_virtual)
+    if not whole:
+      raise UserError(f"{path}: {name} must hold its array. Received: a link")
+  return found
+
+
+def _array(dataset: h5py.Dataset) -> np.ndarray:
+  """Its array; Keras marks bfloat16, which HDF5 has not."""
+  value = dataset[()]
+  if dataset.attrs.get("dtype") == "bfloat16":
+    value = value.view(tf.bfloat16.as_numpy_dtype)
+  return value
