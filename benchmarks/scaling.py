@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from ddss_tf import denoisers
 from ddss_tf import inspecting
+from ddss_tf import presets
 from ddss_tf import schedules
 from ddss_tf import unet
 from ddss_tf.frozen import frozen_variables
@@ -24,18 +25,10 @@ from ddss_tf.frozen import frozen_variables
 BATCH = 512  # The paper's population, and its steps.
 STEPS = 50_000
 _FEATURES = 2048
-# The models of its smaller images, with a micro-batch that fits into 80 GB: Ho
-# et al.'s of CIFAR-10, and improved-diffusion's imagenet64_uncond_100M_1500K.
-_MODELS = {
-    "CIFAR-10": (unet.UNetConfig(
-        image_size=32, in_channels=3, out_channels=3,
-        channels=(128, 256, 256, 256), blocks_per_level=2,
-        attention_levels=(1,)), 128),
-    "ImageNet-64": (unet.UNetConfig(
-        image_size=64, in_channels=3, out_channels=6,
-        channels=(128, 256, 384, 512), blocks_per_level=3,
-        attention_levels=(2, 3), num_heads=4, scale_shift=True), 32),
-}
+# The models of its smaller images: their presets, and a micro-batch that fits
+# into 80 GB.
+_MODELS = {"CIFAR-10": ("ddpm-cifar10-32", 128),
+           "ImageNet-64": ("improved-imagenet64", 32)}
 _INCEPTION_SIZE = 299
 
 
@@ -202,7 +195,8 @@ def main():
   parser.add_argument("--utilisation", type=float, default=0.3)
   utilisation = parser.parse_args().utilisation
   costs = {}
-  for name, (config, micro_batch) in _MODELS.items():
+  for name, (preset, micro_batch) in _MODELS.items():
+    config = presets.PRESETS[preset]
     cost = network_cost(config)
     print(f"{name}: {cost.flops / 1e9:.1f} GFLOP and "
           f"{cost.bytes / 2**20:.0f} MiB of activations a call and image")
