@@ -84,11 +84,14 @@ def main():
         for batch in SAMPLED[model]:
           pairs = both("sample", folder, batch_size=batch, num_steps=NUM_STEPS)
           records.keep([
-              records.record(
-                  f"sample_{model}_batch{batch}", medians(pairs, 0, "exported"),
-                  medians(pairs, 1, "seconds"), bound=0.7, of="ratio", unit="s",
-                  note=f"exported DDIM, K = {NUM_STEPS}; yardstick: diffusers' "
-                  "pipeline"),
+              *(records.record(
+                  f"sample_{model}_batch{batch}_{kind}",
+                  medians(pairs, 0, key), medians(pairs, 1, "seconds"),
+                  bound=0.7, of="ratio", unit="s",
+                  note=f"exported DDIM, K = {NUM_STEPS}, {kind}; yardstick: "
+                  "diffusers' pipeline")
+                for kind, key in (("xla", "exported_xla"),
+                                  ("graph", "exported"))),
               records.record(
                   f"sample_{model}_batch{batch}_loop",
                   medians(pairs, 0, "exported"), medians(pairs, 0, "python"),

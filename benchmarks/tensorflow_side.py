@@ -14,7 +14,6 @@ import tensorflow as tf
 from benchmarks import networks
 from benchmarks import records
 import ddss_tf
-from ddss_tf import coefficients as coefficients_lib
 from ddss_tf import exporting
 from ddss_tf import families
 from ddss_tf import objectives
@@ -127,22 +126,26 @@ def sample(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
   denoiser = ddss_tf.load_denoiser(folder)
   coefficients = families.make_sampler(
       denoiser.schedule, "ddim", num_steps).coefficients().numpy()
-  with tempfile.TemporaryDirectory() as exported:
-    module = exporting.SamplerModule(
-        denoiser, coefficients_lib.Coefficients(*coefficients))
-    tf.saved_model.save(module, exported, signatures=module.endpoints)
-    loaded = tf.saved_model.load(exported)
-    serve = loaded.signatures["serving_default"]
+  served = {}
+  for jit in (True, False):
+    with tempfile.TemporaryDirectory() as exported:
+      module = exporting.SamplerModule(
+          denoiser, coefficients, jit_compile=jit)
+      tf.saved_model.save(module, exported, signatures=module.endpoints)
+      served[jit] = tf.saved_model.load(exported)
   seed, size = tf.constant([0, 1]), tf.constant(batch_size)
+
+  def images_of(jit):
+    serve = served[jit].signatures["serving_default"]
+    return lambda: serve(seed=seed, batch_size=size)["images"].numpy()
 
   def python_loop():
     x_T, noise = ddss_tf.draw_noise(
         seed, tf.range(batch_size), denoiser.image_shape, num_steps)
     ddss_tf.run_chain(denoiser.eps, coefficients, x_T, noise).numpy()
 
-  return timed({
-      "exported": lambda: serve(seed=seed, batch_size=size)["images"].numpy(),
-      "python": python_loop}, runs)
+  return timed({"exported_xla": images_of(True), "exported": images_of(False),
+                "python": python_loop}, runs)
 
 
 def main():

@@ -45,12 +45,13 @@ def obstacle(denoiser) -> str | None:
       eps = denoiser.eps(x_t, t, labels)
     return eps, tape.gradient(eps, [x_t, t], unconnected_gradients="zero")
 
-  labels = None if denoiser.num_classes is None else tf.zeros([1], tf.int32)
   try:
-    compiled = tf.function(gradient, jit_compile=True)
-    lower = compiled.experimental_get_compiler_ir(
-        tf.zeros([1, *denoiser.image_shape]), tf.zeros([1]), labels)
-    lower(stage="hlo")
+    with tf.init_scope():  # Whoever asks may be tracing.
+      labels = None if denoiser.num_classes is None else tf.zeros([1], tf.int32)
+      compiled = tf.function(gradient, jit_compile=True)
+      lower = compiled.experimental_get_compiler_ir(
+          tf.zeros([1, *denoiser.image_shape]), tf.zeros([1]), labels)
+      lower(stage="hlo")
   except Exception as error:  # TensorFlow raises many kinds.
     missing = sorted(set(re.findall(r"No registered '(\w+)'", str(error))))
     if missing:

@@ -35,10 +35,11 @@ class SamplerModule(tf.Module):
     denoiser: the frozen model.
     coefficients: of the sampler.
     x0_bound: see `chain.bound_x0`.
+    jit_compile: have XLA compile the network where it is served.
   """
 
   def __init__(self, denoiser: Denoiser, coefficients: Coefficients,
-               x0_bound: str | None = None):
+               x0_bound: str | None = None, jit_compile: bool = False):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = denoiser.tracked
@@ -55,8 +56,8 @@ class SamplerModule(tf.Module):
     def run(x_T, step_noise, labels):
       # Traced once, called K times.
       return chain.run_chain(
-          chain.with_labels(denoiser.compiled_eps(False), labels), coefficients,
-          x_T, step_noise, x0_bound=x0_bound)
+          chain.with_labels(denoiser.compiled_eps(jit_compile), labels),
+          coefficients, x_T, step_noise, x0_bound=x0_bound)
 
     def of_indices(seed, indices, labels):
       x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
@@ -90,7 +91,7 @@ class SamplerModule(tf.Module):
 @run_dir_lib.releasing_locks
 def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
            integer_timesteps: bool = False, sampler: str | None = None,
-           force: bool = False) -> str:
+           force: bool = False, jit_compile: bool = False) -> str:
   """Exports the searched sampler of a run as a SavedModel, and more.
 
   The signatures need nothing but `tensorflow`:
@@ -117,6 +118,9 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
     sampler: path of a card, or its name in the zoo, instead of the sampler in
       the run directory.
     force: take a card that was found for other weights.
+    jit_compile: have XLA compile the network where the SavedModel is served, at
+      the first call with each batch size: faster images, on CPU too, after a
+      slow start. Not every server has XLA, so it is not the default.
 
   Returns:
     Path of the SavedModel.
@@ -139,7 +143,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
   if not distribution.is_chief():
     return run.path(EXPORT)
   coefficients = found.coefficients().numpy()
-  module = SamplerModule(denoiser, coefficients, x0_bound)
+  module = SamplerModule(denoiser, coefficients, x0_bound, jit_compile)
   inputs, expected = _golden(denoiser, coefficients, x0_bound)
   with storage.replacing_folder(run.path(EXPORT)) as temporary:
     try:
@@ -155,6 +159,8 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
           found.label, coefficients, denoiser.identity, {}, x0_bound),
                                 denoiser, integer_timesteps)
     else:
+      if jit_compile:  # Other runtimes compile in their own way.
+        module = SamplerModule(denoiser, coefficients, x0_bound)
       portable.write(
           path, name, module, module.endpoints["from_noise"],
           {key: value.numpy() for key, value in inputs.items()}, expected)

@@ -131,5 +131,7 @@ def test_what_xla_compiles_is_compiled(both, caplog):
   assert compiling.obstacle(upsampled("bilinear")) is None
   assert compiling.obstacle(both[0]) is None
   gaussian = ddss_tf.gaussian_denoiser()
+  # Asked in the middle of a graph, too.
+  tf.function(lambda: gaussian.compiled_eps(True) and 0.0)()
   assert gaussian.compiled_eps(True) is not gaussian.compiled_eps(False)
   assert not caplog.records
