@@ -330,6 +330,10 @@ def _where(run) -> str:
 
 def cli() -> None:
   """Entry point of the console command."""
+  # absl's --help is of the main module, which is pip's script there.
+  sys.modules["__main__"].__doc__ = __doc__
+  for flag in flags.FLAGS.get_flags_for_module(__name__):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(main)
 
 
