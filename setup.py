@@ -51,6 +51,8 @@ setuptools.setup(
         "torch": ["torch>=2.4"],
         # Only to export to this format, and to check what was written.
         "onnx": ["tf2onnx>=1.17", "onnxruntime>=1.20"],
+        # Only to test the report in the Chromium that is installed.
+        "browser": ["playwright>=1.48"],
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["ddss_tf = ddss_tf.main:cli"]},

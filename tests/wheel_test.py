@@ -102,8 +102,8 @@ def test_the_wheel_has_every_file(checkout, wheel):
     assert received == set(expected)
     for inside, name in expected.items():
       assert file.read(inside) == (copy / name).read_bytes(), name
-    metadata = file.read(next(
-        name for name in file.namelist() if name.endswith("/METADATA"))).decode()
+    (name,) = [name for name in file.namelist() if name.endswith("/METADATA")]
+    metadata = file.read(name).decode()
   assert re.search(r"^License-Expression: Apache|^License: Apache", metadata,
                    re.M)
 
