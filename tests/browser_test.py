@@ -113,6 +113,9 @@ def test_a_report(name, pictures, rows, width, browser, pages):
     for picture in pictures:
       assert page.get_by_text(picture, exact=True).first.is_visible()
     assert page.locator("table").first.locator("tbody tr").count() == rows
+    # The distance is seen without moving the table.
+    distance = page.locator("tbody tr td").nth(1).bounding_box()
+    assert distance["x"] + distance["width"] <= width
     folder = os.environ.get("DDSS_TF_SCREENSHOTS")  # To look at them.
     if folder:
       page.screenshot(path=os.path.join(
