@@ -3,6 +3,8 @@
 import os
 import pathlib
 import shutil
+import sys
+import types
 
 import gin
 import numpy as np
@@ -14,13 +16,11 @@ import tensorflow_datasets as tfds
 from ddss_tf import data
 from ddss_tf import registry  # pylint: disable=unused-import
 from ddss_tf.errors import UserError
+import stand_in_data
 
 GIN = pathlib.Path(__file__).parents[1] / "gin_configs"
 INCLUDES = sorted(path.name for path in (GIN / "datasets").glob("*.gin"))
-
-
-def random_bytes(*shape, seed=2):
-  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+random_bytes = stand_in_data.random_bytes
 
 
 def refusal(name, **kwargs) -> str:
@@ -266,13 +266,15 @@ TFDS_SETS = {
     "cifar10.gin": ("cifar10", None, (32, 32, 3), True),
     "mnist.gin": ("mnist", None, (28, 28, 1), True),
     "imagenet64.gin": ("downsampled_imagenet", "64x64", (None, None, 3), False),
+    "imagenet_resized64.gin": ("imagenet_resized", "64x64", (64, 64, 3), True),
     "lsun_bedroom.gin": ("lsun", "bedroom", (None, None, 3), False),
     "lsun_church.gin": ("lsun", "church_outdoor", (None, None, 3), False),
     "celeb_a.gin": ("celeb_a", None, (218, 178, 3), False),
 }
 SHAPES = {
     "cifar10.gin": (32, 32, 3), "mnist.gin": (28, 28, 1),
-    "imagenet64.gin": (64, 64, 3), "lsun_bedroom.gin": (128, 128, 3),
+    "imagenet64.gin": (64, 64, 3), "imagenet_resized64.gin": (64, 64, 3),
+    "lsun_bedroom.gin": (128, 128, 3),
     "lsun_church.gin": (128, 128, 3), "celeb_a.gin": (64, 64, 3),
     "digits16.gin": (16, 16, 1), "digits28.gin": (28, 28, 1),
 }
@@ -313,37 +315,6 @@ def test_include_stands_alone_and_after_another(parse, include):
   assert bindings() == alone
 
 
-def prepare_stand_in(folder, name, config, image_shape, labelled):
-  """Files in the place of the real set's, for TFDS's own builder to find.
-
-  Returns:
-    The images, uint8 [H, W, C], of many sizes where the real set has many.
-  """
-  full_name = name if config is None else f"{name}/{config}"
-  builder = tfds.builder(full_name, data_dir=folder, try_gcs=False)
-  features = {"image": tfds.features.Image(
-      shape=image_shape, encoding_format="png")}
-  if name == "downsampled_imagenet":
-    image_shape = (64, 64, 3)
-  shapes = [image_shape] * 3
-  if None in image_shape:
-    shapes = [(300, 256, 3), (256, 341, 3), (256, 256, 3)]
-  # Middling values: Pillow clips between its passes, tf.image.resize does not.
-  images = [random_bytes(*shape, seed=i) // 2 + 64
-            for i, shape in enumerate(shapes)]
-  examples = [{"image": image} for image in images]
-  if labelled:
-    features["label"] = tfds.features.ClassLabel(num_classes=10)
-    for i, example in enumerate(examples):
-      example["label"] = i + 4
-  tfds.dataset_builders.store_as_tfds_dataset(
-      name=name, config=config, version=str(builder.version), data_dir=folder,
-      features=tfds.features.FeaturesDict(features),
-      split_datasets={"train": list(enumerate(examples))},
-      disable_shuffling=True)
-  return images
-
-
 @pytest.mark.parametrize("include", sorted(TFDS_SETS))
 def test_include_loads_a_prepared_stand_in(parse, tmp_path, include):
   name, config, image_shape, labelled = TFDS_SETS[include]
@@ -352,7 +323,7 @@ def test_include_loads_a_prepared_stand_in(parse, tmp_path, include):
   load = gin.get_configurable("load_dataset")
   with pytest.raises(UserError, match="tfds build"):
     load()
-  images = prepare_stand_in(folder, name, config, image_shape, labelled)
+  images = stand_in_data.prepare(folder, name, config, image_shape, labelled)
   dataset = load()
   assert dataset.images.shape == (3, *SHAPES[include])
   if labelled:
@@ -369,9 +340,49 @@ def test_include_loads_a_prepared_stand_in(parse, tmp_path, include):
     assert np.abs(error).max() < 1.5
 
 
+class Unloadable(types.ModuleType):
+  """tensorflow-io 0.37.1 beside TensorFlow 2.21: found, and then not loaded."""
+
+  def __getattr__(self, name):
+    raise NotImplementedError("unable to open file: libtensorflow_io.so, from "
+                              "paths: ['/a/b']\ncaused by: undefined symbol")
+
+
+@pytest.mark.parametrize("found,words", [
+    (None, ["tensorflow_io"]),
+    (Unloadable("core_ops"), ["libtensorflow_io.so"])])
+def test_lsun_without_tensorflow_io(monkeypatch, tmp_path, found, words):
+  """What cannot be prepared is not downloaded; what is prepared is read."""
+  packages = ["tensorflow_io", "tensorflow_io.python",
+              "tensorflow_io.python.ops"]
+  for name in packages:
+    monkeypatch.setitem(
+        sys.modules, name, found and types.ModuleType(name))
+  if found:
+    sys.modules[packages[-1]].core_ops = found
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", None)
+  for download in (False, True):
+    text = refusal("lsun/church_outdoor", data_dir=str(tmp_path),
+                   download=download)
+    for word in ["tfds build lsun/church_outdoor", "tensorflow-io loads",
+                 "data_dir", str(tmp_path), *words]:
+      assert word in text
+  assert not list(tmp_path.iterdir())
+  monkeypatch.undo()
+  images = stand_in_data.prepare(
+      str(tmp_path), *TFDS_SETS["lsun_church.gin"])
+  monkeypatch.setitem(sys.modules, "tensorflow_io", None)
+  dataset = data.load_dataset("lsun/church_outdoor", data_dir=str(tmp_path),
+                              crop=200)
+  for image, loaded in zip(images, dataset.images, strict=True):
+    top, left = (image.shape[0] - 200) // 2, (image.shape[1] - 200) // 2
+    np.testing.assert_array_equal(
+        data.to_uint8(loaded), image[top:top + 200, left:left + 200])
+
+
 def test_many_sizes_of_a_tfds_set_without_resize(parse, tmp_path):
   parse()
-  prepare_stand_in(str(tmp_path), *TFDS_SETS["lsun_church.gin"])
+  stand_in_data.prepare(str(tmp_path), *TFDS_SETS["lsun_church.gin"])
   text = refusal("lsun/church_outdoor", data_dir=str(tmp_path))
   for word in ["300x256x3", "256x341x3", "resize", "image 1"]:
     assert word in text
@@ -412,7 +423,7 @@ def test_include_of_files(parse, tmp_path, include):
 
 
 def test_truncated_tfds_files(tmp_path):
-  images = prepare_stand_in(str(tmp_path), *TFDS_SETS["mnist.gin"])
+  images = stand_in_data.prepare(str(tmp_path), *TFDS_SETS["mnist.gin"])
   assert len(images) == 3
   file, = tmp_path.rglob("*.tfrecord*")
   file.write_bytes(file.read_bytes()[:-40])

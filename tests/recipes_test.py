@@ -10,6 +10,7 @@ import pytest
 
 import ddss_tf
 from ddss_tf import denoisers
+import stand_in_data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
@@ -78,6 +79,22 @@ def test_a_model_of_ones_own_builds(stand_ins, main_in_process, capsys):
         "--gin_param=load_dataset.resize = 32", "--gin_param=NUM_STEPS = 10",
         *(f"--gin_param={binding}" for binding in stand_ins["cifar10"])])
     assert "search.objective = 'kid_linear'" in capsys.readouterr().out
+
+
+def test_the_recipes_build_on_the_other_imagenet(
+    stand_ins, tmp_path, main_in_process, capsys):
+  stand_in_data.prepare(
+      str(tmp_path), "imagenet_resized", "64x64", (64, 64, 3), labelled=True)
+  datasets = os.path.join(ROOT, "gin_configs", "datasets")
+  model, _, features = stand_ins["imagenet64"]
+  main_in_process([
+      "--dry_run", "--mode=run",
+      f"--gin_file={RECIPES}/imagenet64_ggdm_pred_time_k5.gin",
+      f"--gin_file={datasets}/imagenet_resized64.gin",
+      *(f"--gin_param={binding}" for binding in (
+          model, features, f"load_dataset.data_dir = '{tmp_path}'"))])
+  config = capsys.readouterr().out
+  assert "load_dataset.name = 'imagenet_resized/64x64'" in config
 
 
 def test_there_is_a_cell_for_every_published_number():

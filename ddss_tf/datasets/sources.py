@@ -128,6 +128,13 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
   builder = find()
   if builder.data_path.exists():
     return builder
+  obstacle = _lmdb_obstacle() if builder.name == "lsun" else ""
+  if obstacle:  # Which TFDS would only meet after tens of GiB of download.
+    raise UserError(
+        f"dataset {name!r} must be prepared first, by `tfds build {name}` "
+        "where tensorflow-io loads, such as 0.37.1 beside TensorFlow 2.16: then pass "
+        "its folder as data_dir, for to read it takes no tensorflow-io. "
+        f"Received: nothing at {builder.data_dir}, and here {obstacle}")
   if not download and builder.name not in EMBEDDED:
     raise UserError(
         f"dataset {name!r} must be prepared first: pass download=True, or run "
@@ -145,6 +152,21 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
       raise UserError(f"dataset {name!r} could not be prepared in "
                       f"{builder.data_dir}: {first_line(error)}") from error
   return find()
+
+
+def _lmdb_obstacle() -> str:
+  """Why TFDS cannot read the LMDB files of LSUN here; "" if it can.
+
+  It does so by tensorflow-io, whose compiled part fits one version of
+  TensorFlow and is loaded only when an operation is asked for.
+  """
+  # pylint: disable=g-import-not-at-top
+  try:
+    from tensorflow_io.python.ops import core_ops
+    core_ops.io_lmdb_mapping_init  # pylint: disable=pointless-statement
+  except (ImportError, NotImplementedError, AttributeError) as error:
+    return first_line(error)
+  return ""
 
 
 def folder_source(path: str) -> ImageSource:
