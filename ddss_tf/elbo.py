@@ -32,6 +32,9 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
   Gradients reach every coefficient through states and network. The estimate is
   unbiased but for the last step's variance, which is fitted to the batch.
 
+  Of the images it needs means only: `bound` of the mean of `squares`, whose
+  rows may be made apart.
+
   Args:
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
     coefficients: of K steps. A noise scale of 0 before the last step makes the
@@ -43,24 +46,64 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
   Returns:
     float32 scalar, nats per dimension, the mean of the batch.
   """
-  num_steps = coefficients.num_steps
+  return bound(coefficients, tf.reduce_mean(squares(
+      eps_fn, coefficients, x_0, first_noise, step_noise), axis=0))
+
+
+def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
+            first_noise: tf.Tensor, step_noise: tf.Tensor) -> tf.Tensor:
+  """What the bound needs of each image.
+
+  Args:
+    eps_fn: as of `negative_elbo`, like all others.
+    coefficients: of K steps.
+    x_0: the images.
+    first_noise: of the first states.
+    step_noise: of the others.
+
+  Returns:
+    float32 [B, 1 + K]: the mean square of each image, and of x_0 - x0_hat_k for
+    each step.
+  """
   batch = tf.shape(x_0)[0]
-  a = 1.0 / coefficients.x0_from_state[0]
-  v = (coefficients.x0_from_eps[0] * a) ** 2
-  loss = 0.5 * (a**2 * tf.reduce_mean(x_0**2) + v - 1.0 - tf.math.log(v))
+  a, v = _first_state(coefficients)
+  mean_square = lambda x: tf.reduce_mean(x**2, axis=[1, 2, 3])
+  columns = [mean_square(x_0)]
   states = [a * x_0 + tf.sqrt(v) * first_noise]
-  for k in range(num_steps):
+  for k in range(coefficients.num_steps):
     t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
     x0_hat = (coefficients.x0_from_state[k] * states[-1]
               + coefficients.x0_from_eps[k] * eps_fn(states[-1], t))
-    error = tf.reduce_mean((x_0 - x0_hat) ** 2)
-    if k == num_steps - 1:
+    columns.append(mean_square(x_0 - x0_hat))
+    if k == coefficients.num_steps - 1:
       break
-    ratio = coefficients.x0_weights[k] / coefficients.noise_scales[k]
-    loss += 0.5 * ratio**2 * error
     x_s = coefficients.x0_weights[k] * x_0
     for u in range(k + 1):
       x_s += coefficients.state_weights[k, u] * states[u]
     states.append(x_s + coefficients.noise_scales[k] * step_noise[:, k])
+  return tf.stack(columns, axis=1)
+
+
+def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:
+  """`negative_elbo` of a batch of which the mean of `squares` is known.
+
+  Args:
+    coefficients: of K steps.
+    means: float32 [1 + K].
+
+  Returns:
+    float32 scalar, nats per dimension.
+  """
+  a, v = _first_state(coefficients)
+  loss = 0.5 * (a**2 * means[0] + v - 1.0 - tf.math.log(v))
+  for k in range(coefficients.num_steps - 1):
+    ratio = coefficients.x0_weights[k] / coefficients.noise_scales[k]
+    loss += 0.5 * ratio**2 * means[1 + k]
   # -log N with the variance that fits best.
-  return loss + 0.5 * (tf.math.log(2.0 * np.pi * error) + 1.0)
+  return loss + 0.5 * (tf.math.log(2.0 * np.pi * means[-1]) + 1.0)
+
+
+def _first_state(coefficients):
+  """Of the first state given x_0, the factor of x_0 and the variance."""
+  a = 1.0 / coefficients.x0_from_state[0]
+  return a, (coefficients.x0_from_eps[0] * a) ** 2

@@ -310,16 +310,26 @@ class Search:
       return distribution.total(
           flat_gradient(tape, view, distribution.own_rows(cotangents)))
 
-    # Not a mean over samples, for the last step's variance is fitted to them:
-    # every replica computes all of it.
-    def bound(indices, x_0):
+    def bound(indices, x_0, weights):
+      """The ELBO objective of images, of which weights [B] make the mean."""
       first_noise, step_noise = chain.draw_noise(
-          self._pair, indices, denoiser.image_shape, sampler.num_steps)
+          self._pair, distribution.own_rows(indices), denoiser.image_shape,
+          sampler.num_steps)
       with tf.GradientTape() as tape:
-        loss = elbo.negative_elbo(
+        squares = elbo.squares(
             chain.rematerialise(plain) if remat else plain,
-            sampler.coefficients(), x_0, first_noise, step_noise)
-      return loss, flat_gradient(tape, loss)
+            sampler.coefficients(), distribution.own_rows(x_0), first_noise,
+            step_noise)
+        share = tf.linalg.matvec(
+            squares, distribution.own_rows(weights), transpose_a=True)
+      # No mean over samples, for the last step's variance is fitted to them; a
+      # function of their means, whose own parts replicas pull back.
+      means = distribution.total(share)
+      with tf.GradientTape(persistent=True) as outer:
+        outer.watch(means)
+        loss = elbo.bound(sampler.coefficients(), means)
+      inner = flat_gradient(tape, share, outer.gradient(loss, means))
+      return loss, flat_gradient(outer, loss) + distribution.total(inner)
 
     self._population = distribution.row_wise(
         lambda indices: make_view(indices, remat=False))
@@ -432,14 +442,18 @@ class Search:
     """The ELBO objective, averaged over micro-batches.
 
     The variance of the last step is fitted to each of them, so it depends a
-    little on their size.
+    little on their size; replicas share the images of each.
     """
     chosen = np.random.default_rng([self._seed, step]).integers(
         len(self._images), size=self._gradient_samples)
     size = self._micro_batch_size
+    rows = distribution.filled(size)
+    weights = tf.constant((np.arange(rows) < size) / size, tf.float32)
     results = [
-        self._bound(tf.constant(indices[i:i + size]),
-                    tf.constant(self._images[chosen[i:i + size]]))
+        self._bound(
+            _filled(indices[i:i + size], rows), tf.constant(
+                self._images[_filled(chosen[i:i + size], rows).numpy()]),
+            weights)
         for i in range(0, self._gradient_samples, size)]
     return (float(np.mean([float(loss) for loss, _ in results])),
             np.mean([gradient.numpy() for _, gradient in results], axis=0))
@@ -572,7 +586,7 @@ class _Validation:
     num_samples: how many.
     teacher: the teacher's views of these samples, or None.
     control: a control variate on them, as `Objective.value` takes it, or None.
-    batch_size: images at a time, but for the ELBO, which is of all at once.
+    batch_size: images at a time.
     seed: of the noise.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
@@ -597,23 +611,33 @@ class _Validation:
     self._shape = denoiser.image_shape
     self._eps = denoiser.compiled_eps(jit_compile)
 
-    @tf.function(autograph=False)
-    def bound(coefficients, indices, x_0):
+    def squares(coefficients, indices, x_0):
       first_noise, step_noise = chain.draw_noise(
-          sampling.seed_pair(seed), indices, self._shape,
-          coefficients.num_steps)
-      return elbo.negative_elbo(
-          self._eps, coefficients, x_0, first_noise, step_noise)
+          sampling.seed_pair(seed), distribution.own_rows(indices),
+          self._shape, coefficients.num_steps)
+      return distribution.all_rows(elbo.squares(
+          self._eps, coefficients, distribution.own_rows(x_0), first_noise,
+          step_noise))
 
-    self._bound = bound
+    self._squares = distribution.replicated(squares)
 
   def __call__(self, coefficients) -> float:
     """The value of a sampler's coefficients (NumPy)."""
     if self._objective.is_elbo:
+      if not np.all(coefficients.noise_scales[:-1]):
+        return math.inf  # As `elbo.bound` says of it, without the network.
       coefficients = coefficients.map(tf.constant)
-      # One batch: the variance of the last step is fitted to all of it.
-      return float(self._bound(
-          coefficients, tf.range(len(self._images)), self._images))
+      count, size = len(self._images), self.generator.batch_size
+      rows = []
+      for start in range(0, count, size):
+        indices = np.arange(start, min(start + size, count))
+        filled = _filled(indices, size)
+        rows.append(self._squares(
+            coefficients, filled, tf.constant(self._images[filled.numpy()])
+            )[:len(indices)])
+      # The variance of the last step is fitted to all of them.
+      return float(elbo.bound(
+          coefficients, tf.reduce_mean(tf.concat(rows, axis=0), axis=0)))
     view = tf.concat(
         [self._view(images) for images in self.generator.batches(
             coefficients, self._num_samples, self._seed)], axis=0)

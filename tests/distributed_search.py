@@ -32,7 +32,25 @@ SEARCHES = {
     "two_passes": dict(batch_size=30, gradient_samples=15, micro_batch_size=3,
                        objective="frechet", pool_samples=90),
     "elbo": dict(batch_size=8, objective="elbo"),
+    # Shares that are not full.
+    "elbo_in_parts": dict(batch_size=6, micro_batch_size=3, objective="elbo",
+                          sampling_batch_size=17),
 }
+
+
+def noting_rows(make, rows):
+  """A `compiled_eps` that notes how many images each call is traced for."""
+
+  def compiled_eps(*args):
+    eps = make(*args)
+
+    def call(x_t, t):
+      rows.add(x_t.shape[0])
+      return eps(x_t, t)
+
+    return call
+
+  return compiled_eps
 
 
 def export(folder):
@@ -76,7 +94,10 @@ def main(output, extent, *replicas):
     with strategy.scope():
       assert distribution.num_replicas() == count
       parts = gaussian_parts.make()
+      compiled_eps = parts["denoiser"].compiled_eps
       for name, options in searches.items():
+        rows = set()
+        parts["denoiser"].compiled_eps = noting_rows(compiled_eps, rows)
         with tempfile.TemporaryDirectory() as run:
           sampler = ddss_tf.search(
               run, **parts, **options, num_search_steps=20,
@@ -84,6 +105,7 @@ def main(output, extent, *replicas):
               jit_compile=name == "one_pass" and not quick, sampler=functools.partial(
                   families.make_sampler, family="ggdm+pred+time", num_steps=3,
                   init="ddpm"))
+          results[f"{name}/rows/{count}"] = sorted(rows)
           for field, value in sampler.coefficients().numpy().arrays().items():
             results[f"{name}/{field}/{count}"] = value
           if name == "one_pass":

@@ -1,5 +1,6 @@
 """Tests of work over several replicas, on logical CPU devices."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from ddss_tf import distribution
 from ddss_tf.errors import UserError
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SEARCHES = ("one_pass", "two_passes", "elbo")
+SEARCHES = ("one_pass", "two_passes", "elbo", "elbo_in_parts")
 
 
 def run(folder, extent, *replicas):
@@ -60,7 +61,7 @@ counts = pytest.mark.parametrize("results", [
 def test_coefficients_do_not_depend_on_the_replicas(results, search):
   count, found = results
   names = {key.split("/")[1] for key in found if key.startswith(search)}
-  names -= {"record", "images"}
+  names -= {"record", "images", "rows"}
   if not names and search != SEARCHES[0]:
     pytest.skip("not among the quick ones")
   assert "times" in names
@@ -71,9 +72,21 @@ def test_coefficients_do_not_depend_on_the_replicas(results, search):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("results", [("all", 2), ("all", 4)], indirect=True)
+def test_replicas_share_the_images_of_the_bound(results):
+  count, found = results
+  # Of steps, 8 and 3 images; of validation, 4 times 8, and 17.
+  for search, sizes in (("elbo", (8, 32)), ("elbo_in_parts", (3, 17))):
+    assert set(sizes) <= set(found[f"{search}/rows/1"])
+    rows = set(found[f"{search}/rows/{count}"])
+    shares = {-(-size // count) for size in sizes}
+    assert shares <= rows and not rows & (set(sizes) - shares), (search, rows)
+
+
+@pytest.mark.slow
 def test_the_searches_moved(few):
   # Or nothing would have been compared.
-  for one, other in (SEARCHES[:2], SEARCHES[1:]):
+  for one, other in itertools.pairwise(SEARCHES):
     assert np.abs(few[f"{one}/times/1"] - few[f"{other}/times/1"]).max() > 1
 
 

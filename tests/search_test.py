@@ -242,6 +242,30 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
 
 
+def test_the_gradient_of_the_bound(parts):
+  """Of each micro-batch, by differentiating all of `negative_elbo`."""
+  search = make_search(
+      parts, objective="elbo", gradient_samples=6, micro_batch_size=3)
+  step = 2
+  loss, gradient = search.loss_and_gradient(step)
+  indices = step * 64 + np.arange(6)
+  chosen = np.random.default_rng([3, step]).integers(
+      len(parts["dataset"].images), size=6)
+  variables = [v.value for v in search.variables]
+  with tf.GradientTape() as tape:
+    expected = tf.add_n([
+        elbo.negative_elbo(
+            parts["denoiser"].eps, search.sampler.coefficients(),
+            parts["dataset"].images[chosen[part]], *chain.draw_noise(
+                sampling.seed_pair(3), tf.constant(indices[part]), SHAPE, 4))
+        for part in (slice(0, 3), slice(3, 6))]) / 2
+  gradients = tape.gradient(expected, variables)
+  np.testing.assert_allclose(loss, float(expected), rtol=1e-5)
+  expected = np.concatenate([np.ravel(g) for g in gradients])
+  assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+  assert np.all(gradient != 0)
+
+
 @pytest.mark.slow
 def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
   # At the start both are the same images: what is left is the distance of all
