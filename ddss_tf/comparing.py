@@ -28,6 +28,7 @@ from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import fingerprint
 from ddss_tf import metrics
+from ddss_tf import objectives as objectives_lib
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import samplers as samplers_lib
 from ddss_tf import schedules
@@ -79,6 +80,15 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
       if name not in known:
         raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
                         f"Received: {name!r}")
+  objectives = arguments["objectives"]
+  if objectives is not None and not isinstance(objectives, Mapping):
+    raise UserError("compare.objectives must be objectives by label. "
+                    f"Received: {objectives!r}")
+  for label, objective in (objectives or {}).items():
+    try:
+      objectives_lib.weights_of_terms(objective)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"compare.objectives[{label!r}]: {error}") from error
   # Strides are tried on a quarter of their samples.
   for name, least in (
       ("stride_samples", 16), ("num_samples", 4), ("batch_size", 1)):

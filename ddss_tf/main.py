@@ -171,7 +171,10 @@ def _build(stages) -> None:
     if name in checks:
       checks[name](arguments)
     if name == "compare":  # Which searches.
-      searching.check_search(_arguments(registry.search))
+      search = _arguments(registry.search)
+      for objective in (arguments["objectives"] or {
+          "": search["objective"]}).values():
+        searching.check_search({**search, "objective": objective})
     denoiser = arguments.get("denoiser")
     if "dataset" in arguments:
       networks = features.as_networks(

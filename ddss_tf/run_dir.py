@@ -128,13 +128,16 @@ class RunDir:
     if text:
       storage.write_text(self.path("config.gin"), text)
 
-  def check(self, stage: str, identity: dict, restart: bool = False) -> bool:
+  def check(self, stage: str, identity: dict, restart: bool = False,
+            open_to: dict[str, list] | None = None) -> bool:
     """Checks that the directory is not of another configuration of a stage.
 
     Args:
       stage: its name.
       identity: of all that decides its result, what is known so far; JSON.
       restart: accept another configuration, which `claim` will delete.
+      open_to: values that the stage has yet to choose from, by their names in
+        the identity; not empty, JSON.
 
     Returns:
       Whether it is of another one.
@@ -145,7 +148,9 @@ class RunDir:
     path = self._claim_path(stage)
     if not os.path.exists(path):
       return False
-    identity = json.loads(json.dumps(identity, default=storage.plain))
+    identity, open_to = (
+        json.loads(json.dumps(values, default=storage.plain))
+        for values in (identity, open_to or {}))
     try:
       with open(path) as f:
         before = dict(json.load(f))
@@ -155,6 +160,10 @@ class RunDir:
     differences = [
         f"another {key}: {before.get(key)}. Received: {identity[key]}"
         for key in sorted(identity) if before.get(key) != identity[key]]
+    differences += [
+        f"another {key}: {before.get(key)}. Received: {values[0]}"
+        + (f", or one of {len(values) - 1} others" if values[1:] else "")
+        for key, values in open_to.items() if before.get(key) not in values]
     if differences and not restart:
       raise UserError(
           f"run_dir {self.root!r} holds a {stage} with "

@@ -155,6 +155,12 @@ def check_search(arguments: Mapping[str, Any]) -> None:
   for kind, value in multipliers.items():
     if value != 0:  # Which holds a kind where it starts.
       check_positive(f"search.rate_multipliers[{kind!r}]", value)
+  candidates = values["start_candidates"]
+  if candidates is not None and not (
+      isinstance(candidates, (list, tuple)) and candidates
+      and all(isinstance(start, Mapping) for start in candidates)):
+    raise UserError("search.start_candidates must be a list of options by "
+                    f"name. Received: {candidates!r}")
   if not isinstance(values["teacher"] or {}, Mapping):
     raise UserError("search.teacher must be options by name. "
                     f"Received: {values['teacher']!r}")
@@ -731,7 +737,7 @@ def search(
     seed: of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
     start_samples: images by which `init="auto"` chooses.
-    start_candidates: what it chooses from, see `starts.choose`.
+    start_candidates: what it chooses from, see `starts.possible`.
     validation_samples: images of the validation, on fixed noise.
     validate_every: steps between validations.
     checkpoint_every: steps between checkpoints.
@@ -814,7 +820,14 @@ def search(
 
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   run.lock()
-  run.check("search", identity, restart)
+  # Before anything that takes long: the sampler is not known with "auto", but
+  # what it may become is.
+  candidates = [({}, sampler)]
+  if getattr(sampler, "init", None) == "auto":
+    candidates = starts.possible(
+        functools.partial(make_sampler, denoiser.schedule), start_candidates)
+  run.check("search", identity, restart, open_to={
+      "sampler": [candidate.get_config() for _, candidate in candidates]})
   reals = [reference.reference(
       network, dataset, quantise=False, cache_dir=run.cache).pool
            for network in networks]
@@ -840,12 +853,11 @@ def search(
 
   if getattr(sampler, "init", None) == "auto":
     sampler = starts.choose(
-        functools.partial(make_sampler, denoiser.schedule),
-        make_value(
+        candidates, make_value(
             start_samples, views_of_teacher(start_samples, seed + 1), None),
         run.path(starts.FILE), {
             **setting, "family": sampler.get_config(),
-            "samples": start_samples, "seed": seed + 1}, start_candidates)
+            "samples": start_samples, "seed": seed + 1})
 
   run.claim("search", {**identity, "sampler": sampler.get_config()}, restart)
   run.keep_config()

@@ -18,21 +18,51 @@ from ddss_tf.schedules import STRIDES
 FILE = "starts.json"
 
 
-def choose(make: Callable[..., Sampler],
+def possible(make: Callable[..., Sampler], candidates=None
+             ) -> list[tuple[dict, Sampler]]:
+  """The starts that a family allows, none of them tried.
+
+  Args:
+    make: makes the sampler to be searched from `init` and `stride`.
+    candidates: options of `make`, a list of dicts such as {"init": "ddim",
+      "stride": "linear"}; None is every solver on every stride.
+
+  Returns:
+    Options and the sampler that starts there, in the order of the candidates.
+
+  Raises:
+    UserError: there is none among them.
+  """
+  if candidates is None:
+    candidates = [{"init": solver, "stride": stride}
+                  for solver in solvers.SOLVERS for stride in STRIDES]
+  found = []
+  for start in candidates:
+    try:
+      found.append((start, make(**{"init": None, **start})))
+    except UserError as error:
+      # Not a start of this family, or not a stride for this K.
+      if start.get("init") not in solvers.SOLVERS:
+        logging.warning("no start: %s", error)
+  if not found:
+    raise UserError("init='auto' must have a start that the family allows. "
+                    f"Received: {str(candidates)[:200]}")
+  return found
+
+
+def choose(candidates: list[tuple[dict, Sampler]],
            distance: Callable[[Coefficients], float], path: str,
-           conditions: dict, candidates=None) -> Sampler:
-  """Ranks the starts that a family allows, and takes the best.
+           conditions: dict) -> Sampler:
+  """Ranks starts, and takes the best.
 
   The ranking is logged and written to a file, each entry as soon as it is
   known; entries that are there already under the same conditions are kept.
 
   Args:
-    make: makes the sampler to be searched from `init` and `stride`.
+    candidates: as of `possible`.
     distance: the search's objective, of the images of coefficients.
     path: of the file.
     conditions: all else that decides the figures; JSON.
-    candidates: options of `make`, a list of dicts such as {"init": "ddim",
-      "stride": "linear"}; None is every solver on every stride.
 
   Returns:
     The sampler, at its best start.
@@ -40,20 +70,11 @@ def choose(make: Callable[..., Sampler],
   Raises:
     UserError: no start has a finite distance, or the file is damaged.
   """
-  if candidates is None:
-    candidates = [{"init": solver, "stride": stride}
-                  for solver in solvers.SOLVERS for stride in STRIDES]
   ranking = _read(path, conditions)
   known = [(entry["start"], entry["sha256"]) for entry in ranking]
   mine = []  # Others may be of candidates that there no longer are.
-  for start in candidates:
-    try:
-      coefficients = make(**{"init": None, **start}).start.numpy()
-    except UserError as error:
-      # Not a start of this family, or not a stride for this K.
-      if start.get("init") not in solvers.SOLVERS:
-        logging.warning("no start: %s", error)
-      continue
+  for start, sampler in candidates:
+    coefficients = sampler.start.numpy()
     sha256 = fingerprint.coefficients_sha256(coefficients)
     mine.append((start, sha256))
     if (start, sha256) in known:
@@ -69,9 +90,10 @@ def choose(make: Callable[..., Sampler],
   for rank, entry in enumerate(ranking, 1):
     logging.info("start %d: %s, distance %s", rank, entry["start"],
                  entry["distance"])
-  if not ranking or ranking[0]["distance"] is None:
+  if ranking[0]["distance"] is None:
     raise UserError("init='auto' found no start with a finite distance")
-  return make(**{"init": None, **ranking[0]["start"]})
+  best = ranking[0]["start"], ranking[0]["sha256"]
+  return candidates[mine.index(best)][1]
 
 
 def _worse(entry):

@@ -199,6 +199,8 @@ def test_an_include_is_not_looked_for_in_packages(
 
 @pytest.mark.parametrize("params,words", [
     (["compare.solvers = []"], ["compare.solvers", "list of names", "[]"]),
+    (["compare.objectives = {'a': 'elbo'}", "search.x0_bound = 'clip'"],
+     ["search.x0_bound must be None", "'elbo'"]),
     (["compare.num_steps = 5"], ["compare.num_steps", "list", "5"]),
     (["search.teacher = 'ddim'"], ["search.teacher", "by name", "'ddim'"])])
 def test_arguments_of_another_kind(refused, tmp_path, params, words):
@@ -375,6 +377,15 @@ def test_the_trap_is_one(tmp_path):
     ("search", ["load_dataset.flip = True"], ["another dataset"]),
     ("search", ["searched/make_sampler.init = 'auto'", "search.seed = 2"],
      ["another seed"]),
+    # Nothing is ranked first, which would take long and leave starts.json.
+    ("search", ["searched/make_sampler.init = 'auto'",
+                "searched/make_sampler.family = 'ggdm+pred'"],
+     ["another sampler", "'time': False", "one of"]),
+    ("search", ["searched/make_sampler.init = 'auto'",
+                "search.start_candidates = [{'colour': 3}]"],
+     ["'auto' must have a start", "'colour'"]),
+    ("search", ["search.start_candidates = ['ddim']"],
+     ["search.start_candidates must be a list of options", "['ddim']"]),
     ("search", ["search.micro_batch_size = 5"], ["must divide"]),
     ("sample", ["sample.num_images = 0"], ["sample.num_images", ">= 1"]),
     ("sample", ["sample.label = 3"], ["sample.label", "3"]),

@@ -307,6 +307,9 @@ def test_a_row_for_every_objective(arguments, tmp_path):
     (dict(more_seeds=[3, 3]), r"must differ.*\[1234, 3, 3\]"),
     (dict(more_seeds=[-1]), "more_seeds must be .*Received: -1"),
     (dict(solvers=[], families=[]), "needs solvers or families.*or cards"),
+    (dict(objectives=["elbo"]), "objectives must be .* by label.*'elbo'"),
+    (dict(objectives={"a": "elbo", "b": "best"}),
+     r"compare.objectives\['b'\]: objective must be out of.*'best'"),
     (dict(stride_samples=3), "stride_samples must be .* >= 16.*Received: 3"),
 ])
 def test_bad_arguments(arguments, tmp_path, changes, message):

@@ -382,6 +382,55 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   assert {key: config[key] for key in ("init", "stride")} == few[0]
 
 
+def test_nothing_is_ranked_for_a_search_that_is_refused(
+    parts, finished, tmp_path, monkeypatch):
+  run = str(tmp_path / "run")
+  shutil.copytree(finished[0], run)
+
+  def search(family="ggdm+pred+time", **changes):
+    return ddss_tf.search(run, **parts, **options(
+        sampler=functools.partial(
+            families.make_sampler, family=family, num_steps=3, init="auto"),
+        **changes))
+
+  def ranked(*args, **kwargs):
+    raise AssertionError("ranked")
+
+  def dear(*args, **kwargs):
+    raise AssertionError("dear")
+
+  # Neither what is known of the real images nor a ranking comes first.
+  monkeypatch.setattr(searching.reference, "reference", dear)
+  for changes, message in (
+      (dict(family="ggdm"), r"another sampler: .*, or one of \d+ others"),
+      (dict(start_candidates=[{"init": "ddim", "stride": "linear"}]),
+       "another sampler: .*'init': 'ddpm'.*Received: .*'init': 'ddim'"),
+      (dict(start_candidates=[{"init": "dd"}]), "'auto' must have a start"),
+      (dict(start_candidates=[]), "start_candidates must be a list.*\\[\\]")):
+    with pytest.raises(UserError, match=message):
+      search(**changes)
+    assert not os.path.exists(os.path.join(run, "starts.json"))
+  # Where the earlier start is one of those, the ranking must tell.
+  monkeypatch.undo()
+  monkeypatch.setattr(starts, "choose", ranked)
+  with pytest.raises(AssertionError, match="ranked"):
+    search(start_candidates=[{"init": "ddim"}, {"init": "ddpm"}])
+  with pytest.raises(AssertionError, match="ranked"):
+    search(family="ggdm", restart=True)
+
+
+def test_a_deterministic_start_has_no_bound(parts, tmp_path, monkeypatch):
+  """And no call of the network is spent on it."""
+  monkeypatch.setattr(elbo, "squares", None)
+  with pytest.raises(UserError, match="no start with a finite distance"):
+    ddss_tf.search(str(tmp_path), **parts, **options(
+        sampler=functools.partial(
+            families.make_sampler, family="ggdm+pred", num_steps=3,
+            init="auto"), objective="elbo", start_candidates=[
+                {"init": "ddim", "stride": stride}
+                for stride in schedules.STRIDES]))
+
+
 def test_starts_without_a_distance_come_last(parts, tmp_path):
   schedule = parts["denoiser"].schedule
   make = functools.partial(
@@ -391,20 +440,21 @@ def test_starts_without_a_distance_come_last(parts, tmp_path):
                 {"init": "ab2", "stride": "karras"},
                 {"init": "ddim", "stride": "quadratic"}]
   values = iter([np.nan, 3.0, 2.0])
-  best = starts.choose(make, lambda c: next(values), path, {"a": 1}, candidates)
+  candidates = starts.possible(make, candidates)
+  best = starts.choose(candidates, lambda c: next(values), path, {"a": 1})
   assert (best.init, best._stride) == ("ddim", "quadratic")
   with open(path) as f:
     ranking = json.load(f)["ranking"]
   assert [entry["distance"] for entry in ranking] == [2.0, 3.0, None]
   # Other conditions, or another sampler in the same file, are ranked anew.
   values = iter([5.0, 4.0, 6.0])
-  best = starts.choose(make, lambda c: next(values), path, {"a": 2}, candidates)
+  best = starts.choose(candidates, lambda c: next(values), path, {"a": 2})
   assert best.init == "ab2"
   with pytest.raises(UserError, match="no start with a finite distance"):
-    starts.choose(make, lambda c: np.inf, path, {"a": 3}, candidates)
+    starts.choose(candidates, lambda c: np.inf, path, {"a": 3})
   (tmp_path / "starts.json").write_text("[")
   with pytest.raises(UserError, match="damaged.*Delete it"):
-    starts.choose(make, lambda c: 1.0, path, {"a": 3}, candidates)
+    starts.choose(candidates, lambda c: 1.0, path, {"a": 3})
 
 
 @pytest.mark.slow

@@ -132,8 +132,8 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
   if obstacle:  # Which TFDS would only meet after tens of GiB of download.
     raise UserError(
         f"dataset {name!r} must be prepared first, by `tfds build {name}` "
-        "where tensorflow-io loads, such as 0.37.1 beside TensorFlow 2.16: then pass "
-        "its folder as data_dir, for to read it takes no tensorflow-io. "
+        "where tensorflow-io loads, such as 0.37.1 beside TensorFlow 2.16: then "
+        "pass its folder as data_dir, for to read it takes no tensorflow-io. "
         f"Received: nothing at {builder.data_dir}, and here {obstacle}")
   if not download and builder.name not in EMBEDDED:
     raise UserError(
