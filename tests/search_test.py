@@ -242,6 +242,40 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
 
 
+@pytest.mark.parametrize("changes,calls,embedded", [
+    # All of it in one chain: a call and its repetition for each step.
+    (dict(), 64 * 8, 64),
+    # Two passes: all images once, and those with a gradient again.
+    (dict(micro_batch_size=16), 64 * 4 + 64 * 8, 64 + 64),
+    (dict(micro_batch_size=16, gradient_samples=32), 64 * 4 + 32 * 8, 64 + 32),
+])
+def test_nothing_is_computed_twice(parts, monkeypatch, changes, calls, embedded):
+  """Images that both networks see in a step of K = 4, real ones among them."""
+  seen = tf.Variable([0, 0])
+
+  def counting(which, function):
+    one = tf.one_hot(which, 2, dtype=tf.int32)
+
+    @tf.function(autograph=False)
+    def counted(images, *rest):
+      seen.assign_add(one * tf.shape(images)[0])
+      return function(images, *rest)
+
+    return counted
+
+  denoiser, network = parts["denoiser"], parts["features"]
+  eps = counting(0, denoiser.eps)
+  monkeypatch.setattr(type(denoiser), "compiled_eps", lambda *args: eps)
+  original = type(network).__call__
+  count_images = counting(1, lambda images: images)
+  monkeypatch.setattr(type(network), "__call__", lambda self, images: original(
+      self, count_images(images)))
+  search = make_search(parts, **changes)
+  seen.assign([0, 0])
+  search.loss_and_gradient(1)
+  assert seen.numpy().tolist() == [calls, embedded]
+
+
 def test_the_gradient_of_the_bound(parts):
   """Of each micro-batch, by differentiating all of `negative_elbo`."""
   search = make_search(
