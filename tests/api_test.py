@@ -77,10 +77,8 @@ def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
             denoiser.schedule, "ggdm", num_steps=2, init="auto"), **options)
 
 
-@pytest.mark.parametrize("model", [
-    "gaussian",
-    # About a minute: the U-Net is traced for every stage.
-    pytest.param("tiny_unet2d", marks=pytest.mark.slow)])
+@pytest.mark.slow  # A page of the documentation runs much the same.
+@pytest.mark.parametrize("model", ["gaussian", "tiny_unet2d"])
 def test_quick_start(model, tmp_path, monkeypatch):
   spec = importlib.util.spec_from_file_location(
       "quick_start", os.path.join(ROOT, "examples", "quick_start.py"))

@@ -178,6 +178,7 @@ def searched(parts, tmp_path_factory):
   return run, sampler
 
 
+@pytest.mark.slow
 def test_a_conditional_search_lowers_the_distance(parts, searched):
   run, sampler = searched
   start, end = ddss_tf.evaluate(

@@ -807,6 +807,7 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
   sampler.coefficients().validate()
 
 
+@pytest.mark.slow
 def test_a_sampler_that_was_searched_starts_anew(
     parts, finished, tmp_path, monkeypatch):
   """An object may be given twice, as in a notebook after an interruption."""
@@ -845,6 +846,7 @@ def test_a_single_step_is_searched(parts, tmp_path, family):
             families.make_sampler, family="ddim-learned", num_steps=1)))
 
 
+@pytest.mark.slow
 def test_a_kind_with_rate_0_is_held(parts, tmp_path):
   sampler = ddss_tf.search(
       str(tmp_path), **parts, **options(rate_multipliers={"times": 0.0}))
