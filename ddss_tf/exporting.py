@@ -36,10 +36,12 @@ class SamplerModule(tf.Module):
     coefficients: of the sampler.
     x0_bound: see `chain.bound_x0`.
     jit_compile: have XLA compile the network where it is served.
+    inline: trace the network K times, not once: see `portable.INLINED`.
   """
 
   def __init__(self, denoiser: Denoiser, coefficients: Coefficients,
-               x0_bound: str | None = None, jit_compile: bool = False):
+               x0_bound: str | None = None, jit_compile: bool = False,
+               inline: bool = False):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = denoiser.tracked
@@ -53,11 +55,14 @@ class SamplerModule(tf.Module):
     label_spec = [tf.TensorSpec([None], tf.int32, "labels")]
     seed_spec = tf.TensorSpec([2], tf.int32, "seed")
 
+    # Else traced once, called K times.
+    eps_fn = (denoiser.eps if inline
+              else denoiser.compiled_eps(jit_compile))
+
     def run(x_T, step_noise, labels):
-      # Traced once, called K times.
       return chain.run_chain(
-          chain.with_labels(denoiser.compiled_eps(jit_compile), labels),
-          coefficients, x_T, step_noise, x0_bound=x0_bound)
+          chain.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
+          x0_bound=x0_bound)
 
     def of_indices(seed, indices, labels):
       x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
@@ -159,10 +164,12 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
           found.label, coefficients, denoiser.identity, {}, x0_bound),
                                 denoiser, integer_timesteps)
     else:
-      if jit_compile:  # Other runtimes compile in their own way.
-        module = SamplerModule(denoiser, coefficients, x0_bound)
+      # Other runtimes compile in their own way.
+      inline = name in portable.INLINED
+      written = module if not (inline or jit_compile) else SamplerModule(
+          denoiser, coefficients, x0_bound, inline=inline)
       portable.write(
-          path, name, module, module.endpoints["from_noise"],
+          path, name, written, written.endpoints["from_noise"],
           {key: value.numpy() for key, value in inputs.items()}, expected)
   return run.path(EXPORT)
 

@@ -17,6 +17,9 @@ from ddss_tf.errors import UserError
 # What a format needs beyond the package itself, under the extra of its name.
 _MODULES = {"onnx": ("tf2onnx", "onnxruntime"), "tflite": ()}
 FORMATS = tuple(_MODULES)
+# Whose converter loses the image's height where a function is called twice and
+# holds a `tf.repeat`, as Keras' UpSampling2D does, and then has no convolution.
+INLINED = ("tflite",)
 _OPSET = 17
 _PARITY_TOLERANCE = 1e-4
 
