@@ -73,6 +73,14 @@ def _choice(source, config, key, known, default=None):
   return value
 
 
+def _list(source, config, key) -> list:
+  """The list that a key has."""
+  if not isinstance(config[key], list):
+    raise UserError(f"{source}: {key} must be a list. "
+                    f"Received: {config[key]!r}")
+  return config[key]
+
+
 def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
   """Reads both configuration files.
 
@@ -103,7 +111,9 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
   upsample = _choice(
       source, config, "upsample_type", ("conv", "resnet"), "conv")
   try:
-    down, up = config["down_block_types"], config["up_block_types"]
+    down, up, channels = (
+        _list(source, config, key)
+        for key in ("down_block_types", "up_block_types", "block_out_channels"))
     for name, known in [(n, _DOWN) for n in down] + [(n, _UP) for n in up]:
       if name not in known:
         raise UserError(f"{source}: block types must be among "
@@ -139,7 +149,7 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
         image_size=size,
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
-        channels=tuple(config["block_out_channels"]),
+        channels=tuple(channels),
         blocks_per_level=config["layers_per_block"],
         attention_levels=attention,
         head_channels=config.get("attention_head_dim", 8),
@@ -167,6 +177,10 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
     )
   except KeyError as error:
     raise UserError(f"{source}: key {error} is missing") from error
+  except UserError:
+    raise
+  except (TypeError, ValueError) as error:  # A word where a number should be.
+    raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
   betas, prediction = _read_scheduler(path)
   return unet_config, betas, prediction
 

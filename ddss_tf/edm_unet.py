@@ -14,11 +14,14 @@ import math
 import keras
 from keras import ops
 
-from ddss_tf.unet import TimeEmbedding
+from ddss_tf.unet import TimeEmbedding, check_sizes
 
 ARCHITECTURES = ("SongUNet", "DhariwalUNet")
 PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond")
 
+# See `unet.check_sizes`; of what the multipliers make of `model_channels`.
+_MOST = {"image_channels": 2**13, "widths": 2**13, "num_blocks": 64,
+         "classes": 2**16}
 _HEAD_CHANNELS = 64  # Of DhariwalUNet; a narrower layer has no attention.
 
 
@@ -431,13 +434,21 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
     outside [0, label_dim) for no class; to eps, float [B, S, S, C].
 
   Raises:
-    ValueError: unknown names, or an image size or widths that do not divide.
+    ValueError: unknown names, an image size or widths that do not divide, or
+      a size that no network has.
   """
   for key, known in (("architecture", ARCHITECTURES),
                      ("preconditioning", PRECONDITIONINGS)):
     if getattr(config, key) not in known:
       raise ValueError(f"{key} must be one of {', '.join(known)}. "
                        f"Received: {getattr(config, key)!r}")
+  check_sizes({
+      "image_channels": config.image_channels,
+      "widths": tuple(config.model_channels * multiplier for multiplier in (
+          *config.channel_mult, config.channel_mult_emb,
+          config.channel_mult_noise)),
+      "num_blocks": config.num_blocks, "classes": config.label_dim or None,
+  }, _MOST)
   levels = len(config.channel_mult)
   if not levels or config.image_size % 2 ** (levels - 1):
     raise ValueError(

@@ -20,6 +20,8 @@ import tensorflow as tf
 STRIDES = ("linear", "trailing", "linspace", "linspace_open", "quadratic",
            "logsnr", "karras")
 _KARRAS_RHO = 7.0
+# More is a slip, or of a damaged file, and would fill the memory.
+_MOST_STEPS = 10**6
 
 
 class NoiseSchedule:
@@ -316,6 +318,9 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
     return NoiseSchedule(betas)
   if name == "sigmas":
     return ExplodingSchedule(sigmas)
+  if num_train_steps > _MOST_STEPS:
+    raise ValueError(f"num_train_steps must be at most {_MOST_STEPS}. "
+                     f"Received: {num_train_steps}")
   if name == "geometric":
     return ExplodingSchedule.geometric(sigma_min, sigma_max, num_train_steps)
   if name == "cosine":

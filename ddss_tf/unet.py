@@ -21,7 +21,10 @@ _ACTIVATIONS = {
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
 LABEL_EMBEDDINGS = ("table", "sinusoidal")
-_MAX_BLOCKS = 64
+# More is a slip, or of a damaged file, and would fill the memory.
+_MOST = {"channels": 2**13, "blocks_per_level": 64, "in_channels": 2**13,
+         "out_channels": 2**13, "time_features": 2**13, "time_width": 2**13,
+         "num_classes": 2**16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +318,24 @@ class SelfAttention(keras.layers.Layer):
     }
 
 
+def check_sizes(sizes, most) -> None:
+  """Refuses sizes that no network has, before memory is asked for them.
+
+  Args:
+    sizes: whole numbers, tuples of them, or None for any, by name.
+    most: the largest of each.
+
+  Raises:
+    ValueError: a number out of [1, most], or none in a tuple.
+  """
+  for key, value in sizes.items():
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or any(size is not None and not 1 <= size <= most[key]
+                         for size in values):
+      raise ValueError(f"{key} must be from 1 to {most[key]}. "
+                       f"Received: {value}")
+
+
 def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   """Builds the network `[x_t, t] -> prediction`, with random weights.
 
@@ -336,7 +357,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   Raises:
     ValueError: the image size does not divide, or groups do not divide widths,
       or heads do not, or they are given twice; an unknown activation or label
-      embedding; more blocks than anyone has.
+      embedding; a size that no network has.
   """
   for key, known in (("activation", ACTIVATIONS),
                      ("label_embedding", LABEL_EMBEDDINGS)):
@@ -347,10 +368,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     raise ValueError(
         "num_heads and head_channels must not both be given. Received: "
         f"{config.num_heads} and {config.head_channels}")
-  if not 1 <= config.blocks_per_level <= _MAX_BLOCKS:
-    # Of a damaged file: it would be built all day.
-    raise ValueError(f"blocks_per_level must be from 1 to {_MAX_BLOCKS}. "
-                     f"Received: {config.blocks_per_level}")
+  check_sizes({key: getattr(config, key) for key in _MOST}, _MOST)
   levels = len(config.channels)
   factor = 2 ** (levels - 1)
   if config.image_size % factor:

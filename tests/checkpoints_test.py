@@ -414,6 +414,7 @@ def test_rescaled_times_survive_saving(openai, tmp_path):
     (dict(noise_schedule="sigmoid"), ["linear, cosine", "'sigmoid'"]),
     (dict(noise_schedule=3), ["noise_schedule", "3"]),
     (dict(diffusion_steps="50"), ["diffusion_steps", "'50'"]),
+    (dict(diffusion_steps=10**9), ["num_train_steps", "1000000000"]),
     (dict(diffusion_steps=10), ["diffusion_steps = 10", "between 0 and 1"]),
     (dict(num_heads=True), ["num_heads", "True"]),
     (dict(num_heads=0), ["num_heads", "0"]),
@@ -779,6 +780,13 @@ def test_dropout_is_off(tmp_path):
     (dict(out_channels=6), ["out_channels must be 3", "6"]),
     (dict(attention_head_dim=3), ["head_channels=3", "cannot be built"]),
     (dict(time_embedding_dim="24"), ["cannot be built"]),
+    (dict(block_out_channels=8), ["block_out_channels must be a list", "8"]),
+    (dict(block_out_channels=[]), ["channels must be", "()"]),
+    (dict(down_block_types=None), ["down_block_types must be a list", "None"]),
+    (dict(freq_shift="far"), ["config.json", "'far'"]),
+    (dict(time_embedding_dim=10**9), ["time_width", "1000000000"]),
+    (dict(layers_per_block=10**9), ["blocks_per_level", "1000000000"]),
+    (dict(num_class_embeds=10**9), ["num_classes", "1000000000"]),
 ])
 def test_diffusers_values_that_are_refused(tmp_path, changes, words):
   write_folder(str(tmp_path), "diffusers_classes", **changes)

@@ -256,6 +256,7 @@ def test_preconditioning_is_part_of_what_a_network_is(tmp_path):
     ("edm_song", dict(sigma_data="0.5"), ["sigma_data", "'0.5'"]),
     ("edm_song", dict(channel_mult=2), ["channel_mult", "list"]),
     ("edm_song", dict(img_resolution=7), ["multiple of 2", "7"]),
+    ("edm_song", dict(model_channels=65536), ["widths", "8192"]),
     ("edm_song", dict(model_channels=18), ["multiple of 4", "18"]),
     ("edm_song", dict(model_channels=32), ["shape"]),
     ("edm_song", dict(attn_resolutions=[8]), ["Unused"]),

@@ -293,6 +293,8 @@ def test_sizes_of_presets(name, parameters):
     ({"num_heads": 0}, ["num_heads", "0"]),
     ({"in_channels": 10**9}, ["in_channels", "65536", "1000000000"]),
     ({"blocks_per_level": 1000}, ["blocks_per_level", "64", "1000"]),
+    ({"channels": []}, ["channels", "8192", "()"]),
+    ({"time_width": 65536}, ["time_width", "8192", "65536"]),
     ({"image_size": 5}, ["multiple of 2", "5"]),
     ({"brand_new": 1, "older": 2}, ["keys must be among", "brand_new, older"]),
 ])
