@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo demo-full table objectives bench docs test test-all clean
+.PHONY: demo demo-full table objectives bench docs test test-all test-lowest clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -43,6 +43,17 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+test-lowest: build/lowest-venv/.installed
+	build/lowest-venv/bin/python -m pytest -q -n 2 --dist loadfile \
+	  --no-loadscope-reorder -m 'not slow' tests
+
+build/lowest-venv/.installed: requirements-lowest.txt setup.py
+	$(PYTHON) -m venv build/lowest-venv
+	build/lowest-venv/bin/python -m pip install -q -r requirements-lowest.txt
+	build/lowest-venv/bin/python -m pip install -q --no-deps \
+	  --no-build-isolation -e .
+	touch $@
 
 $(VENV)/.installed: requirements.txt setup.py
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), \

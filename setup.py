@@ -33,13 +33,15 @@ setuptools.setup(
         # tensorflow-datasets imports it without asking for it.
         "importlib_resources>=6",
         "jinja2>=3.1",
+        # Older ones cannot read the embedded networks, which 3.15 has saved.
         "keras>=3.15,<4",
         "matplotlib>=3.9",
         "numpy>=2",
         "safetensors>=0.5",
         "scipy>=1.13",
-        "tensorboard>=2.20",
-        "tensorflow>=2.21,<2.22",
+        "tensorboard>=2.18",
+        # 2.18 is the first with NumPy 2: `make test-lowest`.
+        "tensorflow>=2.18.1,<2.22",
         "tensorflow-datasets>=4.9.10",
         "tensorflow-gan==2.1.0",
         # TF-GAN's metrics import it.
