@@ -88,9 +88,10 @@ def pages(tmp_path_factory):
   run = tmp_path_factory.mktemp("run")
   reporting_test.write_run(str(run))
   rng = np.random.default_rng(0)
-  for name, size in (("samples.png", (1400, 600)), ("generated.png", (300, 300)),
-                     ("coefficients.png", (1200, 700)), ("path.png", (900, 300)),
-                     ("before_after.png", (1100, 280))):
+  for name, size in (
+      ("samples.png", (1400, 600)), ("generated.png", (300, 300)),
+      ("coefficients.png", (1200, 700)), ("path.png", (900, 300)),
+      ("before_after.png", (1100, 280))):
     PIL.Image.fromarray(rng.integers(0, 256, size[::-1], np.uint8)).save(
         str(run / name))
   # The measured one, which is in the repository.
