@@ -244,9 +244,10 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
 
 @pytest.mark.parametrize("changes,calls,embedded", [
     # All of it in one chain: a call and its repetition for each step.
-    (dict(), 64 * 8, 64),
+    pytest.param(dict(), 64 * 8, 64, marks=pytest.mark.slow),
     # Two passes: all images once, and those with a gradient again.
-    (dict(micro_batch_size=16), 64 * 4 + 64 * 8, 64 + 64),
+    pytest.param(dict(micro_batch_size=16), 64 * 4 + 64 * 8, 64 + 64,
+                 marks=pytest.mark.slow),
     (dict(micro_batch_size=16, gradient_samples=32), 64 * 4 + 32 * 8, 64 + 32),
 ])
 def test_nothing_is_computed_twice(parts, monkeypatch, changes, calls, embedded):
