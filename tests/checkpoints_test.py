@@ -485,6 +485,7 @@ def test_real_torch_files(openai, tmp_path):
       ddss_tf.load_denoiser, path, **card)
 
 
+@pytest.mark.slow
 def test_openai_weights_that_do_not_match(openai):
   weights, _, card = openai["openai_learned_sigma"]
 
@@ -571,6 +572,7 @@ def test_guided_network_matches_the_original(guided, name):
   np.testing.assert_allclose(openai_format.betas(card), golden["betas"])
 
 
+@pytest.mark.slow
 def test_what_no_tensor_tells_matters(guided):
   # A wrong card gives a network all the same, so the goldens must notice.
   for name in ("guided_new_order", "guided_old_order"):
@@ -596,6 +598,7 @@ def test_guided_architecture(guided):
   assert config.residual_up_levels == (1, 2)
 
 
+@pytest.mark.slow
 def test_guided_file(guided, fake_torch, tmp_path):
   weights, golden, card = guided["guided_new_order"]
   path = str(tmp_path / "64x64_diffusion.pt")

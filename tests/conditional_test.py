@@ -147,6 +147,7 @@ def parts(gaussian_parts):
       features=gaussian_parts["features"])
 
 
+@pytest.mark.slow
 def test_rematerialised_gradient_with_labels(parts):
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   results = []

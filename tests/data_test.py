@@ -66,6 +66,7 @@ def test_digits_info(digits, tfds_dir):
   assert "LeCun" in info.citation
 
 
+@pytest.mark.slow
 def test_full_size_pixels(tfds_dir, npz):
   dataset = data.load_dataset("ddss_digits", data_dir=tfds_dir)
   assert dataset.images.shape == (10000, 28, 28, 1)

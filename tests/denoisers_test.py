@@ -169,6 +169,7 @@ def test_labels(conditional, noise):
     assert np.abs(same - other).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_eps_takes_labels(conditional, noise, jit_compile):

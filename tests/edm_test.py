@@ -173,6 +173,7 @@ def test_denoiser_is_in_preserving_form(name, suffix, tmp_path):
                              rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_own_format(tmp_path):
   path, golden = write(tmp_path, "edm_song")
   denoiser = ddss_tf.load_denoiser(path, schedule={
@@ -189,6 +190,7 @@ def test_own_format(tmp_path):
       ddss_tf.load_denoiser, path, prediction="x0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["edm_song_vp", "edm_dhariwal"])
 def test_classes_and_guidance(tmp_path, name):
   path, golden = write(tmp_path, name)

@@ -143,6 +143,7 @@ def test_pytorch_is_needed_once(state_dict, cache, monkeypatch):
     ddss_tf.load_denoiser(state_dict, cache_dir=cache, image_size=16)
 
 
+@pytest.mark.slow
 def test_what_was_told_is_kept(tmp_path, cache):
   path, _ = edm_test.write(tmp_path, "edm_song")
   told = {"name": "geometric", "sigma_min": 0.01, "sigma_max": 40.0}

@@ -221,7 +221,7 @@ def make_search(parts, **changes):
 
 
 @pytest.mark.parametrize("objective", [
-    pytest.param(name, marks=[] if name in ("kid_linear", "frechet") else [
+    pytest.param(name, marks=[] if name == "kid_linear" else [
         pytest.mark.slow]) for name in objectives.DISTANCES] + [
             pytest.param({"kid_linear": 1.0, "teacher_pixels": 5.0,
                           "teacher_features": 2.0}, marks=pytest.mark.slow)])
@@ -375,6 +375,7 @@ def test_scales_equalise_the_effect_of_all_variables(parts):
   assert raw.max() / np.median(raw) > np.max(moves) / np.median(moves)
 
 
+@pytest.mark.slow
 def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   run = str(tmp_path)
   arguments = options(
@@ -682,6 +683,7 @@ def test_tensorboard_has_the_hyper_parameters(finished):
   assert "validation/objective" in metrics and "fid/GGDM+PRED+TIME" in metrics
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_sampler_and_its_start(
     parts, tmp_path, monkeypatch):
   drawn = {}
@@ -878,6 +880,7 @@ def test_a_pool_is_used_up_before_it_comes_again(parts):
   assert len(set.union(*passed)) > 35
 
 
+@pytest.mark.slow
 def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
   """For as long as it works; of other processes, not of this one."""
   advance = searching.Search.advance

@@ -402,6 +402,7 @@ def test_huge_arrays_are_not_read(saved):
 # --- As other formats ---
 
 
+@pytest.mark.slow
 def test_cache(saved, cache, conversions):
   path, preset = saved
   load = lambda **told: ddss_tf.load_denoiser(
