@@ -104,10 +104,10 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
   Args:
     name: a TFDS name, e.g. "ddss_digits", "cifar10", "lsun/church_outdoor",
       "mnist:3.0.1", with a feature `image`, uint8, and optionally `label`; or
-      "folder:PATH", PNG, JPEG, BMP and WebP files, flat or in a subfolder per
-      class; or "npz:FILE", with `images` [N, H, W, C], uint8 or float in
-      [-1, 1], and optionally `labels` [N]; or "tfrecords:FILE", one file of
-      StyleGAN's, of the wanted size.
+      "folder:PATH", PNG, JPEG, BMP and WebP files (WebP where TensorFlow reads
+      it: 2.18 does not), flat or in a subfolder per class; or "npz:FILE", with
+      `images` [N, H, W, C], uint8 or float in [-1, 1], and optionally `labels`
+      [N]; or "tfrecords:FILE", one file of StyleGAN's, of the wanted size.
     split: TFDS split or slice of one, e.g. "train", "test[:50%]". A path has
       no splits: leave it at "train".
     channels: 1 turns colour to grey (0.299 R + 0.587 G + 0.114 B, ITU-R

@@ -25,7 +25,7 @@ from ddss_tf import conventions
 from ddss_tf import edm_unet
 from ddss_tf import saved_models
 from ddss_tf import schedules
-from ddss_tf.errors import UserError, shape_text
+from ddss_tf.errors import UserError, check_whole, shape_text
 
 KERAS_SUFFIX = ".keras"
 
@@ -162,10 +162,8 @@ def _image_shape(path, value):
 
 def _whole_number(path, card, key, least):
   value = card.get(key)
-  if value is None or (type(value) is int and value >= least):
-    return value
-  raise UserError(f"{path}: {key} must be a whole number, at least {least}. "
-                  f"Received: {value!r}")
+  check_whole(f"{path}: {key}", value, least, optional=True)
+  return value
 
 
 def _wanted(num_classes: int | None) -> str:

@@ -515,7 +515,7 @@ def test_labels_of_a_keras_file(tmp_path, column, one_hot):
 
 
 @pytest.mark.parametrize("told,words", [
-    ({"num_classes": 0}, ["num_classes", "at least 1", "0"]),
+    ({"num_classes": 0}, ["num_classes", ">= 1", "0"]),
     ({"num_classes": 2.5}, ["num_classes", "2.5"]),
     ({"num_classes": 3, "null_label": True}, ["null_label", "True"]),
     ({"num_classes": 3, "null_label": 3}, ["null_label", "3"]),
