@@ -302,7 +302,8 @@ def compare(
   return records
 
 
-def draw(folder: str, records: list[dict]) -> list[str]:
+def draw(folder: str, records: list[dict],
+         shown: list[str] | None = None) -> list[str]:
   """Draws a comparison from what it left, without any measurement.
 
   FID against K and against time, and a picture for each K of the first samples
@@ -311,13 +312,21 @@ def draw(folder: str, records: list[dict]) -> list[str]:
   Args:
     folder: of the comparison, with its `samples.npz` if there is one.
     records: of its `metrics.json`, comparable ones.
+    shown: names of the rows whose samples are drawn, as in the table, with or
+      without the stride; None: all.
 
   Returns:
     Names of the files.
 
   Raises:
-    UserError: `samples.npz` is damaged.
+    UserError: `samples.npz` is damaged, or there is no row of a name.
   """
+  if shown is not None and not isinstance(shown, (list, tuple)):
+    raise UserError(f"shown must be a list. Received: {shown!r}")
+  for name in shown or []:
+    if not any(_is_named(record, name) for record in records):
+      raise UserError("shown must be rows of the comparison, among them "
+                      f"{records[0]['sampler']!r}. Received: {name!r}")
   path = functools.partial(os.path.join, folder)
   figures.fid_by_steps_png(path(FID_BY_STEPS), records)
   names = [FID_BY_STEPS]
@@ -330,11 +339,20 @@ def draw(folder: str, records: list[dict]) -> list[str]:
   for steps in sorted({record["num_steps"] for record in records}):
     rows = [(record["sampler"], f"{label} {record['fid']:.2f}",
              images[sample_key(record)]) for record in records
-            if record["num_steps"] == steps and sample_key(record) in images]
+            if record["num_steps"] == steps and sample_key(record) in images
+            and (shown is None
+                 or any(_is_named(record, name) for name in shown))]
     if rows:
       names.append(f"samples_k{steps}.png")
       figures.sample_rows_png(path(names[-1]), f"K = {steps}", rows)
   return names
+
+
+def _is_named(record, name):
+  """Whether a row has this name, or has it with a stride."""
+  label = record["sampler"]
+  base, _, stride = label.rpartition(" ")
+  return name == label or name == base and stride in schedules.STRIDES
 
 
 def sample_key(record: dict) -> str:

@@ -58,7 +58,7 @@ _CAPTIONS = {
 
 
 @gin.configurable(denylist=["run_dir"])
-def report(run_dir: str) -> str:
+def report(run_dir: str, shown: list[str] | None = None) -> str:
   """Writes `report.html` from what a run or a comparison left.
 
   The figures of its `metrics.json` are drawn again; all other pictures are
@@ -66,13 +66,14 @@ def report(run_dir: str) -> str:
 
   Args:
     run_dir: folder of the run or the comparison.
+    shown: of a comparison: rows whose samples are drawn, see `comparing.draw`.
 
   Returns:
     Path of the page.
 
   Raises:
     UserError: the folder holds neither results nor a sampler, or a damaged
-      file.
+      file; a row that is not there.
   """
   run = run_dir_lib.RunDir(run_dir)
   if not distribution.is_chief():  # Which alone has all files for sure.
@@ -85,7 +86,7 @@ def report(run_dir: str) -> str:
         f"comparison. Received: {run_dir!r}")
   names = []
   if groups and len(groups[0]) > 1:
-    names = comparing.draw(run.root, groups[0])
+    names = comparing.draw(run.root, groups[0], shown)
   names += [evaluation.SAMPLES, "generated.png"]
   environment = jinja2.Environment(
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

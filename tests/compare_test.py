@@ -208,6 +208,19 @@ def test_pictures_are_drawn_again_from_the_files(
   assert comparing.draw(str(tmp_path), again) == names
   assert [(tmp_path / name).read_bytes() for name in names] == before
 
+  # Some rows' samples, by name, and the other pictures as they were.
+  label = records[1]["sampler"]
+  assert comparing.draw(str(tmp_path), again[1:2]) == names
+  of_one = (tmp_path / names[2]).read_bytes()
+  assert of_one != before[2]
+  for shown in ([label], [label.split()[0]]):
+    assert comparing.draw(str(tmp_path), again, shown) == names
+    assert [(tmp_path / name).read_bytes() for name in names] == [
+        *before[:2], of_one]
+  for shown, word in ((["DPM"], "'DPM'"), (label, "list")):
+    with pytest.raises(UserError, match=word):
+      comparing.draw(str(tmp_path), again, shown)
+
 
 def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
                                         monkeypatch):
