@@ -300,14 +300,16 @@ class Search:
       # The bound is no function of a view: a gradient of 0.
       return loss, tape.gradient(loss, view, unconnected_gradients="zero")
 
-    def one_pass(indices, teacher, control):
+    def one_pass(indices, others, teacher, control):
+      """Loss of these samples and of others' views; gradient of the former."""
       with tf.GradientTape() as tape:
         view = make_view(distribution.own_rows(indices), remat)
       # Of all replicas' samples, of which each then pulls its own back.
       loss, cotangents = differentiate(
-          distribution.all_rows(view), teacher, control)
-      return loss, distribution.total(
-          flat_gradient(tape, view, distribution.own_rows(cotangents)))
+          tf.concat([distribution.all_rows(view), others], axis=0), teacher,
+          control)
+      return loss, distribution.total(flat_gradient(
+          tape, view, distribution.own_rows(cotangents[:indices.shape[0]])))
 
     def pull_back(indices, cotangents):
       """Gradient of sum(view * cotangents)."""
@@ -373,13 +375,13 @@ class Search:
   def loss_and_gradient(self, step: int) -> tuple[float, np.ndarray]:
     """The objective of the population of a step, and its gradient.
 
-    Where all of the population fits into one chain this is plain
-    backpropagation. Else it takes two passes, since a distance is no mean over
-    micro-batches. The first makes the features of all images, without
+    Where the images that the gradient passes through fit into one chain this is
+    plain backpropagation. Else it takes two passes, since a distance is no mean
+    over micro-batches. The first makes the features of all images, without
     gradient; the objective's gradient in them is then pulled back through the
     chain of one micro-batch after the other, made again from the same seeds:
-    the gradient of one large batch. With fewer `gradient_samples` the second
-    pass takes a part of the population only, scaled up: an unbiased estimate of
+    the gradient of one large batch. With fewer `gradient_samples` it passes
+    through a part of the population only, scaled up: an unbiased estimate of
     that gradient, in which the population's distance is as sharp as ever.
 
     Args:
@@ -391,20 +393,18 @@ class Search:
     indices = self._indices(step)
     if self._objective.is_elbo:
       return self._bound_and_gradient(step, indices)
+    targets, controls = self._targets(indices), self._controls(indices)
+    scale = self._batch_size / self._gradient_samples
     # As many rows as all replicas make in one chain each.
     most = self._micro_batch_size * distribution.num_replicas()
-    if self._batch_size == self._gradient_samples <= most and (
-        self._batch_size == distribution.filled(self._batch_size)):
+    count = self._gradient_samples
+    if count <= most and count == distribution.filled(count):
       loss, gradient = self._one_pass(
-          tf.constant(indices), self._targets(indices),
-          self._controls(indices))
-      return float(loss), gradient.numpy()
-    size = min(most, self._batch_size)
-    views = [self._population(_filled(indices[i:i + size], size))
-             for i in range(0, self._batch_size, size)]
+          tf.constant(indices[:count]), self._views(indices[count:], most),
+          targets, controls)
+      return float(loss), scale * gradient.numpy()
     loss, cotangents = self._differentiate(
-        tf.concat(views, axis=0)[:self._batch_size], self._targets(indices),
-        self._controls(indices))
+        self._views(indices, most), targets, controls)
     size = distribution.filled(min(most, self._gradient_samples))
     # What a last micro-batch is filled up with gets no gradient.
     cotangents = tf.pad(
@@ -413,8 +413,15 @@ class Search:
     for i in range(0, self._gradient_samples, size):
       part = _filled(indices[i:min(i + size, self._gradient_samples)], size)
       gradients.append(self._pull_back(part, cotangents[i:i + size]))
-    scale = self._batch_size / self._gradient_samples
     return float(loss), scale * tf.add_n(gradients).numpy()
+
+  def _views(self, indices, most):
+    """The views of samples, without gradient, in chains of at most so many."""
+    size = min(most, len(indices))
+    views = [self._population(_filled(indices[i:i + size], size))
+             for i in range(0, len(indices), max(size, 1))]
+    return tf.concat(
+        [*views, tf.zeros([0, self._objective.width])], axis=0)[:len(indices)]
 
   def _indices(self, step):
     """The samples of a step; of a pool, each once before any comes again.

@@ -242,13 +242,28 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
 
 
+@pytest.mark.parametrize("control", [
+    True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_part_in_one_chain_gives_the_gradient_of_two_passes(parts, control):
+  make = functools.partial(make_search, parts, objective="frechet",
+                           control=control, gradient_samples=16)
+  loss, gradient = make(micro_batch_size=16).loss_and_gradient(1)
+  two_loss, two_gradient = make(micro_batch_size=8).loss_and_gradient(1)
+  np.testing.assert_allclose(two_loss, loss, rtol=1e-4, atol=1e-5)
+  error = np.linalg.norm(two_gradient - gradient)
+  assert error < 1e-5 * np.linalg.norm(gradient)
+
+
 @pytest.mark.parametrize("changes,calls,embedded", [
     # All of it in one chain: a call and its repetition for each step.
     pytest.param(dict(), 64 * 8, 64, marks=pytest.mark.slow),
     # Two passes: all images once, and those with a gradient again.
     pytest.param(dict(micro_batch_size=16), 64 * 4 + 64 * 8, 64 + 64,
                  marks=pytest.mark.slow),
-    (dict(micro_batch_size=16, gradient_samples=32), 64 * 4 + 32 * 8, 64 + 32),
+    pytest.param(dict(micro_batch_size=16, gradient_samples=32),
+                 64 * 4 + 32 * 8, 64 + 32, marks=pytest.mark.slow),
+    # Those with a gradient in one chain: the others once.
+    (dict(micro_batch_size=16, gradient_samples=16), 48 * 4 + 16 * 8, 64),
 ])
 def test_nothing_is_computed_twice(parts, monkeypatch, changes, calls, embedded):
   """Images that both networks see in a step of K = 4, real ones among them."""
