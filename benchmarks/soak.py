@@ -62,6 +62,8 @@ def main():
   hours = parser.parse_args().hours
   root = os.path.dirname(os.path.dirname(records.RESULTS))
   memory, steps, unreadable, first_step = [], [], 0, None
+  # Ended from outside, it takes the search with it.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
   with tempfile.TemporaryDirectory() as folder:
     log = os.path.join(folder, "log")
     with open(log, "w", encoding="utf-8") as f:

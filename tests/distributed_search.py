@@ -26,9 +26,11 @@ from ddss_tf import sampling
 from ddss_tf import solvers
 import gaussian_parts
 
-# One pass; two with a last micro-batch that is not full; a bound, no distance.
+# One pass through a part of the population; two with a last micro-batch that is
+# not full; a bound, no distance.
 SEARCHES = {
-    "one_pass": dict(batch_size=24, objective="kid_cubic"),
+    "one_pass": dict(batch_size=24, gradient_samples=12,
+                     objective="kid_cubic"),
     "two_passes": dict(batch_size=30, gradient_samples=15, micro_batch_size=3,
                        objective="frechet", pool_samples=90),
     "elbo": dict(batch_size=8, objective="elbo"),
