@@ -351,8 +351,7 @@ def draw(folder: str, records: list[dict],
 def _is_named(record, name):
   """Whether a row has this name, or has it with a stride."""
   label = record["sampler"]
-  base, _, stride = label.rpartition(" ")
-  return name == label or name == base and stride in schedules.STRIDES
+  return name in (label, samplers_lib.without_stride(label))
 
 
 def sample_key(record: dict) -> str:
