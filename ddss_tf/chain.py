@@ -117,7 +117,8 @@ def run_chain(
     coefficients: of the K steps, float32. NumPy arrays are constants: the
       states that have no weight in them are not read, and are let go of, so
       that a Markovian sampler costs as much at every step, and the images are
-      the same.
+      the same. Tensors may have trailing dimensions [B, 1, 1, 1], of samples
+      with coefficients of their own.
     x_T: float32 [B, H, W, C], standard normal.
     step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
       but the last add. None adds none, which is right only for a sampler whose
@@ -138,11 +139,10 @@ def run_chain(
   states, x0_hats = [x_T], []
   for k in range(num_steps):
     x_t = states[-1]
-    t = tf.fill([batch], tf.convert_to_tensor(one.times[k], x_T.dtype))
+    t = _of_samples(one.times[k], batch, x_T.dtype)
     guidance = ()
     if one.guidance_scales is not None:
-      guidance = tf.fill([batch], tf.convert_to_tensor(
-          one.guidance_scales[k], x_T.dtype)),
+      guidance = _of_samples(one.guidance_scales[k], batch, x_T.dtype),
     # By position, see `rematerialise`.
     eps = eps_fn(x_t, t, *guidance)
     x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps
@@ -160,6 +160,12 @@ def run_chain(
         states[u] = None
   images = states.pop()
   return (images, states, x0_hats) if trajectory else images
+
+
+def _of_samples(value, batch, dtype):
+  """A number, or one of every sample [B, 1, 1, 1], as [B]."""
+  value = tf.convert_to_tensor(value, dtype)
+  return tf.broadcast_to(tf.reshape(value, [-1]), [batch])
 
 
 def _taken_apart(coefficients, dtype):

@@ -181,19 +181,21 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 # Adam's second moment: short, for searches are short. Our choice.
 _ADAM_BETA_2 = 0.99
 _LARGEST_NORM = 1e18
-_SCALE_DRAWS = 8
+_METRIC_DRAWS = 8
 _SENSITIVITY_FLOOR = 0.03
+_LEAST_EFFECT = 1e-3
 
 
 class Search:
   """One search: its compiled step, its optimiser, its checkpointed state.
 
-  Adam works on one vector u of all variables in common units: a variable is its
-  start plus u times its scale, and the scale is chosen so that u = 1 moves the
-  features of an image by one standard deviation of the data's features
-  (`measure_scales`). One learning rate then serves weights, times and noise
-  scales alike, and every K: a weight of the first step, which all later states
-  inherit, gets a smaller scale than one of the last.
+  Adam works on a vector u, one entry a variable. The variables move by a basis
+  times u, in which every entry moves the features of an image equally far,
+  unrelated to the others (`measure_basis`). The states of a chain resemble each
+  other, so the weights of a step do nearly the same: by themselves they would
+  all move that together, and drown their differences, which are what a
+  multistep solver is made of. One learning rate then serves weights, times and
+  noise scales alike, and every K.
 
   Args:
     denoiser: the frozen model.
@@ -247,19 +249,18 @@ class Search:
     self._multipliers = np.array(
         [rate_multipliers[kind] for kind in self._kind_of_entry], np.float32)
 
-    self._start = tf.constant(self._flat())
-    self.units = keras.Variable(
-        np.zeros(self._start.shape, np.float32), name="units")
-    self.scales = tf.Variable(tf.ones_like(self._start), trainable=False)
-    # All variables together move by the rate, if their effects are unrelated.
-    rate = learning_rate / np.sqrt(max(len(self._multipliers), 1))
+    size = len(self._multipliers)
+    # What Adam moves; afterwards it is 0 again, and the variables have moved.
+    self.units = keras.Variable(np.zeros(size, np.float32), name="units")
+    self.basis = tf.Variable(tf.eye(size), trainable=False)
     # Adam's first steps are as long whatever the noise, so they come slowly.
     warmup = num_search_steps // 10
     self.optimizer = keras.optimizers.Adam(
         keras.optimizers.schedules.CosineDecay(
-            0.0, num_search_steps - warmup, warmup_target=rate,
+            0.0, num_search_steps - warmup, warmup_target=learning_rate,
             warmup_steps=warmup) if warmup else
-        keras.optimizers.schedules.CosineDecay(rate, num_search_steps),
+        keras.optimizers.schedules.CosineDecay(
+            learning_rate, num_search_steps),
         beta_2=_ADAM_BETA_2, epsilon=1e-12)
     self.optimizer.build([self.units])
     self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -267,23 +268,24 @@ class Search:
     self._best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
     self._best_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
     self.best = [tf.Variable(v.value, trainable=False) for v in self.variables]
-    self.not_finite = ""  # What was not, in the last step.
+    self.not_finite = ""  # What was not, in the last step that was skipped.
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
-        units=self.units.value, scales=self.scales, optimizer=self.optimizer,
+        basis=self.basis, optimizer=self.optimizer,
         step=self._step, skipped=self._skipped, best_value=self._best_value,
         best_step=self._best_step)
 
     plain = denoiser.compiled_eps(jit_compile)
 
-    def make_view(indices, remat):
+    def make_view(indices, remat, coefficients=None):
       x_T, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
       eps_fn = chain.with_labels(
           plain, denoiser.draw_labels(self._pair, indices))
       return objective.view(chain.run_chain(
           chain.rematerialise(eps_fn) if remat else eps_fn,
-          sampler.coefficients(), x_T, step_noise, x0_bound=x0_bound))
+          sampler.coefficients() if coefficients is None else coefficients,
+          x_T, step_noise, x0_bound=x0_bound))
 
     def flat_gradient(tape, target, output_gradients=None):
       gradients = tape.gradient(
@@ -318,6 +320,31 @@ class Search:
       return distribution.total(
           flat_gradient(tape, view, distribution.own_rows(cotangents)))
 
+    def pull_back_each(indices, cotangents):
+      """As `pull_back`, but the gradient of every sample in coefficients."""
+      rows = distribution.own_rows(indices)
+      own = sampler.coefficients().map(lambda value: tf.broadcast_to(
+          tf.reshape(value, [*value.shape, 1, 1, 1, 1]),
+          [*value.shape, rows.shape[0], 1, 1, 1]))
+      with tf.GradientTape() as tape:
+        tape.watch(own.arrays())
+        view = make_view(rows, remat, own)
+      gradients = tape.gradient(
+          view, list(own.arrays().values()), unconnected_gradients="zero",
+          output_gradients=distribution.own_rows(cotangents))
+      return distribution.all_rows(tf.transpose(tf.concat(
+          [tf.reshape(g, [-1, rows.shape[0]]) for g in gradients], axis=0)))
+
+    def jacobian():
+      """Of all coefficients in all variables, [coefficients, n]."""
+      with tf.GradientTape() as tape:
+        flat = tf.concat([tf.reshape(value, [-1]) for value in
+                          sampler.coefficients().arrays().values()], axis=0)
+      return tf.concat([
+          tf.reshape(part, [flat.shape[0], -1]) for part in tape.jacobian(
+              flat, [v.value for v in self.variables],
+              unconnected_gradients="zero")], axis=1)
+
     def bound(indices, x_0, weights):
       """The ELBO objective of images, of which weights [B] make the mean."""
       first_noise, step_noise = chain.draw_noise(
@@ -344,6 +371,8 @@ class Search:
     self._differentiate = differentiate
     self._one_pass = distribution.replicated(one_pass)
     self._pull_back = distribution.replicated(pull_back)
+    self._pull_back_each = distribution.replicated(pull_back_each)
+    self._jacobian = distribution.replicated(jacobian)
     self._bound = distribution.replicated(bound)
     self._apply = distribution.replicated(self._apply_gradient)
 
@@ -366,11 +395,6 @@ class Search:
   def best_step(self) -> int:
     """How many steps it took."""
     return int(self._best_step.numpy())
-
-  def _flat(self) -> np.ndarray:
-    """All variables as one float32 vector."""
-    return np.concatenate(
-        [np.ravel(np.asarray(v.value)) for v in self.variables])
 
   def loss_and_gradient(self, step: int) -> tuple[float, np.ndarray]:
     """The objective of the population of a step, and its gradient.
@@ -471,18 +495,19 @@ class Search:
     return (float(np.mean([float(loss) for loss, _ in results])),
             np.mean([gradient.numpy() for _, gradient in results], axis=0))
 
-  def measure_scales(self) -> None:
-    """Measures how far the features move with each variable, and rescales.
+  def measure_basis(self) -> None:
+    """Measures how the features move with all variables, and sets the units.
 
-    For standard normal r, E (r . J)^2 is the squared norm of the columns of the
-    Jacobian J of all features of a batch (Hutchinson's estimate), so a few
-    backward passes measure the mean squared sensitivity of every variable.
-    Those to which hardly anything reacts are treated as if they had 3 % of the
-    root mean square of their kind, or they would be thrown far.
+    For standard normal r and the Jacobian J of an image's features, the rows
+    r . J have the second moment E J' J (Hutchinson's estimate): the metric of
+    the variables, of which one backward pass gives a row for every image.
     """
     size, objective = self._micro_batch_size, self._objective
-    squares = 0.0
-    for draw in range(_SCALE_DRAWS):
+    rows = distribution.filled(size)
+    count = len(self._multipliers)
+    jacobian = self._jacobian().numpy().astype(np.float64)
+    metric, draws = 0.0, max(_METRIC_DRAWS, -(-4 * count // size))
+    for draw in range(draws):
       # Noise of its own: indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
       # Of the first network's features only, whatever else the view holds.
@@ -490,21 +515,20 @@ class Search:
           tf.random.stateless_normal(
               [size, objective.feature_width], [draw, 0], alg="philox"),
           [[0, 0], [0, objective.width - objective.feature_width]])
-      rows = distribution.filled(size)
-      gradient = self._pull_back(
+      each = self._pull_back_each(
           _filled(indices, rows), tf.pad(r, [[0, rows - size], [0, 0]]))
-      squares = squares + gradient.numpy().astype(np.float64) ** 2
-    squares = squares / (_SCALE_DRAWS * size) / objective.feature_std**2
-    if not np.all(np.isfinite(squares)) or not np.any(squares):
+      each = each.numpy()[:size].astype(np.float64) @ jacobian
+      metric = metric + each.T @ each
+    metric = metric / (draws * size) / objective.feature_std**2
+    if not np.all(np.isfinite(metric)) or not np.any(metric):
       raise UserError("the search's start must have finite, non-zero "
                       "sensitivities: the denoiser or the feature network "
                       "gives NaN, infinity or a constant")
-    scales = np.empty_like(squares)
-    for kind in set(self._kind_of_entry):
-      own = self._kind_of_entry == kind
-      floor = _SENSITIVITY_FLOOR**2 * np.mean(squares[own]) + 1e-30
-      scales[own] = 1 / np.sqrt(squares[own] + floor)
-    self.scales.assign((self._multipliers * scales).astype(np.float32))
+    self.basis.assign(np.float32(
+        self._multipliers[:, None] * _basis(
+            metric, self._kind_of_entry, np.repeat(
+                [v.constraint is not None for v in self.variables],
+                [int(np.prod(v.shape)) for v in self.variables]))))
 
   def advance(self) -> tuple[float, float, bool]:
     """Makes one step.
@@ -514,15 +538,16 @@ class Search:
       one with a value that is not finite, or that would end at coefficients
       that are not, changes nothing but the counters.
     """
-    loss, gradient = self.loss_and_gradient(self.step)
-    with np.errstate(over="ignore"):
-      gradient = gradient * self.scales.numpy()
+    loss, by_variable = self.loss_and_gradient(self.step)
+    with np.errstate(over="ignore", invalid="ignore"):
+      gradient = by_variable @ self.basis.numpy()
     norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    self.not_finite = self._not_finite(loss, gradient)
     # Adam squares it, and would never forget an infinity.
     taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
     if taken:
       taken = self._take(gradient)
+    else:
+      self.not_finite = self._not_finite(loss, by_variable)
     if not taken:
       self._skipped.assign_add(1)
     self._step.assign_add(1)
@@ -530,14 +555,14 @@ class Search:
 
   def _take(self, gradient: np.ndarray) -> bool:
     """Adam's step, inside the constraints; whether the sampler allows it."""
-    start, scales = self._start.numpy(), self.scales.numpy()
     changed = [self.units, *self.variables, *self.optimizer.variables]
     before = [tf.convert_to_tensor(variable.value) for variable in changed]
     self._apply(tf.constant(gradient))
-    flat = self._start + self.scales * self.units.value
+    moves = tf.linalg.matvec(self.basis, self.units.value)
+    self.units.assign(tf.zeros_like(self.units.value))
     sizes = [int(np.prod(v.shape)) for v in self.variables]
-    for part, variable in zip(tf.split(flat, sizes), self.variables):
-      value = tf.reshape(part, variable.shape)
+    for part, variable in zip(tf.split(moves, sizes), self.variables):
+      value = variable.value + tf.reshape(part, variable.shape)
       if variable.constraint is not None:
         value = variable.constraint(value)
       variable.assign(value)
@@ -548,10 +573,6 @@ class Search:
       for variable, value in zip(changed, before):
         variable.assign(value)
       return False
-    # What a constraint held back, the units must not remember.
-    self.units.assign(np.divide(
-        self._flat() - start, scales, out=np.zeros_like(start),
-        where=scales > 0))  # 0: a kind that is held.
     return True
 
   def _apply_gradient(self, gradient):
@@ -568,7 +589,7 @@ class Search:
     parts += [f"the gradient of {variable.name}" for variable, part in zip(
         self.variables, np.split(gradient, ends[:-1]))
               if not np.all(np.isfinite(part))]
-    return ", ".join(parts)
+    return ", ".join(parts) or "the norm of the gradient"
 
   def keep_if_best(self, value: float) -> None:
     """Remembers the variables if `value` is the lowest validation so far."""
@@ -582,6 +603,40 @@ class Search:
     """Puts the best variables back into the sampler."""
     for best, variable in zip(self.best, self.variables):
       variable.assign(best)
+
+
+def _basis(metric: np.ndarray, kinds, constrained) -> np.ndarray:
+  """Directions of equal and unrelated effect; all together have an effect of 1.
+
+  The symmetric root of the metric's inverse, the one that a small change of the
+  metric changes little, whatever its eigenvalues. Variables to which hardly
+  anything reacts are treated as if they had 3 % of the root mean square of
+  their kind, and where together they do hardly anything the inverse gives way
+  to 0, or they would be thrown far. Constrained variables stand alone: at a
+  bound they stay behind, and others that should go with them must not go alone.
+
+  Args:
+    metric: float64 [n, n], the second moment of the effects of the variables.
+    kinds: [n], the kind of every variable, for each has units of its own.
+    constrained: bool [n].
+
+  Returns:
+    float64 [n, n], the directions as columns.
+  """
+  squares = np.diag(metric)
+  scales = np.empty_like(squares)
+  for kind in set(kinds):
+    own = kinds == kind
+    floor = _SENSITIVITY_FLOOR**2 * np.mean(squares[own]) + 1e-30
+    scales[own] = 1 / np.sqrt(squares[own] + floor)
+  alone = constrained[:, None] | constrained
+  relations = np.where(alone & ~np.eye(len(metric), dtype=bool), 0.0,
+                       metric * scales[:, None] * scales)
+  values, vectors = np.linalg.eigh(relations)
+  values = np.maximum(values, 0.0)
+  roots = np.sqrt(values) / (values + _LEAST_EFFECT)
+  together = np.sqrt(np.sum(values * roots**2))
+  return scales[:, None] * (vectors * (roots / together)) @ vectors.T
 
 
 def _filled(indices, size: int) -> tf.Tensor:
@@ -677,7 +732,7 @@ def search(
     control_variate: bool = True,
     pool_samples: int = 8192,
     learning_rate: float = 0.15,
-    rate_of_distance: float = 1.5,
+    rate_of_distance: float = 0.4,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,
@@ -924,7 +979,7 @@ def search(
       _summarise_state(sampler, validation.generator, seed, 0,
                        state.best_value)
       logging.info("validation at the start: %.4f", state.best_value)
-      state.measure_scales()
+      state.measure_basis()
       if os.path.exists(run.path(starts.FILE)):
         with open(run.path(starts.FILE)) as f:
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)

@@ -198,7 +198,8 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
 
 def make_search(parts, **changes):
   sampler = families.make_sampler(
-      parts["denoiser"].schedule, "ggdm+pred+time", 4, init="ddpm")
+      parts["denoiser"].schedule, changes.pop("family", "ggdm+pred+time"), 4,
+      init=changes.pop("init", "ddpm"))
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   values = {**dict(
       batch_size=64, gradient_samples=64, micro_batch_size=64,
@@ -359,35 +360,53 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
       part.loss_and_gradient(0)[1], estimates[0], rtol=1e-4, atol=1e-5)
 
 
-def test_scales_equalise_the_effect_of_all_variables(parts):
-  # Moving any one variable by its scale times u moves the features by about
-  # u of their standard deviation: measured by finite differences.
-  search = make_search(parts, micro_batch_size=64)
-  search.measure_scales()
-  scales = search.scales.numpy()
-  indices = tf.constant(np.arange(5000, 5064))
-  base = search._population(indices).numpy()
+@pytest.mark.parametrize("family,init", [
+    ("ggdm+pred+time", "ddpm"), ("ggdm", "dpm++3m"), ("vars", "ddpm")])
+def test_units_have_equal_and_unrelated_effects(parts, family, init):
+  # By finite differences, on other images than those the units come from.
+  search = make_search(parts, family=family, init=init, batch_size=256,
+                       gradient_samples=256, micro_batch_size=256)
+  search.measure_basis()
+  basis = search.basis.numpy()
+  indices = tf.constant(np.arange(5000, 5256))
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   std = np.sqrt(real.var(axis=0).sum())
-  moves = []
-  position = 0
-  for variable in search.variables:
+  moves, position = [], 0
+  for number, variable in enumerate(search.variables):
     before = variable.numpy()
     for index in np.ndindex(before.shape):
-      moved = before.copy()
-      moved[index] += 0.01 * scales[position]
-      variable.assign(moved)
-      change = search._population(indices).numpy() - base
-      moves.append(np.sqrt(np.mean(np.sum(change**2, axis=1))) / (0.01 * std))
+      # A difference that is small, but not beside rounding, in any unit.
+      step = 0.02 * np.linalg.norm(basis[position])
+      # Noise scales are 0 at the least, where this solver has them.
+      bound = init == "dpm++3m" and search.kinds[number] == "noise_scales"
+      ends = (0.1, 0) if bound else (1, -1)
+      views = []
+      for end in ends:
+        moved = np.array(before)
+        moved[index] += end * step
+        variable.assign(moved)
+        views.append(search._population(indices).numpy().astype(np.float64))
+      moves.append((views[0] - views[1]) / ((ends[0] - ends[1]) * step * std))
       position += 1
     variable.assign(before)
-  moves = np.array(moves)
-  # Raw sensitivities span decades; these are all about 1, or below it for the
-  # few variables that matter hardly at all.
-  assert position == len(scales)
-  assert np.max(moves) < 2 and np.median(moves) > 0.5
-  raw = moves / scales
-  assert raw.max() / np.median(raw) > np.max(moves) / np.median(moves)
+  moves = np.stack(moves)  # [n, N, D]
+  metric = np.einsum("ind,jnd->ij", moves, moves) / moves.shape[1]
+  # All together, if unrelated, by 1.
+  assert 0.8 < np.trace(basis.T @ metric @ basis) < 1.25
+  alone = np.repeat([v.constraint is not None for v in search.variables],
+                    [int(np.prod(v.shape)) for v in search.variables])
+  np.testing.assert_allclose(basis[alone][:, ~alone], 0, atol=1e-12)
+  effects = np.diag(basis)[alone] ** 2 * np.diag(metric)[alone]
+  basis, metric = basis[~alone][:, ~alone], metric[~alone][:, ~alone]
+  if len(metric):
+    effects = np.append(effects, np.linalg.eigvalsh(basis.T @ metric @ basis))
+    scales = 1 / np.sqrt(np.diag(metric))
+    related = np.linalg.eigvalsh(metric * scales[:, None] * scales)
+    # In units of equal effect alone, some would move them far more together.
+    assert np.max(related) > 2.5
+  felt = effects[effects > 0.2 * np.max(effects)]
+  # Each direction the same, or hardly at all.
+  assert np.max(felt) < 2.5 * np.min(felt)
 
 
 @pytest.mark.slow
