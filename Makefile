@@ -9,6 +9,7 @@ PYTORCH ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
+PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo demo-full table objectives bench docs test test-all test-lowest clean
@@ -38,15 +39,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.beside_pytorch --pytorch=$(PYTORCH)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-	  -m 'not slow' tests
+	$(BIN)/$(PYTEST) -m 'not slow'
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/$(PYTEST)
 
 test-lowest: build/lowest-venv/.installed
-	build/lowest-venv/bin/python -m pytest -q -n 2 --dist loadfile \
-	  --no-loadscope-reorder -m 'not slow' tests
+	build/lowest-venv/bin/$(PYTEST) -m 'not slow'
 
 build/lowest-venv/.installed: requirements-lowest.txt setup.py
 	$(PYTHON) -m venv build/lowest-venv

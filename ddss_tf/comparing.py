@@ -71,15 +71,13 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   for what, known in (("solvers", solvers_lib.SOLVERS),
                       ("strides", schedules.STRIDES),
                       ("families", families_lib.FAMILIES)):
-    names = arguments[what]
-    if (not isinstance(names, (list, tuple))
-        or not names and what == "strides" and arguments["solvers"]):
-      raise UserError(f"compare.{what} must be a list of names. "
-                      f"Received: {names!r}")
-    for name in names:
+    for name in _listed(what, arguments):
       if name not in known:
         raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
                         f"Received: {name!r}")
+  if arguments["solvers"] and not arguments["strides"]:
+    raise UserError("compare.strides must be some, for the solvers. Received: "
+                    f"{arguments['strides']!r}")
   objectives = arguments["objectives"]
   if objectives is not None and not isinstance(objectives, Mapping):
     raise UserError("compare.objectives must be objectives by label. "

@@ -54,37 +54,32 @@ class Generator:
     self._sample = distribution.replicated(self._sample_batch)
     self._walk = distribution.replicated(self._walk_path)
 
-  def _sample_batch(self, coefficients, seed, indices, labels=None):
-    indices = distribution.own_rows(indices)
+  def _run(self, eps_fn, coefficients, seed, indices, labels=None, **options):
+    """The chains of samples, whose classes are drawn if none are given."""
     if labels is None:
       labels = self.denoiser.draw_labels(seed, indices)
-    else:
-      labels = distribution.own_rows(labels)
     x_T, step_noise = chain.draw_noise(
         seed, indices, self.denoiser.image_shape, coefficients.num_steps)
-    return distribution.all_rows(chain.run_chain(
-        chain.with_labels(self._eps, labels), coefficients, x_T, step_noise,
-        x0_bound=self.x0_bound))
+    return chain.run_chain(
+        chain.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
+        x0_bound=self.x0_bound, **options)
+
+  def _sample_batch(self, coefficients, seed, indices, labels=None):
+    if labels is not None:
+      labels = distribution.own_rows(labels)
+    return distribution.all_rows(self._run(
+        self._eps, coefficients, seed, distribution.own_rows(indices), labels))
 
   def _sample_long(self, coefficients, seed, indices, labels=None):
-    if labels is None:
-      labels = self.denoiser.draw_labels(seed, indices)
-    x_T, step_noise = chain.draw_noise(
-        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
     # As NumPy: what has no weight costs nothing.
-    return chain.run_chain(
-        chain.with_labels(self._rows_eps, labels), coefficients.numpy(), x_T,
-        step_noise, x0_bound=self.x0_bound)
+    return self._run(
+        self._rows_eps, coefficients.numpy(), seed, indices, labels)
 
   def _walk_path(self, coefficients, seed, indices):
-    x_T, step_noise = chain.draw_noise(
-        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
     # Not compiled by XLA, which would take longer for so few images.
-    eps_fn = chain.with_labels(self.denoiser.compiled_eps(False),
-                               self.denoiser.draw_labels(seed, indices))
-    image, states, x0_hats = chain.run_chain(
-        eps_fn, coefficients, x_T, step_noise, trajectory=True,
-        x0_bound=self.x0_bound)
+    image, states, x0_hats = self._run(
+        self.denoiser.compiled_eps(False), coefficients, seed, indices,
+        trajectory=True)
     return image[0], tf.concat(states, axis=0), tf.concat(x0_hats, axis=0)
 
   def path(self, coefficients: Coefficients, seed: int, index: int = 0
