@@ -70,6 +70,28 @@ def test_the_equation_against_numpy(constant):
   assert len(visited) == len(x0_hats) == 3
 
 
+def test_samples_with_coefficients_of_their_own(small):
+  own = [random_coefficients(seed=seed)._replace(
+      guidance_scales=np.float32([seed, 1, 2])) for seed in range(3)]
+  rng = np.random.default_rng(1)
+  x_T = tf.constant(rng.normal(size=(3, *SHAPE)).astype(np.float32))
+  noise = tf.constant(rng.normal(size=(3, 2, *SHAPE)).astype(np.float32))
+
+  def eps_fn(x, t, scale):
+    return small.eps(x, t) * scale[:, None, None, None]
+
+  together = Coefficients(**{
+      name: tf.constant(np.stack(
+          [c.arrays()[name] for c in own], axis=-1)[..., None, None, None])
+      for name in own[0].arrays()})
+  images = chain.run_chain(eps_fn, together, x_T, noise)
+  for i, c in enumerate(own):
+    np.testing.assert_allclose(
+        images[i:i + 1], chain.run_chain(
+            eps_fn, c.map(tf.constant), x_T[i:i + 1], noise[i:i + 1]),
+        rtol=1e-5, atol=1e-5)
+
+
 def test_states_without_weight_are_not_read():
   c = random_coefficients(steps=5)
   weights = np.zeros((5, 5), np.float32)
