@@ -608,12 +608,13 @@ class Search:
 def _basis(metric: np.ndarray, kinds, constrained) -> np.ndarray:
   """Directions of equal and unrelated effect; all together have an effect of 1.
 
-  The symmetric root of the metric's inverse, the one that a small change of the
-  metric changes little, whatever its eigenvalues. Variables to which hardly
-  anything reacts are treated as if they had 3 % of the root mean square of
-  their kind, and where together they do hardly anything the inverse gives way
-  to 0, or they would be thrown far. Constrained variables stand alone: at a
-  bound they stay behind, and others that should go with them must not go alone.
+  The principal axes of the metric, in units in which all variables have the
+  same effect; fewer of them count where variables do the same. Variables to
+  which hardly anything reacts are treated as if they had 3 % of the root mean
+  square of their kind, and axes along which hardly anything moves are shortened
+  towards 0, or they would be thrown far. Constrained variables stand alone: at
+  a bound they stay behind, and others that should go with them must not go
+  alone.
 
   Args:
     metric: float64 [n, n], the second moment of the effects of the variables.
@@ -629,14 +630,16 @@ def _basis(metric: np.ndarray, kinds, constrained) -> np.ndarray:
     own = kinds == kind
     floor = _SENSITIVITY_FLOOR**2 * np.mean(squares[own]) + 1e-30
     scales[own] = 1 / np.sqrt(squares[own] + floor)
-  alone = constrained[:, None] | constrained
-  relations = np.where(alone & ~np.eye(len(metric), dtype=bool), 0.0,
-                       metric * scales[:, None] * scales)
-  values, vectors = np.linalg.eigh(relations)
+  basis = np.zeros_like(metric)
+  basis[constrained, constrained] = 1.0
+  free = np.flatnonzero(~constrained)
+  values, vectors = np.linalg.eigh(
+      (metric * scales[:, None] * scales)[np.ix_(free, free)])
   values = np.maximum(values, 0.0)
-  roots = np.sqrt(values) / (values + _LEAST_EFFECT)
-  together = np.sqrt(np.sum(values * roots**2))
-  return scales[:, None] * (vectors * (roots / together)) @ vectors.T
+  basis[np.ix_(free, free)] = vectors * (
+      np.sqrt(values) / (values + _LEAST_EFFECT))
+  basis *= scales[:, None]
+  return basis / np.sqrt(np.trace(basis.T @ metric @ basis))
 
 
 def _filled(indices, size: int) -> tf.Tensor:
@@ -732,7 +735,7 @@ def search(
     control_variate: bool = True,
     pool_samples: int = 8192,
     learning_rate: float = 0.15,
-    rate_of_distance: float = 0.4,
+    rate_of_distance: float = 1.0,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,

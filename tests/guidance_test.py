@@ -105,8 +105,8 @@ def searched(denoiser, gaussian_parts, tmp_path_factory):
                dataset=data.ImageDataset(
                    "guided", real, None, fingerprint.arrays_sha256([real])))
   sampler = ddss_tf.search(
-      run, **parts, num_search_steps=25, batch_size=60, pool_samples=180,
-      validation_samples=180, validate_every=5, learning_rate=0.1,
+      run, **parts, num_search_steps=60, batch_size=240, pool_samples=2400,
+      validation_samples=1000, validate_every=10, learning_rate=0.2,
       objective="kid_linear", jit_compile=False, sampler=functools.partial(
           ddss_tf.make_sampler, family="ddim+guidance", num_steps=STEPS,
           init="ddim", stride=TIMES))
@@ -120,12 +120,25 @@ def test_search_finds_the_scale(searched):
       baselines=[functools.partial(
           ddss_tf.make_sampler, family="ddim", num_steps=STEPS, stride=TIMES)])
   assert end["fid"] < 0.5 * start["fid"]
-  # Only what all scales do together is determined: the mean of each class.
+  # Only what all scales do together is determined: the mean of each class. It is
+  # that of the best single scale, which is not the data's: three steps leave too
+  # small a spread, and the means make up for it.
+  generator = sampling.Generator(parts["denoiser"], 500, False)
+  features = parts["features"]
+  goal = features(parts["dataset"].images)["pool"].numpy().mean(0)
+  plain = sampler.coefficients().numpy()
+  scales = np.linspace(0.3, 0.8, 11)
+  distances = [
+      np.sum((features(generator.images(plain._replace(
+          guidance_scales=np.full(STEPS, scale, np.float32)), 1000, 9)
+                      )["pool"].numpy().mean(0) - goal) ** 2)
+      for scale in scales]
+  best = -np.divide(*np.polyfit(scales, distances, 2)[1::-1]) / 2
+  assert BEST < best < 0.7
   for label in (0, 2, 3):
-    images = sampling.Generator(parts["denoiser"], 60, False).images(
-        sampler.coefficients(), 60, 9, label=label)
-    assert abs(images.mean() - guided_mean(BEST, label)) < 0.04
-    assert abs(MEANS[label] - guided_mean(BEST, label)) > 0.2
+    images = generator.images(plain, 60, 9, label=label)
+    assert abs(images.mean() - guided_mean(best, label)) < 0.04
+    assert abs(MEANS[label] - guided_mean(best, label)) > 0.15
 
 
 def test_found_scales_are_kept(searched):
