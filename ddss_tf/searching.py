@@ -321,19 +321,22 @@ class Search:
           flat_gradient(tape, view, distribution.own_rows(cotangents)))
 
     def pull_back_each(indices, cotangents):
-      """As `pull_back`, but the gradient of every sample in coefficients."""
-      rows = distribution.own_rows(indices)
+      """As `pull_back`, but the gradient of every sample in coefficients.
+
+      Every replica makes all of it: axes of nearly the same length turn with
+      the rounding, which depends on the share of a replica.
+      """
       own = sampler.coefficients().map(lambda value: tf.broadcast_to(
           tf.reshape(value, [*value.shape, 1, 1, 1, 1]),
-          [*value.shape, rows.shape[0], 1, 1, 1]))
+          [*value.shape, indices.shape[0], 1, 1, 1]))
       with tf.GradientTape() as tape:
         tape.watch(own.arrays())
-        view = make_view(rows, remat, own)
+        view = make_view(indices, remat, own)
       gradients = tape.gradient(
           view, list(own.arrays().values()), unconnected_gradients="zero",
-          output_gradients=distribution.own_rows(cotangents))
-      return distribution.all_rows(tf.transpose(tf.concat(
-          [tf.reshape(g, [-1, rows.shape[0]]) for g in gradients], axis=0)))
+          output_gradients=cotangents)
+      return tf.transpose(tf.concat(
+          [tf.reshape(g, [-1, indices.shape[0]]) for g in gradients], axis=0))
 
     def jacobian():
       """Of all coefficients in all variables, [coefficients, n]."""
@@ -503,7 +506,6 @@ class Search:
     the variables, of which one backward pass gives a row for every image.
     """
     size, objective = self._micro_batch_size, self._objective
-    rows = distribution.filled(size)
     count = len(self._multipliers)
     jacobian = self._jacobian().numpy().astype(np.float64)
     metric, draws = 0.0, max(_METRIC_DRAWS, -(-4 * count // size))
@@ -516,8 +518,8 @@ class Search:
               [size, objective.feature_width], [draw, 0], alg="philox"),
           [[0, 0], [0, objective.width - objective.feature_width]])
       each = self._pull_back_each(
-          _filled(indices, rows), tf.pad(r, [[0, rows - size], [0, 0]]))
-      each = each.numpy()[:size].astype(np.float64) @ jacobian
+          tf.constant(indices, tf.int32), r)
+      each = each.numpy().astype(np.float64) @ jacobian
       metric = metric + each.T @ each
     metric = metric / (draws * size) / objective.feature_std**2
     if not np.all(np.isfinite(metric)) or not np.any(metric):
