@@ -71,7 +71,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   for what, known in (("solvers", solvers_lib.SOLVERS),
                       ("strides", schedules.STRIDES),
                       ("families", families_lib.FAMILIES)):
-    for name in _listed(what, arguments):
+    for name in _listed(what, arguments, "list of names"):
       if name not in known:
         raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
                         f"Received: {name!r}")
@@ -109,10 +109,10 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
         "Received: none of them")
 
 
-def _listed(name, arguments):
+def _listed(name, arguments, what="list"):
   """An argument that must be a list."""
   if not isinstance(arguments[name], (list, tuple)):
-    raise UserError(f"compare.{name} must be a list. "
+    raise UserError(f"compare.{name} must be a {what}. "
                     f"Received: {arguments[name]!r}")
   return arguments[name]
 

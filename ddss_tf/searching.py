@@ -243,9 +243,9 @@ class Search:
     self._images = images
     self._seed = seed
     self._pair = sampling.seed_pair(seed)
-    # The kind of every entry of the vector of all variables.
-    self._kind_of_entry = np.repeat(
-        self.kinds, [int(np.prod(v.shape)) for v in self.variables])
+    # Of the vector of all variables: the entries of each, the kind of each entry.
+    self._sizes = [int(np.prod(v.shape)) for v in self.variables]
+    self._kind_of_entry = np.repeat(self.kinds, self._sizes)
     self._multipliers = np.array(
         [rate_multipliers[kind] for kind in self._kind_of_entry], np.float32)
 
@@ -530,7 +530,7 @@ class Search:
         self._multipliers[:, None] * _basis(
             metric, self._kind_of_entry, np.repeat(
                 [v.constraint is not None for v in self.variables],
-                [int(np.prod(v.shape)) for v in self.variables]))))
+                self._sizes))))
 
   def advance(self) -> tuple[float, float, bool]:
     """Makes one step.
@@ -562,8 +562,7 @@ class Search:
     self._apply(tf.constant(gradient))
     moves = tf.linalg.matvec(self.basis, self.units.value)
     self.units.assign(tf.zeros_like(self.units.value))
-    sizes = [int(np.prod(v.shape)) for v in self.variables]
-    for part, variable in zip(tf.split(moves, sizes), self.variables):
+    for part, variable in zip(tf.split(moves, self._sizes), self.variables):
       value = variable.value + tf.reshape(part, variable.shape)
       if variable.constraint is not None:
         value = variable.constraint(value)
@@ -587,7 +586,7 @@ class Search:
   def _not_finite(self, loss, gradient) -> str:
     """Names what is NaN or infinite."""
     parts = [] if np.isfinite(loss) else ["the loss"]
-    ends = np.cumsum([int(np.prod(v.shape)) for v in self.variables])
+    ends = np.cumsum(self._sizes)
     parts += [f"the gradient of {variable.name}" for variable, part in zip(
         self.variables, np.split(gradient, ends[:-1]))
               if not np.all(np.isfinite(part))]

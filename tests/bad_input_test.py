@@ -199,7 +199,7 @@ def test_an_include_is_not_looked_for_in_packages(
 
 @pytest.mark.parametrize("params,words", [
     (["compare.solvers = 'ddim'"],
-     ["compare.solvers", "must be a list", "'ddim'"]),
+     ["compare.solvers", "list of names", "'ddim'"]),
     (["compare.objectives = {'a': 'elbo'}", "search.x0_bound = 'clip'"],
      ["search.x0_bound must be None", "'elbo'"]),
     (["compare.num_steps = 5"], ["compare.num_steps", "list", "5"]),
