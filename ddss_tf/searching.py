@@ -178,8 +178,8 @@ def check_search(arguments: Mapping[str, Any]) -> None:
                     f"whose states are not sampled. Received: {x0_bound!r}")
 
 
-# Adam's second moment: short, for searches are short. Our choice.
-_ADAM_BETA_2 = 0.99
+# Of Adam's moments. The second is short, for searches are short. Our choice.
+_BETA_1, _BETA_2 = 0.9, 0.99
 _LARGEST_NORM = 1e18
 _METRIC_DRAWS = 8
 _SENSITIVITY_FLOOR = 0.03
@@ -189,12 +189,12 @@ _LEAST_EFFECT = 1e-3
 class Search:
   """One search: its compiled step, its optimiser, its checkpointed state.
 
-  Adam works on a vector u, one entry a variable. The variables move by a basis
-  times u, in which every entry moves the features of an image equally far,
-  unrelated to the others (`measure_basis`). The states of a chain resemble each
-  other, so the weights of a step do nearly the same: by themselves they would
-  all move that together, and drown their differences, which are what a
-  multistep solver is made of. One learning rate then serves weights, times and
+  Adam, but in the metric of the features (`measure_metric`): the gradient is
+  multiplied by the metric's inverse, and the second moment is one number, of the
+  whole step, so that none of this depends on axes. The states of a chain
+  resemble each other, so the weights of a step do nearly the same: by themselves
+  they would all move that together, and drown their differences, which are what
+  a multistep solver is made of. One learning rate then serves weights, times and
   noise scales alike, and every K.
 
   Args:
@@ -250,19 +250,19 @@ class Search:
         [rate_multipliers[kind] for kind in self._kind_of_entry], np.float32)
 
     size = len(self._multipliers)
-    # What Adam moves; afterwards it is 0 again, and the variables have moved.
-    self.units = keras.Variable(np.zeros(size, np.float32), name="units")
-    self.basis = tf.Variable(tf.eye(size), trainable=False)
+    self.preconditioner = tf.Variable(
+        tf.eye(size, dtype=tf.float64), trainable=False)
+    self.metric = tf.Variable(tf.eye(size, dtype=tf.float64), trainable=False)
+    self.moments = [
+        tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
+        for shape in ([size], [])]
     # Adam's first steps are as long whatever the noise, so they come slowly.
     warmup = num_search_steps // 10
-    self.optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.CosineDecay(
-            0.0, num_search_steps - warmup, warmup_target=learning_rate,
-            warmup_steps=warmup) if warmup else
-        keras.optimizers.schedules.CosineDecay(
-            learning_rate, num_search_steps),
-        beta_2=_ADAM_BETA_2, epsilon=1e-12)
-    self.optimizer.build([self.units])
+    self._rate = (keras.optimizers.schedules.CosineDecay(
+        0.0, num_search_steps - warmup, warmup_target=learning_rate,
+        warmup_steps=warmup) if warmup else
+                  keras.optimizers.schedules.CosineDecay(
+                      learning_rate, num_search_steps))
     self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
     self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
     self._best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
@@ -271,7 +271,8 @@ class Search:
     self.not_finite = ""  # What was not, in the last step that was skipped.
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
-        basis=self.basis, optimizer=self.optimizer,
+        preconditioner=self.preconditioner, metric=self.metric,
+        moments=self.moments,
         step=self._step, skipped=self._skipped, best_value=self._best_value,
         best_step=self._best_step)
 
@@ -321,22 +322,19 @@ class Search:
           flat_gradient(tape, view, distribution.own_rows(cotangents)))
 
     def pull_back_each(indices, cotangents):
-      """As `pull_back`, but the gradient of every sample in coefficients.
-
-      Every replica makes all of it: axes of nearly the same length turn with
-      the rounding, which depends on the share of a replica.
-      """
+      """As `pull_back`, but the gradient of every sample in coefficients."""
+      rows = distribution.own_rows(indices)
       own = sampler.coefficients().map(lambda value: tf.broadcast_to(
           tf.reshape(value, [*value.shape, 1, 1, 1, 1]),
-          [*value.shape, indices.shape[0], 1, 1, 1]))
+          [*value.shape, rows.shape[0], 1, 1, 1]))
       with tf.GradientTape() as tape:
         tape.watch(own.arrays())
-        view = make_view(indices, remat, own)
+        view = make_view(rows, remat, own)
       gradients = tape.gradient(
           view, list(own.arrays().values()), unconnected_gradients="zero",
-          output_gradients=cotangents)
-      return tf.transpose(tf.concat(
-          [tf.reshape(g, [-1, indices.shape[0]]) for g in gradients], axis=0))
+          output_gradients=distribution.own_rows(cotangents))
+      return distribution.all_rows(tf.transpose(tf.concat(
+          [tf.reshape(g, [-1, rows.shape[0]]) for g in gradients], axis=0)))
 
     def jacobian():
       """Of all coefficients in all variables, [coefficients, n]."""
@@ -377,7 +375,6 @@ class Search:
     self._pull_back_each = distribution.replicated(pull_back_each)
     self._jacobian = distribution.replicated(jacobian)
     self._bound = distribution.replicated(bound)
-    self._apply = distribution.replicated(self._apply_gradient)
 
   @property
   def step(self) -> int:
@@ -498,14 +495,15 @@ class Search:
     return (float(np.mean([float(loss) for loss, _ in results])),
             np.mean([gradient.numpy() for _, gradient in results], axis=0))
 
-  def measure_basis(self) -> None:
-    """Measures how the features move with all variables, and sets the units.
+  def measure_metric(self) -> None:
+    """Measures how the features move with all variables.
 
     For standard normal r and the Jacobian J of an image's features, the rows
     r . J have the second moment E J' J (Hutchinson's estimate): the metric of
     the variables, of which one backward pass gives a row for every image.
     """
     size, objective = self._micro_batch_size, self._objective
+    rows = distribution.filled(size)
     count = len(self._multipliers)
     jacobian = self._jacobian().numpy().astype(np.float64)
     metric, draws = 0.0, max(_METRIC_DRAWS, -(-4 * count // size))
@@ -518,19 +516,19 @@ class Search:
               [size, objective.feature_width], [draw, 0], alg="philox"),
           [[0, 0], [0, objective.width - objective.feature_width]])
       each = self._pull_back_each(
-          tf.constant(indices, tf.int32), r)
-      each = each.numpy().astype(np.float64) @ jacobian
+          _filled(indices, rows), tf.pad(r, [[0, rows - size], [0, 0]]))
+      each = each.numpy()[:size].astype(np.float64) @ jacobian
       metric = metric + each.T @ each
     metric = metric / (draws * size) / objective.feature_std**2
     if not np.all(np.isfinite(metric)) or not np.any(metric):
       raise UserError("the search's start must have finite, non-zero "
                       "sensitivities: the denoiser or the feature network "
                       "gives NaN, infinity or a constant")
-    self.basis.assign(np.float32(
-        self._multipliers[:, None] * _basis(
-            metric, self._kind_of_entry, np.repeat(
-                [v.constraint is not None for v in self.variables],
-                self._sizes))))
+    self.metric.assign(metric)
+    self.preconditioner.assign(_preconditioner(
+        metric, self._kind_of_entry, np.repeat(
+            [v.constraint is not None for v in self.variables], self._sizes),
+        self._multipliers > 0))
 
   def advance(self) -> tuple[float, float, bool]:
     """Makes one step.
@@ -540,30 +538,37 @@ class Search:
       one with a value that is not finite, or that would end at coefficients
       that are not, changes nothing but the counters.
     """
-    loss, by_variable = self.loss_and_gradient(self.step)
+    loss, gradient = self.loss_and_gradient(self.step)
     with np.errstate(over="ignore", invalid="ignore"):
-      gradient = by_variable @ self.basis.numpy()
-    norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    # Adam squares it, and would never forget an infinity.
+      move = self.preconditioner.numpy() @ gradient
+      norm = float(np.sqrt(move @ self.metric.numpy() @ move))
+    # Its square would never be forgotten, were it infinite.
     taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
     if taken:
-      taken = self._take(gradient)
+      taken = self._take(move, norm)
     else:
-      self.not_finite = self._not_finite(loss, by_variable)
+      self.not_finite = self._not_finite(loss, gradient)
     if not taken:
       self._skipped.assign_add(1)
     self._step.assign_add(1)
     return loss, norm, taken
 
-  def _take(self, gradient: np.ndarray) -> bool:
+  def _take(self, move: np.ndarray, norm: float) -> bool:
     """Adam's step, inside the constraints; whether the sampler allows it."""
-    changed = [self.units, *self.variables, *self.optimizer.variables]
-    before = [tf.convert_to_tensor(variable.value) for variable in changed]
-    self._apply(tf.constant(gradient))
-    moves = tf.linalg.matvec(self.basis, self.units.value)
-    self.units.assign(tf.zeros_like(self.units.value))
-    for part, variable in zip(tf.split(moves, self._sizes), self.variables):
-      value = variable.value + tf.reshape(part, variable.shape)
+    changed = [*self.variables, *self.moments]
+    before = [tf.convert_to_tensor(variable) for variable in changed]
+    count = self.step - self.skipped
+    first, second = self.moments
+    first.assign(_BETA_1 * first + (1 - _BETA_1) * move)
+    second.assign(_BETA_2 * second + (1 - _BETA_2) * norm**2)
+    # Towards the mean of those so far: both began at 0.
+    mean = first.numpy() / (1 - _BETA_1 ** (count + 1))
+    square = second.numpy() / (1 - _BETA_2 ** (count + 1))
+    step = -float(self._rate(count + 0.5)) * self._multipliers * mean / max(
+        square, 1e-30) ** 0.5
+    ends = np.cumsum(self._sizes)
+    for part, variable in zip(np.split(step, ends[:-1]), self.variables):
+      value = variable.value + np.float32(np.reshape(part, variable.shape))
       if variable.constraint is not None:
         value = variable.constraint(value)
       variable.assign(value)
@@ -575,13 +580,6 @@ class Search:
         variable.assign(value)
       return False
     return True
-
-  def _apply_gradient(self, gradient):
-    """Adam's step, on every replica."""
-    # Keras sums over replicas what each of them has: here, all have all of it.
-    self.optimizer.apply(
-        [gradient / distribution.num_replicas()], [self.units])
-    return gradient
 
   def _not_finite(self, loss, gradient) -> str:
     """Names what is NaN or infinite."""
@@ -606,24 +604,24 @@ class Search:
       variable.assign(best)
 
 
-def _basis(metric: np.ndarray, kinds, constrained) -> np.ndarray:
-  """Directions of equal and unrelated effect; all together have an effect of 1.
+def _preconditioner(
+    metric: np.ndarray, kinds, constrained, free) -> np.ndarray:
+  """The metric's inverse, where it is known.
 
-  The principal axes of the metric, in units in which all variables have the
-  same effect; fewer of them count where variables do the same. Variables to
-  which hardly anything reacts are treated as if they had 3 % of the root mean
-  square of their kind, and axes along which hardly anything moves are shortened
-  towards 0, or they would be thrown far. Constrained variables stand alone: at
-  a bound they stay behind, and others that should go with them must not go
-  alone.
+  In units in which all variables have the same effect. Variables to which
+  hardly anything reacts are treated as if they had 3 % of the root mean square
+  of their kind, and what hardly moves anything is moved less instead of more, or
+  it would be thrown far. Constrained variables stand alone: at a bound they stay
+  behind, and others that should go with them must not go alone.
 
   Args:
     metric: float64 [n, n], the second moment of the effects of the variables.
     kinds: [n], the kind of every variable, for each has units of its own.
     constrained: bool [n].
+    free: bool [n], of those that are not held where they are.
 
   Returns:
-    float64 [n, n], the directions as columns.
+    float64 [n, n], symmetric.
   """
   squares = np.diag(metric)
   scales = np.empty_like(squares)
@@ -631,16 +629,14 @@ def _basis(metric: np.ndarray, kinds, constrained) -> np.ndarray:
     own = kinds == kind
     floor = _SENSITIVITY_FLOOR**2 * np.mean(squares[own]) + 1e-30
     scales[own] = 1 / np.sqrt(squares[own] + floor)
-  basis = np.zeros_like(metric)
-  basis[constrained, constrained] = 1.0
-  free = np.flatnonzero(~constrained)
+  inverse = np.diag(np.where(constrained & free, 1.0, 0.0))
+  joint = np.ix_(*[np.flatnonzero(free & ~constrained)] * 2)
   values, vectors = np.linalg.eigh(
-      (metric * scales[:, None] * scales)[np.ix_(free, free)])
+      (metric * scales[:, None] * scales)[joint])
   values = np.maximum(values, 0.0)
-  basis[np.ix_(free, free)] = vectors * (
-      np.sqrt(values) / (values + _LEAST_EFFECT))
-  basis *= scales[:, None]
-  return basis / np.sqrt(np.trace(basis.T @ metric @ basis))
+  inverse[joint] = (
+      vectors * (values / (values + _LEAST_EFFECT) ** 2)) @ vectors.T
+  return inverse * scales[:, None] * scales
 
 
 def _filled(indices, size: int) -> tf.Tensor:
@@ -983,7 +979,7 @@ def search(
       _summarise_state(sampler, validation.generator, seed, 0,
                        state.best_value)
       logging.info("validation at the start: %.4f", state.best_value)
-      state.measure_basis()
+      state.measure_metric()
       if os.path.exists(run.path(starts.FILE)):
         with open(run.path(starts.FILE)) as f:
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)

@@ -362,12 +362,12 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
 
 @pytest.mark.parametrize("family,init", [
     ("ggdm+pred+time", "ddpm"), ("ggdm", "dpm++3m"), ("vars", "ddpm")])
-def test_units_have_equal_and_unrelated_effects(parts, family, init):
-  # By finite differences, on other images than those the units come from.
+def test_the_metric_is_that_of_the_features(parts, family, init):
+  # By finite differences, on other images than those it was measured on.
   search = make_search(parts, family=family, init=init, batch_size=256,
                        gradient_samples=256, micro_batch_size=256)
-  search.measure_basis()
-  basis = search.basis.numpy()
+  search.measure_metric()
+  inverse, measured = search.preconditioner.numpy(), search.metric.numpy()
   indices = tf.constant(np.arange(5000, 5256))
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   std = np.sqrt(real.var(axis=0).sum())
@@ -376,7 +376,7 @@ def test_units_have_equal_and_unrelated_effects(parts, family, init):
     before = variable.numpy()
     for index in np.ndindex(before.shape):
       # A difference that is small, but not beside rounding, in any unit.
-      step = 0.02 * np.linalg.norm(basis[position])
+      step = 0.02 * np.sqrt(inverse[position, position] / len(inverse))
       # Noise scales are 0 at the least, where this solver has them.
       bound = init == "dpm++3m" and search.kinds[number] == "noise_scales"
       ends = (0.1, 0) if bound else (1, -1)
@@ -391,22 +391,78 @@ def test_units_have_equal_and_unrelated_effects(parts, family, init):
     variable.assign(before)
   moves = np.stack(moves)  # [n, N, D]
   metric = np.einsum("ind,jnd->ij", moves, moves) / moves.shape[1]
-  # All together, if unrelated, by 1.
-  assert 0.8 < np.trace(basis.T @ metric @ basis) < 1.25
   alone = np.repeat([v.constraint is not None for v in search.variables],
                     [int(np.prod(v.shape)) for v in search.variables])
-  np.testing.assert_allclose(basis[alone][:, ~alone], 0, atol=1e-12)
-  effects = np.diag(basis)[alone] ** 2 * np.diag(metric)[alone]
-  basis, metric = basis[~alone][:, ~alone], metric[~alone][:, ~alone]
-  if len(metric):
-    effects = np.append(effects, np.linalg.eigvalsh(basis.T @ metric @ basis))
-    scales = 1 / np.sqrt(np.diag(metric))
-    related = np.linalg.eigvalsh(metric * scales[:, None] * scales)
+  np.testing.assert_array_equal(inverse[alone][:, ~alone], 0)
+  np.testing.assert_allclose(inverse, inverse.T, rtol=1e-9)
+  effects = np.diag(inverse)[alone] * np.diag(metric)[alone]
+  free = metric[~alone][:, ~alone]
+  if len(free):
+    effects = np.append(effects, np.linalg.eigvals(
+        inverse[~alone][:, ~alone] @ free).real)
+    scales = 1 / np.sqrt(np.diag(free))
+    related = np.linalg.eigvalsh(free * scales[:, None] * scales)
     # In units of equal effect alone, some would move them far more together.
     assert np.max(related) > 2.5
-  felt = effects[effects > 0.2 * np.max(effects)]
-  # Each direction the same, or hardly at all.
-  assert np.max(felt) < 2.5 * np.min(felt)
+  # Each direction by 1, or hardly at all.
+  felt = effects[effects > 0.3]
+  assert len(felt) > len(effects) / 3
+  assert np.max(felt) < 1.5
+  # And of any step the effect is known.
+  steps = np.random.default_rng(0).normal(size=inverse.shape) @ inverse
+  np.testing.assert_allclose(
+      np.einsum("ki,ij,kj->k", steps, measured, steps),
+      np.einsum("ki,ij,kj->k", steps, metric, steps), rtol=0.5)
+
+
+def test_a_step_turns_with_the_variables(parts):
+  """What Adam makes of its gradients does not depend on the axes."""
+  rng = np.random.default_rng(0)
+  count = 6
+  # Without times, of which the first is at its bound.
+  searches = [make_search(parts, family="ggdm+pred", num_search_steps=count,
+                          learning_rate=1e-3) for _ in range(2)]
+  size = len(searches[0].metric.numpy())
+  turn, _ = np.linalg.qr(rng.normal(size=(size, size)))
+  turns = np.eye(size), turn
+  root = rng.normal(size=(size, size)) + 2 * np.sqrt(size) * np.eye(size)
+  metric = root @ root.T
+  gradients = rng.normal(size=(count, size))
+  moved = []
+  for search, turn in zip(searches, turns):
+    search.metric.assign(turn @ metric @ turn.T)
+    search.preconditioner.assign(turn @ np.linalg.inv(metric) @ turn.T)
+    flat = lambda s=search: np.concatenate(
+        [np.ravel(v.numpy()).astype(np.float64) for v in s.variables])
+    before = flat()
+    for gradient in gradients:
+      search.loss_and_gradient = lambda step, g=turn @ gradient: (0.0, g)
+      assert search.advance()[2]
+    moved.append(turn.T @ (flat() - before))
+  assert np.linalg.norm(moved[0]) > 1e-4
+  np.testing.assert_allclose(moved[1], moved[0], rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_has_the_effect_of_the_rate(parts):
+  # Where all gradients agree; with one in ten steps to warm up, then a cosine.
+  rng = np.random.default_rng(0)
+  search = make_search(parts, num_search_steps=20, learning_rate=1e-2)
+  size = len(search.metric.numpy())
+  root = rng.normal(size=(size, size)) + 2 * np.sqrt(size) * np.eye(size)
+  metric = root @ root.T
+  search.metric.assign(metric)
+  search.preconditioner.assign(np.linalg.inv(metric))
+  gradient = rng.normal(size=size)
+  search.loss_and_gradient = lambda step: (0.0, gradient)
+  for step in range(20):
+    before = [v.numpy().astype(np.float64) for v in search.variables]
+    assert search.advance()[2]
+    move = np.concatenate(
+        [np.ravel(v.numpy() - b) for v, b in zip(search.variables, before)])
+    rate = (0.005 * (step + 0.5) if step < 2 else
+            0.005 * (1 + np.cos(np.pi * (step - 1.5) / 18)))
+    np.testing.assert_allclose(
+        np.sqrt(move @ metric @ move), rate, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -816,8 +872,8 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
     raise ValueError("outside")
 
   def state(search):
-    return [np.array(v.value) for v in (
-        *search.variables, search.units, *search.optimizer.variables)]
+    return [np.array(v) for v in (
+        *search.variables, *search.moments)]
 
   def broken(self):
     if self.step not in (2, 5):

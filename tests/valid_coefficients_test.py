@@ -83,13 +83,13 @@ def _walk(parts, options, gradients, seed, rate, spread):
       num_search_steps=len(gradients), learning_rate=rate,
       rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0)
   rng = np.random.default_rng(seed)
-  size = search.basis.shape[0]
+  size = len(search.metric.numpy())
   assume(size)
-  # As a basis is: of directions that mix the variables, over decades.
+  # Of directions that mix the variables, over decades.
   mixed, _ = np.linalg.qr(rng.normal(size=(size, size)))
-  search.basis.assign((
-      10.0 ** rng.uniform(-spread, spread / 2, size)[:, None] * mixed
-      ).astype(np.float32))
+  scales = 10.0 ** rng.uniform(-spread, spread / 2, size)
+  search.preconditioner.assign(
+      scales[:, None] * (mixed * scales) @ mixed.T * scales)
   _check(sampler)
   for kind, magnitude, sign in gradients:
     gradient = _gradient(rng, kind, magnitude, sign, size)
