@@ -4,7 +4,7 @@
                                                    ^                 |
   variables ------------> coefficients ------------+                 v
       ^                                              objective <- real ones
-      +------- Adam, in units of equal effect <----------+
+      +------- Adam, in the features' metric <-----------+
 """
 
 import functools
