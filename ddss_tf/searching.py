@@ -181,7 +181,8 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 # Of Adam's moments. The second is short, for searches are short. Our choice.
 _BETA_1, _BETA_2 = 0.9, 0.99
 _LARGEST_NORM = 1e18
-_METRIC_DRAWS = 8
+_METRIC_ROWS = 8  # For every variable.
+_LEAST_METRIC_ROWS = 256
 _SENSITIVITY_FLOOR = 0.03
 _LEAST_EFFECT = 1e-3
 
@@ -194,8 +195,12 @@ class Search:
   whole step, so that none of this depends on axes. The states of a chain
   resemble each other, so the weights of a step do nearly the same: by themselves
   they would all move that together, and drown their differences, which are what
-  a multistep solver is made of. One learning rate then serves weights, times and
+  multistep solver is made of. One learning rate then serves weights, times and
   noise scales alike, and every K.
+
+  The metric is that of the start, or of where the last validation was: far from
+  there what hardly mattered may matter. So a validation that is worse than the
+  best one takes the search back there, with half the rate.
 
   Args:
     denoiser: the frozen model.
@@ -253,12 +258,14 @@ class Search:
     self.preconditioner = tf.Variable(
         tf.eye(size, dtype=tf.float64), trainable=False)
     self.metric = tf.Variable(tf.eye(size, dtype=tf.float64), trainable=False)
+    # The first and the second, and how many steps they are of.
     self.moments = [
         tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
-        for shape in ([size], [])]
+        for shape in ([size], [], [])]
+    self._factor = tf.Variable(1.0, dtype=tf.float64, trainable=False)
     # Adam's first steps are as long whatever the noise, so they come slowly.
     warmup = num_search_steps // 10
-    self._rate = (keras.optimizers.schedules.CosineDecay(
+    self._schedule = (keras.optimizers.schedules.CosineDecay(
         0.0, num_search_steps - warmup, warmup_target=learning_rate,
         warmup_steps=warmup) if warmup else
                   keras.optimizers.schedules.CosineDecay(
@@ -272,7 +279,7 @@ class Search:
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
         preconditioner=self.preconditioner, metric=self.metric,
-        moments=self.moments,
+        moments=self.moments, factor=self._factor,
         step=self._step, skipped=self._skipped, best_value=self._best_value,
         best_step=self._best_step)
 
@@ -396,6 +403,11 @@ class Search:
     """How many steps it took."""
     return int(self._best_step.numpy())
 
+  @property
+  def rate(self) -> float:
+    """Of the next step."""
+    return float(self._factor.numpy()) * float(self._schedule(self.step + 0.5))
+
   def loss_and_gradient(self, step: int) -> tuple[float, np.ndarray]:
     """The objective of the population of a step, and its gradient.
 
@@ -506,7 +518,8 @@ class Search:
     rows = distribution.filled(size)
     count = len(self._multipliers)
     jacobian = self._jacobian().numpy().astype(np.float64)
-    metric, draws = 0.0, max(_METRIC_DRAWS, -(-4 * count // size))
+    metric, draws = 0.0, -(-max(
+        _LEAST_METRIC_ROWS, _METRIC_ROWS * count) // size)
     for draw in range(draws):
       # Noise of its own: indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
@@ -521,8 +534,8 @@ class Search:
       metric = metric + each.T @ each
     metric = metric / (draws * size) / objective.feature_std**2
     if not np.all(np.isfinite(metric)) or not np.any(metric):
-      raise UserError("the search's start must have finite, non-zero "
-                      "sensitivities: the denoiser or the feature network "
+      raise UserError(f"the search's sampler at step {self.step} must have "
+                      "finite, non-zero sensitivities: the denoiser or the feature network "
                       "gives NaN, infinity or a constant")
     self.metric.assign(metric)
     self.preconditioner.assign(_preconditioner(
@@ -557,15 +570,14 @@ class Search:
     """Adam's step, inside the constraints; whether the sampler allows it."""
     changed = [*self.variables, *self.moments]
     before = [tf.convert_to_tensor(variable) for variable in changed]
-    count = self.step - self.skipped
-    first, second = self.moments
+    first, second, count = self.moments
     first.assign(_BETA_1 * first + (1 - _BETA_1) * move)
     second.assign(_BETA_2 * second + (1 - _BETA_2) * norm**2)
-    # Towards the mean of those so far: both began at 0.
-    mean = first.numpy() / (1 - _BETA_1 ** (count + 1))
-    square = second.numpy() / (1 - _BETA_2 ** (count + 1))
-    step = -float(self._rate(count + 0.5)) * self._multipliers * mean / max(
-        square, 1e-30) ** 0.5
+    count.assign_add(1)
+    # The mean of those so far: both began at 0.
+    mean = first.numpy() / (1 - _BETA_1 ** count.numpy())
+    square = second.numpy() / (1 - _BETA_2 ** count.numpy())
+    step = -self.rate * self._multipliers * mean / max(square, 1e-30) ** 0.5
     ends = np.cumsum(self._sizes)
     for part, variable in zip(np.split(step, ends[:-1]), self.variables):
       value = variable.value + np.float32(np.reshape(part, variable.shape))
@@ -590,13 +602,26 @@ class Search:
               if not np.all(np.isfinite(part))]
     return ", ".join(parts) or "the norm of the gradient"
 
-  def keep_if_best(self, value: float) -> None:
-    """Remembers the variables if `value` is the lowest validation so far."""
-    if value < self.best_value:
+  def judge(self, value: float) -> bool:
+    """Remembers the variables if `value` is the lowest validation so far.
+
+    Otherwise goes back to the best ones, with half the rate.
+
+    Returns:
+      Whether it was the lowest.
+    """
+    better = value < self.best_value
+    if better:
       self._best_value.assign(value)
       self._best_step.assign(self.step)
       for best, variable in zip(self.best, self.variables):
         best.assign(variable.value)
+    elif np.isfinite(self.best_value):
+      self.restore_best()
+      for moment in self.moments:
+        moment.assign(tf.zeros_like(moment))
+      self._factor.assign(0.5 * self._factor)
+    return better
 
   def restore_best(self) -> None:
     """Puts the best variables back into the sampler."""
@@ -975,7 +1000,7 @@ def search(
           "gradient_samples": gradient_samples,
           "learning_rate": learning_rate, "seed": seed,
           "x0_bound": x0_bound or "none", "dataset": dataset.name})
-      state.keep_if_best(validate())
+      state.judge(validate())
       _summarise_state(sampler, validation.generator, seed, 0,
                        state.best_value)
       logging.info("validation at the start: %.4f", state.best_value)
@@ -1003,17 +1028,20 @@ def search(
         clock, since = time.monotonic(), step
         for name, value in (
             ("search/loss", loss), ("search/gradient_norm", norm),
-            ("search/seconds_per_step", pace),
+            ("search/rate", state.rate), ("search/seconds_per_step", pace),
             ("search/skipped_steps", state.skipped)):
           tf.summary.scalar(name, value, step=step)
         bar.set_postfix(loss=f"{loss:.3f}",
                         best=f"{state.best_value:.3f}")
       if step % validate_every == 0 or step == num_search_steps:
         value = validate()
-        state.keep_if_best(value)
         _summarise_state(sampler, validation.generator, seed, step, value)
-        logging.info("step %d: validation %.4f (best %.4f at step %d)", step,
-                     value, state.best_value, state.best_step)
+        better = state.judge(value)
+        logging.info("step %d: validation %.4f%s", step, value, "" if better else
+                     f", back to {state.best_value:.4f} at step "
+                     f"{state.best_step} with half the rate")
+        if step < num_search_steps:
+          state.measure_metric()
         clock, since = time.monotonic(), step
       terminated = any(distribution.everyones(termination.received))
       if (step % checkpoint_every == 0 or step == num_search_steps
