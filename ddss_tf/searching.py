@@ -757,7 +757,7 @@ def search(
     control_variate: bool = True,
     pool_samples: int = 8192,
     learning_rate: float = 0.15,
-    rate_of_distance: float = 1.0,
+    rate_of_distance: float = 0.5,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,

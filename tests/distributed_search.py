@@ -103,7 +103,7 @@ def main(output, extent, *replicas):
         with tempfile.TemporaryDirectory() as run:
           sampler = ddss_tf.search(
               run, **parts, **options, num_search_steps=20,
-              learning_rate=0.3, validation_samples=50, validate_every=5,
+              learning_rate=0.05, validation_samples=50, validate_every=5,
               jit_compile=name == "one_pass" and not quick, sampler=functools.partial(
                   families.make_sampler, family="ggdm+pred+time", num_steps=3,
                   init="ddpm"))

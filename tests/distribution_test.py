@@ -66,9 +66,11 @@ def test_coefficients_do_not_depend_on_the_replicas(results, search):
     pytest.skip("not among the quick ones")
   assert "times" in names
   for name in names:
+    one, other = (found[f"{search}/{name}/{n}"] for n in (1, count))
+    # Times of steps, out of 1000.
     np.testing.assert_allclose(
-        found[f"{search}/{name}/{count}"], found[f"{search}/{name}/1"],
-        rtol=1e-5, atol=1e-5, err_msg=name)
+        other, one, rtol=1e-5, atol=1e-2 if name == "times" else 1e-5,
+        err_msg=name)
 
 
 @pytest.mark.slow
@@ -87,7 +89,9 @@ def test_replicas_share_the_images_of_the_bound(results):
 def test_the_searches_moved(few):
   # Or nothing would have been compared.
   for one, other in itertools.pairwise(SEARCHES):
-    assert np.abs(few[f"{one}/times/1"] - few[f"{other}/times/1"]).max() > 1
+    # The bound has next to no gradient in times.
+    assert np.abs(few[f"{one}/x0_weights/1"] -
+                  few[f"{other}/x0_weights/1"]).max() > 0.01
 
 
 @counts

@@ -63,10 +63,13 @@ def finished(parts, tmp_path_factory):
   return run, ddss_tf.search(run, **parts, **options())
 
 
-def same_sampler(one, other):
-  for name, a, b in zip(ddss_tf.Coefficients._fields, one.coefficients(),
-                        other.coefficients()):
+def same_arrays(one, other):
+  for name, a, b in zip(ddss_tf.Coefficients._fields, one, other):
     np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def same_sampler(one, other):
+  same_arrays(one.coefficients(), other.coefficients())
 
 
 def events(run):
@@ -412,7 +415,7 @@ def test_the_metric_is_that_of_the_features(parts, family, init):
   steps = np.random.default_rng(0).normal(size=inverse.shape) @ inverse
   np.testing.assert_allclose(
       np.einsum("ki,ij,kj->k", steps, measured, steps),
-      np.einsum("ki,ij,kj->k", steps, metric, steps), rtol=0.5)
+      np.einsum("ki,ij,kj->k", steps, metric, steps), rtol=0.7)
 
 
 def test_a_step_turns_with_the_variables(parts):
@@ -463,6 +466,43 @@ def test_a_step_has_the_effect_of_the_rate(parts):
             0.005 * (1 + np.cos(np.pi * (step - 1.5) / 18)))
     np.testing.assert_allclose(
         np.sqrt(move @ metric @ move), rate, rtol=1e-2, atol=1e-6)
+
+
+def test_a_worse_validation_takes_the_search_back(
+    parts, tmp_path, monkeypatch):
+  values = iter([4.0, 3.0, 5.0, np.nan, 2.0, 7.0])
+  validated, begun, metrics_of = [], {}, []
+  advance = searching.Search.advance
+  measure = searching.Search.measure_metric
+
+  def value_of(self, coefficients):
+    validated.append(coefficients)
+    return next(values)
+
+  def noting(self):
+    begun[self.step] = self.rate, self.sampler.coefficients().numpy()
+    return advance(self)
+
+  def measuring(self):
+    metrics_of.append(self.step)
+    return measure(self)
+
+  monkeypatch.setattr(searching._Validation, "__call__", value_of)
+  monkeypatch.setattr(searching.Search, "advance", noting)
+  monkeypatch.setattr(searching.Search, "measure_metric", measuring)
+  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+      num_search_steps=20, learning_rate=0.1, rate_of_distance=1e9))
+  assert metrics_of == [0, 4, 8, 12, 16]
+  for step, (source, factor) in {
+      0: (0, 1), 4: (1, 1), 8: (1, 0.5), 12: (1, 0.25), 16: (4, 0.25)}.items():
+    rate, coefficients = begun[step]
+    same_arrays(coefficients, validated[source])
+    expected = (0.05 * 0.5 if step == 0 else
+                0.05 * (1 + np.cos(np.pi * (step - 1.5) / 18)))
+    np.testing.assert_allclose(rate, factor * expected, rtol=1e-4)
+  assert np.abs(validated[2].times - validated[1].times).max() > 1e-3
+  assert card.read(str(tmp_path / card.FILE)).search["best_step"] == 16
+  same_arrays(sampler.coefficients().numpy(), validated[4])
 
 
 @pytest.mark.slow
