@@ -191,16 +191,16 @@ class Search:
   """One search: its compiled step, its optimiser, its checkpointed state.
 
   Adam, but in the metric of the features (`measure_metric`): the gradient is
-  multiplied by the metric's inverse, and the second moment is one number, of the
-  whole step, so that none of this depends on axes. The states of a chain
-  resemble each other, so the weights of a step do nearly the same: by themselves
-  they would all move that together, and drown their differences, which are what
-  multistep solver is made of. One learning rate then serves weights, times and
-  noise scales alike, and every K.
+  multiplied by the metric's inverse, and the second moment is one number, of
+  the whole step, so that none of this depends on axes. The states of a chain
+  resemble each other, so the weights of a step do nearly the same: by
+  themselves they would all move that together, and drown their differences,
+  which are what a multistep solver is made of. One learning rate then serves
+  weights, times and noise scales alike, and every K.
 
-  The metric is that of the start, or of where the last validation was: far from
-  there what hardly mattered may matter. So a validation that is worse than the
-  best one takes the search back there, with half the rate.
+  The metric is measured anew at every validation: far from where it was, what
+  hardly mattered may matter. And a validation that is worse than the best one
+  takes the search back there, with half the rate.
 
   Args:
     denoiser: the frozen model.
@@ -248,28 +248,25 @@ class Search:
     self._images = images
     self._seed = seed
     self._pair = sampling.seed_pair(seed)
-    # Of the vector of all variables: the entries of each, the kind of each entry.
+    # Of the vector of all variables: entries of each, the kind of each entry.
     self._sizes = [int(np.prod(v.shape)) for v in self.variables]
     self._kind_of_entry = np.repeat(self.kinds, self._sizes)
     self._multipliers = np.array(
         [rate_multipliers[kind] for kind in self._kind_of_entry], np.float32)
 
     size = len(self._multipliers)
-    self.preconditioner = tf.Variable(
-        tf.eye(size, dtype=tf.float64), trainable=False)
-    self.metric = tf.Variable(tf.eye(size, dtype=tf.float64), trainable=False)
-    # The first and the second, and how many steps they are of.
-    self.moments = [
-        tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
-        for shape in ([size], [], [])]
-    self._factor = tf.Variable(1.0, dtype=tf.float64, trainable=False)
+    # The moments: the first, the second, and how many steps they are of. All of
+    # this is the host's, in float64, which not every accelerator has.
+    self.metric, self.preconditioner, self._factor, *self.moments = (
+        distribution.outside(lambda: [
+            tf.Variable(value, dtype=tf.float64, trainable=False)
+            for value in (np.eye(size), np.eye(size), 1.0, np.zeros(size),
+                          0.0, 0.0)]))
     # Adam's first steps are as long whatever the noise, so they come slowly.
     warmup = num_search_steps // 10
-    self._schedule = (keras.optimizers.schedules.CosineDecay(
-        0.0, num_search_steps - warmup, warmup_target=learning_rate,
-        warmup_steps=warmup) if warmup else
-                  keras.optimizers.schedules.CosineDecay(
-                      learning_rate, num_search_steps))
+    self._schedule = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else learning_rate, num_search_steps - warmup,
+        warmup_target=learning_rate if warmup else None, warmup_steps=warmup)
     self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
     self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
     self._best_value = tf.Variable(np.inf, dtype=tf.float32, trainable=False)
@@ -518,8 +515,8 @@ class Search:
     rows = distribution.filled(size)
     count = len(self._multipliers)
     jacobian = self._jacobian().numpy().astype(np.float64)
-    metric, draws = 0.0, -(-max(
-        _LEAST_METRIC_ROWS, _METRIC_ROWS * count) // size)
+    metric = 0.0
+    draws = -(-max(_LEAST_METRIC_ROWS, _METRIC_ROWS * count) // size)
     for draw in range(draws):
       # Noise of its own: indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
@@ -534,8 +531,12 @@ class Search:
       metric = metric + each.T @ each
     metric = metric / (draws * size) / objective.feature_std**2
     if not np.all(np.isfinite(metric)) or not np.any(metric):
-      raise UserError(f"the search's sampler at step {self.step} must have "
-                      "finite, non-zero sensitivities: the denoiser or the feature network "
+      if self.step:
+        logging.warning("step %d: the metric of before is kept, for this one "
+                        "is not finite", self.step)
+        return
+      raise UserError("the search's start must have finite, non-zero "
+                      "sensitivities: the denoiser or the feature network "
                       "gives NaN, infinity or a constant")
     self.metric.assign(metric)
     self.preconditioner.assign(_preconditioner(
@@ -635,9 +636,9 @@ def _preconditioner(
 
   In units in which all variables have the same effect. Variables to which
   hardly anything reacts are treated as if they had 3 % of the root mean square
-  of their kind, and what hardly moves anything is moved less instead of more, or
-  it would be thrown far. Constrained variables stand alone: at a bound they stay
-  behind, and others that should go with them must not go alone.
+  of their kind, and what hardly moves anything is moved less instead of more,
+  or it would be thrown far. Constrained variables stand alone: at a bound they
+  stay behind, and others that should go with them must not go alone.
 
   Args:
     metric: float64 [n, n], the second moment of the effects of the variables.
@@ -817,8 +818,8 @@ def search(
       serves every K.
     rate_of_distance: the rate is at most this times the start's distance, the
       root of the Frechet distance in the same unit; a start with little way to
-      go would be thrown off it, and not come back. It is measured on the
-      control variate's images, and without one there is no such limit.
+      go would be thrown off it first. It is measured on the control variate's
+      images, and without one there is no such limit.
     rate_multipliers: factors on the rate by kind of variable
       (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
@@ -826,7 +827,8 @@ def search(
     start_samples: images by which `init="auto"` chooses.
     start_candidates: what it chooses from, see `starts.possible`.
     validation_samples: images of the validation, on fixed noise.
-    validate_every: steps between validations.
+    validate_every: steps between validations. One that is worse than the best
+      takes the search back to the best step, with half the rate.
     checkpoint_every: steps between checkpoints.
     log_every: steps between TensorBoard scalars.
     max_skipped: steps with non-finite values after which the search stops.
@@ -1037,9 +1039,10 @@ def search(
         value = validate()
         _summarise_state(sampler, validation.generator, seed, step, value)
         better = state.judge(value)
-        logging.info("step %d: validation %.4f%s", step, value, "" if better else
-                     f", back to {state.best_value:.4f} at step "
-                     f"{state.best_step} with half the rate")
+        logging.info(
+            "step %d: validation %.4f%s", step, value, "" if better else
+            f", back to {state.best_value:.4f} at step {state.best_step} with "
+            "half the rate")
         if step < num_search_steps:
           state.measure_metric()
         clock, since = time.monotonic(), step
