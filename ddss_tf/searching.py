@@ -7,6 +7,7 @@
       +------- Adam, in the features' metric <-----------+
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -951,6 +952,36 @@ def search(
   run.claim("search", {**identity, "sampler": sampler.get_config()}, restart)
   run.keep_config()
   first = sampler.coefficients().numpy()
+
+  def make_state(**pools):
+    state = Search(
+        denoiser, sampler, goal, batch_size=batch_size,
+        gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
+        num_search_steps=num_search_steps, rate_multipliers=multipliers,
+        seed=seed, images=dataset.images, x0_bound=x0_bound,
+        jit_compile=jit_compile, **pools)
+    checkpoints = checkpointing.Checkpoints(
+        state.checkpoint, run.path("checkpoints"), run.path("tensorboard"))
+    checkpoints.restore()
+    return state, checkpoints
+
+  def finish(state):
+    # The chief knows what there is.
+    if distribution.everyones(not all(
+        os.path.exists(run.path(name)) for name in PICTURES))[0]:
+      generator = sampling.Generator(
+          denoiser, min(sampling_batch_size, validation_samples), jit_compile,
+          x0_bound)
+      _draw(run, sampler, first, generator, seed + 1, state.best_step)
+    distribution.everyones(0)  # All workers find what the chief has written.
+    return sampler
+
+  if distribution.everyones(os.path.exists(run.path(card.FILE)))[0]:
+    # Without the pools, which only further steps would need.
+    state, _ = make_state(learning_rate=learning_rate)
+    if state.step == num_search_steps:
+      state.restore_best()
+      return finish(state)
   control, known, rate = None, None, learning_rate
   if control_variate:
     # Validation has a pool of its own: what the steps owe to the chance of
@@ -967,17 +998,9 @@ def search(
                / goal.feature_std)
     logging.info("Frechet distance of the start %.3f, rate %.4f", distance,
                  rate)
-  state = Search(
-      denoiser, sampler, goal, batch_size=batch_size,
-      gradient_samples=gradient_samples, micro_batch_size=micro_batch_size,
-      num_search_steps=num_search_steps, learning_rate=rate,
-      rate_multipliers=multipliers, seed=seed,
-      teacher=views_of_teacher(pool_samples, seed), control=control,
-      images=dataset.images,
-      x0_bound=x0_bound, jit_compile=jit_compile)
-  checkpoints = checkpointing.Checkpoints(
-      state.checkpoint, run.path("checkpoints"), run.path("tensorboard"))
-  checkpoints.restore()
+  state, checkpoints = make_state(
+      learning_rate=rate, teacher=views_of_teacher(pool_samples, seed),
+      control=control)
   if checkpoints.latest:
     logging.info("going on from step %d", state.step)
   validation = make_value(
@@ -1078,12 +1101,11 @@ def search(
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in networks],
           "dataset": dataset.name}, x0_bound=x0_bound))
-  # A search that was over before is not drawn again; the chief knows.
-  if distribution.everyones(state.step > start or not all(
-      os.path.exists(run.path(name)) for name in PICTURES))[0]:
-    _draw(run, sampler, first, validation.generator, seed + 1, state.best_step)
-  distribution.everyones(0)  # All workers find what the chief has written.
-  return sampler
+  if distribution.is_chief():  # Those of another search.
+    for name in PICTURES:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(run.path(name))
+  return finish(state)
 
 
 def _draw(run, sampler, first, generator, seed, step):

@@ -468,6 +468,25 @@ def test_a_step_has_the_effect_of_the_rate(parts):
         np.sqrt(move @ metric @ move), rate, rtol=1e-2, atol=1e-6)
 
 
+def test_a_search_that_is_over_makes_nothing_again(
+    parts, finished, monkeypatch):
+  run, sampler = finished
+
+  def contents():
+    return {path: open(path, "rb").read() for path in glob.glob(
+        os.path.join(run, "**"), recursive=True) if os.path.isfile(path)}
+
+  def fail(*args, **kwargs):
+    raise AssertionError("made again")
+
+  before = contents()
+  monkeypatch.setattr(searching.teacher_lib, "views", fail)
+  monkeypatch.setattr(sampling.Generator, "batches", fail)
+  monkeypatch.setattr(searching.Search, "measure_metric", fail)
+  same_sampler(sampler, ddss_tf.search(run, **parts, **options()))
+  assert contents() == before
+
+
 def test_a_worse_validation_takes_the_search_back(
     parts, tmp_path, monkeypatch):
   values = iter([4.0, 3.0, 5.0, np.nan, 2.0, 7.0])
