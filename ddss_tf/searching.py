@@ -182,8 +182,8 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 # Of Adam's moments. The second is short, for searches are short. Our choice.
 _BETA_1, _BETA_2 = 0.9, 0.99
 _LARGEST_NORM = 1e18
-_METRIC_ROWS = 8  # For every variable.
-_LEAST_METRIC_ROWS = 256
+_METRIC_DRAWS = 8
+_METRIC_ROWS = 4  # At least, for every variable.
 _SENSITIVITY_FLOOR = 0.03
 _LEAST_EFFECT = 1e-3
 
@@ -199,9 +199,9 @@ class Search:
   which are what a multistep solver is made of. One learning rate then serves
   weights, times and noise scales alike, and every K.
 
-  The metric is measured anew at every validation: far from where it was, what
-  hardly mattered may matter. And a validation that is worse than the best one
-  takes the search back there, with half the rate.
+  Far from where the metric was measured, what hardly mattered may matter. So a
+  validation that is worse than the best one takes the search back there, with
+  half the rate, and the metric is the mean of what it was and is there.
 
   Args:
     denoiser: the frozen model.
@@ -256,13 +256,14 @@ class Search:
         [rate_multipliers[kind] for kind in self._kind_of_entry], np.float32)
 
     size = len(self._multipliers)
-    # The moments: the first, the second, and how many steps they are of. All of
-    # this is the host's, in float64, which not every accelerator has.
-    self.metric, self.preconditioner, self._factor, *self.moments = (
-        distribution.outside(lambda: [
-            tf.Variable(value, dtype=tf.float64, trainable=False)
-            for value in (np.eye(size), np.eye(size), 1.0, np.zeros(size),
-                          0.0, 0.0)]))
+    # How often the metric was measured. The moments: the first, the second, and
+    # how many steps they are of. All of this is the host's, in float64, which
+    # not every accelerator has.
+    (self.metric, self.preconditioner, self._measured, self._factor,
+     *self.moments) = distribution.outside(lambda: [
+         tf.Variable(value, dtype=tf.float64, trainable=False)
+         for value in (np.zeros([size, size]), np.eye(size), 0.0, 1.0,
+                       np.zeros(size), 0.0, 0.0)])
     # Adam's first steps are as long whatever the noise, so they come slowly.
     warmup = num_search_steps // 10
     self._schedule = keras.optimizers.schedules.CosineDecay(
@@ -277,7 +278,7 @@ class Search:
     self.checkpoint = tf.train.Checkpoint(
         variables=[v.value for v in self.variables], best=self.best,
         preconditioner=self.preconditioner, metric=self.metric,
-        moments=self.moments, factor=self._factor,
+        measured=self._measured, moments=self.moments, factor=self._factor,
         step=self._step, skipped=self._skipped, best_value=self._best_value,
         best_step=self._best_step)
 
@@ -506,7 +507,7 @@ class Search:
             np.mean([gradient.numpy() for _, gradient in results], axis=0))
 
   def measure_metric(self) -> None:
-    """Measures how the features move with all variables.
+    """Measures how the features move with all variables, besides before.
 
     For standard normal r and the Jacobian J of an image's features, the rows
     r . J have the second moment E J' J (Hutchinson's estimate): the metric of
@@ -517,8 +518,9 @@ class Search:
     count = len(self._multipliers)
     jacobian = self._jacobian().numpy().astype(np.float64)
     metric = 0.0
-    draws = -(-max(_LEAST_METRIC_ROWS, _METRIC_ROWS * count) // size)
-    for draw in range(draws):
+    draws = max(_METRIC_DRAWS, -(-_METRIC_ROWS * count // size))
+    before = int(self._measured.numpy())
+    for draw in range(draws * before, draws * (before + 1)):
       # Noise of its own: indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
       # Of the first network's features only, whatever else the view holds.
@@ -532,14 +534,16 @@ class Search:
       metric = metric + each.T @ each
     metric = metric / (draws * size) / objective.feature_std**2
     if not np.all(np.isfinite(metric)) or not np.any(metric):
-      if self.step:
+      if before:
         logging.warning("step %d: the metric of before is kept, for this one "
                         "is not finite", self.step)
         return
       raise UserError("the search's start must have finite, non-zero "
                       "sensitivities: the denoiser or the feature network "
                       "gives NaN, infinity or a constant")
+    metric = (before * self.metric.numpy() + metric) / (before + 1)
     self.metric.assign(metric)
+    self._measured.assign_add(1)
     self.preconditioner.assign(_preconditioner(
         metric, self._kind_of_entry, np.repeat(
             [v.constraint is not None for v in self.variables], self._sizes),
@@ -759,7 +763,7 @@ def search(
     control_variate: bool = True,
     pool_samples: int = 8192,
     learning_rate: float = 0.15,
-    rate_of_distance: float = 0.5,
+    rate_of_distance: float = 1.0,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
     x0_bound: str | None = None,
@@ -1066,7 +1070,7 @@ def search(
             "step %d: validation %.4f%s", step, value, "" if better else
             f", back to {state.best_value:.4f} at step {state.best_step} with "
             "half the rate")
-        if step < num_search_steps:
+        if not better and step < num_search_steps:
           state.measure_metric()
         clock, since = time.monotonic(), step
       terminated = any(distribution.everyones(termination.received))

@@ -511,7 +511,7 @@ def test_a_worse_validation_takes_the_search_back(
   monkeypatch.setattr(searching.Search, "measure_metric", measuring)
   sampler = ddss_tf.search(str(tmp_path), **parts, **options(
       num_search_steps=20, learning_rate=0.1, rate_of_distance=1e9))
-  assert metrics_of == [0, 4, 8, 12, 16]
+  assert metrics_of == [0, 8, 12]
   for step, (source, factor) in {
       0: (0, 1), 4: (1, 1), 8: (1, 0.5), 12: (1, 0.25), 16: (4, 0.25)}.items():
     rate, coefficients = begun[step]

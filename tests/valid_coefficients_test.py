@@ -88,6 +88,7 @@ def _walk(parts, options, gradients, seed, rate, spread):
   # Of directions that mix the variables, over decades.
   mixed, _ = np.linalg.qr(rng.normal(size=(size, size)))
   scales = 10.0 ** rng.uniform(-spread, spread / 2, size)
+  search.metric.assign(np.eye(size))
   search.preconditioner.assign(
       scales[:, None] * (mixed * scales) @ mixed.T * scales)
   _check(sampler)
