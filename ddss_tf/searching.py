@@ -560,7 +560,8 @@ class Search:
     loss, gradient = self.loss_and_gradient(self.step)
     with np.errstate(over="ignore", invalid="ignore"):
       move = self.preconditioner.numpy() @ gradient
-      norm = float(np.sqrt(move @ self.metric.numpy() @ move))
+      # Rounding may leave less than 0 of nothing; NaN stays.
+      norm = float(np.sqrt(np.maximum(move @ self.metric.numpy() @ move, 0)))
     # Its square would never be forgotten, were it infinite.
     taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
     if taken:
