@@ -585,8 +585,7 @@ class Search:
     mean = first.numpy() / (1 - _BETA_1 ** count.numpy())
     square = second.numpy() / (1 - _BETA_2 ** count.numpy())
     step = -self.rate * self._multipliers * mean / max(square, 1e-30) ** 0.5
-    ends = np.cumsum(self._sizes)
-    for part, variable in zip(np.split(step, ends[:-1]), self.variables):
+    for part, variable in self._by_variable(step):
       value = variable.value + np.float32(np.reshape(part, variable.shape))
       if variable.constraint is not None:
         value = variable.constraint(value)
@@ -600,12 +599,15 @@ class Search:
       return False
     return True
 
+  def _by_variable(self, vector: np.ndarray):
+    """The parts of a vector of all variables, each with its variable."""
+    return zip(np.split(vector, np.cumsum(self._sizes)[:-1]), self.variables)
+
   def _not_finite(self, loss, gradient) -> str:
     """Names what is NaN or infinite."""
     parts = [] if np.isfinite(loss) else ["the loss"]
-    ends = np.cumsum(self._sizes)
-    parts += [f"the gradient of {variable.name}" for variable, part in zip(
-        self.variables, np.split(gradient, ends[:-1]))
+    parts += [f"the gradient of {variable.name}"
+              for part, variable in self._by_variable(gradient)
               if not np.all(np.isfinite(part))]
     return ", ".join(parts) or "the norm of the gradient"
 
@@ -615,20 +617,20 @@ class Search:
     Otherwise goes back to the best ones, with half the rate.
 
     Returns:
-      Whether it was the lowest.
+      Whether it went back: not where there is no best one yet.
     """
-    better = value < self.best_value
-    if better:
+    back = np.isfinite(self.best_value) and not value < self.best_value
+    if value < self.best_value:
       self._best_value.assign(value)
       self._best_step.assign(self.step)
       for best, variable in zip(self.best, self.variables):
         best.assign(variable.value)
-    elif np.isfinite(self.best_value):
+    if back:
       self.restore_best()
       for moment in self.moments:
         moment.assign(tf.zeros_like(moment))
       self._factor.assign(0.5 * self._factor)
-    return better
+    return back
 
   def restore_best(self) -> None:
     """Puts the best variables back into the sampler."""
@@ -970,13 +972,10 @@ def search(
     checkpoints.restore()
     return state, checkpoints
 
-  def finish(state):
+  def finish(state, generator):
     # The chief knows what there is.
     if distribution.everyones(not all(
         os.path.exists(run.path(name)) for name in PICTURES))[0]:
-      generator = sampling.Generator(
-          denoiser, min(sampling_batch_size, validation_samples), jit_compile,
-          x0_bound)
       _draw(run, sampler, first, generator, seed + 1, state.best_step)
     distribution.everyones(0)  # All workers find what the chief has written.
     return sampler
@@ -986,7 +985,8 @@ def search(
     state, _ = make_state(learning_rate=learning_rate)
     if state.step == num_search_steps:
       state.restore_best()
-      return finish(state)
+      return finish(
+          state, make_value(validation_samples, None, None).generator)
   control, known, rate = None, None, learning_rate
   if control_variate:
     # Validation has a pool of its own: what the steps owe to the chance of
@@ -1066,12 +1066,12 @@ def search(
       if step % validate_every == 0 or step == num_search_steps:
         value = validate()
         _summarise_state(sampler, validation.generator, seed, step, value)
-        better = state.judge(value)
+        back = state.judge(value)
         logging.info(
-            "step %d: validation %.4f%s", step, value, "" if better else
+            "step %d: validation %.4f%s", step, value,
             f", back to {state.best_value:.4f} at step {state.best_step} with "
-            "half the rate")
-        if not better and step < num_search_steps:
+            "half the rate" if back else "")
+        if back and step < num_search_steps:
           state.measure_metric()
         clock, since = time.monotonic(), step
       terminated = any(distribution.everyones(termination.received))
@@ -1110,7 +1110,7 @@ def search(
     for name in PICTURES:
       with contextlib.suppress(FileNotFoundError):
         os.remove(run.path(name))
-  return finish(state)
+  return finish(state, validation.generator)
 
 
 def _draw(run, sampler, first, generator, seed, step):
