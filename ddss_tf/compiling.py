@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from ddss_tf import checkpoints
 from ddss_tf import edm_unet
+from ddss_tf import group_norm
 from ddss_tf import unet
 
 # Of the networks that we build: XLA is known to compile them, and asking takes
@@ -15,10 +16,10 @@ _KNOWN = (
     keras.layers.InputLayer, keras.layers.Rescaling, keras.layers.Dense,
     keras.layers.Conv2D, keras.layers.GroupNormalization,
     keras.layers.Activation, keras.layers.Concatenate, keras.layers.Add,
-    keras.layers.ZeroPadding2D, keras.layers.Embedding, unet.TimeEmbedding,
-    unet.ResidualBlock, unet.SelfAttention, edm_unet.FilteredDown,
-    edm_unet.FourierEmbedding, edm_unet.EDMBlock, edm_unet.EDMInput,
-    edm_unet.EDMOutput, edm_unet.OneHot)
+    keras.layers.ZeroPadding2D, keras.layers.Embedding,
+    group_norm.GroupNormalization, unet.TimeEmbedding, unet.ResidualBlock,
+    unet.SelfAttention, edm_unet.FilteredDown, edm_unet.FourierEmbedding,
+    edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, edm_unet.OneHot)
 
 
 def _is_known(layer) -> bool:

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import chain
 from ddss_tf import checkpoints
 from ddss_tf import compiling
 from ddss_tf import conventions
@@ -306,7 +307,7 @@ class Denoiser:
       return labels
     return labels + tf.cast(labels >= self.null_label, tf.int32)
 
-  def compiled_eps(self, jit_compile: bool = True):
+  def compiled_eps(self, jit_compile: bool = True, remat: bool = False):
     """`eps` as a `tf.function`, the same one at every call.
 
     Compiling a U-Net takes longer than many steps of a search. TensorFlow keeps
@@ -316,17 +317,21 @@ class Denoiser:
     Args:
       jit_compile: compile it with XLA, if that knows all its operations and
         their gradients: else a warning names one, and it is not compiled.
+      remat: backpropagation recomputes its activations, see
+        `chain.rematerialise`; then all arguments must be given by position.
     """
-    if jit_compile and True not in self._compiled:
+    if jit_compile and (True, False) not in self._compiled:
       obstacle = compiling.obstacle(self)
       if obstacle:
         logging.warning("denoiser %r is not compiled by XLA: %s", self.name,
                         obstacle)
-        self._compiled[True] = self.compiled_eps(False)
-    if jit_compile not in self._compiled:
-      self._compiled[jit_compile] = tf.function(
-          self.eps, jit_compile=jit_compile)
-    return self._compiled[jit_compile]
+        self._compiled |= {(True, kind): self.compiled_eps(False, kind)
+                           for kind in (False, True)}
+    if (jit_compile, remat) not in self._compiled:
+      self._compiled[jit_compile, remat] = (
+          chain.rematerialise(self.compiled_eps(jit_compile), jit_compile)
+          if remat else tf.function(self.eps, jit_compile=jit_compile))
+    return self._compiled[jit_compile, remat]
 
   @property
   def tracked(self) -> list:

@@ -14,6 +14,7 @@ import math
 import keras
 from keras import ops
 
+from ddss_tf import group_norm
 from ddss_tf.unet import TimeEmbedding, check_sizes
 
 ARCHITECTURES = ("SongUNet", "DhariwalUNet")
@@ -182,7 +183,7 @@ class FourierEmbedding(keras.layers.Layer):
 
 
 def _group_norm(channels, epsilon, name):
-  return keras.layers.GroupNormalization(
+  return group_norm.GroupNormalization(
       groups=min(32, channels // 4), epsilon=epsilon, name=name)
 
 

@@ -282,15 +282,16 @@ class Search:
         step=self._step, skipped=self._skipped, best_value=self._best_value,
         best_step=self._best_step)
 
-    plain = denoiser.compiled_eps(jit_compile)
+    eps_fns = {kind: denoiser.compiled_eps(jit_compile, kind)
+               for kind in {False, remat}}
 
     def make_view(indices, remat, coefficients=None):
       x_T, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
       eps_fn = chain.with_labels(
-          plain, denoiser.draw_labels(self._pair, indices))
+          eps_fns[remat], denoiser.draw_labels(self._pair, indices))
       return objective.view(chain.run_chain(
-          chain.rematerialise(eps_fn) if remat else eps_fn,
+          eps_fn,
           sampler.coefficients() if coefficients is None else coefficients,
           x_T, step_noise, x0_bound=x0_bound))
 
@@ -359,9 +360,8 @@ class Search:
           sampler.num_steps)
       with tf.GradientTape() as tape:
         squares = elbo.squares(
-            chain.rematerialise(plain) if remat else plain,
-            sampler.coefficients(), distribution.own_rows(x_0), first_noise,
-            step_noise)
+            eps_fns[remat], sampler.coefficients(),
+            distribution.own_rows(x_0), first_noise, step_noise)
         share = tf.linalg.matvec(
             squares, distribution.own_rows(weights), transpose_a=True)
       # No mean over samples, for the last step's variance is fitted to them; a

@@ -12,6 +12,8 @@ import math
 import keras
 from keras import ops
 
+from ddss_tf import group_norm
+
 # GELU is the exact one, as in PyTorch; Keras approximates by default.
 _ACTIVATIONS = {
     "silu": ops.silu,
@@ -191,11 +193,11 @@ class ResidualBlock(keras.layers.Layer):
     self.resample = resample
     self.divisor = divisor
     norm = dict(groups=norm_groups, epsilon=norm_epsilon)
-    self.norm1 = keras.layers.GroupNormalization(**norm, name="norm1")
+    self.norm1 = group_norm.GroupNormalization(**norm, name="norm1")
     self.conv1 = keras.layers.Conv2D(channels, 3, padding="same", name="conv1")
     self.time_projection = keras.layers.Dense(
         channels * (2 if scale_shift else 1), name="time_projection")
-    self.norm2 = keras.layers.GroupNormalization(**norm, name="norm2")
+    self.norm2 = group_norm.GroupNormalization(**norm, name="norm2")
     self.conv2 = keras.layers.Conv2D(channels, 3, padding="same", name="conv2")
     self.shortcut = None
 
@@ -283,7 +285,7 @@ class SelfAttention(keras.layers.Layer):
     width = x_shape[-1]
     self.norm = None
     if self.norm_groups is not None:
-      self.norm = keras.layers.GroupNormalization(
+      self.norm = group_norm.GroupNormalization(
           groups=self.norm_groups, epsilon=self.norm_epsilon, name="norm")
       self.norm.build(x_shape)
     for name in ("query", "key", "value", "output_projection"):
@@ -475,7 +477,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
       h = keras.layers.Conv2D(config.channels[level], 3, padding="same",
                               name=f"up_{up}_upsample")(h)
 
-  h = keras.layers.GroupNormalization(
+  h = group_norm.GroupNormalization(
       groups=config.norm_groups, epsilon=config.norm_epsilon,
       name="norm_out")(h)
   h = keras.layers.Activation("silu", name="silu_out")(h)

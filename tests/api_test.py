@@ -87,7 +87,8 @@ def test_quick_start(model, tmp_path, monkeypatch):
   # Compiling with XLA would take longer than all else.
   compiled = denoisers.Denoiser.compiled_eps
   monkeypatch.setattr(denoisers.Denoiser, "compiled_eps",
-                      lambda self, jit_compile=True: compiled(self, False))
+                      lambda self, jit_compile=True, remat=False: compiled(
+                          self, False, remat))
   if model == "gaussian":
     path = str(tmp_path / model)
     ddss_tf.gaussian_denoiser((8, 8, 3)).save(path)

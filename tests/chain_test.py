@@ -1,5 +1,9 @@
 """Tests of the chain: its equation, its gradients, its noise."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -155,13 +159,52 @@ def gradients(eps_fn, coefficients, jit=False):
 def test_remat_changes_nothing(small, jit):
   c = random_coefficients()
   loss, plain = gradients(small.eps, c)
-  loss_remat, remat = gradients(
-      chain.rematerialise(small.compiled_eps(jit)), c)
+  loss_remat, remat = gradients(small.compiled_eps(jit, remat=True), c)
   np.testing.assert_allclose(loss_remat, loss, rtol=1e-4)
   for name, a, b in zip(c._fields, plain, remat):
     assert np.abs(a).max() > 0, name
     np.testing.assert_allclose(
         b, a, rtol=2e-3, atol=2e-5 * np.abs(a).max(), err_msg=name)
+
+
+_COMPILED = """
+import glob, sys
+import numpy as np
+import tensorflow as tf
+from ddss_tf import chain
+
+def eps(x, t):  # The gradient of a concatenation asks for shapes.
+  return tf.tanh(tf.reduce_mean(
+      tf.concat([x, x * t[:, None, None, None]], -1), -1, keepdims=True))
+
+eps = chain.rematerialise(tf.function(eps, jit_compile=True), True)
+
+@tf.function(autograph=False)
+def gradient(seed, times):
+  x = tf.random.stateless_normal([2, 4, 4, 1], seed)
+  with tf.GradientTape() as tape:
+    tape.watch(times)
+    for time in tf.unstack(times):
+      x = 0.5 * x + eps(x, tf.repeat(time[None], 2))
+    loss = tf.reduce_sum(x ** 2)
+  return tape.gradient(loss, times)
+
+for step in range(3):
+  assert np.all(gradient([0, step], tf.constant([3., 2., 1.]) - step) != 0.0)
+print(len(glob.glob(sys.argv[1] + "/*before_optimizations.txt")))
+"""
+
+
+def test_xla_compiles_once_for_all_steps_and_values(tmp_path):
+  dump = str(tmp_path / "dump")
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  result = subprocess.run(
+      [sys.executable, "-c", _COMPILED, dump], capture_output=True, text=True,
+      env=os.environ | {"XLA_FLAGS": f"--xla_dump_to={dump}",
+                        "PYTHONPATH": root}, check=False)
+  assert result.returncode == 0, result.stderr
+  # The call, and the gradient with what it recomputes.
+  assert result.stdout.split()[-1] == "2"
 
 
 def test_gradients_agree_with_finite_differences(small):

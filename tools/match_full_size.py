@@ -1,6 +1,6 @@
 """Compares published architectures in full size with the original libraries.
 
-With random weights, for one image at two times. Two steps, because the
+With random weights, for an image at each of three times. Two steps, because the
 originals need PyTorch and we do not; FOLDER takes about 2 GB:
 
   pip install torch diffusers safetensors
@@ -90,7 +90,8 @@ def _dump(folder: str) -> None:
       freq_shift=1, norm_eps=1e-6))
   model.save_pretrained(os.path.join(folder, _CIFAR10))
   diffusers.DDPMScheduler().save_pretrained(os.path.join(folder, _CIFAR10))
-  save_golden(_CIFAR10, 32, (17.0, 740.5), 1.0, lambda x, t: model(x, t).sample)
+  save_golden(_CIFAR10, 32, (17.0, 320.0, 740.5), 1.0,
+              lambda x, t: model(x, t).sample)
 
   for name, (package, flags, card) in _OPENAI.items():
     module = importlib.import_module(package + ".script_util")
@@ -101,7 +102,8 @@ def _dump(folder: str) -> None:
     with open(os.path.join(folder, name + ".json"), "w") as f:
       json.dump(card, f)
     steps = card["diffusion_steps"]
-    save_golden(name, card["image_size"], (17.0, 0.74 * steps + 0.5),
+    times = (17.0, 0.32 * steps, 0.74 * steps + 0.5)
+    save_golden(name, card["image_size"], times,
                 1000 / steps if card["rescale_timesteps"] else 1.0, model,
                 _CLASSES if flags["class_cond"] else None)
 
