@@ -176,8 +176,9 @@ def compare(
       `search`.
     cards: samplers that were found before, measured as they are: paths of
       their cards, or names in the zoo; see `evaluation.load_searched`.
-    full_chain: also measure DDPM with all training steps (hundreds of calls an
-      image: a reference for small models, or for few samples).
+    full_chain: also measure DDPM with all training steps, with the first seed
+      only (hundreds of calls an image: a reference for small models, or for few
+      samples).
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: of the rows' noise.
@@ -211,15 +212,15 @@ def compare(
 
   images = _read_samples(run.path(SAMPLES))
 
-  def add(sampler, x0_bound=None, search=None):
+  def add(sampler, x0_bound=None, search=None, more=more_seeds):
     record = evaluator.timed_record(sampler, num_samples, x0_bound)
     if sample_key(record) not in images:
       images[sample_key(record)] = data.to_uint8(
           evaluator.images(sampler, _SHOWN, x0_bound))
       _write_samples(run.path(SAMPLES), images)
     of_row = [record, *(
-        evaluator.record(sampler, num_samples, x0_bound, more)
-        for more in more_seeds)]
+        evaluator.record(sampler, num_samples, x0_bound, other)
+        for other in more)]
     for record in of_row:
       if objectives:
         record = {**record, "objective": search and search["objective"],
@@ -295,7 +296,7 @@ def compare(
       sampler.label += f" ({_card_name(path)})"
     add(sampler, bound)
   if full_chain:
-    add(samplers_lib.full_chain(denoiser.schedule))
+    add(samplers_lib.full_chain(denoiser.schedule), more=())
   draw(run.root, records)
   return records
 

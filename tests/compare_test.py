@@ -277,10 +277,14 @@ def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
         **bare, "denoiser": other, "cards": [found]})
   records = ddss_tf.compare(str(tmp_path / "b"), **{
       **bare, "denoiser": other, "solvers": ["ddim"], "strides": ["linear"],
-      "num_steps": [2], "cards": [mine], "full_chain": True})
-  assert [(r["sampler"], r["num_steps"]) for r in records] == [
-      ("DDIM linear", 2), ("DDIM linear (mine)", 2), ("DDPM (full chain)", 120)]
-  assert records[0]["fid"] == records[1]["fid"] > 5 * records[2]["fid"]
+      "num_steps": [2], "cards": [mine], "full_chain": True,
+      "more_seeds": [7]})
+  # The chain of all steps, which costs the most, with one seed only.
+  assert [(r["sampler"], r["num_steps"], r["seed"]) for r in records] == [
+      ("DDIM linear", 2, 1234), ("DDIM linear", 2, 7),
+      ("DDIM linear (mine)", 2, 1234), ("DDIM linear (mine)", 2, 7),
+      ("DDPM (full chain)", 120, 1234)]
+  assert records[0]["fid"] == records[2]["fid"] > 5 * records[4]["fid"]
 
 
 @pytest.mark.slow
