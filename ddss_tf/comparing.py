@@ -182,8 +182,9 @@ def compare(
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: of the rows' noise.
-    more_seeds: of further noise with which every row is measured again: a
-      record for each, their mean in the table, a band in the pictures.
+    more_seeds: of further noise with which every row but the full chain is
+      measured again: a record for each, their mean in the table, a band in the
+      pictures.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
 

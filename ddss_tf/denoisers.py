@@ -6,6 +6,7 @@ scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
 of a class-conditional network.
 """
 
+import functools
 import json
 import os
 
@@ -320,18 +321,20 @@ class Denoiser:
       remat: backpropagation recomputes its activations, see
         `chain.rematerialise`; then all arguments must be given by position.
     """
-    if jit_compile and (True, False) not in self._compiled:
-      obstacle = compiling.obstacle(self)
-      if obstacle:
-        logging.warning("denoiser %r is not compiled by XLA: %s", self.name,
-                        obstacle)
-        self._compiled |= {(True, kind): self.compiled_eps(False, kind)
-                           for kind in (False, True)}
+    jit_compile = jit_compile and self._xla_can
     if (jit_compile, remat) not in self._compiled:
       self._compiled[jit_compile, remat] = (
           chain.rematerialise(self.compiled_eps(jit_compile), jit_compile)
           if remat else tf.function(self.eps, jit_compile=jit_compile))
     return self._compiled[jit_compile, remat]
+
+  @functools.cached_property
+  def _xla_can(self) -> bool:
+    obstacle = compiling.obstacle(self)
+    if obstacle:
+      logging.warning("denoiser %r is not compiled by XLA: %s", self.name,
+                      obstacle)
+    return not obstacle
 
   @property
   def tracked(self) -> list:

@@ -7,6 +7,8 @@ gradient of a U-Net. A sum written as the product with the matrix of which
 channel is of which group is a sum that nothing is fused into.
 """
 
+import math
+
 import keras
 from keras import ops
 import numpy as np
@@ -18,16 +20,17 @@ def _normalise(groups, epsilon):
   @ops.custom_gradient
   def normalise(x, gamma, beta):
     shape, channels = ops.shape(x), x.shape[-1]
-    member = np.repeat(np.eye(groups), channels // groups, axis=0)  # [C, G]
-    member = ops.cast(member, x.dtype)
+    pixels, width = math.prod(shape[1:-1]), channels // groups
+    member = ops.convert_to_tensor(  # [C, G]
+        np.repeat(np.eye(groups), width, axis=0), dtype=x.dtype)
 
-    def flat(values):  # [B, P, C], P pixels.
-      return ops.reshape(values, (shape[0], -1, channels))
+    def flat(values):  # [B, P, C]
+      return ops.reshape(values, (-1, pixels, channels))
 
     def group_mean(values):  # [B, P, C] to [B, 1, C].
       sums = ops.matmul(ops.reshape(values, (-1, channels)), member)
-      means = ops.mean(ops.reshape(sums, (shape[0], -1, groups)), axis=1)
-      means = means / (channels // groups)
+      means = ops.mean(ops.reshape(sums, (-1, pixels, groups)), axis=1) / width
+      # A product here too: a repetition would be fused into all that follows.
       return ops.matmul(means, ops.transpose(member))[:, None]
 
     centred = flat(x)
@@ -53,9 +56,10 @@ def _normalise(groups, epsilon):
 class GroupNormalization(keras.layers.GroupNormalization):
   """`keras.layers.GroupNormalization` of the last axis, with scale and centre.
 
-  Computed in float32 at least, whatever the policy. Where a device multiplies
-  matrices of float32 with fewer bits (TensorFloat-32 on a GPU, bfloat16 on a
-  TPU), a group's mean and variance are as exact as its convolutions are.
+  Computed in float32 at least, whatever the policy. But where a device
+  multiplies matrices of float32 with fewer bits (TensorFloat-32 on a GPU,
+  bfloat16 on a TPU), a group's mean and its scale are rounded to those, as what
+  its convolutions read is.
 
   Args:
     groups: of channels; must divide their number.

@@ -168,7 +168,7 @@ def test_remat_changes_nothing(small, jit):
 
 
 _COMPILED = """
-import glob, sys
+import functools, glob, sys
 import numpy as np
 import tensorflow as tf
 from ddss_tf import chain
@@ -177,10 +177,9 @@ def eps(x, t):  # The gradient of a concatenation asks for shapes.
   return tf.tanh(tf.reduce_mean(
       tf.concat([x, x * t[:, None, None, None]], -1), -1, keepdims=True))
 
-eps = chain.rematerialise(tf.function(eps, jit_compile=True), True)
+remat = chain.rematerialise(tf.function(eps, jit_compile=True), True)
 
-@tf.function(autograph=False)
-def gradient(seed, times):
+def differentiate(eps, seed, times):
   x = tf.random.stateless_normal([2, 4, 4, 1], seed)
   with tf.GradientTape() as tape:
     tape.watch(times)
@@ -189,8 +188,13 @@ def gradient(seed, times):
     loss = tf.reduce_sum(x ** 2)
   return tape.gradient(loss, times)
 
+compiled = tf.function(functools.partial(differentiate, remat),
+                       autograph=False)
 for step in range(3):
-  assert np.all(gradient([0, step], tf.constant([3., 2., 1.]) - step) != 0.0)
+  seed, times = tf.constant([0, step]), tf.constant([3., 2., 1.]) - step
+  plain = differentiate(eps, seed, times)
+  assert np.all(plain != 0.0)
+  np.testing.assert_allclose(compiled(seed, times), plain, rtol=1e-4)
 print(len(glob.glob(sys.argv[1] + "/*before_optimizations.txt")))
 """
 
