@@ -54,6 +54,9 @@ def main():
   def grown(part):
     return [part["gib"] - part["before"]]
 
+  def set_up(part):
+    return [part["set_up"] - statistics.median(part["step"])]
+
   results += [
       records.record("search_memory_of_k", grown(many), grown(few), bound=1.25,
                      of="ratio", unit="GiB",
@@ -62,11 +65,13 @@ def main():
                      bound=None, of="ratio", unit="GiB",
                      note=f"all activations kept, K = {STEPS[-1]}; yardstick: "
                      "rematerialised"),
-      records.record("search_set_up_of_k", [many["set_up"]], [few["set_up"]],
+      records.record("search_set_up_of_k", set_up(many), set_up(few),
                      bound=1.5, of="ratio", unit="s",
-                     note=f"first step of {BATCH} digits, {note}"),
-      records.record("search_set_up", [many["set_up"]], None, bound=60.0,
-                     of="value", unit="s", note="first step, digits, K = 25"),
+                     note=f"first step of {BATCH} digits less a later one, "
+                     f"{note}"),
+      records.record("search_set_up", set_up(many), None, bound=60.0,
+                     of="value", unit="s",
+                     note="first step less a later one, digits, K = 25"),
   ]
   records.keep(results)
 
