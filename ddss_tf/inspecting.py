@@ -14,9 +14,11 @@ from ddss_tf.schedules import ExplodingSchedule
 # Operations whose results are not kept for backpropagation, or are views.
 _NOT_KEPT = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN",
              "Reshape", "Shape", "StridedSlice", "NoOp", "ExpandDims"}
-# With what backpropagation needs beside the activations, as measured on the
-# digits model (0.95 GiB at 64 images, K = 10).
-BACKWARD_FACTOR = 2.75
+# Of these bytes, what a call that is compiled together with its gradient holds
+# at once: measured from 32 to 256 images of the digits model (0.33) and from 2
+# to 12 of CIFAR-10's (0.38), by XLA on a CPU. The compiler itself takes the rest.
+HELD_SHARE = 0.4
+COMPILER_BYTES = 0.7 * 2**30
 
 
 def activation_bytes(denoiser: Denoiser) -> int:
@@ -106,8 +108,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
 
   Returns:
     Lines of text: prediction, image shape, times, parameters, hash, kinds of
-    layers, schedule, and an estimate of the memory of a rematerialised step,
-    which is one call's activations with their gradients, plus K states.
+    layers, schedule, and an estimate of the memory of a rematerialised step
+    that XLA compiles: what one call and its gradient hold, plus K states.
 
   Raises:
     UserError: `num_steps` or `micro_batch_size` below 1.
@@ -120,8 +122,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   layers = collections.Counter(type(layer).__name__ for layer in model.layers)
   state = 4 * int(np.prod(denoiser.image_shape))
   network = activation_bytes(denoiser)
-  needed = micro_batch_size * (
-      BACKWARD_FACTOR * network + 2 * num_steps * state)
+  needed = COMPILER_BYTES + micro_batch_size * (
+      HELD_SHARE * network + 2 * num_steps * state)
   rows = {
       "name": denoiser.name,
       "prediction": denoiser.prediction,
