@@ -15,6 +15,7 @@ import json
 import os
 from typing import Any, Mapping
 import zipfile
+import zlib
 
 from absl import logging
 import gin
@@ -83,6 +84,10 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
     raise UserError("compare.objectives must be objectives by label. "
                     f"Received: {objectives!r}")
   for label, objective in (objectives or {}).items():
+    if (not isinstance(label, str) or os.path.basename(label) != label
+        or label.startswith(".") or not label):  # Its search has a folder.
+      raise UserError("compare.objectives must be labelled by what can name a "
+                      f"folder. Received: {label!r}")
     try:
       objectives_lib.weights_of_terms(objective)
     except (TypeError, ValueError) as error:
@@ -367,7 +372,8 @@ def _read_samples(path) -> dict[str, np.ndarray]:
   try:
     with np.load(path) as arrays:
       return dict(arrays)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile,
+          zlib.error) as error:
     raise UserError(f"{path} is damaged: {error}. Delete it to sample anew"
                     ) from error
 

@@ -29,6 +29,23 @@ _UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 # Their names, and ours.
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear",
                    "squaredcos_cap_v2": "cosine"}
+# Schedulers of a process with betas: theirs where the configuration has none.
+_SCHEDULERS = {
+    **dict.fromkeys((
+        "DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler",
+        "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
+        "RePaintScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
+    ), ("linear", 1e-4, 0.02)),
+    **dict.fromkeys((
+        "DPMSolverSDEScheduler", "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    ), ("linear", 0.00085, 0.012)),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"),
+                    ("scaled_linear", 0.00085, 0.012)),
+}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu",
                 "relu": "relu"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -204,9 +221,23 @@ def _classes(source, config) -> tuple[int | None, str]:
 
 
 def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
-  """Betas and prediction type of `scheduler_config.json`."""
+  """Betas and prediction type of `scheduler_config.json`.
+
+  What only says how to sample, such as `use_karras_sigmas`, is not looked at.
+  """
   config = _read_json(path, SCHEDULER)
   source = os.path.join(_folder(path), SCHEDULER)
+  kind = config.get("_class_name", "DDPMScheduler")
+  if kind not in list(_SCHEDULERS):
+    raise UserError(f"{source}: _class_name must be of a scheduler with betas, "
+                    f"such as DDPMScheduler. Received: {kind!r}")
+  usual_name, usual_start, usual_end = _SCHEDULERS[kind]
+  if config.get("use_flow_sigmas"):
+    raise UserError(f"{source}: use_flow_sigmas must be False. Received: "
+                    f"{config['use_flow_sigmas']!r}")
+  if config.get("timestep_type", "discrete") != "discrete":
+    raise UserError(f"{source}: timestep_type must be 'discrete'. "
+                    f"Received: {config['timestep_type']!r}")
   if config.get("rescale_betas_zero_snr"):
     raise UserError(f"{source}: rescale_betas_zero_snr must be False: eps-"
                     "prediction has no image at zero signal. Received: True")
@@ -215,7 +246,7 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
     raise UserError(f"{source}: prediction_type must be among "
                     f"{', '.join(PREDICTIONS)}. Received: {kind!r}")
   trained = config.get("trained_betas")
-  name = config.get("beta_schedule", "linear")
+  name = config.get("beta_schedule", usual_name)
   if trained is None and name not in list(_BETA_SCHEDULES):
     raise UserError(f"{source}: beta_schedule must be among "
                     f"{', '.join(_BETA_SCHEDULES)}, or given as trained_betas. "
@@ -225,7 +256,8 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
         schedules.NoiseSchedule(trained) if trained is not None else
         schedules.make_schedule(
             _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
-            config.get("beta_start", 1e-4), config.get("beta_end", 0.02)))
+            config.get("beta_start", usual_start),
+            config.get("beta_end", usual_end)))
   except (TypeError, ValueError) as error:
     raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
   return schedule.betas, PREDICTIONS[kind]

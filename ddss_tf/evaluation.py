@@ -409,19 +409,28 @@ def _spread(records, name):
   return f"{_mean(records, name):.2f} ± {deviation:.2f}"
 
 
+def row_name(record: dict) -> str:
+  """The sampler, and how its predictions are bounded if they are."""
+  bound = record.get("x0_bound")
+  return record["sampler"] + (f", x0 bound: {bound}" if bound else "")
+
+
 def table(records: list[dict]) -> str:
   """The records as a text table, also valid Markdown.
 
-  An FID of fewer than 50 000 samples says of how many (`metrics.fid_label`).
+  An FID of fewer than 50 000 samples says of how many (`metrics.fid_label`), in
+  a column of its own where they differ. A bound of x0 is told beside the name.
   Records of one sampler that differ in their seed are one line: the mean, and
   of FID the standard deviation of single seeds. Of several held-out networks
   each has a column, with its name.
   """
   counts = {record["num_samples"] for record in records}
-  label = metrics.fid_label(counts.pop()) if len(counts) == 1 else "FID"
+  same = len(counts) == 1
+  label = metrics.fid_label(records[0]["num_samples"]) if same else "FID"
   groups = [list(group) for _, group in itertools.groupby(
       records, lambda record: [record[key] for key in (
-          "sampler", "num_steps", "coefficients_sha256", "num_samples")])]
+          "sampler", "num_steps", "coefficients_sha256", "num_samples")]
+      + [record.get("x0_bound")])]
   heldout = [[metrics.heldout_fids(record) for record in group]
              for group in groups]
   # A column even where no network is held out: tables then look alike.
@@ -430,11 +439,15 @@ def table(records: list[dict]) -> str:
   head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
           "KID", "IS"]
   rows = [[
-      group[0]["sampler"], str(group[0]["num_steps"]), _spread(group, "fid"),
+      row_name(group[0]), str(group[0]["num_steps"]), _spread(group, "fid"),
       *(_spread(fids, name) for name in columns),
       f"{_mean(group, 'kid'):.4f} ± {_mean(group, 'kid_std'):.4f}",
       f"{_mean(group, 'inception_score'):.2f}"]
           for group, fids in zip(groups, heldout)]
+  if not same:
+    head.append("samples")
+    for row, (record, *_) in zip(rows, groups):
+      row.append(str(record["num_samples"]))
   if any(record.get("search_seconds") for record in records):
     head.append("search, s")
     for row, (record, *_) in zip(rows, groups):

@@ -236,15 +236,20 @@ def _title(groups, found):
   return f"{len(groups[0])} samplers on {dataset}"
 
 
-def _headlines(groups):
-  """For each K the best searched sampler, and the best of the others.
+def _of_first_seed(records):
+  """Those to choose the best of each K from.
 
-  All of one seed, or the luckiest would be the best.
+  All of one seed, or the luckiest would be the best; and without the chain of
+  all steps, whose K is nobody else's.
   """
+  return [r for r in records if r["sampler"] != samplers.FULL_CHAIN
+          and r["seed"] == records[0]["seed"]]
+
+
+def _headlines(groups):
+  """For each K the best searched sampler, and the best of the others."""
   lines = []
-  records = [r for r in (groups[0] if groups else ())
-             if r["sampler"] != samplers.FULL_CHAIN
-             and r["seed"] == groups[0][0]["seed"]]
+  records = _of_first_seed(groups[0]) if groups else []
   for steps in sorted({r["num_steps"] for r in records}):
     best = {}
     for record in records:
@@ -259,15 +264,20 @@ def _headlines(groups):
 
 def _table(records):
   """Comparable records, for the template."""
-  lowest = {}
-  for record in records:
+  best = {}
+  for record in _of_first_seed(records):
     steps = record["num_steps"]
-    lowest[steps] = min(lowest.get(steps, float("inf")), record["fid"])
+    if record["fid"] < best.get(steps, {"fid": float("inf")})["fid"]:
+      best[steps] = record
+  # With all its seeds.
+  shaded = [(r["coefficients_sha256"], r["x0_bound"]) for r in best.values()]
   networks = records[0]["features_heldout"]
   return {
       "records": records,
       "label": metrics.fid_label(records[0]["num_samples"]),
-      "best": [r["fid"] == lowest[r["num_steps"]] for r in records],
+      "names": [evaluation.row_name(r) for r in records],
+      "best": [(r["coefficients_sha256"], r["x0_bound"]) in shaded
+               for r in records],
       "heldout": list(metrics.heldout_fids(records[0])),
       "fids_heldout": [metrics.heldout_fids(r) for r in records],
       "networks_heldout": (

@@ -23,7 +23,6 @@ import shutil
 
 import gin
 
-from ddss_tf import card
 from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf.errors import UserError
@@ -50,6 +49,14 @@ def releasing_locks(function):
   return call
 
 
+def _remove(path):
+  """Removes a file or a folder, if there is one."""
+  if os.path.isdir(path):
+    shutil.rmtree(path)
+  elif os.path.exists(path):
+    os.remove(path)
+
+
 class RunDir:
   """A usable run directory.
 
@@ -67,6 +74,7 @@ class RunDir:
     self.cache = cache or self.path("cache")
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
+    self._locked_first = False  # By `lock`, where nobody had.
     if not distribution.is_chief():
       return
     while not os.path.exists(folder):
@@ -99,13 +107,21 @@ class RunDir:
     path = os.path.realpath(self.path(_LOCK))
     if path in _locks:
       return
-    file = open(path, "w", encoding="utf-8")  # Kept open on purpose.
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    while True:
+      self._locked_first = not os.path.exists(path)
+      file = open(path, "w", encoding="utf-8")  # Kept open on purpose.
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Else one that `withdraw` has removed: it keeps nobody out.
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+          break
+      except FileNotFoundError:
+        pass
+      except OSError as error:
+        file.close()
+        raise UserError(
+            f"run_dir {self.root!r} is in use by another process") from error
       file.close()
-      raise UserError(
-          f"run_dir {self.root!r} is in use by another process") from error
     _locks[path] = file
 
   def release(self) -> None:
@@ -115,8 +131,13 @@ class RunDir:
       file.close()
 
   def withdraw(self) -> None:
-    """Removes what the constructor made, if nothing else has come into it."""
-    if self._made and set(os.listdir(self.root)) <= {_LOCK}:
+    """Removes what constructor and lock made, unless more has come into it.
+
+    To be called before `release`.
+    """
+    if self._locked_first and os.path.realpath(self.path(_LOCK)) in _locks:
+      os.remove(self.path(_LOCK))
+    if self._made and not os.listdir(self.root):
       with contextlib.suppress(OSError):  # Not empty: of others as well.
         shutil.rmtree(self.root)
         for folder in self._made[1:]:
@@ -171,22 +192,30 @@ class RunDir:
           f"or bind {stage}.restart = True")
     return bool(differences)
 
-  def claim(self, stage: str, identity: dict, restart: bool = False) -> None:
+  def claim(self, stage: str, identity: dict, restart: bool = False,
+            results: tuple[str, ...] = ()) -> None:
     """Ties the directory to one configuration of a stage.
 
     Args:
       stage: its name.
       identity: all that decides its result; JSON.
-      restart: delete what another configuration left instead of refusing.
+      restart: delete what another configuration left, its checkpoints and its
+        results, instead of refusing.
+      results: what the stage leaves, by its paths inside.
 
     Raises:
       UserError: the directory belongs to another; names the differences.
     """
+    claim = self._claim_path(stage)
     if self.check(stage, identity, restart) and distribution.is_chief():
-      shutil.rmtree(self.path("checkpoints"))
-      if os.path.exists(self.path(card.FILE)):
-        os.remove(self.path(card.FILE))
-    storage.write_json(self._claim_path(stage), identity)
+      # The other claim stays till the last: whoever is killed in between must
+      # not take what is left for the new configuration's.
+      folder = os.path.dirname(claim)
+      for path in (*(os.path.join(folder, name) for name in os.listdir(folder)),
+                   *map(self.path, results)):
+        if path != claim:
+          _remove(path)
+    storage.write_json(claim, identity)
 
   def _claim_path(self, stage):
     return self.path("checkpoints", f"{stage}.json")

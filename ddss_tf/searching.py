@@ -7,12 +7,10 @@
       +------- Adam, in the features' metric <-----------+
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
-import shutil
 import time
 from typing import Any, Callable, Mapping
 
@@ -37,6 +35,7 @@ from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import starts
+from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
@@ -53,6 +52,7 @@ COEFFICIENTS = "coefficients.png"
 PATH = "path.png"
 BEFORE_AFTER = "before_after.png"
 PICTURES = (COEFFICIENTS, PATH, BEFORE_AFTER)
+_PICTURE_EVENTS = os.path.join("tensorboard", "pictures")
 
 
 def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
@@ -956,7 +956,8 @@ def search(
             **setting, "family": sampler.get_config(),
             "samples": start_samples, "seed": seed + 1})
 
-  run.claim("search", {**identity, "sampler": sampler.get_config()}, restart)
+  run.claim("search", {**identity, "sampler": sampler.get_config()}, restart,
+            (card.FILE, *PICTURES, _PICTURE_EVENTS))
   run.keep_config()
   first = sampler.coefficients().numpy()
 
@@ -975,7 +976,8 @@ def search(
   def finish(state, generator):
     # The chief knows what there is.
     if distribution.everyones(not all(
-        os.path.exists(run.path(name)) for name in PICTURES))[0]:
+        os.path.exists(run.path(name))
+        for name in (*PICTURES, _PICTURE_EVENTS)))[0]:
       _draw(run, sampler, first, generator, seed + 1, state.best_step)
     distribution.everyones(0)  # All workers find what the chief has written.
     return sampler
@@ -1106,10 +1108,6 @@ def search(
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in networks],
           "dataset": dataset.name}, x0_bound=x0_bound))
-  if distribution.is_chief():  # Those of another search.
-    for name in PICTURES:
-      with contextlib.suppress(FileNotFoundError):
-        os.remove(run.path(name))
   return finish(state, validation.generator)
 
 
@@ -1138,26 +1136,22 @@ def _draw(run, sampler, first, generator, seed, step):
           (f"after {step} steps of it: {label}", best))], side)
   if not distribution.is_chief():
     return
-  events = run.path("tensorboard", "pictures")
   # Drawn again after a kill: those before are no other step's.
-  shutil.rmtree(events, ignore_errors=True)
-  with tf.summary.create_file_writer(events).as_default():
-    for name in PICTURES:
-      with open(run.path(name), "rb") as f:
-        pixels = tf.io.decode_png(f.read(), channels=3)
-      tf.summary.image(name.removesuffix(".png"), pixels[None], step=step)
+  with storage.replacing_folder(run.path(_PICTURE_EVENTS)) as events:
+    writer = tf.summary.create_file_writer(events)
+    with writer.as_default():
+      for name in PICTURES:
+        with open(run.path(name), "rb") as f:
+          pixels = tf.io.decode_png(f.read(), channels=3)
+        tf.summary.image(name.removesuffix(".png"), pixels[None], step=step)
+    writer.close()
 
 
 def _summarise_hparams(sampler, objective, values):
   """Writes what TensorBoard's table of hyper-parameters shows of a run."""
+  # What there is to show TensorBoard finds itself; told of one search of a
+  # folder, it would show no other's.
   config = sampler.get_config()
-  hparams.hparams_config(
-      hparams=[], metrics=[
-          hparams.Metric("validation/objective", display_name="validation"),
-          hparams.Metric("search/seconds_per_step"),
-          # Written by `evaluate`.
-          hparams.Metric(f"fid/{sampler.label}", group="evaluate",
-                         display_name="FID")])
   hparams.hparams({
       "family": sampler.label, "num_steps": sampler.num_steps,
       "init": str(config.get("init")), "stride": str(config.get("stride")),

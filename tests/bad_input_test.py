@@ -420,6 +420,9 @@ def test_no_sampler_yet(refused, tmp_path):
   for mode in ("export", "sample"):
     line = refused(tmp_path / "run", mode=mode, unchanged=tmp_path)
     assert "run --mode=search first" in line
+  # Nor is the lock left in a folder that was there.
+  (tmp_path / "run").mkdir()
+  refused(tmp_path / "run", mode="export", unchanged=tmp_path)
 
 
 def test_a_run_dir_that_cannot_be_written_to(refused, tmp_path):

@@ -271,6 +271,18 @@ def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
   (line,) = evaluation.table(again).splitlines()[2:]
   assert [cell.strip() for cell in line.split("|")[1:4]] == [
       "RDDIM", "3", f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}"]
+  # What differs in more than its seed is no spread.
+  head, _, *lines = evaluation.table([
+      *again, {**again[0], "x0_bound": "clip"},
+      {**again[0], "num_samples": 50_000}]).splitlines()
+  cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+           for line in (head, *lines)]
+  assert [row[0] for row in cells] == [
+      "sampler", "RDDIM", "RDDIM, x0 bound: clip", "RDDIM"]
+  count = str(again[0]["num_samples"])
+  assert [row[2] for row in cells[2:]] == [f"{fids[0]:.2f}"] * 2
+  assert cells[0][2] == "FID"
+  assert [row[-1] for row in cells] == ["samples", count, count, "50000"]
 
   with pytest.raises(UserError, match="times must not exceed 120"):
     ddss_tf.compare(str(tmp_path / "a"), **{
@@ -325,6 +337,9 @@ def test_a_row_for_every_objective(arguments, tmp_path):
     (dict(more_seeds=[-1]), "more_seeds must be .*Received: -1"),
     (dict(solvers=[], families=[]), "needs solvers or families.*or cards"),
     (dict(objectives=["elbo"]), "objectives must be .* by label.*'elbo'"),
+    (dict(objectives={"../a": "elbo"}), r"can name a folder.*'\.\./a'"),
+    (dict(objectives={"/a": "elbo"}), "can name a folder.*'/a'"),
+    (dict(objectives={"..": "elbo"}), r"can name a folder.*'\.\.'"),
     (dict(objectives={"a": "elbo", "b": "best"}),
      r"compare.objectives\['b'\]: objective must be out of.*'best'"),
     (dict(stride_samples=3), "stride_samples must be .* >= 16.*Received: 3"),

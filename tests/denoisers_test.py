@@ -261,10 +261,29 @@ def test_architectures_that_are_refused(tiny_folder, changes, words):
     (dict(beta_schedule="sigmoid"), ["beta_schedule", "'sigmoid'"]),
     (dict(prediction_type="flow"), ["prediction_type", "'flow'"]),
     (dict(rescale_betas_zero_snr=True), ["rescale_betas_zero_snr"]),
+    (dict(_class_name="FlowMatchEulerDiscreteScheduler"),
+     ["with betas", "'FlowMatchEulerDiscreteScheduler'"]),
+    (dict(_class_name="ScoreSdeVeScheduler"), ["'ScoreSdeVeScheduler'"]),
+    (dict(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True),
+     ["use_flow_sigmas", "True"]),
+    (dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"),
+     ["timestep_type", "'continuous'"]),
 ])
 def test_schedules_that_are_refused(tiny_folder, changes, words):
   edit(tiny_folder, "scheduler_config.json", **changes)
   refused(tiny_folder, *words)
+
+
+@pytest.mark.parametrize("name,betas", [
+    ("PNDMScheduler", np.linspace(1e-4, 0.02, 1000)),
+    ("HeunDiscreteScheduler", np.linspace(0.00085, 0.012, 1000)),
+    ("LCMScheduler", np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)])
+def test_a_scheduler_says_what_its_configuration_leaves_out(
+    tiny_folder, name, betas):
+  with open(os.path.join(tiny_folder, "scheduler_config.json"), "w") as f:
+    json.dump({"_class_name": name}, f)
+  np.testing.assert_allclose(
+      ddss_tf.load_denoiser(tiny_folder).schedule.betas, betas)
 
 
 def test_damaged_files(tiny_folder, tmp_path):

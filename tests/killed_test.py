@@ -43,6 +43,8 @@ def test_killed_at_random_moments(tmp_path):
   assert one.search["best_step"] == other.search["best_step"]
   assert len(events(whole)) > 80 * 3
   assert events(killed) == events(whole)
+  assert len(events(whole, "pictures/*")) == 3
+  assert events(killed, "pictures/*") == events(whole, "pictures/*")
   assert scalars(killed) == scalars(whole) and len(scalars(whole)) == 9
   records = []
   for run in (whole, killed):

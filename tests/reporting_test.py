@@ -15,6 +15,7 @@ from ddss_tf import card
 from ddss_tf import comparing
 from ddss_tf import fingerprint
 from ddss_tf import reporting
+from ddss_tf import samplers
 from ddss_tf import schedules
 from ddss_tf import solvers
 from ddss_tf import storage
@@ -220,6 +221,20 @@ def test_other_numbers_of_samples_are_tables_of_their_own(tmp_path):
   storage.write_json(str(tmp_path / "metrics.json"), [*few, *records])
   heads = [row for row in page_of(tmp_path).rows if row[0] == "sampler"]
   assert [row[2] for row in heads[:2]] == ["FID-2k", "FID-100"]
+
+
+def test_seeds_are_told_apart_and_the_luckiest_is_not_the_best(tmp_path):
+  storage.write_json(str(tmp_path / "metrics.json"), [
+      record(name, seed=seed, fid=fid) for name, seed, fid in (
+          ("DDIM linear", 1234, 2.0), ("DDIM linear", 7, 0.1),
+          ("PNDM linear", 1234, 1.0), ("PNDM linear", 7, 3.0))
+  ] + [record(samplers.FULL_CHAIN, 1000, fid=0.01)])
+  page = page_of(tmp_path)
+  assert page.rows[0][:4] == ["sampler", "K", "seed", "FID-2k"]
+  assert [row[2] for row in page.rows[1:6]] == ["1234", "7", "1234", "7", "1234"]
+  text = (tmp_path / "report.html").read_text()
+  assert re.findall('<tr class="best"><th scope="row">(.*?)<', text) == [
+      "PNDM linear", "PNDM linear"]
 
 
 def test_comparison(tmp_path):

@@ -1,5 +1,6 @@
 """Tests of the search, the evaluation and the export on a Gaussian data set."""
 
+import contextlib
 import fcntl
 import functools
 import glob
@@ -34,6 +35,7 @@ from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import solvers
 from ddss_tf import starts
+from ddss_tf import storage
 from ddss_tf.errors import Terminated, UserError
 
 SHAPE = (4, 4, 1)
@@ -72,10 +74,10 @@ def same_sampler(one, other):
   same_arrays(one.coefficients(), other.coefficients())
 
 
-def events(run):
+def events(run, files="*.search"):
   """All events of a search but the speed: sorted (step, tag, value)."""
   found = []
-  for path in glob.glob(os.path.join(run, "tensorboard", "*.search")):
+  for path in glob.glob(os.path.join(run, "tensorboard", files)):
     for event in tf.compat.v1.train.summary_iterator(path):
       for value in event.summary.value:
         if value.tag not in ("search/seconds_per_step", "config"):
@@ -818,22 +820,33 @@ def test_tensorboard_has_every_coefficient_by_name(finished):
 
 
 def test_tensorboard_has_the_hyper_parameters(finished):
-  from tensorboard.plugins.hparams import plugin_data_pb2  # pylint: disable=g-import-not-at-top
-  found = {}
-  for path in glob.glob(os.path.join(finished[0], "tensorboard", "*.search")):
-    for event in tf.compat.v1.train.summary_iterator(path):
-      for value in event.summary.value:
-        if value.metadata.plugin_data.plugin_name == "hparams":
-          found[value.tag] = plugin_data_pb2.HParamsPluginData.FromString(
-              value.metadata.plugin_data.content)
-  hparams = found["_hparams_/session_start_info"].session_start_info.hparams
-  assert hparams["family"].string_value == "GGDM+PRED+TIME"
-  assert hparams["num_steps"].number_value == 3
-  assert hparams["batch_size"].number_value == 16
-  assert json.loads(hparams["objective"].string_value) == {"kid_linear": 1.0}
-  metrics = [m.name.tag for m in found["_hparams_/experiment"].experiment
-             .metric_infos]
-  assert "validation/objective" in metrics and "fid/GGDM+PRED+TIME" in metrics
+  """As its own table of them is made."""
+  # pylint: disable=g-import-not-at-top
+  from tensorboard import context
+  from tensorboard.backend.event_processing import data_provider
+  from tensorboard.backend.event_processing import plugin_event_multiplexer
+  from tensorboard.plugins import base_plugin
+  from tensorboard.plugins.hparams import backend_context
+  folder = os.path.join(finished[0], "tensorboard")
+  events_of_runs = plugin_event_multiplexer.EventMultiplexer()
+  events_of_runs.AddRunsFromDirectory(folder)
+  events_of_runs.Reload()
+  request, table = context.RequestContext(), backend_context.Context(
+      base_plugin.TBContext(data_provider=data_provider.MultiplexerDataProvider(
+          events_of_runs, folder)))
+  found = table.experiment_from_metadata(
+      request, "", True, table.hparams_metadata(request, ""),
+      table.hparams_from_data_provider(request, "", None))
+  words = {info.name: [value.string_value
+                       for value in info.domain_discrete.values]
+           for info in found.hparam_infos}
+  assert words["family"] == ["GGDM+PRED+TIME"]
+  assert "kid_linear" in words["objective"][0]
+  numbers = {info.name: info.domain_interval.max_value
+             for info in found.hparam_infos}
+  assert numbers["num_steps"] == 3 and numbers["batch_size"] == 16
+  assert "validation/objective" in [
+      info.name.tag for info in found.metric_infos]
 
 
 @pytest.mark.slow
@@ -1085,6 +1098,63 @@ def test_another_search_in_the_same_place(parts, finished, tmp_path):
   same_sampler(sampler, ddss_tf.search(run, **parts, **options(restart=True)))
 
 
+def test_a_restart_that_is_killed_restarts(tmp_path, monkeypatch):
+  """Whatever is left then is not taken for the new search's."""
+  run = run_dir.RunDir(str(tmp_path))
+  names = ("sampler.json", "tensorboard/pictures/events", "checkpoints/ckpt-3",
+           "checkpoints/checkpoint", "checkpoints/zzz")
+  remove = run_dir._remove
+  for killed_at in range(len(names) + 1):
+    run.claim("search", {"seed": 0}, restart=True)
+    for name in names:
+      os.makedirs(os.path.dirname(run.path(name)), exist_ok=True)
+      storage.write_text(run.path(name), "")
+    left = [killed_at]
+
+    def removing(path):
+      if not left[0]:
+        raise KeyboardInterrupt
+      left[0] -= 1
+      remove(path)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(run_dir, "_remove", removing)
+      results = ("sampler.json", "tensorboard/pictures")
+      with contextlib.suppress(KeyboardInterrupt):
+        run.claim("search", {"seed": 1}, True, results)
+        assert killed_at == len(names)
+    if killed_at < len(names):
+      with pytest.raises(UserError, match="another seed: 0. Received: 1"):
+        run.claim("search", {"seed": 1})
+      run.claim("search", {"seed": 1}, True, results)
+    assert not run.check("search", {"seed": 1})
+    assert os.listdir(run.path("checkpoints")) == ["search.json"]
+    assert sorted(os.listdir(run.root)) == ["checkpoints", "tensorboard"]
+    assert not os.listdir(run.path("tensorboard"))
+
+
+def test_pictures_come_into_tensorboard_though_it_was_killed(
+    parts, finished, tmp_path, monkeypatch):
+  """Between the files and the events."""
+  copy = str(tmp_path / "copy")
+  shutil.copytree(finished[0], copy)
+  pictures = os.path.join(copy, "tensorboard", "pictures")
+  expected = events(copy, "pictures/*")
+  shutil.rmtree(pictures)
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(tf.summary, "image", killed)
+    with pytest.raises(KeyboardInterrupt):
+      ddss_tf.search(copy, **parts, **options())
+  assert not os.path.exists(pictures)
+  ddss_tf.search(copy, **parts, **options())
+  assert len(expected) == len(searching.PICTURES)
+  assert events(copy, "pictures/*") == expected
+
+
 @pytest.mark.parametrize("changes,message", [
     (dict(batch_size=1), "batch_size must be a whole number >= 2"),
     (dict(num_search_steps=0), "num_search_steps must be a whole number >= 1"),
@@ -1133,15 +1203,6 @@ def test_evaluation(parts, finished, monkeypatch):
                 "denoiser", "dataset"):
       assert record[key] is not None or key == "denoiser", key
     assert record["fid"] == pytest.approx(record["fid_heldout"])
-  with open(os.path.join(run, "metrics.json")) as f:
-    assert json.load(f) == records
-  assert os.path.getsize(os.path.join(run, "samples.png")) > 2000
-  # Another call measures nothing again, and says the same.
-  monkeypatch.setattr(evaluation, "_measure", None)
-  assert evaluate(parts, run) == records
-  # Other conditions do not take those rows.
-  with pytest.raises(TypeError):
-    evaluate(parts, run, seed=5)
     splits = record["inception_score_splits"]
     assert splits["splits"] == 10 and splits["std"] > 0
     # A split's score is lower, as its marginal is nearer to each sample's.
@@ -1151,6 +1212,15 @@ def test_evaluation(parts, finished, monkeypatch):
     timing = record["timing"]
     assert timing["batch_size"] == 128 and "CPU core" in timing["device"]
     assert 0 < timing["seconds_per_image"] < 0.1
+  with open(os.path.join(run, "metrics.json")) as f:
+    assert json.load(f) == records
+  assert os.path.getsize(os.path.join(run, "samples.png")) > 2000
+  # Another call measures nothing again, and says the same.
+  monkeypatch.setattr(evaluation, "_measure", None)
+  assert evaluate(parts, run) == records
+  # Other conditions do not take those rows.
+  with pytest.raises(TypeError):
+    evaluate(parts, run, seed=5)
   text = evaluation.table(records)
   assert text.count("\n") == 4 and "DDPM linear" in text
   assert f"| FID-{records[0]['num_samples']} |" in text

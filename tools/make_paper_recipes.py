@@ -59,6 +59,25 @@ NAMES = {
     "lsun_bedroom": "LSUN bedroom 128x128",
     "lsun_church": "LSUN church 128x128",
 }
+# The published checkpoints: what to know of them, and a path.
+_LSUN = ('''\
+# No public checkpoint of this size is known to us: that of yours comes below. FID
+# is against the 50 000 training images that are read (our choice).
+''', "checkpoints/{dataset}")
+CHECKPOINTS = {
+    "cifar10": ('''\
+# load_denoiser reads the original checkpoint, whose folder comes below.
+''', "checkpoints/diffusion_cifar10_model"),
+    "imagenet64": ('''\
+# load_denoiser reads the original checkpoint, whose path comes below, with the
+# help of PyTorch and of this card beside it, <path>.json:
+#   {{"image_size": 64, "num_heads": 4, "diffusion_steps": 4000,
+#    "noise_schedule": "cosine", "rescale_timesteps": true}}
+# FID and IS are against the 50 000 training images that are read (our choice).
+''', "checkpoints/imagenet64_uncond_100M_1500K.pt"),
+    "lsun_bedroom": _LSUN,
+    "lsun_church": _LSUN,
+}
 DEVICES = {
     "cifar10": "one accelerator of 16 GB or more",
     "imagenet64": "one accelerator of 24 GB or more",
@@ -134,12 +153,11 @@ searched/make_sampler.num_steps = %NUM_STEPS
 '''
 
 DATA = '''# {name}.
-# load_denoiser reads the original checkpoint, whose path comes below.
-
+{checkpoint}
 include "../../datasets/{dataset}.gin"
 include "common.gin"
 
-load_denoiser.path = "checkpoints/{dataset}"
+load_denoiser.path = "{path}"
 '''
 
 CELL = '''# {name}: {label}, K = {steps}.
@@ -172,7 +190,10 @@ def main() -> None:
     write(f"row_{row}.gin", SEARCHED if family is None else FIXED.format(
         label=label, family=family, stride=stride))
   for dataset, (source, all_steps, rows) in CELLS.items():
-    write(f"{dataset}.gin", DATA.format(name=NAMES[dataset], dataset=dataset))
+    checkpoint, path = (text.format(dataset=dataset)
+                        for text in CHECKPOINTS[dataset])
+    write(f"{dataset}.gin", DATA.format(
+        name=NAMES[dataset], checkpoint=checkpoint, dataset=dataset, path=path))
     for row, values in rows.items():
       label, family, _ = SAMPLERS[row]
       for steps, value in zip(all_steps, values.split(), strict=True):
