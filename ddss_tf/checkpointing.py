@@ -68,15 +68,13 @@ class Checkpoints:
 
   def _restore(self):
     """Restores; gives the step, None if there is no checkpoint yet."""
-    damaged, found = [], None
+    damaged, found = {}, None  # What is wrong with each.
     for step in sorted(self._steps(), reverse=True):
       path = self._path(step)
       try:
         self._checkpoint.restore(path).assert_consumed()
       except Exception as error:  # TensorFlow raises many kinds.
-        damaged.append(path)
-        logging.warning("checkpoint %s is damaged (%s): going on from the one "
-                        "before", path, " ".join(str(error).split())[:200])
+        damaged[path] = " ".join(str(error).split())[:200]
         continue
       found = step
       break
@@ -84,7 +82,11 @@ class Checkpoints:
     begun = os.path.exists(os.path.join(self._folder, "checkpoint"))
     if damaged and found is None and begun:
       raise UserError("checkpoints must be readable; delete the run_dir to "
-                      f"begin anew. Received: {', '.join(damaged)}")
+                      f"begin anew. Received: {', '.join(damaged)} "
+                      f"({next(iter(damaged.values()))})")
+    for path, reason in damaged.items():
+      logging.warning("checkpoint %s is damaged (%s): going on from the one "
+                      "before", path, reason)
     for path in self._begun():
       shutil.rmtree(path, ignore_errors=True)
     for path in damaged:

@@ -157,15 +157,17 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
     if not isinstance(size, int):
       raise UserError(f"{source}: sample_size must be one whole number, for "
                       f"square images. Received: {size!r}")
-    if config["out_channels"] != config["in_channels"]:
+    if config["out_channels"] not in (
+        config["in_channels"], 2 * config["in_channels"]):
       raise UserError(
           f"{source}: out_channels must be {config['in_channels']}, as "
-          "in_channels is; learned variances are not read. Received: "
+          "in_channels is, or twice as many, with a learned variance. Received: "
           f"{config['out_channels']!r}")
     unet_config = UNetConfig(
         image_size=size,
         in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
+        # Of learned variances nothing is used: a sampler brings its own.
+        out_channels=config["in_channels"],
         channels=tuple(channels),
         blocks_per_level=config["layers_per_block"],
         attention_levels=attention,
@@ -293,6 +295,32 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     raise UserError(
         f"{path} is not a complete safetensors file: {error}") from error
   return checkpoints.finite_float32(path, weights)
+
+
+def without_variance(
+    path: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Takes the last convolution's channels of a learned variance away.
+
+  Args:
+    path: as in `read_config`.
+    weights: as `read_weights` gives them.
+
+  Returns:
+    The weights, of as many output as input channels.
+
+  Raises:
+    UserError: a tensor has other channels than the configuration says.
+  """
+  config = _read_json(path, CONFIG)
+  before, kept = config["out_channels"], config["in_channels"]
+  names = [name for name in ("conv_out.weight", "conv_out.bias")
+           if name in weights]
+  for name in names if before != kept else ():
+    if weights[name].shape[:1] != (before,):
+      raise UserError(f"{path}: tensor {name} must have {before} outputs, as "
+                      f"{CONFIG} says. Received: shape {weights[name].shape}")
+  return {**weights, **{name: weights[name][:kept] for name in names}
+          } if before != kept else weights
 
 
 # Our names of the layers inside a block, and theirs.

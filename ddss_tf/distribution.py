@@ -210,6 +210,34 @@ def replicated(fn: Callable) -> Callable:
   return call
 
 
+def summed(fn: Callable) -> Callable:
+  """Compiles a function to be called several times for the sum of its results.
+
+  Every replica adds its own, and what they have is reduced once.
+
+  Args:
+    fn: as in `replicated`, to one tensor, of the replica's own rows.
+
+  Returns:
+    A function of a list of arguments, a tuple for each call.
+  """
+  strategy = tf.distribute.get_strategy()
+
+  @tf.function(autograph=False)
+  def own(*args):
+    return strategy.run(fn, args)
+
+  @tf.function(autograph=False)
+  def reduced(*results):
+    result = strategy.run(lambda *own: total(tf.add_n(own)), results)
+    return strategy.experimental_local_results(result)[0]
+
+  if strategy.num_replicas_in_sync == 1:
+    own = tf.function(fn, autograph=False)
+    return lambda calls: tf.add_n([own(*args) for args in calls])
+  return lambda calls: reduced(*[own(*args) for args in calls])
+
+
 def row_wise(fn: Callable) -> Callable:
   """Compiles a function of rows, such as a network, each replica its share.
 

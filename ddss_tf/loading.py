@@ -296,7 +296,8 @@ def _convert_diffusers(path: str, given: dict) -> Denoiser:
   """Reads a diffusers folder, or a weights file in it, into our U-Net."""
   del given
   config, betas, prediction = diffusers_format.read_config(path)
-  weights = diffusers_format.read_weights(path)
+  weights = diffusers_format.without_variance(
+      path, diffusers_format.read_weights(path))
   model = checkpoints.build_frozen(
       path, config,
       lambda variables: diffusers_format.to_keras(weights, variables))

@@ -322,11 +322,10 @@ class Search:
           tape, view, distribution.own_rows(cotangents[:indices.shape[0]])))
 
     def pull_back(indices, cotangents):
-      """Gradient of sum(view * cotangents)."""
+      """Gradient of sum(view * cotangents), of the replica's own rows."""
       with tf.GradientTape() as tape:
         view = make_view(distribution.own_rows(indices), remat)
-      return distribution.total(
-          flat_gradient(tape, view, distribution.own_rows(cotangents)))
+      return flat_gradient(tape, view, distribution.own_rows(cotangents))
 
     def pull_back_each(indices, cotangents):
       """As `pull_back`, but the gradient of every sample in coefficients."""
@@ -377,7 +376,7 @@ class Search:
         lambda indices: make_view(indices, remat=False))
     self._differentiate = differentiate
     self._one_pass = distribution.replicated(one_pass)
-    self._pull_back = distribution.replicated(pull_back)
+    self._pull_back = distribution.summed(pull_back)
     self._pull_back_each = distribution.replicated(pull_back_each)
     self._jacobian = distribution.replicated(jacobian)
     self._bound = distribution.replicated(bound)
@@ -444,11 +443,11 @@ class Search:
     # What a last micro-batch is filled up with gets no gradient.
     cotangents = tf.pad(
         cotangents[:self._gradient_samples], [[0, size], [0, 0]])
-    gradients = []
-    for i in range(0, self._gradient_samples, size):
-      part = _filled(indices[i:min(i + size, self._gradient_samples)], size)
-      gradients.append(self._pull_back(part, cotangents[i:i + size]))
-    return float(loss), scale * tf.add_n(gradients).numpy()
+    gradient = self._pull_back([
+        (_filled(indices[i:min(i + size, self._gradient_samples)], size),
+         cotangents[i:i + size])
+        for i in range(0, self._gradient_samples, size)])
+    return float(loss), scale * gradient.numpy()
 
   def _views(self, indices, most):
     """The views of samples, without gradient, in chains of at most so many."""

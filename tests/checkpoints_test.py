@@ -26,7 +26,7 @@ OPENAI = ["openai_learned_sigma", "openai_plain"]
 GUIDED = ["guided_new_order", "guided_old_order", "guided_half_width",
           "openai_class_cond"]
 DIFFUSERS = ["diffusers_classes", "diffusers_timestep", "diffusers_relu",
-             "diffusers_plain_middle"]
+             "diffusers_plain_middle", "diffusers_learned_variance"]
 
 
 def read_fixture(name):
@@ -703,12 +703,21 @@ def test_diffusers_network_matches_the_original(tmp_path, name):
   _, golden = write_folder(folder, name)
   denoiser = ddss_tf.load_denoiser(folder)
   assert denoiser.num_classes == (5 if "labels" in golden else None)
+  # Of a learned variance, the mean.
   np.testing.assert_allclose(
-      predict(denoiser, golden), golden["output"], atol=1e-4)
+      predict(denoiser, golden), golden["output"][..., :3], atol=1e-4)
   denoiser.save(str(tmp_path / "own"))
   np.testing.assert_array_equal(
       predict(ddss_tf.load_denoiser(str(tmp_path / "own")), golden),
       predict(denoiser, golden))
+
+
+def test_learned_variances_that_are_not_there(tmp_path):
+  write_folder(str(tmp_path), "diffusers_learned_variance", out_channels=3)
+  assert "conv_out.weight" in refusal(ddss_tf.load_denoiser, str(tmp_path))
+  write_folder(str(tmp_path), "diffusers_relu", out_channels=6)
+  assert "conv_out.weight must have 6 outputs" in refusal(
+      ddss_tf.load_denoiser, str(tmp_path))
 
 
 # Of those that weights do not tell; a reader that ignored one would pass above
@@ -780,7 +789,7 @@ def test_dropout_is_off(tmp_path):
     (dict(upsample_type="conv"), ["Missing: up_blocks.1.upsamplers.0.conv"]),
     (dict(downsample_padding=2), ["downsample_padding", "2"]),
     (dict(mid_block_type=None), ["mid_block_type", "None"]),
-    (dict(out_channels=6), ["out_channels must be 3", "6"]),
+    (dict(out_channels=4), ["out_channels must be 3", "4"]),
     (dict(attention_head_dim=3), ["head_channels=3", "cannot be built"]),
     (dict(time_embedding_dim="24"), ["cannot be built"]),
     (dict(block_out_channels=8), ["block_out_channels must be a list", "8"]),

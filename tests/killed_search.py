@@ -3,14 +3,16 @@
 Usage: killed_search.py FOLDER KILLS
 
 Leaves FOLDER/whole, of a search and an evaluation that nobody disturbed, and
-FOLDER/killed, of one that SIGKILL ended KILLS times; prints how many of the
-kills came before the search had ended.
+FOLDER/killed, of one that SIGKILL ended KILLS times at random moments between
+its first step and its last, and five times before and after those. Prints how
+many of the former found the search there.
 """
 
 import functools
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 
@@ -23,6 +25,7 @@ from ddss_tf import families
 from ddss_tf import figures  # pylint: disable=unused-import
 from ddss_tf import searching  # pylint: disable=unused-import
 import gaussian_parts
+import numpy as np
 
 
 def work(run):
@@ -41,10 +44,23 @@ def work(run):
 
 
 def fork(run):
-  """Starts `work` in a process of its own; gives its number."""
+  """Starts `work` in a process of its own.
+
+  Returns:
+    Its number, and a pipe that gives a byte when a step begins.
+  """
+  steps, told = os.pipe()
   child = os.fork()
   if child:
-    return child
+    os.close(told)
+    return child, steps
+  advance = searching.Search.advance
+
+  def noted(self):
+    os.write(told, b".")
+    return advance(self)
+
+  searching.Search.advance = noted
   try:
     work(run)
     os._exit(0)
@@ -53,28 +69,45 @@ def fork(run):
     os._exit(1)
 
 
+def ended(child, *statuses):
+  _, status = os.waitpid(child, 0)
+  assert status in statuses, status
+
+
 def main(folder, kills):
   whole, killed = (os.path.join(folder, name) for name in ("whole", "killed"))
-  began = time.monotonic()
-  child = fork(whole)
-  while not os.path.isdir(os.path.join(whole, "tensorboard")):
-    time.sleep(0.01)
-    assert os.waitpid(child, os.WNOHANG) == (0, 0)
-  start = time.monotonic() - began  # Until the first step.
-  assert os.waitpid(child, 0)[1] == 0
-  duration = time.monotonic() - began
-  # So that an attempt brings the search on by a part of it.
-  longest = start + 0.3 * (duration - start)
+  moments = [time.monotonic()]
+  child, steps = fork(whole)
+  while os.read(steps, 1):
+    moments.append(time.monotonic())
+  ended(child, 0)
+  moments.append(time.monotonic())
+  # Before the first step; that one, with its compilation; others; after them.
+  start, first, *others, end = np.diff(moments)
   rng = random.Random(0)
+
+  def kill(steps_begun, longest):
+    """Kills an attempt some time after as many steps of it have begun."""
+    child, steps = fork(killed)
+    begun = all(os.read(steps, 1) for _ in range(steps_begun))
+    time.sleep(rng.uniform(0, longest))
+    over = os.path.exists(os.path.join(killed, "sampler.json"))
+    os.kill(child, signal.SIGKILL)
+    ended(child, 0, signal.SIGKILL)
+    os.close(steps)
+    return begun and not over
+
+  for _ in range(5):
+    assert kill(0, start)
+  # Few enough to have steps left for all: checkpoints come every third.
   inside = 0
   for _ in range(int(kills)):
-    child = fork(killed)
-    time.sleep(rng.uniform(0, longest))
-    inside += not os.path.exists(os.path.join(killed, "sampler.json"))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), status
-  assert os.waitpid(fork(killed), 0)[1] == 0
+    count = rng.randint(1, 5)
+    inside += kill(count, first if count == 1 else statistics.median(others))
+  after = 0
+  while after < 5:
+    after += not kill(0, start + end)
+  ended(fork(killed)[0], 0)
   print(inside)
 
 

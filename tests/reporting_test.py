@@ -231,7 +231,8 @@ def test_seeds_are_told_apart_and_the_luckiest_is_not_the_best(tmp_path):
   ] + [record(samplers.FULL_CHAIN, 1000, fid=0.01)])
   page = page_of(tmp_path)
   assert page.rows[0][:4] == ["sampler", "K", "seed", "FID-2k"]
-  assert [row[2] for row in page.rows[1:6]] == ["1234", "7", "1234", "7", "1234"]
+  assert [row[2] for row in page.rows[1:6]] == [
+      "1234", "7", "1234", "7", "1234"]
   text = (tmp_path / "report.html").read_text()
   assert re.findall('<tr class="best"><th scope="row">(.*?)<', text) == [
       "PNDM linear", "PNDM linear"]

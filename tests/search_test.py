@@ -922,16 +922,26 @@ def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where,value", [
-    ("network", np.nan), ("coefficients", None),
+    ("network", np.nan), ("coefficients", None), ("gradient", np.nan),
     pytest.param("network", np.inf, marks=pytest.mark.slow),
+    pytest.param("gradient", np.inf, marks=pytest.mark.slow),
     pytest.param("features", np.nan, marks=pytest.mark.slow),
     pytest.param("features", np.inf, marks=pytest.mark.slow)])
 def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
-  """In the output of a network, or where Adam leads, at two of the steps."""
+  """In the output of a network, its gradient, or where Adam leads.
+
+  At two of the steps.
+  """
   factor = tf.Variable(1.0, trainable=False)
-  poison = keras.layers.Lambda(lambda output: output * factor)
+
+  @tf.custom_gradient
+  def backwards(output):
+    return tf.identity(output), lambda upstream: upstream * factor
+
+  poison = keras.layers.Lambda(
+      backwards if where == "gradient" else lambda output: output * factor)
   denoiser, features = parts["denoiser"], parts["features"]
-  if where == "network":
+  if where in ("network", "gradient"):
     inputs = denoiser.model.inputs
     denoiser = ddss_tf.Denoiser(
         keras.Model(inputs, poison(denoiser.model(inputs))), denoiser.schedule)

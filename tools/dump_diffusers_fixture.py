@@ -45,6 +45,11 @@ _VARIANTS = {
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         add_attention=False),
+    # The last half of the channels is a variance.
+    "diffusers_learned_variance": dict(
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        out_channels=6),
 }
 
 
