@@ -31,7 +31,6 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     exec(compile(block, page, "exec"), names)  # pylint: disable=exec-used
 
 
-@pytest.mark.slow
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
   """With small things where the reader's own and Inception would be."""
   import keras  # pylint: disable=g-import-not-at-top
@@ -70,11 +69,15 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
        "inception.keras"),
       ("num_search_steps=500, batch_size=128",
        "num_search_steps=1, batch_size=4, pool_samples=8, "
-       "validation_samples=8, jit_compile=False")):
+       "validation_samples=8, jit_compile=False"),
+      ("num_samples=10000", "num_samples=8, jit_compile=False"),
+      ("num_images=64", "num_images=4, jit_compile=False")):
     assert search.count(mine) == 1
     search = search.replace(mine, small)
   exec(compile(search, "README.md", "exec"), {})  # pylint: disable=exec-used
   assert card.read("runs/mine/sampler.json").coefficients.num_steps == 10
+  for name in ("metrics.json", "export/saved_model.pb", "generated.png"):
+    assert os.path.exists(os.path.join("runs/mine", name)), name
 
 
 def test_pages_with_code():
@@ -82,7 +85,9 @@ def test_pages_with_code():
       page for page in PAGES if blocks(page)}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "README.md"])
+@pytest.mark.parametrize("page", [
+    *PAGES, "README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+    "benchmarks/README.md"])
 def test_links_of_a_page(page):
   for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text(page)):
     if not target.startswith("http"):

@@ -1,6 +1,7 @@
 """Tests that every recipe of the paper's tables builds, with stand-in weights."""
 
 import glob
+import json
 import os
 import re
 
@@ -8,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+import checkpoints_test
 import ddss_tf
 from ddss_tf import denoisers
 import stand_in_data
@@ -18,6 +20,7 @@ CELLS = sorted(name for name in os.listdir(RECIPES)
                if re.search(r"_k\d+\.gin$", name))
 SIZES = {"cifar10": 32, "imagenet64": 64, "lsun_bedroom": 128,
          "lsun_church": 128}
+fake_torch = checkpoints_test.fake_torch  # A fixture.
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,39 @@ def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   assert re.search(rf"^NUM_STEPS = {steps}$", config, re.MULTILINE)
   assert "evaluate.num_samples = %NUM_SAMPLES" in config
   assert "NUM_SAMPLES = 50000" in config
+
+
+def test_published_checkpoints_are_read(
+    stand_ins, tmp_path, main_in_process, capsys, fake_torch):
+  """Small ones of their formats, with nothing but what the recipes say."""
+  weights, _ = checkpoints_test.read_fixture("ddpm_tf1")
+  cifar10 = tmp_path / "diffusion_cifar10_model"
+  cifar10.mkdir()
+  checkpoints_test.save_checkpoint(
+      str(cifar10 / "model.ckpt-790000"),
+      checkpoints_test.training_state(weights))
+  weights, _ = checkpoints_test.read_fixture("openai_learned_sigma")
+  fake_torch.state = {
+      name: checkpoints_test.FakeTensor(value)
+      for name, value in weights.items()}
+  with open(os.path.join(RECIPES, "imagenet64.gin")) as f:
+    header = f.read()
+  imagenet64 = tmp_path / re.search(r"checkpoints/(\S+\.pt)", header).group(1)
+  imagenet64.write_text("PyTorch reads this, not we")
+  told = re.search(r"<path>\.json:\n(.*?\})$", header, re.M | re.S).group(1)
+  with open(f"{imagenet64}.json", "w") as f:
+    json.dump(json.loads(told.replace("#", "")), f)
+  for name, path, steps in (
+      ("cifar10", cifar10, 1000), ("imagenet64", imagenet64, 4000)):
+    denoiser = ddss_tf.load_denoiser(str(path))
+    assert denoiser.image_shape == (SIZES[name], SIZES[name], 3)
+    assert len(denoiser.schedule.betas) == steps
+    main_in_process([
+        "--dry_run", "--mode=run",
+        f"--gin_file={RECIPES}/{name}_ggdm_pred_time_k5.gin",
+        f"--gin_param=load_denoiser.path = '{path}'",
+        *(f"--gin_param={binding}" for binding in stand_ins[name][1:])])
+    assert "NUM_STEPS = 5" in capsys.readouterr().out
 
 
 def test_a_model_of_ones_own_builds(stand_ins, main_in_process, capsys):
