@@ -307,7 +307,8 @@ def test_include_stands_alone_and_after_another(parse, include):
   def bindings():
     return {option: gin.query_parameter(f"load_dataset.{option}")
             for option in ("split", "channels", "crop", "pad", "downsample",
-                           "resize", "flip", "max_images", "max_bytes")}
+                           "resize", "resize_method", "flip", "max_images",
+                           "subset_seed", "max_bytes")}
   parse(f"datasets/{include}")
   alone = bindings()
   assert repr(gin.query_parameter("DATASET/gin.macro.value")) == (
