@@ -3,6 +3,7 @@
 import functools
 import math
 
+import gin
 import keras
 import numpy as np
 import pytest
@@ -273,10 +274,10 @@ def test_theorem_1_against_monte_carlo():
     np.testing.assert_allclose(state.var(), v[k], rtol=0.015)
 
 
-def random_sampler(family, steps, seed=0):
+def random_sampler(family, steps, seed=0, **options):
   """A sampler of a family, away from its start, and valid."""
-  sampler = families.make_sampler(
-      SCHEDULE, family, steps, init=None if "vars" in family else "ddpm")
+  sampler = families.make_sampler(SCHEDULE, family, steps, **{
+      "init": None if "vars" in family else "ddpm", **options})
   rng = np.random.default_rng(seed)
   for variable in sampler.weights:
     value = variable.numpy() + 0.05 * rng.normal(size=variable.shape)
@@ -337,6 +338,56 @@ def test_marginals_are_those_the_family_claims(family):
   np.testing.assert_allclose(v, variance, rtol=1e-3)
   np.testing.assert_allclose(
       (c.x0_from_eps / c.x0_from_state) ** 2, variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["ggdm", "rddim"])
+@pytest.mark.parametrize("parameterisation", ["real", "paper"])
+def test_predictions_follow_from_the_marginals(family, parameterisation):
+  """Without +PRED, wherever a search may lead: x_k = a_k x_0 + sqrt(v_k) eps.
+
+  The moments of Theorem 1 as those of a vector of jointly Gaussian states.
+  """
+  options = dict(parameterisation=parameterisation,
+                 init="ddpm" if parameterisation == "real" else None)
+  c = random_sampler(family, 6, **options).coefficients().numpy()
+  start = families.make_sampler(SCHEDULE, family, 6, **options)
+  moved = np.abs(c.state_weights - start.coefficients().numpy().state_weights)
+  assert moved.max() > 1e-3
+  mean = np.array([1 / c.x0_from_state[0]], np.float64)
+  covariance = np.array(
+      [[(c.x0_from_eps[0] / c.x0_from_state[0]) ** 2]], np.float64)
+  for k in range(5):
+    row = c.state_weights[k, :k + 1].astype(np.float64)
+    cross = covariance @ row
+    variance = row @ cross + c.noise_scales[k].astype(np.float64) ** 2
+    mean = np.append(mean, row @ mean + c.x0_weights[k])
+    covariance = np.block([
+        [covariance, cross[:, None]], [cross[None], variance]])
+  np.testing.assert_allclose(1 / c.x0_from_state, mean, rtol=1e-4)
+  np.testing.assert_allclose(
+      (c.x0_from_eps / c.x0_from_state) ** 2, np.diag(covariance), rtol=1e-3)
+  assert np.all(c.x0_from_eps / c.x0_from_state < 0)
+
+
+def test_a_learned_family_starts_on_a_list_of_times():
+  times = [900, 400.5, 10]
+  try:
+    with gin.unlock_config():
+      gin.parse_config(["mine/make_sampler.family = 'ggdm+pred+time'",
+                        "mine/make_sampler.init = 'unipc2-bh2'",
+                        f"mine/make_sampler.stride = {times}"])
+    with gin.config_scope("mine"):
+      c = families.make_sampler(SCHEDULE, num_steps=3).coefficients()
+  finally:
+    gin.clear_config()
+  expected = solvers.solver_coefficients(SCHEDULE, "unipc2-bh2", 3, times)
+  np.testing.assert_allclose(c.times, times, rtol=1e-6)
+  for name, values in c.arrays().items():
+    np.testing.assert_allclose(
+        values, expected.arrays()[name], rtol=2e-5, atol=1e-6, err_msg=name)
+  with pytest.raises(ValueError, match="3.*4|4.*3"):
+    families.make_sampler(
+        SCHEDULE, "ggdm", 4, init="unipc2-bh2", stride=times).coefficients()
 
 
 def test_times_stay_in_order_and_earlier_ones_win():

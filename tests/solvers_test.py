@@ -178,6 +178,20 @@ def test_every_solver_on_every_stride_and_schedule(stride, schedule):
       np.testing.assert_allclose(image, point, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", ["linear", "logsnr"])
+def test_a_hundred_steps(stride):
+  schedule, point = NoiseSchedule.linear(), 0.37
+  for solver in solvers.SOLVERS:
+    c = solvers.solver_coefficients(schedule, solver, 100, stride)
+
+    def eps(x, t):
+      abar = schedule.abar(t)
+      return (x - np.sqrt(abar) * point) / np.sqrt(1 - abar)
+
+    image, _ = run_numpy(eps, c, [-0.8, 1.6], noise=1.0)
+    np.testing.assert_allclose(image, point, atol=1e-5, err_msg=solver)
+
+
 def test_elimination_is_exact():
   # DPM-Solver++(2M) as its loop, with a non-linear network, against its point
   # of the structure: float64, 1e-12.
