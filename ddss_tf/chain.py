@@ -156,7 +156,7 @@ def run_chain(
     step_noise: tf.Tensor | None = None,
     trajectory: bool = False,
     x0_bound: str | None = None,
-):
+) -> tf.Tensor | tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
   """Samples: from pure noise to images, through K network calls.
 
   Differentiable in every coefficient, the times included, through all states.

@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import os
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 import zipfile
 import zlib
 
@@ -131,17 +131,17 @@ def compare(
     features: features_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: (features_lib.FeatureNetwork
                        | list[features_lib.FeatureNetwork] | None) = None,
-    num_steps=gin.REQUIRED,
-    solvers=solvers_lib.SOLVERS,
-    strides=schedules.STRIDES,
-    families=FAMILIES,
-    objectives=None,
-    cards=(),
+    num_steps: Sequence[int] = gin.REQUIRED,
+    solvers: Sequence[str] = solvers_lib.SOLVERS,
+    strides: Sequence[str] = schedules.STRIDES,
+    families: Sequence[str] = FAMILIES,
+    objectives: Mapping[str, str | Mapping[str, float]] | None = None,
+    cards: Sequence[str] = (),
     full_chain: bool = False,
     num_samples: int = gin.REQUIRED,
     stride_samples: int = 1000,
     seed: int = 1234,
-    more_seeds=(),
+    more_seeds: Sequence[int] = (),
     batch_size: int = 250,
     jit_compile: bool = True,
 ) -> list[dict]:

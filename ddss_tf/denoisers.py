@@ -82,7 +82,8 @@ class Denoiser:
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
                name: str = "denoiser", num_classes: int | None = None,
                guidance_scale: float | None = None,
-               null_label: int | None = None, *, image_shape=None,
+               null_label: int | None = None, *,
+               image_shape: tuple[int, int, int] | None = None,
                sha256: str | None = None, continuous_time: bool | None = None,
                **convention):
     self.convention = conventions.Convention(prediction, **convention)
@@ -170,7 +171,8 @@ class Denoiser:
       told["dtype_policy"] = self.dtype_policy
     return {**told, **self.convention.non_default()}
 
-  def network(self, x, t, labels=None) -> tf.Tensor:
+  def network(self, x: tf.Tensor, t: tf.Tensor,
+              labels: tf.Tensor | None = None) -> tf.Tensor:
     """The raw prediction, in the network's own units (`self.convention`).
 
     Args:
@@ -236,8 +238,8 @@ class Denoiser:
     return [tf.repeat(labels[None], batch_size) if labels.shape.rank == 0
             else labels]
 
-  def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels=None, guidance=None
-          ) -> tf.Tensor:
+  def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels: tf.Tensor | None = None,
+          guidance: tf.Tensor | None = None) -> tf.Tensor:
     """The predicted noise [B, H, W, C], whatever the network predicts.
 
     Args:
@@ -460,8 +462,9 @@ class _GaussianEps(keras.layers.Layer):
 
 
 @gin.register
-def gaussian_denoiser(image_shape=(8, 8, 1), mean: float = 0.0,
-                      std: float = 0.5, schedule=None) -> Denoiser:
+def gaussian_denoiser(image_shape: tuple[int, int, int] = (8, 8, 1),
+                      mean: float = 0.0, std: float = 0.5,
+                      schedule: NoiseSchedule | None = None) -> Denoiser:
   """The exact denoiser of a Gaussian data set: what tests measure against.
 
   For x_0 ~ N(mean, std^2 I),

@@ -22,7 +22,7 @@ import contextlib
 import functools
 import json
 import os
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 from absl import logging
 import gin
@@ -34,7 +34,8 @@ STRATEGIES = ("none", "mirrored", "multi_worker", "tpu")
 
 
 @gin.configurable
-def make_strategy(name: str = "none", devices=None, tpu: str = ""):
+def make_strategy(name: str = "none", devices: Sequence[str] | None = None,
+                  tpu: str = "") -> tf.distribute.Strategy:
   """The strategy of a run, chosen by one line of gin.
 
   Args:

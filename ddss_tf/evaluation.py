@@ -4,7 +4,7 @@ import itertools
 import os
 import shutil
 import time
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 from absl import logging
 import gin
@@ -26,6 +26,7 @@ from ddss_tf import zoo
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.samplers import FixedSampler, Sampler
+from ddss_tf.schedules import NoiseSchedule
 from ddss_tf.searching import check_guidance, check_shapes, check_x0_bound
 
 METRICS = "metrics.json"
@@ -240,7 +241,7 @@ def evaluate(
     features: features_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: (features_lib.FeatureNetwork
                        | list[features_lib.FeatureNetwork] | None) = None,
-    baselines=(),
+    baselines: Sequence[Sampler | Callable[[NoiseSchedule], Sampler]] = (),
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,
     batch_size: int = 250,

@@ -1,6 +1,6 @@
 """A sampler with its network as a SavedModel and more, and images as files."""
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import gin
 import numpy as np
@@ -94,7 +94,8 @@ class SamplerModule(tf.Module):
 
 @gin.configurable(denylist=["run_dir"])
 @run_dir_lib.releasing_locks
-def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED, also=(),
+def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
+           also: Sequence[str] = (),
            integer_timesteps: bool = False, sampler: str | None = None,
            force: bool = False, jit_compile: bool = False) -> str:
   """Exports the searched sampler of a run as a SavedModel, and more.

@@ -25,6 +25,7 @@ write `_rows`, and give it a name in `LEARNED`.
 import gin
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from ddss_tf import card
@@ -193,9 +194,13 @@ class LearnedSampler(Sampler):
       there.
   """
 
-  def __init__(self, schedule, num_steps, family, pred=False, time=False,
-               parameterisation="real", init=None, stride=None, eta=None,
-               label=None, guidance=False, guidance_scale=None, **kwargs):
+  def __init__(self, schedule: NoiseSchedule, num_steps: int, family: str,
+               pred: bool = False, time: bool = False,
+               parameterisation: str = "real", init: str | None = None,
+               stride: str | npt.ArrayLike | None = None,
+               eta: float | None = None, label: str | None = None,
+               guidance: bool = False, guidance_scale: float | None = None,
+               **kwargs):
     if parameterisation not in PARAMETERISATIONS:
       raise ValueError(
           f"parameterisation must be one of {', '.join(PARAMETERISATIONS)}. "
@@ -504,8 +509,10 @@ class GGDM(LearnedSampler):
     **kwargs: see `LearnedSampler`.
   """
 
-  def __init__(self, schedule, num_steps, family="ggdm", markov=False,
-               free_last_row=False, parameterisation="real", **kwargs):
+  def __init__(self, schedule: NoiseSchedule, num_steps: int,
+               family: str = "ggdm", markov: bool = False,
+               free_last_row: bool = False, parameterisation: str = "real",
+               **kwargs):
     if free_last_row and parameterisation == "paper":
       raise ValueError("free_last_row needs parameterisation='real': the "
                        "paper's last step returns x0_hat")

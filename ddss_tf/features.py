@@ -165,7 +165,8 @@ def embedded_features() -> list[str]:
 @gin.register
 def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
                   logits_layer: str | None = None, resize: str | None = None,
-                  image_size=None, value_range: str | None = None,
+                  image_size: int | tuple[int, int] | None = None,
+                  value_range: str | None = None,
                   weights: str | None = "imagenet",
                   seed: int = 0) -> FeatureNetwork:
   """Loads a feature network.

@@ -7,6 +7,7 @@ ones and the factory that makes any of them from its name.
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from ddss_tf import chain
@@ -112,7 +113,8 @@ class Sampler(keras.layers.Layer):
     raise NotImplementedError(f"{type(self).__name__} must map its variables "
                               "to coefficients")
 
-  def call(self, x_T, step_noise=None, eps_fn=None):
+  def call(self, x_T: tf.Tensor, step_noise: tf.Tensor | None = None,
+           eps_fn: chain.EpsFn | None = None) -> tf.Tensor:
     return chain.run_chain(eps_fn, self.coefficients(), x_T, step_noise)
 
   def get_config(self):
@@ -129,8 +131,8 @@ class FixedSampler(Sampler):
     label: what tables and pictures call it.
   """
 
-  def __init__(self, schedule, coefficients: Coefficients, label: str,
-               **kwargs):
+  def __init__(self, schedule: NoiseSchedule, coefficients: Coefficients,
+               label: str, **kwargs):
     super().__init__(schedule, coefficients.num_steps, label, **kwargs)
     coefficients.validate()
     if np.max(coefficients.times) > schedule.num_train_steps:
@@ -156,8 +158,10 @@ class SolverSampler(FixedSampler):
     label: what tables and pictures call it; made from the others if None.
   """
 
-  def __init__(self, schedule, num_steps, solver="ddim", stride="linear",
-               eta=None, lower_order_final=True, label=None, **kwargs):
+  def __init__(self, schedule: NoiseSchedule, num_steps: int,
+               solver: str = "ddim", stride: str | npt.ArrayLike = "linear",
+               eta: float | None = None, lower_order_final: bool = True,
+               label: str | None = None, **kwargs):
     values = solvers.solver_coefficients(
         schedule, solver, num_steps, stride, eta,
         lower_order_final=lower_order_final)

@@ -15,6 +15,7 @@ from typing import Mapping
 
 import gin
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 STRIDES = ("linear", "trailing", "linspace", "linspace_open", "quadratic",
@@ -37,7 +38,7 @@ class NoiseSchedule:
     ValueError: `betas` is empty, not one-dimensional, or leaves (0, 1).
   """
 
-  def __init__(self, betas):
+  def __init__(self, betas: npt.ArrayLike):
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not betas.size:
       raise ValueError(
@@ -76,7 +77,7 @@ class NoiseSchedule:
     """T."""
     return len(self.betas)
 
-  def abar(self, t) -> np.ndarray:
+  def abar(self, t: npt.ArrayLike) -> np.ndarray:
     """alpha_t^2 in float64 at times `t`, each in [0, T - 1]."""
     t = np.asarray(t, np.float64)
     return np.exp(np.interp(t, np.arange(self.num_train_steps),
@@ -92,7 +93,7 @@ class NoiseSchedule:
     # expm1 keeps sigma exact where abar is close to one.
     return tf.exp(0.5 * log_abar), tf.sqrt(-tf.math.expm1(log_abar))
 
-  def log_snr(self, t) -> np.ndarray:
+  def log_snr(self, t: npt.ArrayLike) -> np.ndarray:
     """lambda_t = log(alpha_t / sigma_t) in float64 at times `t`.
 
     Half the logarithm of the signal-to-noise ratio, the time of the
@@ -101,14 +102,15 @@ class NoiseSchedule:
     abar = self.abar(t)
     return 0.5 * (np.log(abar) - np.log1p(-abar))
 
-  def time_of_log_snr(self, log_snr) -> np.ndarray:
+  def time_of_log_snr(self, log_snr: npt.ArrayLike) -> np.ndarray:
     """The inverse of `log_snr`: fractional times, clipped to [0, T - 1]."""
     # log abar = -log(1 + exp(-2 lambda)); increasing in -t for interp.
     log_abar = -np.logaddexp(0.0, -2 * np.asarray(log_snr, np.float64))
     steps = np.arange(self.num_train_steps)
     return np.interp(-log_abar, -self._log_abar, steps)
 
-  def stride(self, stride, num_steps: int) -> np.ndarray:
+  def stride(self, stride: str | npt.ArrayLike,
+             num_steps: int) -> np.ndarray:
     """Times tau of a K-step sampler, noisiest first.
 
     The paper names a linear and a quadratic stride without formula; these are
@@ -209,7 +211,7 @@ class ExplodingSchedule(NoiseSchedule):
     ValueError: `sigmas` is empty, not one-dimensional, or not increasing.
   """
 
-  def __init__(self, sigmas):
+  def __init__(self, sigmas: npt.ArrayLike):
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas.ndim != 1 or not sigmas.size:
       raise ValueError(
@@ -237,7 +239,7 @@ class ExplodingSchedule(NoiseSchedule):
     """See the base class."""
     return {"sigmas": self.sigmas.tolist()}
 
-  def abar(self, t) -> np.ndarray:
+  def abar(self, t: npt.ArrayLike) -> np.ndarray:
     """See the base class."""
     return 1 / (1 + np.exp(-2 * self.log_snr(t)))
 
@@ -247,12 +249,12 @@ class ExplodingSchedule(NoiseSchedule):
     alpha = tf.math.rsqrt(1.0 + sigma**2)
     return alpha, sigma * alpha
 
-  def log_snr(self, t) -> np.ndarray:
+  def log_snr(self, t: npt.ArrayLike) -> np.ndarray:
     """See the base class."""
     t = np.asarray(t, np.float64)
     return -np.interp(t, np.arange(self.num_train_steps), self._log_sigmas)
 
-  def time_of_log_snr(self, log_snr) -> np.ndarray:
+  def time_of_log_snr(self, log_snr: npt.ArrayLike) -> np.ndarray:
     """See the base class."""
     return np.interp(-np.asarray(log_snr, np.float64), self._log_sigmas,
                      np.arange(self.num_train_steps))
@@ -285,8 +287,9 @@ def _interpolated(table: np.ndarray, t) -> tf.Tensor:
 @gin.register
 def make_schedule(name: str = "linear", num_train_steps: int = 1000,
                   beta_start: float = 1e-4, beta_end: float = 0.02,
-                  betas=None, sigma_min: float = 0.01, sigma_max: float = 50.0,
-                  sigmas=None) -> NoiseSchedule:
+                  betas: npt.ArrayLike | None = None, sigma_min: float = 0.01,
+                  sigma_max: float = 50.0, sigmas: npt.ArrayLike | None = None
+                  ) -> NoiseSchedule:
   """Makes a noise schedule from its name.
 
   Args:

@@ -18,6 +18,7 @@ GGDM+PRED.
 import functools
 
 import numpy as np
+import numpy.typing as npt
 
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
@@ -365,7 +366,8 @@ SOLVERS = ("ddpm", "ddim", *_STEPS)
 
 
 def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
-                        stride="linear", eta: float | None = None,
+                        stride: str | npt.ArrayLike = "linear",
+                        eta: float | None = None,
                         abar_end: float = 1.0,
                         lower_order_final: bool = True) -> Coefficients:
   """The coefficients of a training-free sampler.
