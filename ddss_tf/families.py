@@ -57,6 +57,9 @@ _BEST_STARTS = (
     (7, "dpm++3m", "linspace"),
     (np.inf, "unipc3-bh1", "linspace_open"),
 )
+# And of what holds no multistep solver: DDIM's best stride at K = 5; at K = 10
+# within 1 % of the best.
+_BEST_DDIM = "ddim", "trailing"
 
 
 def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
@@ -196,7 +199,8 @@ class LearnedSampler(Sampler):
 
   def __init__(self, schedule: NoiseSchedule, num_steps: int, family: str,
                pred: bool = False, time: bool = False,
-               parameterisation: str = "real", init: str | None = None,
+               parameterisation: str = "real",
+               init: str | Coefficients | None = None,
                stride: str | npt.ArrayLike | None = None,
                eta: float | None = None, label: str | None = None,
                guidance: bool = False, guidance_scale: float | None = None,
@@ -240,7 +244,7 @@ class LearnedSampler(Sampler):
 
   def default_start(self):
     """(solver, stride) of `init=None`."""
-    return "ddim", "linear"
+    return _BEST_DDIM if self.parameterisation == "real" else ("ddim", "linear")
 
   def get_config(self):
     init = self.init
@@ -523,7 +527,7 @@ class GGDM(LearnedSampler):
 
   def default_start(self):
     if self.markov or self.parameterisation == "paper":
-      return "ddim", "linear"
+      return super().default_start()
     return next(start for most, *start in _BEST_STARTS
                 if self.num_steps <= most)
 

@@ -369,6 +369,24 @@ def test_predictions_follow_from_the_marginals(family, parameterisation):
   assert np.all(c.x0_from_eps / c.x0_from_state < 0)
 
 
+@pytest.mark.parametrize("family,steps,start", [
+    ("ddim-learned", 5, ("ddim", "trailing")),
+    ("rddim", 10, ("ddim", "trailing")),
+    ("ggdm", 3, ("dpm++3m", "linear")), ("ggdm", 5, ("dpm++3m", "linspace")),
+    ("ggdm", 10, ("unipc3-bh1", "linspace_open"))])
+def test_default_starts(family, steps, start):
+  c = families.make_sampler(SCHEDULE, family, steps).coefficients()
+  solver, stride = start
+  expected = solvers.solver_coefficients(SCHEDULE, solver, steps, stride)
+  for name, values in c.arrays().items():
+    np.testing.assert_allclose(
+        values, expected.arrays()[name], rtol=1e-4, atol=1e-5, err_msg=name)
+  paper = families.make_sampler(
+      SCHEDULE, family, steps, parameterisation="paper").coefficients()
+  np.testing.assert_allclose(
+      paper.times, SCHEDULE.stride("linear", steps), atol=1e-3)
+
+
 def test_a_learned_family_starts_on_a_list_of_times():
   times = [900, 400.5, 10]
   try:
