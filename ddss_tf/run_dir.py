@@ -28,6 +28,7 @@ from ddss_tf import storage
 from ddss_tf.errors import UserError
 
 _LOCK = ".lock"
+_CHECKPOINTS = "checkpoints"
 
 
 _locks = {}  # Of this process: path to open file.
@@ -47,14 +48,6 @@ def releasing_locks(function):
 
   call.__signature__ = inspect.signature(function)  # gin asks for no other.
   return call
-
-
-def _remove(path):
-  """Removes a file or a folder, if there is one."""
-  if os.path.isdir(path):
-    shutil.rmtree(path)
-  elif os.path.exists(path):
-    os.remove(path)
 
 
 class RunDir:
@@ -143,6 +136,14 @@ class RunDir:
         for folder in self._made[1:]:
           os.rmdir(folder)
 
+  def remove(self, *paths: str) -> None:
+    """Removes files and folders inside, those that are there."""
+    for path in map(self.path, paths if distribution.is_chief() else ()):
+      if os.path.isdir(path):
+        shutil.rmtree(path)
+      elif os.path.exists(path):
+        os.remove(path)
+
   def keep_config(self) -> None:
     """Writes `config.gin`, for a stage that has accepted what it is given."""
     text = gin.config_str()
@@ -210,12 +211,11 @@ class RunDir:
     if self.check(stage, identity, restart) and distribution.is_chief():
       # The other claim stays till the last: whoever is killed in between must
       # not take what is left for the new configuration's.
-      folder = os.path.dirname(claim)
-      for path in (*(os.path.join(folder, name) for name in os.listdir(folder)),
-                   *map(self.path, results)):
-        if path != claim:
-          _remove(path)
+      folder, kept = os.path.split(claim)
+      names = sorted(set(os.listdir(folder)) - {kept})
+      self.remove(*(os.path.join(_CHECKPOINTS, name) for name in names),
+                  *results)
     storage.write_json(claim, identity)
 
   def _claim_path(self, stage):
-    return self.path("checkpoints", f"{stage}.json")
+    return self.path(_CHECKPOINTS, f"{stage}.json")

@@ -1090,6 +1090,7 @@ def search(
                     "denoiser or the feature network gives NaN or infinity")
   state.restore_best()
   best = sampler.coefficients().numpy()
+  run.remove(*PICTURES, _PICTURE_EVENTS)  # Those of another search.
   card.write(run.path(card.FILE), card.SamplerCard(
       label=sampler.label, coefficients=best,
       denoiser=denoiser.identity,

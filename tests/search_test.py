@@ -1113,7 +1113,7 @@ def test_a_restart_that_is_killed_restarts(tmp_path, monkeypatch):
   run = run_dir.RunDir(str(tmp_path))
   names = ("sampler.json", "tensorboard/pictures/events", "checkpoints/ckpt-3",
            "checkpoints/checkpoint", "checkpoints/zzz")
-  remove = run_dir._remove
+  remove = run_dir.RunDir.remove
   for killed_at in range(len(names) + 1):
     run.claim("search", {"seed": 0}, restart=True)
     for name in names:
@@ -1121,14 +1121,15 @@ def test_a_restart_that_is_killed_restarts(tmp_path, monkeypatch):
       storage.write_text(run.path(name), "")
     left = [killed_at]
 
-    def removing(path):
-      if not left[0]:
-        raise KeyboardInterrupt
-      left[0] -= 1
-      remove(path)
+    def removing(self, *paths):
+      for path in paths:
+        if not left[0]:
+          raise KeyboardInterrupt
+        left[0] -= 1
+        remove(self, path)
 
     with monkeypatch.context() as patch:
-      patch.setattr(run_dir, "_remove", removing)
+      patch.setattr(run_dir.RunDir, "remove", removing)
       results = ("sampler.json", "tensorboard/pictures")
       with contextlib.suppress(KeyboardInterrupt):
         run.claim("search", {"seed": 1}, True, results)
