@@ -105,7 +105,7 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize("name,pictures,rows", [
     ("run", ("samples.png", "generated.png", "coefficients.png", "path.png",
              "before_after.png", comparing.FID_BY_STEPS), 3),
-    ("comparison", (comparing.FID_BY_STEPS,), 22)])
+    ("comparison", (comparing.FID_BY_STEPS,), 44)])
 def test_a_report(name, pictures, rows, width, browser, pages):
   for scheme in ("light", "dark"):
     page, faults = look(browser, pages[name], width, scheme)

@@ -358,8 +358,8 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
   _, cotangents = part._differentiate(
       tf.concat(pool, axis=0), nothing, None)
   estimates = [
-      4 * part._pull_back(
-          tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16]).numpy()
+      4 * part._pull_back([
+          (tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16])]).numpy()
       for i in range(0, 64, 16)]
   np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
                              atol=1e-4 * np.abs(whole).max())
