@@ -229,11 +229,11 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
   """
   config = _read_json(path, SCHEDULER)
   source = os.path.join(_folder(path), SCHEDULER)
-  kind = config.get("_class_name", "DDPMScheduler")
-  if kind not in list(_SCHEDULERS):
+  scheduler = config.get("_class_name", "DDPMScheduler")
+  if scheduler not in list(_SCHEDULERS):
     raise UserError(f"{source}: _class_name must be of a scheduler with betas, "
-                    f"such as DDPMScheduler. Received: {kind!r}")
-  usual_name, usual_start, usual_end = _SCHEDULERS[kind]
+                    f"such as DDPMScheduler. Received: {scheduler!r}")
+  usual_name, usual_start, usual_end = _SCHEDULERS[scheduler]
   if config.get("use_flow_sigmas"):
     raise UserError(f"{source}: use_flow_sigmas must be False. Received: "
                     f"{config['use_flow_sigmas']!r}")
@@ -313,14 +313,16 @@ def without_variance(
   """
   config = _read_json(path, CONFIG)
   before, kept = config["out_channels"], config["in_channels"]
-  names = [name for name in ("conv_out.weight", "conv_out.bias")
-           if name in weights]
-  for name in names if before != kept else ():
-    if weights[name].shape[:1] != (before,):
+  if before == kept:
+    return weights
+  halves = {name: weights[name] for name in ("conv_out.weight", "conv_out.bias")
+            if name in weights}
+  for name, value in halves.items():
+    if value.shape[:1] != (before,):
       raise UserError(f"{path}: tensor {name} must have {before} outputs, as "
-                      f"{CONFIG} says. Received: shape {weights[name].shape}")
-  return {**weights, **{name: weights[name][:kept] for name in names}
-          } if before != kept else weights
+                      f"{CONFIG} says. Received: shape {value.shape}")
+    halves[name] = value[:kept]
+  return {**weights, **halves}
 
 
 # Our names of the layers inside a block, and theirs.
