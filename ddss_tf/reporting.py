@@ -213,9 +213,13 @@ def _uses(run, groups, found):
       continue
     folder = os.path.normpath(run.path(each["folder"]))
     model = os.path.join(folder, exporting.EXPORT)
+    others = {name: os.path.join(folder, file)
+              for name, file in exporting.ALSO.items()}
     uses.append({
         "label": each["label"], "num_steps": each["num_steps"],
         "exported": os.path.isdir(model), "model": repr(model),
+        **{name: os.path.exists(path) and repr(path)
+           for name, path in others.items()},
         "card": os.path.join(folder, card.FILE),
         "command": shlex.join([
             "python", "-m", "ddss_tf.main", "--mode=export",

@@ -1,7 +1,9 @@
 """Tests of the exports to other runtimes, in these runtimes."""
 
+import html
 import importlib.util
 import os
+import re
 import warnings
 
 import conditional_test
@@ -61,6 +63,24 @@ def test_another_runtime_makes_our_images(name, run, gaussian_parts):
                                 "step_noise": step_noise.numpy()})
     np.testing.assert_allclose(images, expected, atol=1e-4)
     assert np.std(images) > 0.02
+
+
+@each_format
+def test_the_report_says_how_to_run_it(name, run, gaussian_parts):
+  ddss_tf.export(run, gaussian_parts["denoiser"], also=[name])
+  with open(ddss_tf.report(run)) as f:
+    snippets = [html.unescape(text) for text in re.findall(
+        "<pre><code>(.*?)</code></pre>", f.read(), re.DOTALL)]
+  snippet, = (text for text in snippets if exporting.ALSO[name] in text)
+  received = {}
+  exec(snippet, received)
+  x_T, step_noise = received["noise"]["x_T"], received["noise"]["step_noise"]
+  found = card.read(os.path.join(run, card.FILE))
+  expected = np.clip(chain.run_chain(
+      gaussian_parts["denoiser"].eps, found.coefficients, x_T, step_noise,
+      x0_bound="clip"), -1, 1)
+  assert len(x_T) == 16 and np.std(expected) > 0.02
+  np.testing.assert_allclose(received["images"], expected, atol=1e-4)
 
 
 def check_classes(name, run, denoiser, classes, other):
