@@ -156,6 +156,20 @@ def test_quality_by_time_is_at_the_measured_times(drawn):
   assert "seconds" in axis.get_xlabel() and "2 CPU cores" in axis.get_xlabel()
 
 
+@pytest.mark.parametrize("other", [
+    {"device": "1 CPU core"}, {"batch_size": 250}])
+def test_times_of_another_device_are_not_drawn_beside(drawn, other):
+  timing = {"seconds_per_image": 0.01, "device": "2 CPU cores", "batch_size": 8}
+  figures.quality_by_time_png("a", [
+      record("DDPM", 5, 20.0, timing={**timing, **other}),
+      record("DDIM", 5, 9.0, timing=timing),
+      record("GGDM", 5, 2.0, timing=timing)])
+  (axis,) = drawn["a"].axes
+  assert set(lines_of(axis)) == {"DDIM", "GGDM"}
+  assert axis.get_xlabel() == ("seconds an image on 2 CPU cores, batches of 8 "
+                               "(log); left out: 1 timed otherwise")
+
+
 @pytest.mark.parametrize("count", [2, 25])
 def test_names_do_not_overlap(drawn, count):
   rng = np.random.default_rng(0)
