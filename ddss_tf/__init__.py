@@ -7,7 +7,7 @@ A frozen diffusion model comes in, a sampler of few steps comes out:
   features = ddss_tf.load_features("keras:InceptionV3")
   sampler = ddss_tf.make_sampler(
       denoiser.schedule, "ggdm+pred+time", num_steps=10)
-  ddss_tf.search("runs/mine", denoiser, images, features, sampler,
+  ddss_tf.search(denoiser, sampler, features, images, run_dir="runs/mine",
                  num_search_steps=500, batch_size=128)
   ddss_tf.evaluate("runs/mine", denoiser, images, features, num_samples=5000)
   ddss_tf.export("runs/mine", denoiser, also=["diffusers"])

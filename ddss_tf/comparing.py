@@ -256,8 +256,8 @@ def compare(
 
     def searched(folder, family, candidates, **changes):
       searching.search(
-          folder, denoiser=denoiser, dataset=dataset, features=features,
-          sampler=functools.partial(
+          run_dir=folder, denoiser=denoiser, dataset=dataset,
+          features=features, sampler=functools.partial(
               families_lib.make_sampler, family=family, num_steps=steps,
               init="auto"),
           start_candidates=candidates, cache_dir=run.cache,

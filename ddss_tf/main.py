@@ -283,7 +283,7 @@ def _run():
       with distribution.watched():
         _build(stages)
         for stage in stages:
-          results[stage.__name__] = stage(run.root)
+          results[stage.__name__] = stage(run_dir=run.root)
         # The chief may have more to do, and none may end before the others.
         distribution.everyones(0)
     except Exception:

@@ -749,11 +749,12 @@ class _Validation:
 @gin.configurable(denylist=["run_dir"])
 @run_dir_lib.releasing_locks
 def search(
-    run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
-    dataset: ImageDataset | np.ndarray = gin.REQUIRED,
-    features: FeatureNetwork | list[FeatureNetwork] = gin.REQUIRED,
     sampler: Sampler | Callable[[NoiseSchedule], Sampler] = gin.REQUIRED,
+    features: FeatureNetwork | list[FeatureNetwork] = gin.REQUIRED,
+    dataset: ImageDataset | np.ndarray = gin.REQUIRED,
+    *,
+    run_dir: str,
     num_search_steps: int = gin.REQUIRED,
     batch_size: int = gin.REQUIRED,
     gradient_samples: int | None = None,
@@ -789,12 +790,12 @@ def search(
   the objective on its validation images.
 
   Args:
-    run_dir: folder of the run.
     denoiser: the frozen model.
-    dataset: its training set; or images, float32 [N, H, W, C] in [-1, 1].
-    features: the network of the loss, or a list of networks.
     sampler: the sampler to learn; or a function from a noise schedule to it,
       such as `@make_sampler` in gin, which `init="auto"` needs.
+    features: the network of the loss, or a list of networks.
+    dataset: its training set; or images, float32 [N, H, W, C] in [-1, 1].
+    run_dir: folder of the run.
     num_search_steps: steps in all.
     batch_size: images per step, at least 2: the population of the objective.
     gradient_samples: how many of them the gradient passes through; all if

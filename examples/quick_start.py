@@ -24,7 +24,7 @@ def main(model: str, images: str, run_dir: str,
   network = ddss_tf.load_features(features)
   sampler = ddss_tf.make_sampler(
       denoiser.schedule, "ggdm+pred+time", num_steps=num_steps)
-  ddss_tf.search(run_dir, denoiser, dataset, network, sampler, **{
+  ddss_tf.search(denoiser, sampler, network, dataset, run_dir=run_dir, **{
       "num_search_steps": 200, "batch_size": 128, "gradient_samples": 32,
       "objective": "frechet", **search_options})
   records = ddss_tf.evaluate(

@@ -58,10 +58,10 @@ def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
   options = dict(num_search_steps=1, batch_size=8, validation_samples=8,
                  pool_samples=16, jit_compile=False)
   make = lambda schedule: ddss_tf.make_sampler(schedule, "ggdm", num_steps=2)
-  a = ddss_tf.search(str(tmp_path / "a"), denoiser, images, features,
-                     make(denoiser.schedule), **options)
-  b = ddss_tf.search(str(tmp_path / "b"), denoiser, data.as_dataset(images),
-                     features, make, **options)
+  a = ddss_tf.search(denoiser, make(denoiser.schedule), features, images,
+                     run_dir=str(tmp_path / "a"), **options)
+  b = ddss_tf.search(denoiser, make, features, data.as_dataset(images),
+                     run_dir=str(tmp_path / "b"), **options)
   for name, x, y in zip(a.coefficients()._fields, a.coefficients(),
                         b.coefficients()):
     np.testing.assert_array_equal(x, y, err_msg=name)
@@ -69,12 +69,12 @@ def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
                      ((images * 100).astype(np.uint8), "uint8"),
                      (images * np.nan, "finite")):
     with pytest.raises(ddss_tf.UserError, match=words):
-      ddss_tf.search(str(tmp_path / "c"), denoiser, bad, features, make,
-                     **options)
+      ddss_tf.search(denoiser, make, features, bad,
+                     run_dir=str(tmp_path / "c"), **options)
   with pytest.raises(ddss_tf.UserError, match="init is 'auto'"):
-    ddss_tf.search(
-        str(tmp_path / "c"), denoiser, images, features, ddss_tf.make_sampler(
-            denoiser.schedule, "ggdm", num_steps=2, init="auto"), **options)
+    ddss_tf.search(denoiser, ddss_tf.make_sampler(
+        denoiser.schedule, "ggdm", num_steps=2, init="auto"), features, images,
+                   run_dir=str(tmp_path / "c"), **options)
 
 
 @pytest.mark.slow  # A page of the documentation runs much the same.

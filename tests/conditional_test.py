@@ -171,8 +171,8 @@ def test_rematerialised_gradient_with_labels(parts):
 def searched(parts, tmp_path_factory):
   run = str(tmp_path_factory.mktemp("conditional"))
   sampler = ddss_tf.search(
-      run, **parts, num_search_steps=15, batch_size=60, pool_samples=180,
-      validation_samples=180, validate_every=5, learning_rate=0.3,
+      run_dir=run, **parts, num_search_steps=15, batch_size=60,
+      pool_samples=180, validation_samples=180, validate_every=5, learning_rate=0.3,
       objective="frechet", jit_compile=False, sampler=functools.partial(
           families.make_sampler, family="ggdm+pred+time", num_steps=STEPS,
           init="ddim"))
@@ -230,6 +230,6 @@ def test_bad_requests(parts, searched, tmp_path):
     ddss_tf.sample(run, make(null_label=NULL))
   with pytest.raises(UserError, match="'elbo' needs an unconditional"):
     ddss_tf.search(
-        str(tmp_path), **parts, num_search_steps=1, batch_size=4,
+        run_dir=str(tmp_path), **parts, num_search_steps=1, batch_size=4,
         objective="elbo", sampler=functools.partial(
             families.make_sampler, family="ggdm", num_steps=2, init="ddpm"))

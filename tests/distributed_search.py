@@ -102,7 +102,7 @@ def main(output, extent, *replicas):
         parts["denoiser"].compiled_eps = noting_rows(compiled_eps, rows)
         with tempfile.TemporaryDirectory() as run:
           sampler = ddss_tf.search(
-              run, **parts, **options, num_search_steps=20,
+              run_dir=run, **parts, **options, num_search_steps=20,
               learning_rate=0.05, validation_samples=50, validate_every=5,
               jit_compile=name == "one_pass" and not quick, sampler=functools.partial(
                   families.make_sampler, family="ggdm+pred+time", num_steps=3,

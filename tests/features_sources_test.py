@@ -599,9 +599,8 @@ def test_search_and_evaluate(folder, tmp_path):
   make_sampler = functools.partial(
       families.make_sampler, family="ggdm+pred+time", num_steps=2, init="ddim")
   sampler = ddss_tf.search(
-      run, **parts, sampler=make_sampler, num_search_steps=2, batch_size=4,
-      pool_samples=8,
-      validation_samples=4, validate_every=1, jit_compile=False)
+      run_dir=run, **parts, sampler=make_sampler, num_search_steps=2,
+      batch_size=4, pool_samples=8, validation_samples=4, validate_every=1, jit_compile=False)
   start = make_sampler(parts["denoiser"].schedule).coefficients()
   found = sampler.coefficients().arrays()
   moved = [np.abs(found[name] - value).max()
@@ -652,11 +651,11 @@ def test_search_names_the_network_that_does_not_fit(small, tmp_path):
       dataset=data.ImageDataset("gaussian", rgb(4), None, "0"))
   arguments = dict(sampler=None, num_search_steps=1, batch_size=2)
   refused(lambda: ddss_tf.search(
-      str(tmp_path), **parts, **arguments,
+      run_dir=str(tmp_path), **parts, **arguments,
       features=features_lib.load_features(small, resize="none")),
           "feature network 'small_inception'", "(8, 8, 3)", "(299, 299, 3)")
   refused(lambda: ddss_tf.search(
-      str(tmp_path), **parts, **arguments,
+      run_dir=str(tmp_path), **parts, **arguments,
       features=features_lib.load_features("digits_cnn")),
           "feature network 'digits_cnn'", "(16, 16, 1)")
 

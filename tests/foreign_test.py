@@ -157,9 +157,9 @@ def test_rounded_times(exact, tmp_path, gaussian_parts):
       features=gaussian_parts["features"], num_search_steps=1, batch_size=8,
       pool_samples=8, validation_samples=8, jit_compile=False)
   with pytest.raises(UserError, match="net.*whole steps.*without \\+time"):
-    ddss_tf.search(str(tmp_path / "run"), sampler=lambda s: (
+    ddss_tf.search(run_dir=str(tmp_path / "run"), sampler=lambda s: (
         families.make_sampler(s, "ggdm+time", num_steps=2)), **arguments)
-  sampler = ddss_tf.search(str(tmp_path / "run2"), sampler=lambda s: (
+  sampler = ddss_tf.search(run_dir=str(tmp_path / "run2"), sampler=lambda s: (
       families.make_sampler(s, "ggdm", num_steps=2)), **arguments)
   assert np.all(np.isfinite(sampler.coefficients().numpy().state_weights))
 

@@ -108,8 +108,9 @@ def searched(denoiser, gaussian_parts, tmp_path_factory):
                dataset=data.ImageDataset(
                    "guided", real, None, fingerprint.arrays_sha256([real])))
   sampler = ddss_tf.search(
-      run, **parts, num_search_steps=60, batch_size=240, pool_samples=2400,
-      validation_samples=1000, validate_every=10, learning_rate=0.2,
+      run_dir=run, **parts, num_search_steps=60, batch_size=240,
+      pool_samples=2400, validation_samples=1000, validate_every=10,
+      learning_rate=0.2,
       objective="kid_linear", jit_compile=False, sampler=functools.partial(
           ddss_tf.make_sampler, family="ddim+guidance", num_steps=STEPS,
           init="ddim", stride=TIMES))
@@ -180,8 +181,9 @@ def test_what_is_refused(denoiser, searched, tmp_path):
       (conditional_test.gaussian(0.0), "needs a class-conditional denoiser"),
       (denoiser.guided(2.0), "that has its own. Received: 2.0")):
     with pytest.raises(UserError, match=words):
-      ddss_tf.search(str(tmp_path / "run"), **{**parts, "denoiser": other},
-                     num_search_steps=1, batch_size=4, sampler=learned)
+      ddss_tf.search(
+          run_dir=str(tmp_path / "run"), **{**parts, "denoiser": other},
+          num_search_steps=1, batch_size=4, sampler=learned)
   with pytest.raises(UserError, match="with null_label 1.*with None"):
     ddss_tf.export(run, conditional_test.make())
   with pytest.raises(UserError, match="parameterisation='real'"):

@@ -32,7 +32,7 @@ def work(run):
   """A search of many small steps, and an evaluation."""
   parts = gaussian_parts.make()
   ddss_tf.search(
-      run, **parts, num_search_steps=80, batch_size=16, pool_samples=80,
+      run_dir=run, **parts, num_search_steps=80, batch_size=16, pool_samples=80,
       validation_samples=64, validate_every=4, checkpoint_every=3, log_every=1,
       jit_compile=False, sampler=functools.partial(
           families.make_sampler, family="ggdm+pred+time", num_steps=2,

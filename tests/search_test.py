@@ -62,7 +62,7 @@ def options(**changes):
 def finished(parts, tmp_path_factory):
   """The run directory of an uninterrupted search, and its sampler."""
   run = str(tmp_path_factory.mktemp("finished"))
-  return run, ddss_tf.search(run, **parts, **options())
+  return run, ddss_tf.search(run_dir=run, **parts, **options())
 
 
 def same_arrays(one, other):
@@ -98,7 +98,7 @@ def interrupted(run, parts, monkeypatch, at, how, expected):
   with monkeypatch.context() as patch:
     patch.setattr(searching.Search, "advance", broken)
     with pytest.raises(expected) as caught:
-      ddss_tf.search(run, **parts, **options())
+      ddss_tf.search(run_dir=run, **parts, **options())
   return caught.value
 
 
@@ -111,7 +111,7 @@ def test_killed_and_resumed_is_uninterrupted(
   run = str(tmp_path)
   for at in (2, 7, 10):  # Before the first checkpoint, then between two.
     interrupted(run, parts, monkeypatch, at, die, KeyboardInterrupt)
-  same_sampler(finished[1], ddss_tf.search(run, **parts, **options()))
+  same_sampler(finished[1], ddss_tf.search(run_dir=run, **parts, **options()))
   # Nothing lost, nothing doubled.
   assert events(run) == events(finished[0])
   with open(os.path.join(run, "checkpoints", "ckpt-12.json")) as f:
@@ -128,7 +128,7 @@ def test_terminated_and_resumed_is_uninterrupted(
   assert "after step 6 of 12" in str(error) and "ckpt-6" in str(error)
   assert os.path.exists(os.path.join(run, "checkpoints", "ckpt-6.index"))
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-  same_sampler(finished[1], ddss_tf.search(run, **parts, **options()))
+  same_sampler(finished[1], ddss_tf.search(run_dir=run, **parts, **options()))
   assert events(run) == events(finished[0])
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_falls_back(
     else:
       content[len(content) // 2] ^= 255
     data_file.write_bytes(content)
-  same_sampler(finished[1], ddss_tf.search(run, **parts, **options()))
+  same_sampler(finished[1], ddss_tf.search(run_dir=run, **parts, **options()))
   assert events(run) == events(finished[0])
   assert (folder / "ckpt-8.index.damaged").exists() == (damage != "list")
   assert ("ckpt-8 is damaged" in caplog.text) == (damage != "list")
@@ -162,7 +162,7 @@ def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
   for path in indices:
     path.write_bytes(b"nonsense")
   with pytest.raises(UserError, match="must be readable.*ckpt-8, .*ckpt-4"):
-    ddss_tf.search(str(tmp_path), **parts, **options())
+    ddss_tf.search(run_dir=str(tmp_path), **parts, **options())
   assert sorted((tmp_path / "checkpoints").glob("*.index")) == indices
 
 
@@ -173,7 +173,8 @@ def test_a_first_checkpoint_that_was_not_finished(
   # As SIGKILL leaves it before TensorFlow writes its list.
   (tmp_path / "checkpoints" / "checkpoint").unlink()
   (tmp_path / "checkpoints" / "ckpt-4.index").write_bytes(b"half")
-  same_sampler(finished[1], ddss_tf.search(str(tmp_path), **parts, **options()))
+  same_sampler(finished[1], ddss_tf.search(
+      run_dir=str(tmp_path), **parts, **options()))
   assert events(str(tmp_path)) == events(finished[0])
 
 
@@ -186,7 +187,7 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
   family = functools.partial(
       families.make_sampler, family="ggdm+pred+time", num_steps=2,
       init="ddim", parameterisation=parameterisation)
-  sampler = ddss_tf.search(run, **parts, **options(
+  sampler = ddss_tf.search(run_dir=run, **parts, **options(
       sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.3,
       pool_samples=256,
       validate_every=20, checkpoint_every=60, validation_samples=512))
@@ -335,8 +336,8 @@ def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
           losses.append([original(self, i)[0] for i in range(3)]),
           original(self, step))[1])
   changes = dict(num_search_steps=1, pool_samples=pool_samples)
-  ddss_tf.search(str(tmp_path / "a"), **parts, **options(**changes))
-  ddss_tf.search(str(tmp_path / "b"), **parts, **options(
+  ddss_tf.search(run_dir=str(tmp_path / "a"), **parts, **options(**changes))
+  ddss_tf.search(run_dir=str(tmp_path / "b"), **parts, **options(
       **changes, control_variate=False))
   start = options()["sampler"](parts["denoiser"].schedule).coefficients()
   pool = parts["features"](sampling.Generator(
@@ -489,7 +490,7 @@ def test_a_search_that_is_over_makes_nothing_again(
   monkeypatch.setattr(searching.teacher_lib, "views", fail)
   monkeypatch.setattr(sampling.Generator, "batches", fail)
   monkeypatch.setattr(searching.Search, "measure_metric", fail)
-  same_sampler(sampler, ddss_tf.search(run, **parts, **options()))
+  same_sampler(sampler, ddss_tf.search(run_dir=run, **parts, **options()))
   assert contents() == before
 
 
@@ -515,7 +516,7 @@ def test_a_worse_validation_takes_the_search_back(
   monkeypatch.setattr(searching._Validation, "__call__", value_of)
   monkeypatch.setattr(searching.Search, "advance", noting)
   monkeypatch.setattr(searching.Search, "measure_metric", measuring)
-  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+  sampler = ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       num_search_steps=20, learning_rate=0.1, rate_of_distance=1e9))
   assert metrics_of == [0, 8, 12]
   for step, (source, factor) in {
@@ -537,7 +538,7 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
       sampler=functools.partial(
           families.make_sampler, family="ggdm+pred", num_steps=3, init="auto"),
       num_search_steps=1, batch_size=8, start_samples=64, validation_samples=64)
-  sampler = ddss_tf.search(run, **parts, **arguments)
+  sampler = ddss_tf.search(run_dir=run, **parts, **arguments)
   with open(os.path.join(run, "starts.json")) as f:
     ranking = json.load(f)["ranking"]
   tried = {tuple(entry["start"].values()) for entry in ranking}
@@ -562,13 +563,13 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
         distance(*entry["start"].values()), entry["distance"],
         rtol=1e-3, atol=1e-3)
   # Called again it ranks nothing anew and goes on.
-  again = ddss_tf.search(run, **parts, **arguments)
+  again = ddss_tf.search(run_dir=run, **parts, **arguments)
   for a, b in zip(sampler.coefficients(), again.coefficients()):
     np.testing.assert_array_equal(a, b)
   # What is no candidate any more is not taken, however good.
   few = [entry["start"] for entry in (ranking[-2], ranking[-1])]
-  other = ddss_tf.search(run, **parts, **arguments, start_candidates=few,
-                         restart=True)
+  other = ddss_tf.search(
+      run_dir=run, **parts, **arguments, start_candidates=few, restart=True)
   config = other.get_config()
   assert {key: config[key] for key in ("init", "stride")} == few[0]
 
@@ -579,7 +580,7 @@ def test_nothing_is_ranked_for_a_search_that_is_refused(
   shutil.copytree(finished[0], run)
 
   def search(family="ggdm+pred+time", **changes):
-    return ddss_tf.search(run, **parts, **options(
+    return ddss_tf.search(run_dir=run, **parts, **options(
         sampler=functools.partial(
             families.make_sampler, family=family, num_steps=3, init="auto"),
         **changes))
@@ -614,7 +615,7 @@ def test_a_deterministic_start_has_no_bound(parts, tmp_path, monkeypatch):
   """And no call of the network is spent on it."""
   monkeypatch.setattr(elbo, "squares", None)
   with pytest.raises(UserError, match="no start with a finite distance"):
-    ddss_tf.search(str(tmp_path), **parts, **options(
+    ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
         sampler=functools.partial(
             families.make_sampler, family="ggdm+pred", num_steps=3,
             init="auto"), objective="elbo", start_candidates=[
@@ -650,7 +651,7 @@ def test_starts_without_a_distance_come_last(parts, tmp_path):
 
 @pytest.mark.slow
 def test_a_markov_family_ranks_only_what_it_holds(parts, tmp_path):
-  ddss_tf.search(str(tmp_path), **parts, **options(
+  ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       sampler=functools.partial(
           families.make_sampler, family="rddim", num_steps=3, init="auto"),
       num_search_steps=1, batch_size=8, start_samples=16,
@@ -664,7 +665,7 @@ def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
   # A rate that destroys every sampler: what is kept is the start.
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="dpm++2m", stride="linear")
-  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+  sampler = ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       sampler=family, learning_rate=300.0, rate_of_distance=1e9,
       max_skipped=100))
   start = solvers.solver_coefficients(
@@ -717,7 +718,7 @@ def test_matching_a_teacher(parts, tmp_path):
   denoiser = parts["denoiser"]
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="ddim", stride="linear")
-  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+  sampler = ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       sampler=family, objective="teacher_pixels", num_search_steps=30,
       batch_size=32, learning_rate=0.1, pool_samples=64,
       validation_samples=64, teacher={"num_steps": 20}))
@@ -739,10 +740,10 @@ def test_matching_a_teacher(parts, tmp_path):
             if name.startswith("views-")]
   assert len(cached) == 2  # Of the steps and of the validation.
   with pytest.raises(UserError, match="teacher must be deterministic.*ddpm"):
-    ddss_tf.search(str(tmp_path / "noisy"), **parts, **options(
+    ddss_tf.search(run_dir=str(tmp_path / "noisy"), **parts, **options(
         objective="teacher_pixels", teacher={"solver": "ddpm"}))
   with pytest.raises(UserError, match="search.teacher.*colour"):
-    ddss_tf.search(str(tmp_path / "odd"), **parts, **options(
+    ddss_tf.search(run_dir=str(tmp_path / "odd"), **parts, **options(
         objective="teacher_pixels", teacher={"colour": "ddpm"}))
 
 
@@ -750,7 +751,7 @@ def test_matching_a_teacher(parts, tmp_path):
 def test_searching_for_likelihood(parts, tmp_path):
   family = functools.partial(families.make_sampler, family="ggdm+pred",
                              num_steps=3, init="ddpm", stride="linear")
-  sampler = ddss_tf.search(str(tmp_path), **parts, **options(
+  sampler = ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       sampler=family, objective="elbo", num_search_steps=40, batch_size=64,
       learning_rate=0.1, validation_samples=256))
   rng = np.random.default_rng(0)
@@ -766,14 +767,14 @@ def test_searching_for_likelihood(parts, tmp_path):
   assert bound(sampler.coefficients()) < bound(start) - 0.5
   # Deterministic samplers have no bound to lower.
   with pytest.raises(UserError, match="finite"):
-    ddss_tf.search(str(tmp_path / "ode"), **parts, **options(
+    ddss_tf.search(run_dir=str(tmp_path / "ode"), **parts, **options(
         sampler=functools.partial(family, init="ddim"), objective="elbo"))
 
 
 @pytest.mark.slow
 def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
   run = str(tmp_path)
-  sampler = ddss_tf.search(run, **parts, **options(
+  sampler = ddss_tf.search(run_dir=run, **parts, **options(
       x0_bound="clip", num_search_steps=2, validate_every=1))
   assert card.read(os.path.join(run, "sampler.json")).x0_bound == "clip"
   x_T, noise = chain.draw_noise(tf.constant([4, 0]), tf.range(9), SHAPE, 3)
@@ -859,7 +860,7 @@ def test_pictures_are_of_the_sampler_and_its_start(
         drawn.update({_name: args}), _inner(*args)))
   run = str(tmp_path)
   searched = options(num_search_steps=2)
-  sampler = ddss_tf.search(run, **parts, **searched)
+  sampler = ddss_tf.search(run_dir=run, **parts, **searched)
   start = searched["sampler"](parts["denoiser"].schedule).coefficients().numpy()
   best = sampler.coefficients().numpy()
   _, found, _, first, schedule = drawn["coefficients_png"]
@@ -890,10 +891,10 @@ def test_pictures_are_of_the_sampler_and_its_start(
         made, [*states, image][k + 1], atol=ROUNDING)
   # What is there already is not drawn again.
   drawn.clear()
-  ddss_tf.search(run, **parts, **searched)
+  ddss_tf.search(run_dir=run, **parts, **searched)
   assert not drawn
   os.remove(os.path.join(run, searching.PATH))
-  ddss_tf.search(run, **parts, **searched)
+  ddss_tf.search(run_dir=run, **parts, **searched)
   assert os.path.exists(os.path.join(run, searching.PATH))
 
 
@@ -918,7 +919,8 @@ def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
   with pytest.raises(UserError, match=(
       r"at step 6: 2 steps.*not finite, this one in the gradient of \w+; the "
       r"last good checkpoint is .*ckpt-4\b")):
-    ddss_tf.search(str(tmp_path / "strict"), **parts, **options(max_skipped=1))
+    ddss_tf.search(
+        run_dir=str(tmp_path / "strict"), **parts, **options(max_skipped=1))
 
 
 @pytest.mark.parametrize("where,value", [
@@ -980,8 +982,8 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
 
   monkeypatch.setattr(searching.Search, "advance", broken)
   sampler = ddss_tf.search(
-      str(tmp_path), **{**parts, "denoiser": denoiser, "features": features},
-      **options())
+      run_dir=str(tmp_path), **options(),
+      **{**parts, "denoiser": denoiser, "features": features})
   assert skipped == [1, 2]
   sampler.coefficients().validate()
 
@@ -1004,10 +1006,10 @@ def test_a_sampler_that_was_searched_starts_anew(
   with monkeypatch.context() as patch:
     patch.setattr(searching.Search, "advance", broken)
     with pytest.raises(KeyboardInterrupt):
-      ddss_tf.search(run, **parts, **searched)
+      ddss_tf.search(run_dir=run, **parts, **searched)
   # From its checkpoint; and, the third time, from the beginning.
   for folder in (run, str(tmp_path / "other")):
-    same_sampler(ddss_tf.search(folder, **parts, **searched), expected)
+    same_sampler(ddss_tf.search(run_dir=folder, **parts, **searched), expected)
 
 
 @pytest.mark.parametrize("family", ["ggdm+pred+time", "rddim+pred"])
@@ -1015,12 +1017,13 @@ def test_a_single_step_is_searched(parts, tmp_path, family):
   """K = 1 has no noise to learn, but the rest."""
   make = functools.partial(
       families.make_sampler, family=family, num_steps=1, init="ddpm")
-  sampler = ddss_tf.search(str(tmp_path), **parts, **options(sampler=make))
+  sampler = ddss_tf.search(
+      run_dir=str(tmp_path), **parts, **options(sampler=make))
   assert not np.array_equal(
       sampler.coefficients().x0_from_eps,
       make(parts["denoiser"].schedule).coefficients().x0_from_eps)
   with pytest.raises(UserError, match="nothing to learn"):
-    ddss_tf.search(str(tmp_path / "none"), **parts, **options(
+    ddss_tf.search(run_dir=str(tmp_path / "none"), **parts, **options(
         sampler=functools.partial(
             families.make_sampler, family="ddim-learned", num_steps=1)))
 
@@ -1028,7 +1031,8 @@ def test_a_single_step_is_searched(parts, tmp_path, family):
 @pytest.mark.slow
 def test_a_kind_with_rate_0_is_held(parts, tmp_path):
   sampler = ddss_tf.search(
-      str(tmp_path), **parts, **options(rate_multipliers={"times": 0.0}))
+      run_dir=str(tmp_path), **parts,
+      **options(rate_multipliers={"times": 0.0}))
   start = options()["sampler"](parts["denoiser"].schedule).coefficients()
   found = sampler.coefficients()
   np.testing.assert_array_equal(found.times, start.times)
@@ -1078,12 +1082,13 @@ def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
 
   monkeypatch.setattr(searching.Search, "advance", watched)
   searched = options(num_search_steps=1, validate_every=1)
-  ddss_tf.search(str(tmp_path), **parts, **searched)
+  ddss_tf.search(run_dir=str(tmp_path), **parts, **searched)
   assert seen == [True] and not locked()
   with open(path, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    for call in (lambda: ddss_tf.search(str(tmp_path), **parts, **searched),
-                 lambda: ddss_tf.export(str(tmp_path), parts["denoiser"])):
+    for call in (
+        lambda: ddss_tf.search(run_dir=str(tmp_path), **parts, **searched),
+        lambda: ddss_tf.export(str(tmp_path), parts["denoiser"])):
       with pytest.raises(UserError, match="in use by another process"):
         call()
 
@@ -1095,17 +1100,19 @@ def test_another_search_in_the_same_place(parts, finished, tmp_path):
       "another batch_size: 16. Received: 32; another gradient_samples: .*; "
       "another seed: 0. Received: 1.*"
       "search.restart = True")):
-    ddss_tf.search(run, **parts, **options(batch_size=32, seed=1))
+    ddss_tf.search(run_dir=run, **parts, **options(batch_size=32, seed=1))
   copy = str(tmp_path / "copy")
   shutil.copytree(run, copy)
   changes = dict(batch_size=32, seed=1)
-  anew = ddss_tf.search(copy, **parts, **options(restart=True, **changes))
+  anew = ddss_tf.search(
+      run_dir=copy, **parts, **options(restart=True, **changes))
   fresh = str(tmp_path / "fresh")
   same_sampler(
-      anew, ddss_tf.search(fresh, **parts, **options(**changes)))
+      anew, ddss_tf.search(run_dir=fresh, **parts, **options(**changes)))
   assert events(copy) == events(fresh)
   # The same search is no other: it goes on, and is done.
-  same_sampler(sampler, ddss_tf.search(run, **parts, **options(restart=True)))
+  same_sampler(sampler, ddss_tf.search(
+      run_dir=run, **parts, **options(restart=True)))
 
 
 def test_a_restart_that_is_killed_restarts(tmp_path, monkeypatch):
@@ -1159,9 +1166,9 @@ def test_pictures_come_into_tensorboard_though_it_was_killed(
   with monkeypatch.context() as patch:
     patch.setattr(tf.summary, "image", killed)
     with pytest.raises(KeyboardInterrupt):
-      ddss_tf.search(copy, **parts, **options())
+      ddss_tf.search(run_dir=copy, **parts, **options())
   assert not os.path.exists(pictures)
-  ddss_tf.search(copy, **parts, **options())
+  ddss_tf.search(run_dir=copy, **parts, **options())
   assert len(expected) == len(searching.PICTURES)
   assert events(copy, "pictures/*") == expected
 
@@ -1185,13 +1192,13 @@ def test_pictures_come_into_tensorboard_though_it_was_killed(
 ])
 def test_bad_arguments(parts, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
-    ddss_tf.search(str(tmp_path), **parts, **options(**changes))
+    ddss_tf.search(run_dir=str(tmp_path), **parts, **options(**changes))
 
 
 def test_parts_that_do_not_fit(parts, tmp_path):
   other = {**parts, "denoiser": ddss_tf.gaussian_denoiser((8, 8, 1))}
   with pytest.raises(UserError, match=r"data set 'gaussian'.*\(8, 8, 1\)"):
-    ddss_tf.search(str(tmp_path), **other, **options())
+    ddss_tf.search(run_dir=str(tmp_path), **other, **options())
 
 
 def evaluate(parts, run, **changes):
