@@ -832,7 +832,7 @@ def search(
       (`samplers.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
-    start_samples: images by which `init="auto"` chooses.
+    start_samples: images by which `init="auto"` chooses; see `starts.choose`.
     start_candidates: what it chooses from, see `starts.possible`.
     validation_samples: images of the validation, on fixed noise.
     validate_every: steps between validations. One that is worse than the best
@@ -950,11 +950,10 @@ def search(
 
   if getattr(sampler, "init", None) == "auto":
     sampler = starts.choose(
-        candidates, make_value(
-            start_samples, views_of_teacher(start_samples, seed + 1), None),
-        run.path(starts.FILE), {
-            **setting, "family": sampler.get_config(),
-            "samples": start_samples, "seed": seed + 1})
+        candidates, lambda count: make_value(
+            count, views_of_teacher(count, seed + 1), None),
+        start_samples, run.path(starts.FILE),
+        {**setting, "family": sampler.get_config(), "seed": seed + 1})
 
   run.claim("search", {**identity, "sampler": sampler.get_config()}, restart,
             (card.FILE, *PICTURES, _PICTURE_EVENTS))

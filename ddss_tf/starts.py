@@ -1,5 +1,6 @@
 """Where a search starts: every solver on every stride, tried on fixed noise."""
 
+import functools
 import json
 import os
 from typing import Callable
@@ -16,6 +17,8 @@ from ddss_tf.samplers import Sampler
 from ddss_tf.schedules import STRIDES
 
 FILE = "starts.json"
+_FIELDS = ("start", "samples", "sha256", "distance")
+_AGAIN = 8
 
 
 def possible(make: Callable[..., Sampler], candidates=None
@@ -51,16 +54,23 @@ def possible(make: Callable[..., Sampler], candidates=None
 
 
 def choose(candidates: list[tuple[dict, Sampler]],
-           distance: Callable[[Coefficients], float], path: str,
-           conditions: dict) -> Sampler:
+           distance: Callable[[int], Callable[[Coefficients], float]],
+           num_samples: int, path: str, conditions: dict) -> Sampler:
   """Ranks starts, and takes the best.
 
   The ranking is logged and written to a file, each entry as soon as it is
   known; entries that are there already under the same conditions are kept.
 
+  Samplers without noise make their images of the same x_T: few images tell them
+  apart, for the chance is common to all. One that adds noise has a chance of
+  its own. So the best of either kind are compared once more, on `_AGAIN` times
+  as many images.
+
   Args:
     candidates: as of `possible`.
-    distance: the search's objective, of the images of coefficients.
+    distance: from a number of images to the search's objective, of that many
+      images of coefficients.
+    num_samples: of the ranking.
     path: of the file.
     conditions: all else that decides the figures; JSON.
 
@@ -70,36 +80,54 @@ def choose(candidates: list[tuple[dict, Sampler]],
   Raises:
     UserError: no start has a finite distance, or the file is damaged.
   """
-  ranking = _read(path, conditions)
-  known = [(entry["start"], entry["sha256"]) for entry in ranking]
-  mine = []  # Others may be of candidates that there no longer are.
-  for start, sampler in candidates:
+  known = _read(path, conditions)
+  distance = functools.cache(distance)
+
+  def measured(start, sampler, samples):
     coefficients = sampler.start.numpy()
-    sha256 = fingerprint.coefficients_sha256(coefficients)
-    mine.append((start, sha256))
-    if (start, sha256) in known:
-      continue
-    value = distance(coefficients)
+    key = {"start": start, "samples": samples,
+           "sha256": fingerprint.coefficients_sha256(coefficients)}
+    for entry in known:
+      if {name: entry[name] for name in key} == key:
+        return entry
+    value = distance(samples)(coefficients)
     # JSON has no NaN.
-    ranking.append({"start": start, "sha256": sha256,
-                    "distance": value if np.isfinite(value) else None})
-    ranking.sort(key=_worse)
-    storage.write_json(path, {"conditions": conditions, "ranking": ranking})
-  ranking = [entry for entry in ranking
-             if (entry["start"], entry["sha256"]) in mine]
-  for rank, entry in enumerate(ranking, 1):
+    entry = {**key, "distance": value if np.isfinite(value) else None}
+    known.append(entry)
+    known.sort(key=_worse)
+    storage.write_json(path, {"conditions": conditions, "ranking": known})
+    return entry
+
+  # Entries of the file may be of candidates that there no longer are.
+  ranking = [(measured(start, sampler, num_samples), sampler)
+             for start, sampler in candidates]
+  ranking.sort(key=lambda pair: _worse(pair[0]))
+  for rank, (entry, _) in enumerate(ranking, 1):
     logging.info("start %d: %s, distance %s", rank, entry["start"],
                  entry["distance"])
-  if ranking[0]["distance"] is None:
+  ranking = [pair for pair in ranking if pair[0]["distance"] is not None]
+  if not ranking:
     raise UserError("init='auto' found no start with a finite distance")
-  best = ranking[0]["start"], ranking[0]["sha256"]
-  return candidates[mine.index(best)][1]
+  best = [next((pair for pair in ranking if noisy == bool(np.any(
+      pair[1].start.numpy().noise_scales))), None) for noisy in (False, True)]
+  if None in best:
+    return ranking[0][1]
+  again = [(measured(entry["start"], sampler, _AGAIN * num_samples), sampler)
+           for entry, sampler in best]
+  again.sort(key=lambda pair: _worse(pair[0]))
+  for entry, _ in again:
+    logging.info("on %d images: %s, distance %s", entry["samples"],
+                 entry["start"], entry["distance"])
+  return again[0][1]
 
 
 def _worse(entry):
-  """Sorts by distance, those that have none last."""
+  """Sorts by distance, those that have none last, and those of more images.
+
+  A distance of more images may be lower for their number alone.
+  """
   value = entry["distance"]
-  return (value is None, value or 0.0)
+  return entry["samples"], value is None, value or 0.0
 
 
 def _read(path, conditions):
@@ -110,7 +138,8 @@ def _read(path, conditions):
       values = json.load(f)
     if values["conditions"] != conditions:
       return []
-    return list(values["ranking"])
+    return [{name: entry[name] for name in _FIELDS}
+            for entry in values["ranking"]]
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{path} is damaged: {error!r}. Delete it to rank anew"
                     ) from error

@@ -26,6 +26,7 @@ from ddss_tf import evaluation
 from ddss_tf import families
 from ddss_tf import features as features_lib
 from ddss_tf import figures
+from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf import run_dir
@@ -543,11 +544,20 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
     ranking = json.load(f)["ranking"]
   tried = {tuple(entry["start"].values()) for entry in ranking}
   assert tried == set(itertools.product(solvers.SOLVERS, schedules.STRIDES))
-  distances = [entry["distance"] for entry in ranking]
-  assert distances == sorted(distances)
-  # The first of the ranking is what the search began with, measured anew.
+  # The best with noise and the best without it are there again, at the end.
+  ranking, again = ranking[:-2], ranking[-2:]
+  assert {entry["samples"] for entry in ranking} == {64}
+  assert {entry["samples"] for entry in again} == {512}
+  for entries in (ranking, again):
+    distances = [entry["distance"] for entry in entries]
+    assert distances == sorted(distances)
+  for noisy in (True, False):
+    first = next(entry["start"] for entry in ranking
+                 if noisy == (entry["start"]["init"] == "ddpm"))
+    assert first in [entry["start"] for entry in again]
+  # The better of these is what the search began with, measured anew.
   config = card.read(os.path.join(run, "sampler.json")).search["config"]
-  assert ranking[0]["start"] == {
+  assert again[0]["start"] == {
       "init": config["init"], "stride": config["stride"]}
   generator = sampling.Generator(parts["denoiser"], 64, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
@@ -633,20 +643,55 @@ def test_starts_without_a_distance_come_last(parts, tmp_path):
                 {"init": "ddim", "stride": "quadratic"}]
   values = iter([np.nan, 3.0, 2.0])
   candidates = starts.possible(make, candidates)
-  best = starts.choose(candidates, lambda c: next(values), path, {"a": 1})
+  choose = functools.partial(starts.choose, candidates)
+  best = choose(lambda count: lambda c: next(values), 9, path, {"a": 1})
   assert (best.init, best._stride) == ("ddim", "quadratic")
   with open(path) as f:
     ranking = json.load(f)["ranking"]
   assert [entry["distance"] for entry in ranking] == [2.0, 3.0, None]
   # Other conditions, or another sampler in the same file, are ranked anew.
   values = iter([5.0, 4.0, 6.0])
-  best = starts.choose(candidates, lambda c: next(values), path, {"a": 2})
+  best = choose(lambda count: lambda c: next(values), 9, path, {"a": 2})
   assert best.init == "ab2"
   with pytest.raises(UserError, match="no start with a finite distance"):
-    starts.choose(candidates, lambda c: np.inf, path, {"a": 3})
-  (tmp_path / "starts.json").write_text("[")
-  with pytest.raises(UserError, match="damaged.*Delete it"):
-    starts.choose(candidates, lambda c: 1.0, path, {"a": 3})
+    choose(lambda count: lambda c: np.inf, 9, path, {"a": 3})
+  for content in ("[", '{"conditions": {"a": 3}, "ranking": [{"start": {}}]}'):
+    (tmp_path / "starts.json").write_text(content)
+    with pytest.raises(UserError, match="damaged.*Delete it"):
+      choose(lambda count: lambda c: 1.0, 9, path, {"a": 3})
+
+
+def test_a_noisy_start_is_compared_on_more_images(parts, tmp_path):
+  """For few images tell only those apart that have their noise in common."""
+  candidates = starts.possible(functools.partial(
+      families.make_sampler, parts["denoiser"].schedule, family="ggdm",
+      num_steps=3), [{"init": name, "stride": "linear"}
+                     for name in ("ddpm", "ddim", "dpm++2m")])
+  names = {fingerprint.coefficients_sha256(sampler.start.numpy()): start["init"]
+           for start, sampler in candidates}
+  values = {(9, "ddpm"): 1.0, (9, "dpm++2m"): 3.0, (9, "ddim"): 4.0,
+            (72, "ddpm"): 0.9, (72, "dpm++2m"): 0.2}
+  asked = []
+
+  def distance(count):
+    def of(coefficients):
+      asked.append((count, names[fingerprint.coefficients_sha256(coefficients)]))
+      return values[asked[-1]]
+    return of
+
+  choose = functools.partial(
+      starts.choose, candidates, distance, 9, str(tmp_path / "starts.json"))
+  assert choose({}).init == "dpm++2m"
+  assert sorted(asked) == sorted(values)
+  assert choose({}).init == "dpm++2m" and len(asked) == 5  # All is known.
+  values[72, "ddpm"] = 0.1
+  assert choose({"other": "conditions"}).init == "ddpm"
+  # Without one that adds noise there is nothing to ask again.
+  del asked[:]
+  quiet = functools.partial(
+      starts.choose, candidates[1:], distance, 9, str(tmp_path / "quiet.json"))
+  assert quiet({}).init == "dpm++2m"
+  assert sorted(asked) == [(9, "ddim"), (9, "dpm++2m")]
 
 
 @pytest.mark.slow
