@@ -118,9 +118,18 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
       isinstance(value, torch.Tensor) for value in state.values()):
     raise UserError(f"{path} must hold a state dict, tensors by name. "
                     f"Received: {type(state).__name__}")
-  # float() first: NumPy has no bfloat16.
-  return finite_float32(path, {
-      name: value.float().numpy() for name, value in state.items()})
+  for name, value in state.items():
+    if not value.is_floating_point():
+      raise UserError(f"{path}: {name} must hold floats. "
+                      f"Received: {value.dtype}")
+  try:
+    # float() first: NumPy has no bfloat16.
+    arrays = {name: value.detach().float().numpy()
+              for name, value in state.items()}
+  except Exception as error:  # A sparse or quantised tensor.
+    raise UserError(f"{path} must hold plain tensors: {one_line(error)}"
+                    ) from error
+  return finite_float32(path, arrays)
 
 
 def finite_float32(

@@ -175,10 +175,9 @@ def compare(
     strides: names out of `schedules.STRIDES`.
     families: names of learned families, smaller ones first.
     objectives: what is minimised, for a row of each family with each of them:
-      a dict of labels to what `search.objective` takes. Then all searches of a
-      K start at its default, those at DDPM for which that has no finite value,
-      as the ELBO of a sampler without noise. None: one row, with the binding of
-      `search`.
+      a dict of labels to what `search.objective` takes. Then all searches start
+      at DDPM, for the ELBO of a start without noise is infinite. None: one row,
+      with the binding of `search`.
     cards: samplers that were found before, measured as they are: paths of
       their cards, or names in the zoo; see `evaluation.load_searched`.
     full_chain: also measure DDPM with all training steps, with the first seed
@@ -195,8 +194,8 @@ def compare(
 
   Returns:
     The records, in the order of the table, those of several seeds one after
-    another; with `objectives` they also have the one of their search, and
-    `search_seconds`, the time of its steps.
+    another; with `objectives` they also have the one of their search, its
+    `search_rate` and `search_seconds`, the time of its steps.
 
   Raises:
     UserError: an unknown name, too few samples, or a fault of a search.
@@ -230,6 +229,7 @@ def compare(
     for record in of_row:
       if objectives:
         record = {**record, "objective": search and search["objective"],
+                  "search_rate": search and search["rate"],
                   "search_seconds": search and search["seconds"]}
       records.append(record)
       logging.info("%s", record)
@@ -267,10 +267,9 @@ def compare(
     for family in families:
       folder = run.path(f"k{steps}", family)
       for label, objective in (objectives or {}).items():
-        # No noise, no bound: the ELBO leaves the default for DDPM.
         path = os.path.join(folder, label)
         sampler, bound = searched(
-            path, family, [{}, {"init": "ddpm"}], objective=objective)
+            path, family, [{"init": "ddpm"}], objective=objective)
         sampler.label = f"{sampler.label}, {label}"
         add(sampler, bound, _search_of(path))
       if objectives:

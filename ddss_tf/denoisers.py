@@ -25,12 +25,13 @@ from ddss_tf import foreign
 from ddss_tf import precision
 from ddss_tf import schedules
 from ddss_tf import storage
-from ddss_tf.errors import UserError, shape_text
+from ddss_tf.errors import UserError, check_number, check_whole, shape_text
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
 CARD = "denoiser.json"  # Of our own format.
 NETWORK = "network.keras"
+_FORMAT, _VERSION = "ddss_tf.denoiser", 1
 
 
 class Denoiser:
@@ -76,7 +77,8 @@ class Denoiser:
   Raises:
     ValueError: unknown prediction, a convention that there is not, or an image
       shape that is missing or not the model's; `num_classes` does not fit the
-      model; guidance of an unconditional network or without a null label.
+      model; guidance of an unconditional network or without a null label; a
+      number that is none.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
@@ -87,14 +89,22 @@ class Denoiser:
                sha256: str | None = None, continuous_time: bool | None = None,
                **convention):
     self.convention = conventions.Convention(prediction, **convention)
+    check_whole("num_classes", num_classes, 1, optional=True)
+    check_whole("null_label", null_label, 0, optional=True)
+    if guidance_scale is not None:
+      check_number("guidance_scale", guidance_scale)
     self.model = model = foreign.adapted(model, num_classes)
     inputs = getattr(model, "input_shape", None)
     if inputs and len(inputs) != (2 if num_classes is None else 3):
       raise ValueError(
           "num_classes must be given exactly for a model of three inputs. "
           f"Received: {num_classes} for {len(inputs)} inputs")
-    if null_label is not None and not (
-        num_classes and 0 <= null_label < num_classes):
+    for layer in getattr(model, "layers", ()):
+      known = getattr(layer, "input_dim", num_classes)
+      if layer.name == "label_embedding" and known != num_classes:
+        raise ValueError(f"num_classes must be {known}, as the network has "
+                         f"them. Received: {num_classes}")
+    if null_label is not None and null_label >= (num_classes or 0):
       raise ValueError(
           "null_label must be one of the network's classes, of which there are "
           f"{num_classes or 'none'}. Received: {null_label}")
@@ -362,8 +372,8 @@ class Denoiser:
     with storage.replacing(os.path.join(path, NETWORK)) as temporary:
       self.model.save(temporary)
     storage.write_json(os.path.join(path, CARD), {
-        "format": "ddss_tf.denoiser",
-        "version": 1,
+        "format": _FORMAT,
+        "version": _VERSION,
         "name": self.name,
         **self.convention.non_default(),
         "prediction": self.prediction,
@@ -390,7 +400,12 @@ class Denoiser:
     card_path = os.path.join(folder, CARD)
     card = checkpoints.read_json_object(card_path)
     try:
+      for key, value in (("format", _FORMAT), ("version", _VERSION)):
+        if card[key] != value:
+          raise ValueError(f"{key} must be {value!r}. Received: {card[key]!r}")
       name, prediction = card["name"], card["prediction"]
+      if not isinstance(name, str):
+        raise ValueError(f"name must be a word. Received: {name!r}")
       sha256 = card["sha256"]
       schedule = schedules.from_card(card)
       convention = {key: card[key] for key in foreign.CONVENTION_KEYS

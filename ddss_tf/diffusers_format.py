@@ -1,6 +1,7 @@
-"""Reads a `UNet2DModel` in the diffusers folder layout.
+"""Reads a `UNet2DModel` in the diffusers folder layouts.
 
-`config.json` and `scheduler_config.json` become a `UNetConfig`, the betas and
+Configuration, scheduler and weights lie in one folder, or in `unet/` and
+`scheduler/` of a pipeline. `config.json` and `scheduler_config.json` become a `UNetConfig`, the betas and
 the prediction type; the weights become a dictionary by our variable names.
 Every config key is either honoured or required to have the one value we
 implement; everything else is refused by name. `.bin` weights need PyTorch.
@@ -10,7 +11,6 @@ import os
 import re
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from ddss_tf import checkpoints
@@ -20,6 +20,8 @@ from ddss_tf.unet import UNetConfig
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
+_PIPELINE = "model_index.json"
+_UNET, _SCHEDULER_FOLDER = "unet", "scheduler"
 SUFFIXES = (".safetensors", ".bin")
 WEIGHTS, PICKLED_WEIGHTS = (
     "diffusion_pytorch_model" + suffix for suffix in SUFFIXES)
@@ -68,17 +70,61 @@ _USED = {
 }
 
 
-def _folder(path: str) -> str:
-  """The folder that holds `path`, or that it is."""
-  return path if os.path.isdir(path) else os.path.dirname(path) or "."
+def is_diffusers(path: str) -> bool:
+  """Whether it is such a folder, a pipeline of one, or a file of weights."""
+  if os.path.isfile(path):
+    return path.endswith(SUFFIXES)
+  return os.path.exists(os.path.join(path, _PIPELINE)) or os.path.exists(
+      os.path.join(path, CONFIG))
 
 
-def _read_json(path: str, name: str) -> dict:
-  folder = _folder(path)
-  if not os.path.exists(os.path.join(folder, name)):
+def find_network(path: str) -> str:
+  """The folder or file of the network itself.
+
+  Args:
+    path: of a pipeline, of a network's folder or of a file of weights.
+
+  Returns:
+    `unet/` of a pipeline, all else as it is.
+
+  Raises:
+    UserError: a pipeline with other parts, such as a latent one.
+  """
+  if not os.path.exists(os.path.join(path, _PIPELINE)):
+    return path
+  index = os.path.join(path, _PIPELINE)
+  parts = {name for name, value in checkpoints.read_json_object(index).items()
+           if isinstance(value, list) and value != [None, None]}
+  if parts != {_UNET, _SCHEDULER_FOLDER}:
+    raise UserError(f"{index} must be of a pipeline of {_UNET} and "
+                    f"{_SCHEDULER_FOLDER}. Received: {sorted(parts)}")
+  return os.path.join(path, _UNET)
+
+
+def config_files(path: str) -> tuple[str, str]:
+  """Where a network's configuration and its scheduler's should be.
+
+  Args:
+    path: as `find_network` gives it. A scheduler that is not beside the weights
+      is looked for where pipelines have it.
+  """
+  folder = os.path.dirname(path) or "." if os.path.isfile(path) else path
+  scheduler = os.path.join(folder, SCHEDULER)
+  other = os.path.join(os.path.dirname(os.path.abspath(folder)),
+                       _SCHEDULER_FOLDER, SCHEDULER)
+  if not os.path.exists(scheduler) and os.path.exists(other):
+    scheduler = other
+  return os.path.join(folder, CONFIG), scheduler
+
+
+def _read_json(path: str) -> dict:
+  folder, name = os.path.split(path)
+  if not os.path.exists(path):
+    received = (f"{folder!r} with {sorted(os.listdir(folder))}"
+                if os.path.isdir(folder) else f"no folder {folder!r}")
     raise UserError(f"a diffusers folder must hold {name} beside the weights. "
-                    f"Received: {folder!r} with {sorted(os.listdir(folder))}")
-  return checkpoints.read_json_object(os.path.join(folder, name))
+                    f"Received: {received}")
+  return checkpoints.read_json_object(path)
 
 
 def _choice(source, config, key, known, default=None):
@@ -102,7 +148,7 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
   """Reads both configuration files.
 
   Args:
-    path: of the diffusers folder, or of a weights file in it.
+    path: of the network's folder, or of a weights file in it.
 
   Returns:
     The architecture, the betas (float64 [T]) and the prediction type in our
@@ -112,8 +158,8 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
     UserError: a file is missing or damaged; a key has a value that is not
       implemented, or is not known.
   """
-  config = _read_json(path, CONFIG)
-  source = os.path.join(_folder(path), CONFIG)
+  source, _ = config_files(path)
+  config = _read_json(source)
   if config.get("_class_name") != "UNet2DModel":
     raise UserError(f"{source}: _class_name must be 'UNet2DModel'. "
                     f"Received: {config.get('_class_name')!r}")
@@ -227,8 +273,8 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
 
   What only says how to sample, such as `use_karras_sigmas`, is not looked at.
   """
-  config = _read_json(path, SCHEDULER)
-  source = os.path.join(_folder(path), SCHEDULER)
+  _, source = config_files(path)
+  config = _read_json(source)
   scheduler = config.get("_class_name", "DDPMScheduler")
   if scheduler not in list(_SCHEDULERS):
     raise UserError(f"{source}: _class_name must be of a scheduler with betas, "
@@ -269,8 +315,8 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   """Reads the weights.
 
   Args:
-    path: of the diffusers folder, whose safetensors file is preferred, or of a
-      file.
+    path: of the network's folder, whose safetensors file is preferred, or of
+      a file.
 
   Returns:
     float32 arrays by diffusers' names.
@@ -291,9 +337,9 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     return checkpoints.read_state_dict(path)
   try:
     weights = safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
-    raise UserError(
-        f"{path} is not a complete safetensors file: {error}") from error
+  except Exception as error:  # It knows types that NumPy does not.
+    raise UserError(f"{path} is not a complete safetensors file of floats: "
+                    f"{checkpoints.one_line(error)}") from error
   return checkpoints.finite_float32(path, weights)
 
 
@@ -311,7 +357,7 @@ def without_variance(
   Raises:
     UserError: a tensor has other channels than the configuration says.
   """
-  config = _read_json(path, CONFIG)
+  config = _read_json(config_files(path)[0])
   before, kept = config["out_channels"], config["in_channels"]
   if before == kept:
     return weights

@@ -1,5 +1,6 @@
 """Exceptions whose text is one line for the user, and their words."""
 
+import math
 import numbers
 
 # Seeds are int32, and a search's validation has the next one.
@@ -60,6 +61,17 @@ def check_whole(option: str, value, least: int, *, most: int | None = None,
     limit = f">= {least}" if most is None else f"from {least} to {most}"
     raise UserError(f"{option} must be {choices}{'or ' if choices else ''}a "
                     f"whole number {limit}. Received: {value!r}")
+
+
+def check_number(option: str, value) -> None:
+  """Checks that an option is a finite number.
+
+  Raises:
+    UserError: it is not.
+  """
+  if (not isinstance(value, numbers.Real) or isinstance(value, bool)
+      or not math.isfinite(value)):
+    raise UserError(f"{option} must be a finite number. Received: {value!r}")
 
 
 def check_positive(option: str, value) -> None:

@@ -32,6 +32,7 @@ from ddss_tf.searching import check_guidance, check_shapes, check_x0_bound
 METRICS = "metrics.json"
 SAMPLES = "samples.png"
 _SPLITS = 10  # Of the Inception Score, as published.
+_LEAST_IMAGES = 4  # Of KID with an error, generated and real.
 _TIMED = 4  # Batches, the first of which does not count.
 
 
@@ -91,7 +92,7 @@ class Evaluator:
     jit_compile: compile the network with XLA.
 
   Raises:
-    UserError: parts that do not fit together.
+    UserError: parts that do not fit together, or too few real images.
   """
 
   def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
@@ -110,6 +111,10 @@ class Evaluator:
         *features_lib.as_networks(
             "heldout_features", heldout_features, optional=True)]
     check_shapes(denoiser, dataset, *self._networks)
+    if len(dataset.images) < _LEAST_IMAGES:
+      raise UserError(f"data set {dataset.name!r} must have at least "
+                      f"{_LEAST_IMAGES} images, for the error of KID. "
+                      f"Received: {len(dataset.images)}")
     self._seed = seed
     self._batch_size = batch_size
     self._jit_compile = jit_compile
@@ -197,9 +202,7 @@ class Evaluator:
 
   def _conditions(self, sampler, coefficients, num_samples, x0_bound, seed):
     """All that decides a record's values."""
-    features = [{"name": network.name, "sha256": network.sha256,
-                 "protocol": network.protocol}
-                for network in self._networks]
+    features = [network.identity for network in self._networks]
     return {
         "sampler": sampler.label,
         "num_steps": sampler.num_steps,
@@ -225,8 +228,7 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
   Raises:
     UserError: one is out of range.
   """
-  # KID has an error from 4 samples on.
-  check_whole("evaluate.num_samples", arguments["num_samples"], 4)
+  check_whole("evaluate.num_samples", arguments["num_samples"], _LEAST_IMAGES)
   check_whole("evaluate.batch_size", arguments["batch_size"], 1)
   check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
   check_x0_bound("evaluate", arguments["x0_bound"])
@@ -360,9 +362,10 @@ def _measure(batches, extract, reference, num_samples):
       yield [found[0]["logits"], *(output["pool"] for output in found)]
 
   logits, *pools = reference_lib.collect(outputs(), num_samples)
-  if not all(np.all(np.isfinite(pool)) for pool in pools):
-    raise UserError("generated images must have finite features: the sampler "
-                    "or the denoiser produced NaN or infinite values")
+  if not all(np.all(np.isfinite(values)) for values in (logits, *pools)):
+    raise UserError("generated images must have finite features and logits: "
+                    "the sampler, the denoiser or a feature network produced "
+                    "NaN or infinite values")
   kid, kid_std = metrics.kid(reference[0].pool, pools[0])
   splits = min(_SPLITS, num_samples)
   split_mean, split_std = metrics.inception_score(logits, splits)

@@ -45,6 +45,7 @@ class FeatureNetwork:
     key: hash of the weights, the architecture, the choice of layers and the
       preprocessing: equal keys give equal features.
     sha256: hash of the weights, which results record beside the protocol.
+    embedded: whether it is one of those that come with the package.
 
   Raises:
     UserError: there is no such layer, its output has another rank, or the
@@ -84,6 +85,17 @@ class FeatureNetwork:
       parts.append(str(preprocessing))
     self.key = fingerprint.text_sha256(json.dumps(parts))
     self.sha256 = model.weights_sha256
+    self.embedded = False
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """How results name it: name, "sha256", "protocol".
+
+    And the `key`, for the weights do not tell an activation; what comes with
+    the package is known by its weights.
+    """
+    told = {"name": self.name, "sha256": self.sha256, "protocol": self.protocol}
+    return told if self.embedded else {**told, "key": self.key}
 
   def accepts(self, image_shape) -> bool:
     """Whether it takes images (H, W, C); None in it stands for any."""
@@ -211,7 +223,8 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
       raise UserError("image_size of features must be a positive number or "
                       f"(height, width). Received: {image_size!r}")
-  if path in embedded_features():
+  embedded = path in embedded_features()
+  if embedded:
     path = os.path.join(_ASSETS, path + _SUFFIX)
   is_handle = path.startswith(("https://", "http://"))
   if path.startswith(keras_models.APPLICATION_PREFIX):
@@ -251,6 +264,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
   features = FeatureNetwork(
       network, name, pool_layer or layers[0], logits_layer or layers[1],
       preprocessing, source)
+  features.embedded = embedded
   if source == "keras file":
     _check_card(path, network.weights_sha256)
   logging.info("features %s: %s, %d features", name, features.protocol,
@@ -267,6 +281,10 @@ def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
         "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
         f"network ({', '.join(embedded_features())}). Received: {path!r}")
   model = checkpoints.load_keras(path)
+  for variable in model.weights:
+    if not np.all(np.isfinite(variable)):
+      raise UserError(f"features {path} must have finite weights. Received: "
+                      f"NaN or infinity in {variable.path}")
   name = os.path.basename(path).removesuffix(_SUFFIX)
   return keras_models.KerasNetwork(model, name), name
 

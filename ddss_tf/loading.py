@@ -192,8 +192,7 @@ def _converter(path: str):
     return _convert_weights, weights_format.CARD_KEYS
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _convert_openai, _OPENAI_KEYS
-  if path.endswith(diffusers_format.SUFFIXES) and os.path.isfile(path) or (
-      os.path.exists(os.path.join(path, diffusers_format.CONFIG))):
+  if diffusers_format.is_diffusers(path):
     return _convert_diffusers, ()
   if ddpm_format.find_prefix(path) is not None:
     return _convert_ddpm, ("image_size",)
@@ -283,18 +282,18 @@ def _files(path: str) -> list[str]:
     folder, start = os.path.split(os.path.abspath(prefix))
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
             if name.startswith((f"{start}.index", f"{start}.data-"))]
-  folder = path if os.path.isdir(path) else os.path.dirname(path)
+  path = diffusers_format.find_network(path)
   files = [path, path + ".json"] if os.path.isfile(path) else [
       os.path.join(path, name)
       for name in (diffusers_format.WEIGHTS, diffusers_format.PICKLED_WEIGHTS)]
-  files += [os.path.join(folder, name) for name in (
-      diffusers_format.CONFIG, diffusers_format.SCHEDULER)]
+  files += diffusers_format.config_files(path)
   return [file for file in files if os.path.exists(file)]
 
 
 def _convert_diffusers(path: str, given: dict) -> Denoiser:
   """Reads a diffusers folder, or a weights file in it, into our U-Net."""
   del given
+  path = diffusers_format.find_network(path)
   config, betas, prediction = diffusers_format.read_config(path)
   weights = diffusers_format.without_variance(
       path, diffusers_format.read_weights(path))

@@ -17,6 +17,8 @@ import numpy as np
 import scipy.spatial.distance
 import tensorflow as tf
 
+from ddss_tf.errors import check_positive
+
 DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
 MATCHING = ("teacher_pixels", "teacher_features")
 MOMENTS = ("kid_linear", "frechet_axes", "frechet")  # Distances of moments.
@@ -305,9 +307,10 @@ def weights_of_terms(terms) -> dict[str, float]:
     if name not in OBJECTIVES:
       raise ValueError(f"objective must be out of {', '.join(OBJECTIVES)}. "
                        f"Received: {name!r}")
-  if not terms or any(not w > 0 for w in terms.values()):
-    raise ValueError("objective must have terms with positive weights. "
-                     f"Received: {terms}")
+  if not terms:
+    raise ValueError("objective must have terms. Received: {}")
+  for name, weight in terms.items():
+    check_positive(f"the weight of the objective {name!r}", weight)
   if ELBO in terms and len(terms) > 1:
     raise ValueError(f"objective 'elbo' stands alone. Received: {terms}")
   return terms
@@ -317,12 +320,15 @@ def weights_of_networks(weights, networks) -> list[float]:
   """The weights of feature networks, 1 each for None.
 
   Raises:
-    ValueError: more or fewer weights than networks.
+    ValueError: more or fewer weights than networks, or one that is not
+      positive.
   """
   weights = [1.0] * len(networks) if weights is None else list(weights)
   if len(weights) != len(networks):
     raise ValueError("feature_weights must be one for each of the "
                      f"{len(networks)} networks. Received: {weights}")
+  for weight in weights:
+    check_positive("each of the feature_weights", weight)
   return weights
 
 

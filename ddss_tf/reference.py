@@ -18,6 +18,7 @@ from ddss_tf import data
 from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import storage
+from ddss_tf.errors import UserError
 from ddss_tf.features import FeatureNetwork
 
 
@@ -51,7 +52,8 @@ def reference(features: FeatureNetwork, dataset: data.ImageDataset, *,
     The reference.
 
   Raises:
-    UserError: images of a shape that the network does not take.
+    UserError: images of a shape that the network does not take, or features
+      or logits that are not finite.
   """
   count = len(dataset.images)
   path = None
@@ -72,6 +74,9 @@ def reference(features: FeatureNetwork, dataset: data.ImageDataset, *,
   pool, logits = collect(
       ((network["pool"], network["logits"])
        for network in map(features, batches())), count)
+  if not (np.all(np.isfinite(pool)) and np.all(np.isfinite(logits))):
+    raise UserError(f"features {features.name!r} of {dataset.name!r} must be "
+                    "finite. Received: NaN or infinity")
   result = Reference(pool, logits, metrics.moments(pool))
   if path is not None:
     with storage.replacing(path) as temporary:

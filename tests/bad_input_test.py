@@ -88,7 +88,8 @@ OBJECTIVE = "search.objective = "
     ("searched/make_sampler.parameterisation = 'free'", ["paper", "'free'"]),
     ("search.sampler = @baseline/make_sampler", ["nothing to learn"]),
     (OBJECTIVE + "'beauty'", ["kid_linear", "'beauty'"]),
-    (OBJECTIVE + "{'frechet': -1}", ["positive", "-1"]),
+    (OBJECTIVE + "{'frechet': -1}", ["'frechet'", "above 0", "-1"]),
+    (OBJECTIVE + "{'frechet': 'a'}", ["'frechet'", "above 0", "'a'"]),
     (OBJECTIVE + "3", ["search:"]),
     ("search.micro_batch_size = 5", ["must divide", "micro_batch_size=5"]),
     ("search.gradient_samples = 32", ["at most batch_size",
@@ -106,6 +107,8 @@ OBJECTIVE = "search.objective = "
     ("make_strategy.name = 'tpu'", ["make_strategy.tpu", "address of a TPU"]),
     ("make_strategy.name = 'horovod'", ["mirrored, multi_worker", "horovod"]),
     ("search.feature_weights = [1, 2]", ["1 networks", "[1, 2]"]),
+    ("search.feature_weights = [-1]", ["feature_weights", "above 0", "-1"]),
+    ("search.feature_weights = ['a']", ["feature_weights", "above 0", "'a'"]),
     ("search.teacher = {'num_steps': 0}\nsearch.objective = 'teacher_pixels'",
      ["search.teacher", "num_steps"]),
     # Of the last stages, and found before the first.

@@ -259,11 +259,34 @@ class FakeTensor:
   def __init__(self, value):
     self.value = value
 
+  @property
+  def dtype(self):
+    return f"torch.{self.value.dtype.name}"
+
+  def is_floating_point(self):
+    return self.value.dtype.kind == "f"
+
+  def detach(self):
+    return self
+
   def float(self):
     return FakeTensor(self.value.astype(np.float32))
 
   def numpy(self):
     return self.value
+
+
+class FakeParameter(FakeTensor):
+  """A tensor that requires a gradient, which has to be detached first."""
+
+  def detach(self):
+    return FakeTensor(self.value)
+
+  def float(self):
+    return FakeParameter(super().float().value)
+
+  def numpy(self):
+    raise RuntimeError("Can't call numpy() on Tensor that requires grad.\n")
 
 
 @pytest.fixture
@@ -456,6 +479,14 @@ def test_openai_files_that_cannot_be_read(state_dict, fake_torch, monkeypatch):
       name: FakeTensor(whole[name].value * np.float32("nan"))}
   message = refusal(ddss_tf.load_denoiser, state_dict)
   assert name in message and "NaN" in message
+  for dtype in (np.int64, np.bool_):
+    fake_torch.state = whole | {
+        name: FakeTensor(whole[name].value.astype(dtype))}
+    message = refusal(ddss_tf.load_denoiser, state_dict)
+    assert f"{name} must hold floats. Received: torch." in message
+  fake_torch.state = {
+      key: FakeParameter(tensor.value) for key, tensor in whole.items()}
+  assert ddss_tf.load_denoiser(state_dict).sha256
   for other in ([1], {"state_dict": whole}):
     fake_torch.state = other
     assert "must hold a state dict" in refusal(

@@ -321,6 +321,12 @@ def test_a_row_for_every_objective(arguments, tmp_path):
       {"kid_linear": 1.0, "kid_cubic": 2.0}]
   assert records[0]["search_seconds"] is None
   assert all(r["search_seconds"] > 0 for r in records[1:])
+  # All from one start, at one rate.
+  assert len({r["search_rate"] for r in records[1:]}) == 1
+  for label in ("KID", "ELBO", "both"):
+    with open(tmp_path / "k3" / "ggdm" / label / "sampler.json") as f:
+      config = json.load(f)["search"]["config"]
+    assert (config["init"], config["stride"]) == ("ddpm", None)
   # Three searches, three samplers.
   assert len({r["coefficients_sha256"] for r in records[1:]}) == 3
   with open(tmp_path / "table.md") as f:

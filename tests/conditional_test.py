@@ -6,6 +6,7 @@ the network of another mean.
 """
 
 import functools
+import json
 import os
 
 import keras
@@ -124,11 +125,25 @@ def test_guidance_is_part_of_what_a_denoiser_is(tmp_path):
           in inspecting.inspect(denoiser=again))
   with pytest.raises(UserError, match="null_label must be one.*are 4.*9"):
     ddss_tf.load_denoiser(str(tmp_path), null_label=9)
+  path = tmp_path / denoisers.CARD
+  card = json.loads(path.read_text())
+  for changes in (dict(num_classes="5"), dict(num_classes=0), dict(version=99),
+                  dict(format="other"), dict(name=[]),
+                  dict(guidance_scale=True)):
+    path.write_text(json.dumps(card | changes))
+    with pytest.raises(UserError, match=f"damaged.*{list(changes)[0]} must be"):
+      ddss_tf.load_denoiser(str(tmp_path))
 
 
 @pytest.mark.parametrize("options,message", [
     (dict(guidance_scale=2.0), "guidance_scale needs a null_label"),
     (dict(null_label=4), "one of the network's classes, of which there are 4"),
+    (dict(null_label="x"), "null_label must be .*whole number.*'x'"),
+    (dict(null_label=1.5), "null_label must be .*whole number.*1.5"),
+    (dict(null_label=True), "null_label must be .*whole number.*True"),
+    *[(dict(null_label=1, guidance_scale=value),
+       "guidance_scale must be a finite number") for value in (
+           "x", float("nan"), [1], True)],
 ])
 def test_bad_guidance(options, message):
   with pytest.raises(ValueError, match=message):

@@ -109,6 +109,53 @@ def test_diffusers_folder_matches_pytorch(tiny_folder):
       np.linspace(0.00085**0.5, 0.012**0.5, 500) ** 2)
 
 
+def test_saved_pipeline(tiny_folder, tmp_path):
+  """As `save_pretrained` of a pipeline leaves it."""
+  alone = ddss_tf.load_denoiser(tiny_folder)
+  pipeline = tmp_path / "pipeline"
+  shutil.copytree(tiny_folder, pipeline / "unet")
+  (pipeline / "scheduler").mkdir()
+  shutil.move(pipeline / "unet" / diffusers_format.SCHEDULER,
+              pipeline / "scheduler")
+  index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.30.0",
+           "scheduler": ["diffusers", "DDPMScheduler"],
+           "unet": ["diffusers", "UNet2DModel"], "feature_extractor": [None] * 2}
+  path = pipeline / "model_index.json"
+  path.write_text(json.dumps(index))
+  for part in ("", "unet", "unet/" + diffusers_format.WEIGHTS):
+    cache = str(tmp_path / ("cache" + part.replace("/", "_")))
+    # The second time from the cache.
+    for _ in range(2):
+      denoiser = ddss_tf.load_denoiser(str(pipeline / part), cache_dir=cache)
+      assert denoiser.key == alone.key
+  # Another scheduler is no copy of this one.
+  scheduler = pipeline / "scheduler" / diffusers_format.SCHEDULER
+  text = scheduler.read_text()
+  scheduler.write_text(text.replace("v_prediction", "epsilon"))
+  assert ddss_tf.load_denoiser(
+      str(pipeline), cache_dir=str(tmp_path / "cache")).prediction == "eps"
+  scheduler.unlink()
+  with pytest.raises(UserError, match="must hold scheduler_config.json"):
+    ddss_tf.load_denoiser(str(pipeline))
+  path.write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
+  with pytest.raises(UserError, match="of unet and scheduler.*vqvae"):
+    ddss_tf.load_denoiser(str(pipeline))
+  path.write_text(json.dumps(index))
+  shutil.rmtree(pipeline / "unet")
+  with pytest.raises(UserError, match="config.json.*no folder"):
+    ddss_tf.load_denoiser(str(pipeline))
+
+
+def test_a_type_that_numpy_has_not(tiny_folder):
+  path = os.path.join(tiny_folder, diffusers_format.WEIGHTS)
+  header = json.dumps({"conv_in.bias": {
+      "dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+  with open(path, "wb") as f:
+    f.write(len(header).to_bytes(8, "little") + header + bytes(4))
+  with pytest.raises(UserError, match="not a complete safetensors file of floa"):
+    ddss_tf.load_denoiser(tiny_folder)
+
+
 def test_old_names_of_attention(tiny_folder):
   expected = ddss_tf.load_denoiser(tiny_folder).sha256
   path = os.path.join(tiny_folder, diffusers_format.WEIGHTS)

@@ -218,6 +218,29 @@ def test_key_tells_networks_of_equal_weights_apart():
   # What results record beside the hash of the weights.
   assert relu.protocol != flat.protocol
   assert len({relu.key, tanh.key, flat.key}) == 3
+  # Nor do results of one stand for those of another.
+  assert relu.identity != tanh.identity
+  assert "key" not in features_lib.load_features("digits_cnn").identity
+
+
+def test_weights_that_are_not_finite(tmp_path):
+  model = tiny_model()
+  kernel = model.weights[0]
+  kernel.assign(np.where(np.arange(kernel.shape[-1]) == 1, np.nan, kernel))
+  path = str(tmp_path / "nan.keras")
+  model.save(path)
+  with pytest.raises(UserError, match=f"nan.keras.*finite.*{kernel.path}"):
+    features_lib.load_features(path)
+
+
+def test_a_reference_that_is_not_finite(some, tmp_path):
+  images = keras.Input((16, 16, 1))
+  pool = layers.Flatten(name="pool")(images)
+  logits = layers.Lambda(lambda x: x[:, :2] / 0.0, name="logits")(pool)
+  network = features_lib.FeatureNetwork(keras.Model(images, logits))
+  with pytest.raises(UserError, match="'features' of 'some' must be finite"):
+    reference.reference(network, some, quantise=True, cache_dir=str(tmp_path))
+  assert not os.listdir(tmp_path)
 
 
 def test_key_is_stable():

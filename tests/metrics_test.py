@@ -200,16 +200,28 @@ def test_fids_of_held_out_networks_by_name():
 def test_metrics_tell_shifted_and_collapsed_from_equal():
   rng = np.random.default_rng(3)
   real = rng.normal(size=(400, 4))
+  # The same moments but for one thing: FID is exactly what that is.
+  spread = np.trace(np.cov(real, rowvar=False))
+  mean = real.mean(0)
+  for generated, fid in (
+      (rng.permutation(real), 0.0), (real + 1, 4.0),
+      (3 * (real - mean) + mean, 4 * spread),
+      (np.repeat(mean[None], 400, axis=0), spread)):
+    np.testing.assert_allclose(
+        metrics.fid(real, generated), fid, rtol=1e-4, atol=1e-4)
+  # The cubic kernel's expectations over Gaussians of 4 dimensions, by hand:
+  # 1.75 for two of mean 0, 12.875 for two of mean (1, 1, 1, 1), 2.5 for one of
+  # either, and 1 for one of mean 0 and the constant 0.
+  equal, other = rng.normal(size=(2, 4000, 4)).astype(np.float32)
+  for generated, kid in ((other, 0.0), (other + 1, 1.75 + 12.875 - 2 * 2.5),
+                         (np.zeros_like(other), 1.75 + 1 - 2 * 1)):
+    value, error = metrics.kid(equal, generated)
+    assert abs(value - kid) < 4 * error and error < 0.1 * max(kid, 0.1)
   equal = rng.normal(size=(400, 4))
   shifted = equal + 1
-  collapsed = np.repeat(equal[:2], 200, axis=0)
-  for metric in (metrics.fid, lambda a, b: metrics.kid(a, b)[0]):
-    assert metric(real, equal) < 0.1
-    assert metric(real, shifted) > 1
-    assert metric(real, collapsed) > 1
   # The linear kernel sees means only.
-  spread = 3 * (equal - equal.mean(0)) + real.mean(0)
-  mean = tf.constant(real.mean(0), tf.float32)
+  spread = 3 * (equal - equal.mean(0)) + mean
+  mean = tf.constant(mean, tf.float32)
   # (An unbiased estimate of 0: minus the variance over N, on average 0.)
   distance = objectives.kid_linear(spread.astype(np.float32), mean)
   assert abs(float(distance)) < 0.2

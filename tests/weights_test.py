@@ -164,6 +164,9 @@ def test_classes_and_guidance(tmp_path):
   denoiser = ddss_tf.load_denoiser(path, guidance_scale=3.0)
   assert (denoiser.num_classes, denoiser.null_label) == (3, 2)
   same(denoiser, model, [1, 0])
+  # No label outside the table is ever drawn.
+  with pytest.raises(ValueError, match="num_classes must be 3, as.*: 9"):
+    ddss_tf.Denoiser(denoiser.model, denoiser.schedule, num_classes=9)
   with open(path + ".json", "w") as f:
     json.dump({"preset": "net.json", "null_label": 3, **TOLD}, f)
   assert "null_label must be one of" in refusal(ddss_tf.load_denoiser, path)
