@@ -142,11 +142,10 @@ def check_search(arguments: Mapping[str, Any]) -> None:
   whole = values["batch_size"]
   part = values["gradient_samples"] or whole
   micro = values["micro_batch_size"] or part
-  if whole % micro or part % micro or part > whole:
-    raise UserError(
-        "search.micro_batch_size must divide gradient_samples, at most "
-        "batch_size, and batch_size. Received: micro_batch_size="
-        f"{micro}, gradient_samples={part}, batch_size={whole}")
+  for name, value in (("gradient_samples", part), ("micro_batch_size", micro)):
+    if value > whole:
+      raise UserError(f"search.{name} must be at most batch_size, {whole}. "
+                      f"Received: {value}")
   x0_bound = values["x0_bound"]
   check_x0_bound("search", x0_bound)
   multipliers = values["rate_multipliers"] or {}
@@ -174,6 +173,10 @@ def check_search(arguments: Mapping[str, Any]) -> None:
   if pooled and values["pool_samples"] < whole:
     raise UserError("search.pool_samples must be at least batch_size, "
                     f"{whole}. Received: {values['pool_samples']}")
+  if objectives.ELBO in terms and part % micro:
+    raise UserError("search.micro_batch_size must divide gradient_samples, "
+                    f"{part}, for the objective 'elbo', a mean over "
+                    f"micro-batches. Received: {micro}")
   if objectives.ELBO in terms and x0_bound is not None:
     raise UserError("search.x0_bound must be None for the objective 'elbo', "
                     f"whose states are not sampled. Received: {x0_bound!r}")
@@ -802,9 +805,10 @@ def search(
       None. Fewer are cheaper: the rest only sharpens the estimate of where the
       population stands, at the cost of a forward chain. See
       `Search.loss_and_gradient`.
-    micro_batch_size: images per chain, a divisor of both; `gradient_samples` if
-      None. Smaller ones need less memory; the gradient is the same, but for
-      the ELBO, whose last variance is fitted to each of them.
+    micro_batch_size: images per chain; `gradient_samples` if None. The last
+      chain is filled up with images that count nothing. Smaller ones need less
+      memory; the gradient is the same, but for the ELBO, whose last variance is
+      fitted to each of them.
     sampling_batch_size: images per chain without gradient, of the validation,
       the starts and the pools; None: four times `micro_batch_size`, for they
       need less memory, but not above 250.

@@ -369,6 +369,22 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
       part.loss_and_gradient(0)[1], estimates[0], rtol=1e-4, atol=1e-5)
 
 
+def test_chains_of_any_size(parts, tmp_path):
+  """Of 7, which divides nothing: the metric alone is of other images."""
+  moves = []
+  for size in (7, 16):
+    sampler = ddss_tf.search(
+        run_dir=str(tmp_path / str(size)), **parts, **options(
+            micro_batch_size=size, num_search_steps=2, validate_every=1))
+    first = sampler.coefficients().numpy().state_weights
+    moves.append(first - options()["sampler"](
+        parts["denoiser"].schedule).coefficients().numpy().state_weights)
+  seven, all_at_once = map(np.ravel, moves)
+  assert np.linalg.norm(all_at_once) > 1e-4
+  assert seven @ all_at_once > 0.95 * (
+      np.linalg.norm(seven) * np.linalg.norm(all_at_once))
+
+
 @pytest.mark.parametrize("family,init", [
     ("ggdm+pred+time", "ddpm"), ("ggdm", "dpm++3m"), ("vars", "ddpm")])
 def test_the_metric_is_that_of_the_features(parts, family, init):
@@ -1229,8 +1245,9 @@ def test_pictures_come_into_tensorboard_though_it_was_killed(
     (dict(objective="beauty"), "kid_linear.*'beauty'"),
     (dict(x0_bound="soft"), "clip or dynamic.*'soft'"),
     (dict(x0_bound="clip", objective="elbo"), "must be None.*'elbo'.*'clip'"),
-    (dict(micro_batch_size=5), "must divide.*micro_batch_size=5"),
-    (dict(gradient_samples=32), "at most batch_size.*gradient_samples=32"),
+    (dict(micro_batch_size=17), "micro_batch_size.*at most batch_size, 16.*17"),
+    (dict(micro_batch_size=5, objective="elbo"), "must divide.*16.*: 5"),
+    (dict(gradient_samples=32), "gradient_samples.*at most batch_size, 16.*32"),
     (dict(sampler=functools.partial(
         families.make_sampler, family="ddim", num_steps=3)),
      "nothing to learn"),
