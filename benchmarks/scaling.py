@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import math
 
-import keras
 import tensorflow as tf
 
 from ddss_tf import denoisers
@@ -20,6 +19,7 @@ from ddss_tf import inspecting
 from ddss_tf import presets
 from ddss_tf import schedules
 from ddss_tf import unet
+from ddss_tf.features import load_features
 from ddss_tf.frozen import frozen_variables
 
 BATCH = 512  # The paper's population, and its steps.
@@ -27,7 +27,7 @@ STEPS = 50_000
 _FEATURES = 2048
 # The models of its smaller images: their presets, and a micro-batch that fits
 # into half of 80 GB, for the share that is held was measured on a CPU.
-_MODELS = {"CIFAR-10": ("ddpm-cifar10-32", 512),
+_MODELS = {"CIFAR-10": ("ddpm-cifar10-32", 128),
            "ImageNet-64": ("improved-imagenet64", 64)}
 _INCEPTION_SIZE = 299
 
@@ -94,12 +94,12 @@ def network_cost(config: unet.UNetConfig) -> Cost:
       inspecting.activation_bytes(denoiser))
 
 
-def inception_flops() -> int:
+def inception_cost() -> Cost:
   """Of the feature network, by Keras's Inception v3."""
-  model = keras.applications.InceptionV3(
-      weights=None, include_top=False, pooling="avg")
-  return flops(lambda x: model(x, training=False), tf.TensorSpec(
-      (1, _INCEPTION_SIZE, _INCEPTION_SIZE, 3)))
+  features = load_features("keras:InceptionV3", weights=None)
+  shape = (_INCEPTION_SIZE, _INCEPTION_SIZE, 3)
+  return Cost(flops(lambda x: features(x)["pool"], tf.TensorSpec((1, *shape))),
+              inspecting.feature_bytes(features, shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,9 @@ class Step:
     chains: images of one chain on each replica, the micro-batch.
     passes: 1; or 2, where the population takes several micro-batches.
     seconds: of computing.
-    gib: of activations and states, on each replica.
+    gib: of activations and states, on each replica: those of the feature
+      network, all of them, or what a call of the denoiser and its gradient
+      hold, if that is more, for the former are let go before.
     sent_seconds: of the feature gather and the gradient's reduction.
     sent_bytes: that each replica receives.
   """
@@ -122,7 +124,7 @@ class Step:
   sent_bytes: float
 
 
-def step(network: Cost, inception: float, num_steps: int, state_bytes: int,
+def step(network: Cost, inception: Cost, num_steps: int, state_bytes: int,
          micro_batch: int, replicas: int, device: Accelerator,
          utilisation: float) -> Step:
   """A rematerialised step.
@@ -134,7 +136,7 @@ def step(network: Cost, inception: float, num_steps: int, state_bytes: int,
 
   Args:
     network: one call.
-    inception: operations of the feature network for one image.
+    inception: the feature network for one image.
     num_steps: K.
     state_bytes: of one image.
     micro_batch: the most images of one chain.
@@ -150,19 +152,19 @@ def step(network: Cost, inception: float, num_steps: int, state_bytes: int,
   passes = 1 if chains == share else 2
   operations = share * (
       num_steps * network.flops * (3 if passes == 1 else 4)
-      + inception * (2 if passes == 1 else 3))
+      + inception.flops * (2 if passes == 1 else 3))
   parameters = num_steps * (num_steps + 1) / 2 + 5 * num_steps
   sent = 4 * (BATCH * _FEATURES + parameters) * (replicas - 1) / replicas
   bandwidth = device.near if replicas <= device.machine else device.far
   messages = 2 * math.ceil(math.log2(replicas)) if replicas > 1 else 0
   return Step(
       chains, passes, operations / (device.flops * utilisation),
-      chains * (inspecting.HELD_SHARE * network.bytes
+      chains * (max(inspecting.HELD_SHARE * network.bytes, inception.bytes)
                 + 2 * num_steps * state_bytes) / 2**30,
       sent / bandwidth + messages * device.latency, sent)
 
 
-def table(costs: dict[str, tuple[Cost, int, int]], inception: float,
+def table(costs: dict[str, tuple[Cost, int, int]], inception: Cost,
           utilisation: float, device: Accelerator = A100) -> str:
   """Markdown of all settings.
 
@@ -202,8 +204,9 @@ def main():
           f"{cost.bytes / 2**20:.0f} MiB of activations a call and image")
     costs[name] = (cost, 4 * config.image_size ** 2 * config.in_channels,
                    micro_batch)
-  inception = inception_flops()
-  print(f"Inception: {inception / 1e9:.1f} GFLOP an image")
+  inception = inception_cost()
+  print(f"Inception: {inception.flops / 1e9:.1f} GFLOP and "
+        f"{inception.bytes / 2**20:.0f} MiB of activations an image")
   print(f"\n{A100.name}, {utilisation:g} of {A100.flops / 1e12:g} TFLOP/s\n")
   print(table(costs, inception, utilisation))
 

@@ -59,6 +59,8 @@ class Denoiser:
     sha256: hash, if not that of the weights.
     continuous_time: whether fractional times mean something to the network;
       None: unless it takes integers.
+    architecture: what is known of the network's, for `inspect`: its "format"
+      and "kind", then numbers and words by name; JSON.
     **convention: the rest of `conventions.Convention`, for networks of another
       process or another clock: process, time_input, time_scale, time_offset.
 
@@ -87,7 +89,7 @@ class Denoiser:
                null_label: int | None = None, *,
                image_shape: tuple[int, int, int] | None = None,
                sha256: str | None = None, continuous_time: bool | None = None,
-               **convention):
+               architecture: dict | None = None, **convention):
     self.convention = conventions.Convention(prediction, **convention)
     check_whole("num_classes", num_classes, 1, optional=True)
     check_whole("null_label", null_label, 0, optional=True)
@@ -101,7 +103,8 @@ class Denoiser:
           f"Received: {num_classes} for {len(inputs)} inputs")
     for layer in getattr(model, "layers", ()):
       known = getattr(layer, "input_dim", num_classes)
-      if layer.name == "label_embedding" and known != num_classes:
+      name = getattr(layer, "name", None)
+      if name == "label_embedding" and known != num_classes:
         raise ValueError(f"num_classes must be {known}, as the network has "
                          f"them. Received: {num_classes}")
     if null_label is not None and null_label >= (num_classes or 0):
@@ -122,6 +125,7 @@ class Denoiser:
     if continuous_time is None:
       continuous_time = foreign.is_continuous(model)
     self.continuous_time = continuous_time
+    self.architecture = dict(architecture or {})
     self.sha256 = weights_sha256(model) if sha256 is None else sha256
     self.dtype_policy = precision.policy(model)
     self.key = self.sha256
@@ -162,7 +166,8 @@ class Denoiser:
         self.model, self.schedule, self.prediction, self.name,
         self.num_classes, guidance_scale, null_label,
         image_shape=self.image_shape, sha256=self.sha256,
-        continuous_time=self.continuous_time, process=self.convention.process,
+        continuous_time=self.continuous_time, architecture=self.architecture,
+        process=self.convention.process,
         time_input=self.convention.time_input,
         time_scale=self.convention.time_scale,
         time_offset=self.convention.time_offset)
@@ -381,6 +386,7 @@ class Denoiser:
         "sha256": weights,
         **({} if self.sha256 == weights else {"told_sha256": self.sha256}),
         **({} if self.continuous_time else {"continuous_time": False}),
+        **({"architecture": self.architecture} if self.architecture else {}),
         "num_classes": self.num_classes,
         "guidance_scale": self.guidance_scale,
         "null_label": self.null_label,
@@ -428,8 +434,9 @@ class Denoiser:
           model, schedule, prediction, name, card.get("num_classes"),
           card.get("guidance_scale"), card.get("null_label"),
           sha256=card.get("told_sha256", sha256),
-          continuous_time=card.get("continuous_time"), **convention)
-    except ValueError as error:
+          continuous_time=card.get("continuous_time"),
+          architecture=card.get("architecture"), **convention)
+    except (TypeError, ValueError) as error:
       raise UserError(f"{card_path} is damaged: {error}") from error
 
 

@@ -1,6 +1,8 @@
 """What a checkpoint is, before anything is done with it."""
 
 import collections
+import itertools
+import math
 
 import gin
 import numpy as np
@@ -8,6 +10,7 @@ import tensorflow as tf
 
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
+from ddss_tf.features import FeatureNetwork, as_networks
 from ddss_tf.foreign import SavedModelNetwork
 from ddss_tf.schedules import ExplodingSchedule
 
@@ -62,6 +65,35 @@ def _kept_bytes(denoiser: Denoiser, specs) -> int:
       and not output.shape.is_fully_defined())
 
 
+def feature_bytes(features: FeatureNetwork,
+                  image_shape: tuple[int, int, int]) -> int:
+  """Bytes of the activations of a feature network for one image.
+
+  All floating-point results of its graph, in the functions that it calls too:
+  what a gradient in the image keeps at the most.
+
+  Args:
+    features: the network, with what happens to images before it.
+    image_shape: (H, W, C) of the denoiser's images.
+  """
+  graph = tf.function(lambda images: features(images)["pool"])
+  graph = graph.get_concrete_function(
+      tf.TensorSpec((1, *image_shape))).graph.as_graph_def(add_shapes=True)
+  total = 0
+  for node in itertools.chain(
+      graph.node, *(each.node_def for each in graph.library.function)):
+    dtype = tf.dtypes.as_dtype(
+        node.attr["T"].type or node.attr["dtype"].type or tf.float32)
+    if node.op in _NOT_KEPT or not dtype.is_floating:
+      continue
+    total += dtype.size * sum(
+        # One image, where the batch is open.
+        math.prod(abs(size.size) for size in shape.dim)
+        for shape in node.attr["_output_shapes"].list.shape
+        if not shape.unknown_rank)
+  return total
+
+
 def _process(denoiser: Denoiser) -> str:
   """The forward process in a line."""
   schedule = denoiser.schedule
@@ -95,21 +127,37 @@ def _classes(denoiser):
   return f"{denoiser.num_classes}{null}{guidance}"
 
 
+def _architecture(denoiser: Denoiser) -> str:
+  """What the network is made of, as far as it is known."""
+  known = denoiser.architecture
+  if not known:
+    return "not told: see the layers"
+  return "; ".join(
+      f"{name.replace('_', ' ')} " + (
+          ", ".join(map(str, value)) if isinstance(value, (list, tuple))
+          else str(value))
+      for name, value in known.items())
+
+
 @gin.configurable(denylist=["run_dir"])
 def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
+            features: FeatureNetwork | list[FeatureNetwork] | None = None,
             num_steps: int = 10, micro_batch_size: int = 64) -> str:
   """Says what a denoiser is and what a search of it would need.
 
   Args:
     run_dir: not used; nothing is written.
     denoiser: the model.
+    features: the network of the search's loss, or several, for its memory.
     num_steps: K of the search.
     micro_batch_size: images per chain of the search.
 
   Returns:
-    Lines of text: prediction, image shape, times, parameters, hash, kinds of
-    layers, schedule, and an estimate of the memory of a rematerialised step
-    that XLA compiles: what one call and its gradient hold, plus K states.
+    Lines of text: architecture, prediction, image shape, times, parameters,
+    hash, kinds of layers, schedule, and an estimate of the memory of a
+    rematerialised step that XLA compiles: what one call and its gradient hold,
+    or the feature networks, which come before and are let go, if that is more;
+    plus K states.
 
   Raises:
     UserError: `num_steps` or `micro_batch_size` below 1.
@@ -122,10 +170,13 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   layers = collections.Counter(type(layer).__name__ for layer in model.layers)
   state = 4 * int(np.prod(denoiser.image_shape))
   network = activation_bytes(denoiser)
+  networks = as_networks("inspect.features", features, optional=True)
+  seen = sum(feature_bytes(each, denoiser.image_shape) for each in networks)
   needed = COMPILER_BYTES + micro_batch_size * (
-      HELD_SHARE * network + 2 * num_steps * state)
+      max(HELD_SHARE * network, seen) + 2 * num_steps * state)
   rows = {
       "name": denoiser.name,
+      "architecture": _architecture(denoiser),
       "prediction": denoiser.prediction,
       "images": " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]",
       "classes": _classes(denoiser),
@@ -139,6 +190,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "schedule": _process(denoiser),
       "a search": f"K = {num_steps}, micro-batch {micro_batch_size}: about "
                   f"{needed / 2**30:.2f} GiB above the idle process "
-                  f"({network / 2**20:.1f} MiB of activations an image)",
+                  f"({network / 2**20:.1f} MiB of activations an image"
+                  + (f", {seen / 2**20:.1f} MiB of the features'" if networks
+                     else "; its feature network is not told") + ")",
   }
-  return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+  return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

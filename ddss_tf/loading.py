@@ -31,7 +31,7 @@ from ddss_tf.unet import UNetConfig
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 # Counts changes to what is kept: copies of another revision are not taken.
-_CACHE_REVISION = 2
+_CACHE_REVISION = 3
 _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
                 "use_new_attention_order", "diffusion_steps", "noise_schedule",
                 "rescale_timesteps")
@@ -300,7 +300,8 @@ def _convert_diffusers(path: str, given: dict) -> Denoiser:
   model = checkpoints.build_frozen(
       path, config,
       lambda variables: diffusers_format.to_keras(weights, variables))
-  return _converted(model, config, NoiseSchedule(betas), prediction)
+  return _converted("diffusers", model, config, NoiseSchedule(betas),
+                    prediction)
 
 
 def _convert_ddpm(path: str, given: dict) -> Denoiser:
@@ -309,8 +310,9 @@ def _convert_ddpm(path: str, given: dict) -> Denoiser:
   weights = ddpm_format.read_weights(prefix)
   image_size = given.get("image_size")
   model = ddpm_format.convert(prefix, weights, image_size)
-  return _converted(model, ddpm_format.infer_config(weights, image_size),
-                    NoiseSchedule.linear())
+  return _converted(
+      "DDPM", model, ddpm_format.infer_config(weights, image_size),
+      NoiseSchedule.linear())
 
 
 def _convert_openai(path: str, given: dict) -> Denoiser:
@@ -321,9 +323,10 @@ def _convert_openai(path: str, given: dict) -> Denoiser:
   weights = checkpoints.read_state_dict(path)
   model = openai_format.convert(path, weights, card)
   # The order of attention's channels is in the weights by now.
-  return _converted(model, openai_format.infer_config(weights, card),
-                    NoiseSchedule(betas),
-                    "x0" if card["predict_xstart"] else "eps")
+  return _converted(
+      "improved- or guided-diffusion", model,
+      openai_format.infer_config(weights, card), NoiseSchedule(betas),
+      "x0" if card["predict_xstart"] else "eps")
 
 
 def _convert_edm(path: str, given: dict) -> Denoiser:
@@ -332,7 +335,7 @@ def _convert_edm(path: str, given: dict) -> Denoiser:
   if "schedule" in given:
     schedule = edm_format.read_schedule(path, given["schedule"])
   model = edm_format.convert(path, edm_format.read_weights(path), config)
-  return _converted(model, config, schedule)
+  return _converted("EDM", model, config, schedule)
 
 
 def _convert_weights(path: str, card: dict) -> Denoiser:
@@ -340,18 +343,19 @@ def _convert_weights(path: str, card: dict) -> Denoiser:
   model = weights_format.convert(path, card["config"])
   try:
     return _converted(
-        model, card["config"], card["schedule"], card["prediction"],
-        card["null_label"], **card["convention"])
+        "weights of Keras", model, card["config"], card["schedule"],
+        card["prediction"], card["null_label"], **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
 
 
-def _converted(model, config: UNetConfig | EDMConfig, schedule: NoiseSchedule,
-               prediction: str = "eps", null_label: int | None = None,
+def _converted(source: str, model, config: UNetConfig | EDMConfig,
+               schedule: NoiseSchedule, prediction: str = "eps", null_label: int | None = None,
                **convention) -> Denoiser:
   """The denoiser of one of our own networks.
 
   Args:
+    source: what it was read from, in words.
     model: the network, frozen.
     config: its architecture, part of the hash: no weight tells the padding of
       a convolution or the epsilon of a normalisation.
@@ -377,7 +381,8 @@ def _converted(model, config: UNetConfig | EDMConfig, schedule: NoiseSchedule,
       denoisers.weights_sha256(model), prediction, schedule,
       {**convention, "architecture": architecture})
   return Denoiser(model, schedule, prediction, num_classes=classes,
-                  null_label=null_label, sha256=sha256, **convention)
+                  null_label=null_label, sha256=sha256,
+                  architecture={"format": source, **architecture}, **convention)
 
 
 def _load_foreign(path: str, given: dict) -> Denoiser:

@@ -121,7 +121,7 @@ def test_guidance_is_part_of_what_a_denoiser_is(tmp_path):
   assert again.key == one.key
   again = ddss_tf.load_denoiser(str(tmp_path), guidance_scale=3.0)
   assert again.key == other.key
-  assert ("classes     4, label 1 stands for none, guidance 3: 2 calls a step"
+  assert ("classes      4, label 1 stands for none, guidance 3: 2 calls a step"
           in inspecting.inspect(denoiser=again))
   with pytest.raises(UserError, match="null_label must be one.*are 4.*9"):
     ddss_tf.load_denoiser(str(tmp_path), null_label=9)

@@ -264,7 +264,7 @@ def test_save_and_load_with_classes(conditional, noise, tmp_path):
   assert again.num_classes == 3
   np.testing.assert_array_equal(
       again.eps(*noise, [0, 1, 2]), conditional.eps(*noise, [0, 1, 2]))
-  assert "classes     3" in inspecting.inspect(denoiser=again)
+  assert "classes      3" in inspecting.inspect(denoiser=again)
   edit(tmp_path, "denoiser.json", num_classes=None)
   refused(tmp_path, "damaged", "num_classes")
 

@@ -5,6 +5,7 @@ All of them hold the exact network of Gaussian images, whose eps is known.
 
 import json
 import os
+import re
 
 from checkpoints_test import refusal
 import keras
@@ -16,6 +17,7 @@ import ddss_tf
 from ddss_tf import chain
 from ddss_tf import exporting
 from ddss_tf import families
+from ddss_tf import features as features_lib
 from ddss_tf import inspecting
 from ddss_tf import searching
 from ddss_tf.errors import UserError
@@ -382,11 +384,30 @@ def test_inspecting_a_saved_model(tmp_path):
   denoiser = ddss_tf.load_denoiser(
       folder, prediction="v", schedule=schedule, time_scale=0.01)
   text = inspecting.inspect(denoiser=denoiser)
-  for words in ("prediction  v\n", "8 x 8 x 1",
+  for words in ("prediction   v\n", "8 x 8 x 1",
                 f"{model.count_params():,} in 8", denoiser.sha256,
                 "1 SavedModelNetwork", "time_scale = 0.01",
                 "may be learned", "T = 100, beta from 0.0001 to 0.02"):
     assert words in text, text
+  assert "not told: see the layers" in text and "feature network is not" in text
+  # Features in the open, and as a SavedModel: a convolution for each pixel.
+  images = keras.Input((8, 8, 1))
+  pool = keras.layers.Flatten(name="pool")(
+      keras.layers.Conv2D(4, 3, padding="same")(images))
+  logits = keras.layers.Dense(2, name="logits")(pool)
+  network = features_lib.FeatureNetwork(keras.Model(images, logits))
+  counted = inspecting.feature_bytes(network, (8, 8, 1))
+  # The image clipped, the convolution and its bias.
+  assert 2 * 4 * 8 * 8 * 4 <= counted < 3 * 4 * 8 * 8 * 4
+  before, after = (
+      float(re.search("about (.*) GiB", inspecting.inspect(
+          denoiser=denoiser, features=features,
+          micro_batch_size=2**20)).group(1)) for features in (
+              None, [network] * 50))
+  state = 2**20 * 2 * 10 * 8 * 8 * 4 / 2**30
+  np.testing.assert_allclose(
+      after, 0.7 + state + 2**20 * 50 * counted / 2**30, atol=0.01)
+  assert before < after
   # As much as of the same network in the open, but for what is not kept.
   ratio = inspecting.activation_bytes(denoiser) / inspecting.activation_bytes(
       plain)
@@ -400,7 +421,7 @@ def test_inspecting_rounded_times():
   denoiser = ddss_tf.Denoiser(
       keras.Model([x, t], exact.model([x, scaled])), exact.schedule, "score")
   text = inspecting.inspect(denoiser=denoiser)
-  assert "prediction  score" in text
+  assert "prediction   score" in text
   assert "whole steps" in text and "no +time" in text
 
 
@@ -456,7 +477,7 @@ def test_labels_of_a_saved_model(tmp_path):
     assert denoiser.num_classes == CLASSES
     np.testing.assert_allclose(
         denoiser.network(x, t, LABELS), wanted, rtol=1e-6)
-  assert "classes     3" in inspecting.inspect(denoiser=denoiser)
+  assert "classes      3" in inspecting.inspect(denoiser=denoiser)
   refused(folder, "with two inputs", **TOLD)
   other = ddss_tf.load_denoiser(folder, **dict(WITH_LABELS, null_label=1))
   assert other.sha256 == denoiser.sha256

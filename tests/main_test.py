@@ -115,7 +115,8 @@ def test_killed_search_equals_uninterrupted(killed, tfds_dir, tmp_path):
   dataset = ddss_tf.load_dataset(
       "ddss_digits", pad=2, downsample=2, data_dir=tfds_dir, max_images=500)
   sampler = ddss_tf.search(
-      str(tmp_path), denoiser=ddss_tf.load_denoiser("digits16-ddpm"),
+      run_dir=str(tmp_path),
+      denoiser=ddss_tf.load_denoiser("digits16-ddpm"),
       dataset=dataset, features=ddss_tf.load_features("digits_cnn"),
       sampler=functools.partial(
           ddss_tf.make_sampler, family="ggdm+pred+time", num_steps=2),
@@ -281,6 +282,9 @@ def test_inspect(main_in_process, capsys):
   assert rows["parameters"].startswith(f"{denoiser.model.count_params():,} in")
   assert rows["images"].startswith("16 x 16 x 1") and rows["prediction"] == "eps"
   assert "T = 1000, beta from 0.0001 to 0.02" in rows["schedule"]
+  assert rows["architecture"].endswith(
+      "channels 32, 64, 64; blocks per level 1; attention levels 1; "
+      "norm groups 16")
   with pytest.raises(SystemExit):
     main_in_process(["--mode=inspect", f"--gin_file={file}"])
   assert "load_denoiser.path" in capsys.readouterr().err

@@ -16,9 +16,10 @@ def test_operations_are_multiplications_and_additions():
 def test_replicas_share_the_work():
   cost = scaling.Cost(flops=2e9, bytes=1e8)
 
-  def step(num_steps, micro_batch, replicas):
-    return scaling.step(cost, 1e9, num_steps, 1000, micro_batch, replicas,
-                        scaling.A100, 0.5)
+  def step(num_steps, micro_batch, replicas, features=1e6):
+    return scaling.step(
+        cost, scaling.Cost(flops=1e9, bytes=features), num_steps, 1000,
+        micro_batch, replicas, scaling.A100, 0.5)
 
   one, eight = step(5, 64, 1), step(5, 64, 8)
   assert (one.passes, eight.passes) == (2, 1)
@@ -32,3 +33,5 @@ def test_replicas_share_the_work():
   assert step(5, 64, 16).sent_seconds > 2 * eight.sent_seconds
   # Five times the steps, and the memory of a call.
   assert step(25, 64, 8).gib < 1.01 * eight.gib
+  # What the features hold counts where it is more.
+  assert step(5, 64, 8, 3e7).gib == eight.gib < step(5, 64, 8, 8e7).gib / 1.9
