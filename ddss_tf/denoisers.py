@@ -103,8 +103,8 @@ class Denoiser:
           f"Received: {num_classes} for {len(inputs)} inputs")
     for layer in getattr(model, "layers", ()):
       known = getattr(layer, "input_dim", num_classes)
-      name = getattr(layer, "name", None)
-      if name == "label_embedding" and known != num_classes:
+      called = getattr(layer, "name", None)
+      if called == "label_embedding" and known != num_classes:
         raise ValueError(f"num_classes must be {known}, as the network has "
                          f"them. Received: {num_classes}")
     if null_label is not None and null_label >= (num_classes or 0):

@@ -35,12 +35,16 @@ def config(card: SamplerCard, denoiser: Denoiser,
     JSON, with the arguments of the class in `scheduling_ddss.py`.
 
   Raises:
-    UserError: a sampler with guidance of its own, which a scheduler never sees,
-      or a model whose states or times are not those of diffusers.
+    UserError: guidance, of the sampler or the model, which a scheduler never
+      sees, or a model whose states or times are not those of diffusers.
   """
   if card.coefficients.guidance_scales is not None:
     raise UserError("a scheduler of diffusers cannot guide. Received: a sampler "
                     f"with guidance_scales, {card.label!r}")
+  if denoiser.guidance_scale is not None:
+    raise UserError("a scheduler of diffusers cannot guide. Received: a "
+                    f"denoiser with guidance_scale {denoiser.guidance_scale}, "
+                    f"{denoiser.name!r}")
   names = {ours: theirs for theirs, ours
            in diffusers_format.PREDICTIONS.items()}
   other = denoiser.convention.non_default()

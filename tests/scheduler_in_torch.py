@@ -42,6 +42,16 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
   assert torch.equal(images, sample())  # A chain leaves nothing behind.
   assert not torch.allclose(images, sample(seed=4), atol=0.05)
 
+  # The other pipeline of such models, which passes options of DDIM's.
+  pipe = diffusers.DDIMPipeline(unet, scheduler)
+  pipe.scheduler = scheduler  # It takes the configuration for DDIM's.
+  pipe.set_progress_bar_config(disable=True)
+  assert torch.equal(images, pipe(
+      batch_size=2, num_inference_steps=5, output_type="pt",
+      generator=torch.Generator().manual_seed(3)).images)
+  refused("eta must be 0", pipe, num_inference_steps=5, eta=1.0)
+  scheduler.set_timesteps(5)
+
   # Rounds: of the configuration, and of a whole pipeline with its code.
   assert torch.equal(images, sample(scheduler=cls.from_config(
       scheduler.config)))

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 
+import conditional_test
 import numpy as np
 import pytest
 import scheduler_cases
@@ -47,16 +48,20 @@ def test_images_of_diffusers_are_ours(cases, golden, tmp_path):
     diffusers_scheduler.write(folder, sampler, denoiser)
     with open(os.path.join(folder, "scheduler_config.json")) as f:
       assert json.load(f) == json.loads(str(golden[f"{name}/config"])), name
-    with open(os.path.join(folder, "scheduling_ddss.py"), "rb") as f:
-      # Another class: write the fixture anew, by its tool.
-      assert hashlib.sha256(f.read()).hexdigest() == str(
-          golden["template_sha256"])
     images = chain.run_chain(
-        denoiser.compiled_eps(jit_compile=False), sampler.coefficients, golden[f"{name}/x_T"],
-        golden[f"{name}/noise"], x0_bound=sampler.x0_bound).numpy()
+        denoiser.compiled_eps(jit_compile=False), sampler.coefficients,
+        golden[f"{name}/x_T"], golden[f"{name}/noise"],
+        x0_bound=sampler.x0_bound).numpy()
     theirs = golden[f"{name}/images"]
     assert np.std(theirs) > 0.1 and np.mean(np.abs(theirs) < 1) > 0.2, name
     np.testing.assert_allclose(images, theirs, atol=1e-4, err_msg=name)
+
+
+def test_the_fixture_is_of_this_class(golden):
+  """Of another one: write the fixture anew, by its tool."""
+  with open(diffusers_scheduler._TEMPLATE, "rb") as f:
+    assert hashlib.sha256(f.read()).hexdigest() == str(
+        golden["template_sha256"])
 
 
 def test_the_coefficients_are_kept_exactly(cases, golden):
@@ -79,6 +84,26 @@ def test_only_a_schedulers_folder_is_replaced(cases, tmp_path):
   with pytest.raises(ddss_tf.UserError, match="must be new"):
     diffusers_scheduler.write(str(tmp_path), sampler, denoiser)
   assert os.listdir(tmp_path) == ["scheduler"]
+
+
+def test_guidance_is_refused(tmp_path):
+  denoiser = conditional_test.make(null_label=1, guidance_scale=2.0)
+  coefficients = ddss_tf.solver_coefficients(
+      denoiser.schedule, "ddim", 3, "linear").numpy()
+  folder = str(tmp_path / "scheduler")
+
+  def write(found, model):
+    diffusers_scheduler.write(folder, card.SamplerCard(
+        "DDIM", found, model.identity, {}, None), model)
+
+  with pytest.raises(ddss_tf.UserError, match="cannot guide.*guidance_scale 2"):
+    write(coefficients, denoiser)
+  scales = np.ones(3, np.float32)
+  with pytest.raises(ddss_tf.UserError, match="cannot guide.*guidance_scales"):
+    write(coefficients._replace(guidance_scales=scales),
+          conditional_test.make(null_label=1))
+  assert not os.path.exists(folder)
+  write(coefficients, conditional_test.make(null_label=1))
 
 
 @pytest.mark.skipif(not TORCH, reason="DDSS_TORCH_PYTHON is not set")

@@ -9,6 +9,8 @@ need PyTorch and diffusers, and nothing of the library that wrote them:
   pipe.scheduler = DDSSScheduler.from_pretrained("this/folder")
   images = pipe(num_inference_steps=K).images
 
+`pipe` is a `DDPMPipeline` or a `DDIMPipeline`.
+
 With x_0 ... x_{K-1} the visited states, x_0 the noise,
 
   x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])
@@ -166,6 +168,8 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
       model_output: torch.Tensor,
       timestep: float | torch.Tensor,
       sample: torch.Tensor,
+      eta: float = 0.0,
+      use_clipped_model_output: bool | None = None,
       generator: torch.Generator | list[torch.Generator] | None = None,
       variance_noise: torch.Tensor | None = None,
       return_dict: bool = True,
@@ -176,6 +180,8 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
       model_output: [B, C, H, W], the model's prediction at `sample`.
       timestep: of this step, from `timesteps` in their order.
       sample: [B, C, H, W], the current state.
+      eta: must be 0, as `DDIMPipeline` has it: the noise is the sampler's own.
+      use_clipped_model_output: must be None or False, likewise.
       generator: of the noise, in the steps that add any.
       variance_noise: [B, C, H, W], standard normal noise to use instead.
       return_dict: return a tuple if False.
@@ -184,8 +190,8 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
       The next state and the predicted image.
 
     Raises:
-      ValueError: a step out of order, a model_output of another shape, or both
-        generator and variance_noise.
+      ValueError: a step out of order, a model_output of another shape, both
+        generator and variance_noise, or an option of other samplers.
     """
     k = self.step_index
     self._check_order(k, float(timestep))
@@ -194,6 +200,11 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
           f"model_output must have the shape {tuple(sample.shape)} of the "
           "sample; learned variances are not used. Received: "
           f"{tuple(model_output.shape)}")
+    if eta or use_clipped_model_output:
+      raise ValueError(
+          "eta must be 0 and use_clipped_model_output False: the sampler has "
+          "noise and bounds of its own. Received: "
+          f"{eta} and {use_clipped_model_output}")
     if generator is not None and variance_noise is not None:
       raise ValueError("generator and variance_noise must not both be given")
     config = self.config
