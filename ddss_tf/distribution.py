@@ -173,7 +173,8 @@ def device_name() -> str:
   """What the replicas run on, such as "NVIDIA H200" or "2 CPU cores"."""
   gpus = tf.config.get_visible_devices("GPU")
   if not gpus:
-    return f"{len(os.sched_getaffinity(0))} CPU cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} CPU core{'s' if cores > 1 else ''}"
   name = tf.config.experimental.get_device_details(gpus[0]).get(
       "device_name", "GPU")
   return name if num_replicas() == 1 else f"{num_replicas()} x {name}"

@@ -199,10 +199,10 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str,
                  title=r"what makes $\hat x_0$")
   _draw_steps(axes["noise"], c.noise_scales, s and s.noise_scales, _VERMILION,
               "s", names)
-  axes["noise"].set(ylabel="standard deviation",
-                    title="fresh noise after the step")
   most = max(np.max(each.noise_scales) for each in (c, s) if each is not None)
-  axes["noise"].set_ylim(0, 1.08 * most or 1.0)
+  axes["noise"].set(ylabel="standard deviation", ylim=(0, 1.08 * most or 1.0),
+                    title="fresh noise after the step"
+                    + ("" if most else ": none"))
   for name in below:
     axes[name].set(xlabel="step", xlim=(0.5, c.num_steps + 0.5))
     axes[name].grid(alpha=0.3)
@@ -226,14 +226,16 @@ def _heat_map(figure, axis, table):
   """Draws a table of `_weights`, white at 0, with its values if they fit."""
   steps = len(table)
   few = steps <= 12
-  limit = max(1e-6, np.abs(table).max())
+  limit = max(0.01, np.abs(table).max())  # Below it all is 0.00.
   heat = axis.imshow(table, cmap="PuOr", vmin=-limit, vmax=limit,
                      aspect="auto")
   axis.axvline(steps - 0.5, color="white", linewidth=4)
   if few:
     for k, u in zip(*np.nonzero(~table.mask)):
       dark = abs(table[k, u]) > 0.6 * limit
-      axis.text(u, k, f"{table[k, u]:.2f}", ha="center", va="center",
+      # No "-0.00".
+      axis.text(u, k, f"{round(table[k, u], 2) + 0.0:.2f}", ha="center",
+                va="center",
                 fontsize=8 if steps <= 6 else 6,
                 color="white" if dark else "black")
   # As the paper counts: x_K is the noisiest state.
@@ -268,7 +270,7 @@ def _draw_times(axis, c, s, schedule):
     axis.set_ylabel("t (training steps)")
     axis.set_ylim(bottom=0)
     return
-  axis.set_ylabel(r"log-SNR $\log(\alpha_t / \sigma_t)$, clean is up")
+  axis.set_ylabel(r"$\log(\alpha_t / \sigma_t)$, half the log-SNR; clean is up")
   for k, t in enumerate(c.times):
     if c.num_steps <= 6:
       # Above the last, which would leave the axis.
@@ -304,8 +306,8 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
   figure = Figure(size)
   figure.subplots_adjust(0.75 / size[0], 0.1 / size[1], 1 - 0.15 / size[0],
                          1 - 0.7 / size[1], hspace=0.4)
-  figure.suptitle(f"{label}: one image through its {steps} steps", fontsize=11,
-                  **_PLAIN)
+  figure.suptitle(f"{label}: one image through its {steps} steps, clipped to "
+                  "[-1, 1]", fontsize=11, **_PLAIN)
   height, width = image.shape[:2]
   for i, axis in enumerate(np.ravel(figure.subplots(bands, 1, squeeze=False))):
     part = slice(i * columns, (i + 1) * columns)
@@ -462,7 +464,7 @@ def _explain(axis, curves, records, loc="left"):
   handles = [lines.Line2D([], [], color=colour, marker=marker, label=group)
              for group, (colour, marker) in _GROUPS.items() if group in groups]
   handles.append(lines.Line2D([], [], linestyle="none",
-                              label="strong: the best of its group"))
+                              label="strong: best of its group over all K"))
   axis.legend(handles=handles, loc=f"lower {loc}", ncols=len(handles),
               bbox_to_anchor=(0 if loc == "left" else 1, 1), fontsize=8,
               frameon=False, borderaxespad=0, handletextpad=0.4,
