@@ -6,6 +6,7 @@ K and family, figures, the protocol behind them, and where it comes from. One
 comes with the package.
 """
 
+import datetime
 import os
 
 import ddss_tf
@@ -107,6 +108,7 @@ def add(run_dir: str, folder: str, name: str | None = None,
       label=card.label, coefficients=card.coefficients, denoiser=card.denoiser,
       search=card.search, x0_bound=card.x0_bound, metrics=records,
       provenance={"ddss_tf": ddss_tf.__version__,
+                  "published": datetime.date.today().isoformat(),
                   **({"note": note} if note else {})}))
   return path
 

@@ -67,9 +67,10 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
   for mine, small in (
       ("https://tfhub.dev/tensorflow/tfgan/eval/inception/1",
        "inception.keras"),
-      ("num_search_steps=500, batch_size=128",
+      ("num_search_steps=200, batch_size=128",
        "num_search_steps=1, batch_size=4, pool_samples=8, "
        "validation_samples=8, jit_compile=False"),
+      ("gradient_samples=32", "gradient_samples=2"),
       ("num_samples=10000", "num_samples=8, jit_compile=False"),
       ("num_images=64", "num_images=4, jit_compile=False")):
     assert search.count(mine) == 1

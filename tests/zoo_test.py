@@ -1,5 +1,6 @@
 """Tests of `sampler.json` outside of the package, and of the zoo."""
 
+import datetime
 import json
 import os
 import re
@@ -151,6 +152,8 @@ def test_publishing_a_run(tmp_path):
                         again.coefficients):
     np.testing.assert_array_equal(a, b, err_msg=name)
   assert again.metrics == found.metrics
+  day = datetime.date.fromisoformat(again.provenance.pop("published"))
+  assert abs((datetime.date.today() - day).days) <= 1
   assert again.provenance == {"ddss_tf": ddss_tf.__version__, "note": "a note"}
   with pytest.raises(ddss_tf.UserError, match="file name"):
     zoo.add(run, folder, name="../up")
