@@ -60,7 +60,8 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
     slots and step counters are left out.
 
   Raises:
-    UserError: truncated, or with values that are not finite.
+    UserError: truncated, with values that are not finite, or with averages of
+      some variables only.
   """
   try:
     reader = tf.train.load_checkpoint(prefix)
@@ -69,16 +70,21 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
     averaged = {name.removesuffix(_EMA): name
                 for name in names if name.endswith(_EMA)}
     chosen = {name: name for name in names if not name.endswith(_EMA)}
-    # An average of some variables only is not a network.
-    if set(chosen) <= set(averaged):
+    missing = sorted(set(chosen) - set(averaged))
+    if not missing:
       chosen = averaged
+    elif averaged:  # Of some variables only, which is no network.
+      raise UserError(f"{prefix} must have the {_EMA[1:]} of all variables, or "
+                      f"of none. Received: none of {len(missing)}, among them "
+                      f"{missing[0]}")
     else:
       logging.warning(
-          "%s has no %s of %d variables: the raw weights are read, whose "
-          "images are worse (FID 12 instead of 3 on CIFAR-10)",
-          prefix, _EMA[1:], len(set(chosen) - set(averaged)))
+          "%s has no %s: the raw weights are read, whose images are worse (FID "
+          "12 instead of 3 on CIFAR-10)", prefix, _EMA[1:])
     weights = {name: reader.get_tensor(stored)
                for name, stored in chosen.items()}
+  except UserError:
+    raise
   # IndexError and RuntimeError among them, beside those of tf.errors.
   except Exception as error:
     raise UserError(f"{prefix} is not a complete TensorFlow checkpoint: "
