@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
+import types
 
 import gin
 import keras
@@ -345,12 +347,45 @@ def test_grey_images_are_repeated(small):
           "[1, 8, 8, 4]")
 
 
-def test_handle_in_the_cache_of_tf_hub(small, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+  """Stands in for tensorflow_hub; without a network, unless it is given one."""
+  module = types.ModuleType("tensorflow_hub")
+
+  def resolve(handle):
+    raise OSError(f"<urlopen error>\n{handle}: Name or service not known")
+
+  module.resolve = resolve
+  monkeypatch.setitem(sys.modules, "tensorflow_hub", module)
+  return module
+
+
+def test_a_handle_is_fetched_where_there_is_a_network(
+    small, hub, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
+  fetched = []
+
+  def resolve(handle):
+    fetched.append(handle)
+    folder = tmp_path / hashlib.sha1(handle.encode()).hexdigest()
+    shutil.copytree(small, folder)
+    return str(folder)
+
+  hub.resolve = resolve
+  network = features_lib.load_features(HANDLE)
+  assert network.key == features_lib.load_features(small).key
+  features_lib.load_features(HANDLE)
+  assert fetched == [HANDLE]  # Once.
+
+
+def test_handle_in_the_cache_of_tf_hub(small, hub, tmp_path, monkeypatch):
+  del hub
   monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "cache"))
   get = functools.partial(features_lib.load_features, HANDLE)
   name = hashlib.sha1(HANDLE.encode()).hexdigest()
   refused(get, f"{HANDLE}?tf-hub-format=compressed", name, str(tmp_path),
-          "TFHUB_CACHE_DIR", "load_features.path", "no such folder")
+          "TFHUB_CACHE_DIR", "load_features.path", "no such folder",
+          "Name or service not known")
   (tmp_path / "cache").mkdir()
   lock = tmp_path / "cache" / f"{name}.lock"
   lock.write_text("host.1234")
