@@ -190,7 +190,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
         was optimised);
       a `.keras` file, which gets images as they are if no rule is given;
       "https://tfhub.dev/tensorflow/tfgan/eval/inception/1", TF-GAN's Inception
-        which TF-Hub fetches once (`saved_models.hub_folder`), or another handle;
+        which TF-Hub fetches once (`saved_models.hub_folder`), or another one;
       the folder of a SavedModel, TF-GAN's Inception or any other;
       "keras:NAME" for `keras.applications.NAME`.
     pool_layer: see `FeatureNetwork`. None: "pool" of a file, "pool_3" of a

@@ -350,8 +350,8 @@ def _convert_weights(path: str, card: dict) -> Denoiser:
 
 
 def _converted(source: str, model, config: UNetConfig | EDMConfig,
-               schedule: NoiseSchedule, prediction: str = "eps", null_label: int | None = None,
-               **convention) -> Denoiser:
+               schedule: NoiseSchedule, prediction: str = "eps",
+               null_label: int | None = None, **convention) -> Denoiser:
   """The denoiser of one of our own networks.
 
   Args:

@@ -635,7 +635,8 @@ def test_search_and_evaluate(folder, tmp_path):
       families.make_sampler, family="ggdm+pred+time", num_steps=2, init="ddim")
   sampler = ddss_tf.search(
       run_dir=run, **parts, sampler=make_sampler, num_search_steps=2,
-      batch_size=4, pool_samples=8, validation_samples=4, validate_every=1, jit_compile=False)
+      batch_size=4, pool_samples=8, validation_samples=4, validate_every=1,
+      jit_compile=False)
   start = make_sampler(parts["denoiser"].schedule).coefficients()
   found = sampler.coefficients().arrays()
   moved = [np.abs(found[name] - value).max()
@@ -645,7 +646,8 @@ def test_search_and_evaluate(folder, tmp_path):
       run, **parts, num_samples=12, batch_size=4, jit_compile=False)
   assert record["features"] == {"name": os.path.basename(folder),
                                 "sha256": parts["features"].sha256,
-                                "protocol": parts["features"].protocol}
+                                "protocol": parts["features"].protocol,
+                                "key": parts["features"].key}
   expected = tf_gan_metrics(
       tf.saved_model.load(folder), images,
       sampling.Generator(parts["denoiser"], 4, jit_compile=False).images(
