@@ -628,11 +628,16 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
 
   Args:
     schedule: the forward process of the denoiser.
-    family: one of `FAMILIES`: a solver of `solvers.SOLVERS`; one of `LEARNED`;
-      either with "+pred", "+time", "+guidance", or several in this order.
+    family: one of `FAMILIES`: a solver of `solvers.SOLVERS`, such as "ddpm",
+      "ddim", "dpm++2m", "unipc2-bh2"; one of `LEARNED`: "ddim-learned", "vars",
+      "rddim", "ggdm"; either with "+pred", "+time", "+guidance", or several in
+      this order.
     num_steps: K, from 1 to T.
-    **options: of the family's class: `SolverSampler` for a plain solver, else
-      `LearnedSampler` and its subclass.
+    **options: of the family's class, `SolverSampler` for a plain solver, else
+      `LearnedSampler` and its subclass: `stride`, one of `schedules.STRIDES` or
+      a list of times; `eta` of DDIM; of what is learned also `init`, where it
+      starts (a solver, "auto", the path of a `sampler.json`, None for the
+      best known), and `parameterisation`, "real" or "paper".
 
   Returns:
     The sampler.
