@@ -50,12 +50,14 @@ _LEAST_ABAR = 1e-12  # Of VARS and +PRED in their cumulative form.
 
 # Where GGDM starts: the largest K, and the solver and stride that were best up
 # to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
-# that no longer tells them apart, on 10 000 (K = 10, the lowest FID as well).
-# Other K by neighbourhood.
+# that no longer tells them apart, on 10 000 (K = 10, the lowest FID as well) or
+# 2 000 (K = 15, 20, the lower Frechet distance as well). Other K by
+# neighbourhood.
 _BEST_STARTS = (
     (4, "dpm++3m", "linear"),
     (7, "dpm++3m", "linspace"),
-    (np.inf, "unipc3-bh1", "linspace_open"),
+    (12, "unipc3-bh1", "linspace_open"),
+    (np.inf, "unipc2-bh1", "trailing"),
 )
 # And of what holds no multistep solver: DDIM's best stride at K = 5; at K = 10
 # within 1 % of the best.

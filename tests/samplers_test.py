@@ -373,7 +373,8 @@ def test_predictions_follow_from_the_marginals(family, parameterisation):
     ("ddim-learned", 5, ("ddim", "trailing")),
     ("rddim", 10, ("ddim", "trailing")),
     ("ggdm", 3, ("dpm++3m", "linear")), ("ggdm", 5, ("dpm++3m", "linspace")),
-    ("ggdm", 10, ("unipc3-bh1", "linspace_open"))])
+    ("ggdm", 10, ("unipc3-bh1", "linspace_open")),
+    ("ggdm", 20, ("unipc2-bh1", "trailing"))])
 def test_default_starts(family, steps, start):
   c = families.make_sampler(SCHEDULE, family, steps).coefficients()
   solver, stride = start
