@@ -118,9 +118,14 @@ def test_a_solver_is_shown_on_its_best_stride(arguments, compared):
 
 
 def ranking_of(folder):
-  """Where the search of a folder could start, the best first."""
+  """Where the search of a folder could start, the one it took first."""
   with open(os.path.join(folder, "starts.json")) as f:
     ranking = json.load(f)["ranking"]
+  # The best with noise and the best without it, on more images.
+  again = [entry["sha256"] for entry in ranking if entry["samples"] > 64]
+  ranking = [entry for entry in ranking if entry["samples"] == 64]
+  assert len(again) in (0, 2)
+  ranking.sort(key=lambda entry: entry["sha256"] != again[0] if again else 0)
   return [(entry["start"].get("init", "default"), entry["start"].get("stride"),
            entry["distance"]) for entry in ranking]
 

@@ -764,7 +764,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(parts):
 
 @pytest.mark.parametrize("terms,message", [
     ("beauty", "kid_linear.*'beauty'"), ({}, "terms"),
-    ({"kid_linear": -1.0}, "positive"),
+    ({"kid_linear": -1.0}, "'kid_linear' must be a number above 0"),
     ({"elbo": 1.0, "kid_linear": 1.0}, "stands alone")])
 def test_bad_objectives(parts, terms, message):
   with pytest.raises(ValueError, match=message):
