@@ -1,10 +1,11 @@
 """Reads a `UNet2DModel` in the diffusers folder layouts.
 
 Configuration, scheduler and weights lie in one folder, or in `unet/` and
-`scheduler/` of a pipeline. `config.json` and `scheduler_config.json` become a `UNetConfig`, the betas and
-the prediction type; the weights become a dictionary by our variable names.
-Every config key is either honoured or required to have the one value we
-implement; everything else is refused by name. `.bin` weights need PyTorch.
+`scheduler/` of a pipeline. `config.json` and `scheduler_config.json` become a
+`UNetConfig`, the betas and the prediction type; the weights become a dictionary
+by our variable names. Every config key is either honoured or required to have
+the one value we implement; everything else is refused by name. `.bin` weights
+need PyTorch.
 """
 
 import os

@@ -235,8 +235,7 @@ def _heat_map(figure, axis, table):
       dark = abs(table[k, u]) > 0.6 * limit
       # No "-0.00".
       axis.text(u, k, f"{round(table[k, u], 2) + 0.0:.2f}", ha="center",
-                va="center",
-                fontsize=8 if steps <= 6 else 6,
+                va="center", fontsize=8 if steps <= 6 else 6,
                 color="white" if dark else "black")
   # As the paper counts: x_K is the noisiest state.
   names = [f"$x_{{{steps - u}}}$" if few else str(steps - u)
