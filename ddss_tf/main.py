@@ -66,7 +66,10 @@ def _parse_gin(files: list[str], params: list[str]) -> None:
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
           AttributeError, ImportError, NameError,
           tokenize.TokenError) as error:
-    raise UserError(f"gin: {error}") from error
+    # gin quotes the whole configuration where a macro is used that is not set.
+    unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
+    raise UserError(f"gin: the macro {unset[1]!r} must be bound, for a binding "
+                    "uses it" if unset else f"gin: {error}") from error
   finally:
     logging.set_verbosity(verbosity)
   text = gin.config_str(max_line_length=10**6)
@@ -149,7 +152,6 @@ def _build(stages) -> None:
   for hours. What is large is a `gin.singleton`, and so built once.
   """
   # pylint: disable=g-import-not-at-top
-  import gin
   from ddss_tf import comparing
   from ddss_tf import evaluation
   from ddss_tf import exporting
@@ -157,21 +159,19 @@ def _build(stages) -> None:
   from ddss_tf import registry
   from ddss_tf import searching
   from ddss_tf import zoo
-  from ddss_tf.errors import UserError
   # pylint: enable=g-import-not-at-top
   checks = {
       "compare": comparing.check_compare, "evaluate": evaluation.check_evaluate,
       "sample": exporting.check_sample, "search": searching.check_search}
   for stage in stages:
     name = stage.__name__
-    arguments = _arguments(stage)
-    for key, value in arguments.items():
-      if value is gin.REQUIRED:
-        raise UserError(f"gin: {name}.{key} must be bound")
+    arguments = _bound_arguments(stage)
     if name in checks:
       checks[name](arguments)
-    if name == "compare":  # Which searches.
-      search = _arguments(registry.search)
+    if name == "compare" and arguments["families"]:  # Then it searches.
+      # It gives the parts itself.
+      search = _bound_arguments(registry.search, **dict.fromkeys(
+          ("denoiser", "sampler", "features", "dataset")))
       for objective in (arguments["objectives"] or {
           "": search["objective"]}).values():
         searching.check_search({**search, "objective": objective})
@@ -192,12 +192,18 @@ def _build(stages) -> None:
       factory(denoiser.schedule)
 
 
-def _arguments(stage) -> dict:
+def _bound_arguments(stage, **given) -> dict:
   """What a stage will be called with, defaults too, but for the run_dir."""
   import gin  # pylint: disable=g-import-not-at-top
+  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
+  name = stage.__name__
   parameters = inspect.signature(stage).parameters.values()
   defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
-  return {**defaults, **gin.get_bindings(stage.__name__)}
+  arguments = {**defaults, **gin.get_bindings(name), **given}
+  for key, value in arguments.items():
+    if value is gin.REQUIRED:
+      raise UserError(f"gin: {name}.{key} must be bound")
+  return arguments
 
 
 def main(argv):

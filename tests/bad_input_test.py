@@ -132,6 +132,7 @@ OBJECTIVE = "search.objective = "
     ("search.bach_size = 3", ["bach_size"]),
     ("serch.seed = 3", ["serch"]),
     ("NUM_STEP = 3", ["'NUM_STEP'", "misspelt"]),
+    ("search.seed = %SEEED", ["gin: the macro 'SEEED' must be bound"]),
     ("search.seed = = 3", ["gin:"]),
     ("search.seed = [1,", ["gin:"]),
     ("search.sampler = @os.system", ["os.system"]),
@@ -215,6 +216,24 @@ def test_arguments_of_another_kind(refused, tmp_path, params, words):
             *params]
   line = refused(tmp_path / "run", *params, unchanged=tmp_path, mode="compare")
   assert all(word in line for word in words), line
+
+
+def test_a_comparison_without_searches_needs_no_binding_of_one(
+    refused, main_in_process, gaussian_config, tmp_path, capsys):
+  config = tmp_path / "compare.gin"
+  with open(gaussian_config) as f:
+    lines = [line for line in f.read().splitlines()
+             if not line.startswith("search.")]
+  config.write_text("\n".join([*lines, *(
+      f"compare.{name} = %{name.upper()}" for name in (
+          "denoiser", "dataset", "features")),
+      "compare.num_samples = 40", "compare.num_steps = [2]", ""]))
+  arguments = ["--mode=compare", f"--gin_file={config}", "--dry_run"]
+  main_in_process([*arguments, "--gin_param=compare.families = []"])
+  assert "compare.families = []" in capsys.readouterr().out
+  line = refused(tmp_path / "run", config=config, mode="compare",
+                 unchanged=tmp_path)
+  assert "search.num_search_steps must be bound" in line
 
 
 def test_several_feature_networks_build(

@@ -256,7 +256,7 @@ def test_bad_usage(arguments, params, words, main_in_process, tfds_dir,
 
 # Parts that others include: they leave things to bind.
 PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin",
-         "sample.gin")
+         "own.gin", "sample.gin")
 
 
 @pytest.mark.slow
@@ -264,7 +264,7 @@ PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin",
     "config", sorted(n for n in os.listdir(os.path.join(ROOT, "gin_configs"))
                      if n.endswith(".gin") and n not in PARTS))
 def test_every_shipped_config_builds(config, tfds_dir):
-  compares = config.startswith(("table", "objectives"))
+  compares = config.startswith(("table", "objectives", "figures"))
   mode = "compare" if compares else "run"
   result = call(f"--gin_file={os.path.join(ROOT, 'gin_configs', config)}",
                 "--dry_run", f"--mode={mode}", data_dir=tfds_dir)
