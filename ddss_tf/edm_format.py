@@ -34,7 +34,7 @@ _NUM_STEPS = 1000
 # The words of both networks that are ours as well, and their types.
 _SHARED = {
     "model_channels": int, "channel_mult": tuple, "channel_mult_emb": int,
-    "num_blocks": int, "attn_resolutions": tuple,
+    "num_blocks": int, "attn_resolutions": tuple, "label_dropout": float,
 }
 _ARCHITECTURES = {
     "SongUNet": {
@@ -63,7 +63,7 @@ _DEFAULT_MODEL = {"EDMPrecond": "DhariwalUNet"}
 _DEFAULT_SIGMAS = {"VEPrecond": (0.02, 100.0)}
 # What changes nothing of an image: training, precision, and the augmentation,
 # whose labels are zero when images are made.
-_IGNORED = ("use_fp16", "augment_dim", "dropout", "label_dropout", "epsilon_t")
+_IGNORED = ("use_fp16", "augment_dim", "dropout", "epsilon_t")
 
 
 def is_edm(path: str) -> bool:
@@ -143,7 +143,8 @@ def read_config(
   values = dict(_DEFAULTS.get(model, {}))
   for key, value in words.items():
     values[ours.get(key, key)] = checkpoints.json_value(
-        source, key, value, types[key], 0 if key == "label_dim" else 1)
+        source, key, value, types[key],
+        0 if key in ("label_dim", "label_dropout") else 1)
   missing = [key for key in ("img_resolution", "img_channels")
              if key not in words]
   if missing:

@@ -43,6 +43,8 @@ class EDMConfig:
       more.
     attn_resolutions: heights of the levels with attention.
     label_dim: classes; 0 for none.
+    label_dropout: how often it was trained without one, which is told by its
+      `label_dim`; 0: never, so that there is no null label for guidance.
     fourier: of "SongUNet", sinusoids of learned frequencies.
     residual_encoder: of "SongUNet", the way down adds the images themselves,
       filtered, to every level below the first.
@@ -65,6 +67,7 @@ class EDMConfig:
   num_blocks: int = 4
   attn_resolutions: tuple[int, ...] = (16,)
   label_dim: int = 0
+  label_dropout: float = 0.0
   fourier: bool = False
   residual_encoder: bool = False
   resample_filter: tuple[int, ...] = (1, 1)

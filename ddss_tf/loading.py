@@ -31,7 +31,7 @@ from ddss_tf.unet import UNetConfig
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 # Counts changes to what is kept: copies of another revision are not taken.
-_CACHE_REVISION = 3
+_CACHE_REVISION = 4
 _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
                 "use_new_attention_order", "diffusion_steps", "noise_schedule",
                 "rescale_timesteps")
@@ -375,8 +375,10 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
   if isinstance(config, EDMConfig):
     convention = {"process": "ve", "time_input": "sigma"}
     # The label after the last is no class: all zeros, see `edm_unet.OneHot`.
-    null_label = config.label_dim or None
-    classes = config.label_dim + 1 if config.label_dim else None
+    # Only training with dropped labels has shown it to the network.
+    knows_null = bool(config.label_dim and config.label_dropout)
+    null_label = config.label_dim if knows_null else None
+    classes = config.label_dim + knows_null or None
   sha256 = _told_sha256(
       denoisers.weights_sha256(model), prediction, schedule,
       {**convention, "architecture": architecture})

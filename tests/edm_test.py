@@ -52,14 +52,16 @@ def test_networks_match_the_original(name, tmp_path):
   eps = np.asarray(model(inputs, training=False), np.float64)
   x, sigma = golden["x"], golden["sigma"][:, None, None, None]
   # D = x - sigma eps. Both: D shows EDM's network where sigma is large, eps
-  # where it is small, up to what float32 leaves of the original's x - D there.
-  # The other preconditionings multiply the network's rounding by sigma.
+  # where it is small, but for the rounding of the original's D. The other
+  # preconditionings predict eps, and D has the rounding of that times sigma.
   reach = 1.0 if json.loads(str(golden["card"]))["class_name"] == (
       "EDMPrecond") else np.maximum(sigma, 1.0)
   difference = np.abs(x - sigma * eps - golden["denoised"]) / reach
   assert np.max(difference) < 1e-4
-  np.testing.assert_allclose(
-      eps, (x.astype(np.float64) - golden["denoised"]) / sigma, atol=2e-4)
+  rounding = np.spacing(np.abs(golden["denoised"])) / 2 / sigma
+  difference = np.abs(
+      eps - (x.astype(np.float64) - golden["denoised"]) / sigma)
+  assert np.max(difference - rounding) < 1e-4
   assert not any(v.value.trainable for v in model.weights)
 
 
@@ -193,7 +195,7 @@ def test_own_format(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["edm_song_vp", "edm_dhariwal"])
 def test_classes_and_guidance(tmp_path, name):
-  path, golden = write(tmp_path, name)
+  path, golden = write(tmp_path, name, label_dropout=0.1)
   denoiser = ddss_tf.load_denoiser(path, guidance_scale=1.5)
   x, sigma, labels = golden["x"], golden["sigma"], golden["labels"]
   assert labels[-1] == -1 and labels.max() < denoiser.null_label
@@ -212,6 +214,21 @@ def test_classes_and_guidance(tmp_path, name):
   np.testing.assert_allclose(
       denoiser.eps(x, t, 1), 1.5 * plain[1] - 0.5 * plain[0], atol=1e-4)
   assert np.max(np.abs(plain[1] - plain[0])) > 1e-2
+
+
+@pytest.mark.parametrize("dropout", [{}, {"label_dropout": 0}])
+def test_no_guidance_by_what_was_never_trained(tmp_path, dropout):
+  path, golden = write(tmp_path, "edm_dhariwal", **dropout)
+  denoiser = ddss_tf.load_denoiser(path)
+  classes = json.loads(str(golden["card"]))["init_kwargs"]["label_dim"]
+  assert denoiser.num_classes == classes and denoiser.null_label is None
+  assert "needs a null_label" in refusal(
+      ddss_tf.load_denoiser, path, guidance_scale=1.5)
+  assert f"are {classes}" in refusal(
+      ddss_tf.load_denoiser, path, guidance_scale=1.5, null_label=classes)
+  dropped = ddss_tf.load_denoiser(
+      write(tmp_path, "edm_dhariwal", label_dropout=0.1)[0])
+  assert (dropped.num_classes, dropped.null_label) == (classes + 1, classes)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_ve", "imagenet64"])
@@ -264,6 +281,7 @@ def test_preconditioning_is_part_of_what_a_network_is(tmp_path):
     ("edm_song", dict(attn_resolutions=[8]), ["Unused"]),
     ("edm_song", dict(sigma_min=90), ["sigma_min"]),
     ("edm_song", dict(label_dim=5), ["map_label"]),
+    ("edm_song", dict(label_dropout=-1), ["label_dropout", "-1"]),
     ("edm_dhariwal_ve", dict(sigma_data=0.5), ["sigma_data"]),
     ("edm_dhariwal_ve", dict(channel_mult_noise=2), ["channel_mult_noise"]),
 ])
