@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shlex
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
   from ddss_tf import card  # pylint: disable=g-import-not-at-top
 
   monkeypatch.chdir(tmp_path)
-  serve, search = blocks("README.md")
+  serve, _, search = blocks("README.md")  # The other is PyTorch's.
   denoiser = ddss_tf.gaussian_denoiser((16, 16, 1))
   os.makedirs("runs/demo")
   card.write("runs/demo/sampler.json", card.SamplerCard(
@@ -79,6 +80,72 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
   assert card.read("runs/mine/sampler.json").coefficients.num_steps == 10
   for name in ("metrics.json", "export/saved_model.pb", "generated.png"):
     assert os.path.exists(os.path.join("runs/mine", name)), name
+
+
+def commands(page):
+  """The arguments of each `python -m ddss_tf.main` of a page."""
+  fence = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+  fenced = [code for word, code in fence.findall(text(page)) if not word]
+  lines = "\n".join(fenced).replace("\\\n", " ").splitlines()
+  lines += re.findall(r"`([^`]+)`", fence.sub("", text(page)))
+  for line in lines:
+    program, found, arguments = line.partition("ddss_tf.main ")
+    if found and program.split() == ["python", "-m"]:
+      words = shlex.split(arguments, comments=True)
+      # A choice of modes is a command for each.
+      choice = next((word for word in words if "|" in word), "")
+      name, _, modes = choice.partition("=")
+      for mode in modes.split("|"):
+        yield [f"{name}={mode}" if word == choice else word for word in words]
+
+
+def test_commands_are_found():
+  found = [command for page in ("README.md", "docs/sampler_json.md")
+           for command in commands(page)]
+  modes = [next((word for word in command if word.startswith("--mode=")), None)
+           for command in found]
+  assert sorted(map(str, modes)) == [*(f"--mode={mode}" for mode in (
+      "compare", "evaluate", "export", "inspect", "sample", "sample", "sample",
+      "search", "zoo", "zoo")), "None"]
+
+
+@pytest.fixture
+def readers_folder(tmp_path, monkeypatch):
+  """What a reader would bring, small, where the commands look for it."""
+  import keras  # pylint: disable=g-import-not-at-top
+  import numpy as np  # pylint: disable=g-import-not-at-top
+  from PIL import Image  # pylint: disable=g-import-not-at-top
+  import ddss_tf  # pylint: disable=g-import-not-at-top
+
+  monkeypatch.chdir(tmp_path)
+  os.symlink(os.path.join(ROOT, "gin_configs"), "gin_configs")
+  ddss_tf.gaussian_denoiser((64, 64, 3)).save("path/to/model")
+  os.mkdir("my_images")
+  for i in range(4):
+    Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(
+        f"my_images/{i}.png")
+  inputs = keras.Input((299, 299, 3))
+  pool = keras.layers.Flatten(name="pool_3")(
+      keras.layers.AveragePooling2D(99)(inputs))
+  keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool)).save(
+      "inception.keras")
+
+
+def test_commands_of_the_pages_build(
+    readers_folder, main_in_process, capsys, tfds_dir, monkeypatch):
+  del readers_folder
+  monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+  for page in ("README.md", "docs/sampler_json.md"):
+    for command in commands(page):
+      command = [word.replace('"PATH"', '"path/to/model"') for word in command]
+      if "own.gin" in " ".join(command):
+        command.append(
+            "--gin_param=loss/load_features.path = 'inception.keras'")
+      if not {"--mode=zoo", "--mode=inspect"} & set(command):
+        command.append("--dry_run")
+      main_in_process(command)
+      assert capsys.readouterr().out, command
+  assert not os.path.exists("runs")
 
 
 def test_pages_with_code():

@@ -8,6 +8,7 @@ DDSS_TORCH_PYTHON to a Python with torch and diffusers to run it again.
 import hashlib
 import json
 import os
+import re
 import subprocess
 
 import conditional_test
@@ -135,6 +136,31 @@ def test_the_class_in_pytorch(cases, tmp_path):
        str(tmp_path / "scheduler"),
        os.path.join(scheduler_cases.TESTDATA, "tiny_unet2d"),
        str(tmp_path / "pipeline")], check=True)
+
+
+@pytest.mark.skipif(not TORCH, reason="DDSS_TORCH_PYTHON is not set")
+def test_the_code_of_the_readme_in_pytorch(cases, tmp_path):
+  sampler, denoiser, _ = cases["tiny_v_None_k5"]
+  folder = tmp_path / "runs" / "demo" / "diffusers_scheduler"
+  folder.parent.mkdir(parents=True)
+  diffusers_scheduler.write(str(folder), sampler, denoiser)
+  with open(os.path.join(ROOT, "README.md")) as f:
+    (code,) = [block for block in re.findall(
+        r"^```python\n(.*?)^```", f.read(), re.M | re.S) if "DDSS" in block]
+  model = os.path.join(scheduler_cases.TESTDATA, "tiny_unet2d")
+  before = f"""
+import sys
+sys.path.insert(0, "runs/demo/diffusers_scheduler")
+import diffusers, numpy
+pipe = diffusers.DDPMPipeline(
+    diffusers.UNet2DModel.from_pretrained({model!r}),
+    diffusers.DDPMScheduler())
+"""
+  after = """
+(image,) = map(numpy.asarray, images)
+assert image.dtype == numpy.uint8 and image.std() > 5, image
+"""
+  subprocess.run([TORCH, "-c", before + code + after], cwd=tmp_path, check=True)
 
 
 def test_a_damaged_card_is_refused(tmp_path, cases):
