@@ -12,7 +12,7 @@ RUN := $(BIN)/python -m ddss_tf.main
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo demo-full table objectives bench docs test test-all test-lowest clean
+.PHONY: demo demo-full table objectives figures bench docs test test-all test-lowest clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -29,6 +29,10 @@ table: $(VENV)/.installed
 objectives: $(VENV)/.installed
 	$(RUN) --mode=compare --gin_file=gin_configs/objectives.gin \
 	  --run_dir=results/objectives
+
+figures: $(VENV)/.installed
+	$(RUN) --mode=compare --gin_file=gin_configs/figures.gin \
+	  --run_dir=results/figures
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.start_up

@@ -30,6 +30,7 @@ from ddss_tf import figures
 from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import objectives as objectives_lib
+from ddss_tf import progress
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import samplers as samplers_lib
 from ddss_tf import schedules
@@ -214,7 +215,9 @@ def compare(
       seed=max([seed, *more_seeds]) + 1)
 
   records = []
-
+  bar = progress.bar(
+      len(num_steps) * (len(solvers) + len(families) * len(objectives or [0]))
+      + len(cards) + full_chain, "table", "row")
   images = _read_samples(run.path(SAMPLES))
 
   def add(sampler, x0_bound=None, search=None, more=more_seeds):
@@ -234,6 +237,7 @@ def compare(
       records.append(record)
       logging.info("%s", record)
     write_table(run.path(TABLE), records)
+    bar.update()
 
   for steps in num_steps:
     make = functools.partial(
@@ -302,6 +306,7 @@ def compare(
     add(sampler, bound)
   if full_chain:
     add(samplers_lib.full_chain(denoiser.schedule), more=())
+  bar.close()
   draw(run.root, records)
   return records
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import re
 import shutil
 
 import gin
@@ -248,12 +249,16 @@ def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
     assert timed in json.load(f)
 
 
-def test_called_again_it_measures_nothing(arguments, compared, monkeypatch):
+def test_called_again_it_measures_nothing(
+    arguments, compared, monkeypatch, capsys):
   run, records = compared
   monkeypatch.setattr(evaluation, "_measure", None)
   monkeypatch.setattr(searching.Search, "advance", None)
   monkeypatch.setattr(evaluation.Evaluator, "images", None)
   assert ddss_tf.compare(run, **arguments) == records
+  # The bar counted the rows before there were any.
+  assert re.search(rf"table: 100%.* {len(records)}/{len(records)} ",
+                   capsys.readouterr().err)
 
 
 def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
