@@ -9,7 +9,9 @@ import collections
 import itertools
 import math
 
+from matplotlib import font_manager
 from matplotlib import lines
+from matplotlib import textpath
 from matplotlib import ticker
 from matplotlib import transforms
 from matplotlib.figure import Figure
@@ -116,6 +118,16 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
   _save(figure, path)
 
 
+def _room(texts):
+  """Inches for the longest of texts of size 9, which may be bold.
+
+  Figures are not cut to what is in them, so that all of a kind have one scale.
+  """
+  font = font_manager.FontProperties(size=9, weight="bold")
+  return 0.3 + max(textpath.text_to_path.get_text_width_height_descent(
+      text, font, ismath=False)[0] for text in texts) / 72
+
+
 def sample_rows_png(path: str, title: str,
                     titled: list[tuple[str, str, np.ndarray]]) -> None:
   """Draws a row of samples of each of many samplers, one below the other.
@@ -129,9 +141,7 @@ def sample_rows_png(path: str, title: str,
   images = np.concatenate([images for *_, images in titled])
   columns, height = len(titled[0][-1]), images.shape[1]
   inches = 0.42  # Of an image.
-  # Of the text on both sides: figures are not cut to what is in them.
-  left, right = (0.4 + 0.072 * max(map(len, texts))
-                 for texts in list(zip(*titled))[:2])
+  left, right = (_room(texts) for texts in list(zip(*titled))[:2])
   size = (columns * inches + left + right, len(titled) * inches + 0.6)
   figure = Figure(size)
   axis = figure.add_axes((
@@ -445,8 +455,11 @@ def _draw_curves(axis, curves):
 def _curves_figure(curves):
   """A figure with an axis beside which all names have room."""
   height = max(4.4, 0.165 * len(curves) + 1.1)
-  figure = Figure((9.5, height))
-  axis = figure.add_axes((0.08, 0.55 / height, 0.63, (height - 1.15) / height))
+  left, width = 0.76, 6.0
+  size = (left + width + max(2.75, 0.8 + _room(curves)), height)
+  figure = Figure(size)
+  axis = figure.add_axes((left / size[0], 0.55 / height, width / size[0],
+                          (height - 1.15) / height))
   axis.grid(alpha=0.25, which="major")
   axis.spines[["top", "right"]].set_visible(False)
   return figure, axis
@@ -525,9 +538,11 @@ def _ranking(records, label):
   names = sorted(curves, key=lambda name: curves[name][0][1])
   below = 0.6 if len(heldout) < 2 else 0.8  # Another line explains them.
   height = 0.24 * len(names) + 0.7 + below
-  figure = Figure((8.5, height))
-  axis = figure.add_axes(
-      (0.3, below / height, 0.6, (height - 0.6 - below) / height))
+  left, width = max(2.55, _room(names)), 5.1
+  size = (left + width + 0.85, height)
+  figure = Figure(size)
+  axis = figure.add_axes((left / size[0], below / height, width / size[0],
+                          (height - 0.6 - below) / height))
   _log_axis(axis.xaxis, [
       y for found in (curves, *heldout.values())
       for points in found.values() for y in points[0][1:]])

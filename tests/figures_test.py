@@ -197,6 +197,26 @@ def test_names_do_not_overlap(drawn, count):
         box.y1 <= height)
 
 
+@pytest.mark.parametrize("all_steps", [(5,), (5, 10)])
+def test_long_names_are_not_cut(drawn, all_steps):
+  longest = "GGDM+PRED+TIME, LINEAR KID + TEACHER'S FEATURES"
+  figures.fid_by_steps_png("a", [
+      record(name, steps, fid) for name, fid in (
+          (longest, 2.0), ("GGDM+PRED+TIME, ELBO", 50.0), ("DDIM", 9.0))
+      for steps in all_steps])
+  images = np.zeros((2, 4, 4, 1), np.uint8)
+  figures.sample_rows_png("b", "K = 5", [(longest, "FID-10k 12.34", images)])
+  for figure in drawn.values():
+    (axis,) = figure.axes
+    renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
+    texts = [*axis.get_yticklabels(), *axis.texts, axis.title]
+    assert any(longest in text.get_text() for text in texts)
+    assert figure.bbox.x0 <= min(
+        text.get_window_extent(renderer).x0 for text in texts)
+    assert figure.bbox.x1 >= max(
+        text.get_window_extent(renderer).x1 for text in texts)
+
+
 def test_names_that_have_room_stay_where_they_belong():
   np.testing.assert_allclose(
       figures._spread(np.array([0.9, 0.1, 0.5]), 0.1), [0.9, 0.1, 0.5])
