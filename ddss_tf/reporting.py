@@ -237,7 +237,8 @@ def _title(groups, found):
   dataset = groups[0][0]["dataset"]
   if len(found) == 1 and found[0]["folder"] == ".":
     return f"{found[0]['label']}, K = {found[0]['num_steps']}, on {dataset}"
-  return f"{len(groups[0])} samplers on {dataset}"
+  count = sum(r["seed"] == groups[0][0]["seed"] for r in groups[0])
+  return f"{count} samplers on {dataset}"
 
 
 def _of_first_seed(records):

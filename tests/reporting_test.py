@@ -234,6 +234,7 @@ def test_seeds_are_told_apart_and_the_luckiest_is_not_the_best(tmp_path):
   assert [row[2] for row in page.rows[1:6]] == [
       "1234", "7", "1234", "7", "1234"]
   text = (tmp_path / "report.html").read_text()
+  assert "<h1>3 samplers on" in text
   assert re.findall('<tr class="best"><th scope="row">(.*?)<', text) == [
       "PNDM linear", "PNDM linear"]
 
