@@ -53,13 +53,18 @@ def main_in_process():
   import gin  # pylint: disable=g-import-not-at-top
   from ddss_tf import main  # pylint: disable=g-import-not-at-top
 
+  # A process has those of one command; gin offers no way to take them back.
+  folders = gin.config._LOCATION_PREFIXES  # pylint: disable=protected-access
+
   def run(arguments):
     gin.clear_config()
+    before = list(folders)
     flags.FLAGS.unparse_flags()
     flags.FLAGS(["main", *arguments])
     try:
       main.main(["main"])
     finally:
+      folders[:] = before
       gin.clear_config()
       flags.FLAGS.unparse_flags()
       for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run",
