@@ -8,10 +8,10 @@ DDSS_TORCH_PYTHON to a Python with torch and diffusers to run it again.
 import hashlib
 import json
 import os
-import re
 import subprocess
 
 import conditional_test
+import docs_test
 import numpy as np
 import pytest
 import scheduler_cases
@@ -144,9 +144,8 @@ def test_the_code_of_the_readme_in_pytorch(cases, tmp_path):
   folder = tmp_path / "runs" / "demo" / "diffusers_scheduler"
   folder.parent.mkdir(parents=True)
   diffusers_scheduler.write(str(folder), sampler, denoiser)
-  with open(os.path.join(ROOT, "README.md")) as f:
-    (code,) = [block for block in re.findall(
-        r"^```python\n(.*?)^```", f.read(), re.M | re.S) if "DDSS" in block]
+  (code,) = [
+      block for block in docs_test.blocks("README.md") if "DDSS" in block]
   model = os.path.join(scheduler_cases.TESTDATA, "tiny_unet2d")
   before = f"""
 import sys
