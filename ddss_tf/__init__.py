@@ -47,6 +47,7 @@ _PUBLIC = {
     "load_features": "features",
     "make_sampler": "families",
     "make_schedule": "schedules",
+    "on_schedule": "clocks",
     "report": "reporting",
     "run_chain": "chain",
     "sample": "exporting",
@@ -61,6 +62,7 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf import zoo
   from ddss_tf.card import SamplerCard
   from ddss_tf.chain import draw_noise, run_chain
+  from ddss_tf.clocks import on_schedule
   from ddss_tf.coefficients import Coefficients
   from ddss_tf.comparing import compare
   from ddss_tf.data import ImageDataset, load_dataset

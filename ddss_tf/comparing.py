@@ -80,6 +80,9 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   if arguments["solvers"] and not arguments["strides"]:
     raise UserError("compare.strides must be some, for the solvers. Received: "
                     f"{arguments['strides']!r}")
+  if arguments["starts"] not in ("best", "default"):
+    raise UserError("compare.starts must be 'best' or 'default'. "
+                    f"Received: {arguments['starts']!r}")
   objectives = arguments["objectives"]
   if objectives is not None and not isinstance(objectives, Mapping):
     raise UserError("compare.objectives must be objectives by label. "
@@ -136,6 +139,7 @@ def compare(
     solvers: Sequence[str] = solvers_lib.SOLVERS,
     strides: Sequence[str] = schedules.STRIDES,
     families: Sequence[str] = FAMILIES,
+    starts: str = "best",
     objectives: Mapping[str, str | Mapping[str, float]] | None = None,
     cards: Sequence[str] = (),
     full_chain: bool = False,
@@ -175,6 +179,8 @@ def compare(
     solvers: names out of `solvers.SOLVERS`.
     strides: names out of `schedules.STRIDES`.
     families: names of learned families, smaller ones first.
+    starts: "best", as above, or "default": each family is searched once, from
+      its own default start (`families.LearnedSampler.default_start`).
     objectives: what is minimised, for a row of each family with each of them:
       a dict of labels to what `search.objective` takes. Then all searches start
       at DDPM, for the ELBO of a start without noise is infinite. None: one row,
@@ -282,13 +288,13 @@ def compare(
       # Those inside another one of them have been started from already.
       inside = [name for name in inside if not any(
           name in _CONTAINS.get(other, ()) for other in inside)]
-      starts = [{}, *simple, *(
+      candidates = [{}, *simple, *(
           {"init": os.path.join(path, card.FILE)}
           for name in inside for path in ends[name])]
-      rounds = {folder: starts}
-      if family in _MULTISTEP and not set(inside) & set(_MULTISTEP):
+      rounds = {folder: [{}] if starts == "default" else candidates}
+      if starts == "best" and family in _MULTISTEP and not set(inside) & set(_MULTISTEP):
         if best:
-          rounds[folder] = [*starts, _as_start(best)]
+          rounds[folder] = [*candidates, _as_start(best)]
         if other:
           rounds[f"{folder}-{other.stride}"] = [_as_start(other)]
       found = {path: searched(path, family, candidates)
@@ -407,12 +413,16 @@ def _search_of(folder):
 
 def _best_strides(make, strides, evaluator, num_samples):
   """Samplers on the best strides: the best two, and one with other times."""
-  candidates = []
+  candidates = {}
   for stride in strides:
     try:
-      candidates.append(make(stride=stride))
+      sampler = make(stride=stride)
     except UserError:
       continue  # Not a stride for this K.
+    # Strides of several names may be the same times: the first name counts.
+    candidates.setdefault(fingerprint.coefficients_sha256(
+        sampler.coefficients().numpy()), sampler)
+  candidates = list(candidates.values())
   if not candidates:
     raise UserError(f"none of the strides {', '.join(strides)} fits")
   if len(candidates) == 1:

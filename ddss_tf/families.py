@@ -48,20 +48,23 @@ _TIME_FLOOR = 1e-4
 _MEAN_FLOOR = 1e-6
 _LEAST_ABAR = 1e-12  # Of VARS and +PRED in their cumulative form.
 
+_MOST_MATCHED = 1000  # Steps of a matched stride.
 # Where GGDM starts: the largest K, and the solver and stride that were best up
 # to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
 # that no longer tells them apart, on 10 000 (K = 10, the lowest FID as well) or
 # 2 000 (K = 15, 20, the lower Frechet distance as well). Other K by
-# neighbourhood.
+# neighbourhood. The digits' schedule is linear; others visit the same noise
+# levels, which is what a matched stride means.
 _BEST_STARTS = (
-    (4, "dpm++3m", "linear"),
-    (7, "dpm++3m", "linspace"),
-    (12, "unipc3-bh1", "linspace_open"),
+    (4, "dpm++3m", "matched_linear"),
+    (7, "dpm++3m", "matched_linspace"),
+    (12, "unipc3-bh1", "matched_linspace_open"),
+    (_MOST_MATCHED, "unipc2-bh1", "matched_trailing"),
     (np.inf, "unipc2-bh1", "trailing"),
 )
-# And of what holds no multistep solver: DDIM's best stride at K = 5; at K = 10
-# within 1 % of the best.
-_BEST_DDIM = "ddim", "trailing"
+# The start of what holds no multistep solver: DDIM's best stride at K = 5, and
+# within 1 % of the best at K = 10.
+_BEST_DDIM = "ddim", "matched_trailing"
 
 
 def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
@@ -246,7 +249,11 @@ class LearnedSampler(Sampler):
 
   def default_start(self):
     """(solver, stride) of `init=None`."""
-    return _BEST_DDIM if self.parameterisation == "real" else ("ddim", "linear")
+    if self.parameterisation == "paper":
+      return "ddim", "linear"
+    if self.num_steps > _MOST_MATCHED:
+      return "ddim", "trailing"
+    return _BEST_DDIM
 
   def get_config(self):
     init = self.init

@@ -4,6 +4,7 @@ The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
 `export`, `inspect` and `report`; `make_strategy` is bound for all of them.
 """
 
+from ddss_tf.clocks import on_schedule
 from ddss_tf.comparing import compare
 from ddss_tf.data import load_dataset
 from ddss_tf.denoisers import gaussian_denoiser
@@ -22,5 +23,5 @@ from ddss_tf.searching import search
 __all__ = [
     "compare", "evaluate", "export", "gaussian_denoiser", "inspect",
     "load_dataset", "load_denoiser", "load_features", "make_sampler",
-    "make_schedule", "make_strategy", "report", "sample", "search",
+    "make_schedule", "make_strategy", "on_schedule", "report", "sample", "search",
 ]

@@ -11,6 +11,7 @@ cleaner `s`. The clean image itself has abar = 1.
 Tables are float64 NumPy. Only what a gradient must pass through is TensorFlow.
 """
 
+import functools
 from typing import Mapping
 
 import gin
@@ -18,9 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+_MATCHED = "matched_"
 STRIDES = ("linear", "trailing", "linspace", "linspace_open", "quadratic",
-           "logsnr", "karras")
+           "logsnr", "karras", "leading", "uniform",
+           *(_MATCHED + name for name in (
+               "linear", "trailing", "linspace", "linspace_open", "quadratic")))
 _KARRAS_RHO = 7.0
+# The least log(alpha / sigma) at which a named stride begins. There 1 / alpha
+# is 164: an error of 1 % in eps is one of 1.6 in x0_hat. The linear schedule of
+# Ho et al. ends at -5.06; DPM-Solver's users cut cosine ones at -5.1.
+NOISIEST_LOG_SNR = -5.1
+# What abar = 0 is taken for, so that log-SNR and 1 / alpha stay finite.
+_ZERO_ABAR = 1e-12
 # More is a slip, or of a damaged file, and would fill the memory.
 _MOST_STEPS = 10**6
 
@@ -33,6 +43,8 @@ class NoiseSchedule:
 
   Args:
     betas: float [T], the variances of the T training steps, each in (0, 1).
+      The last one may be 1: the process then ends in pure noise, as one that is
+      rescaled to zero SNR does. Its last abar is taken for 1e-12.
 
   Raises:
     ValueError: `betas` is empty, not one-dimensional, or leaves (0, 1).
@@ -43,12 +55,19 @@ class NoiseSchedule:
     if betas.ndim != 1 or not betas.size:
       raise ValueError(
           f"betas must be a non-empty list. Received: shape {betas.shape}")
-    if not np.all((betas > 0) & (betas < 1)):
+    if not (np.all((betas > 0) & (betas <= 1)) and np.all(betas[:-1] < 1)):
       raise ValueError(
-          "betas must lie strictly between 0 and 1. Received: "
-          f"{betas.min():g} ... {betas.max():g}")
+          "betas must lie strictly between 0 and 1, but for the last, which may "
+          f"be 1. Received: {betas.min():g} ... {betas.max():g}")
     self.betas = betas
-    self._log_abar = np.cumsum(np.log1p(-betas))
+    kept = betas[:-1] if betas[-1] == 1 else betas
+    self._log_abar = np.cumsum(np.log1p(-kept))
+    if betas[-1] == 1:
+      self._log_abar = np.append(self._log_abar, np.log(_ZERO_ABAR))
+    if np.any(np.diff(self._log_abar) >= 0):
+      raise ValueError(
+          "betas must leave some signal at every step but the last. Received: "
+          f"abar of {np.exp(self._log_abar[-2]):g} before a last beta of 1")
 
   @classmethod
   def linear(cls, num_train_steps: int = 1000, beta_start: float = 1e-4,
@@ -72,10 +91,30 @@ class NoiseSchedule:
     abar = np.cos(angle) ** 2
     return cls(np.minimum(1 - abar[1:] / abar[:-1], max_beta))
 
+  def rescaled_to_zero_snr(self) -> "NoiseSchedule":
+    """The same process, shifted and stretched so that it ends in pure noise.
+
+    Lin et al. (2023, https://arxiv.org/abs/2305.08891), algorithm 1: sqrt(abar)
+    becomes 0 at step T - 1 and stays as it is at step 0.
+    """
+    root = np.sqrt(self.abar(np.arange(self.num_train_steps)))
+    if len(root) < 2:
+      raise ValueError("a schedule must have two steps to be rescaled. "
+                       f"Received: {len(root)}")
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    abar = np.concatenate([[1.0], root**2])
+    return NoiseSchedule(1 - abar[1:] / abar[:-1])
+
   @property
   def num_train_steps(self) -> int:
     """T."""
     return len(self.betas)
+
+  @functools.cached_property
+  def num_visible_steps(self) -> int:
+    """How many training steps are above `NOISIEST_LOG_SNR`; at least 1."""
+    log_snr = self.log_snr(np.arange(self.num_train_steps))
+    return max(int(np.sum(log_snr >= NOISIEST_LOG_SNR)), 1)
 
   def abar(self, t: npt.ArrayLike) -> np.ndarray:
     """alpha_t^2 in float64 at times `t`, each in [0, T - 1]."""
@@ -89,7 +128,7 @@ class NoiseSchedule:
 
   def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(alpha_t, sigma_t) in float32 at times `t`, differentiable in `t`."""
-    log_abar = _interpolated(self._log_abar, t)
+    log_abar = interpolated(self._log_abar, t)
     # expm1 keeps sigma exact where abar is close to one.
     return tf.exp(0.5 * log_abar), tf.sqrt(-tf.math.expm1(log_abar))
 
@@ -113,25 +152,39 @@ class NoiseSchedule:
              num_steps: int) -> np.ndarray:
     """Times tau of a K-step sampler, noisiest first.
 
-    The paper names a linear and a quadratic stride without formula; these are
-    our choice, after those of Song et al. (2021,
-    https://arxiv.org/abs/2010.02502). With i = 0 ... K-1:
+    With i = 0 ... K-1, and N the number of training steps whose log-SNR is at
+    least `NOISIEST_LOG_SNR`, or K if that is more:
 
-      linear:    floor(i T / K), the "leading" spacing of other libraries
-      trailing:  round((i + 1) T / K) - 1
-      linspace:  round(linspace(0, T - 1, K)_i)
-      linspace_open: round(linspace(0, T - 1, K + 1)_{i+1}), without step 0:
+      linear, leading: i (T // K), as the original DDIM code and diffusers'
+                 "leading" have it. It leaves the T mod K noisiest steps out.
+      uniform:   floor(i T / K), which is the same where K divides T
+      trailing:  round((i + 1) N / K) - 1
+      linspace:  round(linspace(0, N - 1, K)_i)
+      linspace_open: round(linspace(0, N - 1, K + 1)_{i+1}), without step 0:
                  where diffusers' multistep schedulers go by default
       quadratic: floor(linspace(0, sqrt(0.8 T), K)_i ** 2)
-      logsnr:    lambda_tau in equal steps from lambda_0 to lambda_{T-1}
+      logsnr:    lambda_tau in equal steps from lambda_0 to lambda_{N-1}
       karras:    (sigma_tau / alpha_tau)^(1/7) in equal steps between the same
                  ends (Karras et al. 2022, https://arxiv.org/abs/2206.00364,
                  equation 5)
+      matched_linear, matched_trailing, matched_linspace, matched_linspace_open,
+      matched_quadratic: the training steps whose log-SNR is nearest to that of
+                 the linear schedule of Ho et al. (2020, T = 1000) at its linear,
+                 trailing, ... steps. Where the range of this schedule is
+                 smaller, the values are scaled to fit into it.
 
-    The last two give fractional times. Where one of the others names a step
+    The paper names a linear and a quadratic stride without a formula. The
+    quadratic one is that of Song et al. (2021,
+    https://arxiv.org/abs/2010.02502); N and the matched strides are our choice.
+
+    N is T for linear schedules. A cosine schedule has a few more, whose images
+    are noise to the last digit: a step there makes a hundredfold error in x0_hat
+    of every error in eps. Times that are given as a list may lie there, too.
+
+    logsnr and karras give fractional times. Where one of the others names a step
     twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
     the later one moves to the next free step, so that no step is wasted. At
-    K = 1 linear and quadratic give 0, the others T - 1.
+    K = 1 linear, uniform and quadratic give 0, the others N - 1.
 
     Args:
       stride: one of `STRIDES`, or the K times themselves, strictly decreasing,
@@ -142,8 +195,8 @@ class NoiseSchedule:
       float64 [K], strictly decreasing, in [0, T - 1].
 
     Raises:
-      ValueError: unknown name; K outside [1, T]; given times out of order, out
-        of range, or not K.
+      ValueError: unknown name; K outside [1, T], or above 1000 for a matched
+        stride; given times out of order, out of range, or not K.
     """
     total = self.num_train_steps
     if not 1 <= num_steps <= total:
@@ -152,13 +205,19 @@ class NoiseSchedule:
           f"model. Received: num_steps={num_steps}")
     if not isinstance(stride, str):
       return self._given_times(stride, num_steps)
-    last = total - 1
+    if stride not in STRIDES:
+      raise ValueError(
+          f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
+          f"Received: {stride!r}")
+    last = max(self.num_visible_steps, num_steps) - 1
     i = np.arange(num_steps)
     # Cleanest first up to here.
-    if stride == "linear":
+    if stride in ("linear", "leading"):
+      tau = i * (total // num_steps)
+    elif stride == "uniform":
       tau = i * total // num_steps
     elif stride == "trailing":
-      tau = np.round((i + 1) * total / num_steps) - 1
+      tau = np.round((i + 1) * (last + 1) / num_steps) - 1
     elif stride == "linspace":
       tau = np.round(np.linspace(last, 0, num_steps))[::-1]
     elif stride == "linspace_open":
@@ -173,15 +232,29 @@ class NoiseSchedule:
       tau = self.time_of_log_snr(-_KARRAS_RHO * np.log(
           np.linspace(noise, clean, num_steps)))[::-1]
     else:
-      raise ValueError(
-          f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
-          f"Received: {stride!r}")
+      tau = self._matched_times(stride.removeprefix(_MATCHED), num_steps, last)
     if stride not in ("logsnr", "karras"):
       for k in range(1, num_steps):
         tau[k] = max(tau[k], tau[k - 1] + 1)
       # Beyond the last step only if K is close to T: push back from the end.
       tau = np.minimum(tau, total - num_steps + i)
     return tau[::-1].astype(np.float64)
+
+  def _matched_times(self, stride, num_steps, last):
+    """Steps with the log-SNR of the linear schedule's; cleanest first."""
+    linear = _linear_of_ho()
+    if num_steps > linear.num_train_steps:
+      raise ValueError(
+          f"num_steps must be at most {linear.num_train_steps} for a matched "
+          f"stride. Received: num_steps={num_steps}")
+    wanted = linear.log_snr(linear.stride(stride, num_steps)[::-1])
+    noisy, clean = linear.log_snr([linear.num_train_steps - 1, 0])
+    own_noisy, own_clean = self.log_snr([last, 0])
+    if own_noisy > noisy or own_clean < clean:
+      own_noisy, own_clean = max(noisy, own_noisy), min(clean, own_clean)
+      wanted = own_noisy + (wanted - noisy) * (own_clean - own_noisy) / (
+          clean - noisy)
+    return np.round(self.time_of_log_snr(wanted))
 
   def _given_times(self, times, num_steps: int) -> np.ndarray:
     times = np.asarray(times, np.float64)
@@ -245,7 +318,7 @@ class ExplodingSchedule(NoiseSchedule):
 
   def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """See the base class."""
-    sigma = tf.exp(_interpolated(self._log_sigmas, t))
+    sigma = tf.exp(interpolated(self._log_sigmas, t))
     alpha = tf.math.rsqrt(1.0 + sigma**2)
     return alpha, sigma * alpha
 
@@ -272,8 +345,22 @@ def from_card(card: Mapping[str, object]) -> NoiseSchedule:
   return NoiseSchedule(card["betas"])
 
 
-def _interpolated(table: np.ndarray, t) -> tf.Tensor:
-  """A table, float [T], at fractional t, clipped to its ends; float32."""
+@functools.cache
+def _linear_of_ho():
+  """The schedule that the default starts were measured on."""
+  return NoiseSchedule.linear()
+
+
+def interpolated(table: np.ndarray, t) -> tf.Tensor:
+  """A table at fractional times, clipped to its ends, differentiable.
+
+  Args:
+    table: float [T].
+    t: float, any shape.
+
+  Returns:
+    float32, the shape of `t`: linear between the entries.
+  """
   t = tf.convert_to_tensor(t, tf.float32)
   end = len(table) - 1
   table = tf.constant(table, tf.float32)

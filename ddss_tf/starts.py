@@ -85,14 +85,21 @@ def choose(candidates: list[tuple[dict, Sampler]],
 
   def measured(start, sampler, samples):
     coefficients = sampler.start.numpy()
-    key = {"start": start, "samples": samples,
-           "sha256": fingerprint.coefficients_sha256(coefficients)}
-    for entry in known:
-      if {name: entry[name] for name in key} == key:
+    images = {"samples": samples,
+              "sha256": fingerprint.coefficients_sha256(coefficients)}
+    # Strides of several names may be the same times.
+    same = [entry for entry in known
+            if {name: entry[name] for name in images} == images]
+    for entry in same:
+      if entry["start"] == start:
         return entry
-    value = distance(samples)(coefficients)
-    # JSON has no NaN.
-    entry = {**key, "distance": value if np.isfinite(value) else None}
+    if same:
+      value = same[0]["distance"]
+    else:
+      value = distance(samples)(coefficients)
+      if not np.isfinite(value):
+        value = None  # JSON has no NaN.
+    entry = {"start": start, **images, "distance": value}
     known.append(entry)
     known.sort(key=_worse)
     storage.write_json(path, {"conditions": conditions, "ranking": known})

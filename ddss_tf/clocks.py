@@ -1,0 +1,89 @@
+"""A network of one noise schedule, asked on another.
+
+What a network has learned is the noise level of its input; the index of the
+training step is only the name by which it is told. So a network that was
+trained on one variance-preserving process serves every other one, if it is told
+the step of its own process that has the same log-SNR.
+"""
+
+import gin
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf import fingerprint
+from ddss_tf import frozen
+from ddss_tf import schedules
+from ddss_tf.denoisers import Denoiser
+from ddss_tf.errors import UserError
+from ddss_tf.schedules import NoiseSchedule
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class Clock(keras.layers.Layer):
+  """Tells a network's own time at a step of another schedule.
+
+  Args:
+    table: float [T], the network's input at each step; linear in between.
+  """
+
+  def __init__(self, table, **kwargs):
+    super().__init__(**{**kwargs, "trainable": False})
+    self.table = np.asarray(table, np.float64)
+
+  def call(self, t: tf.Tensor) -> tf.Tensor:
+    return schedules.interpolated(self.table, t)
+
+  def compute_output_shape(self, input_shape):
+    return input_shape
+
+  def get_config(self):
+    return {**super().get_config(), "table": self.table.tolist()}
+
+
+@gin.register
+def on_schedule(denoiser: Denoiser = gin.REQUIRED,
+                schedule: NoiseSchedule = gin.REQUIRED) -> Denoiser:
+  """The same network behind another schedule, asked at equal log-SNR.
+
+  Noise levels that the network's own schedule does not reach are answered by
+  the nearest one that it does: its first or its last step.
+
+  Args:
+    denoiser: of a Keras network.
+    schedule: the schedule to serve, of any number of steps.
+
+  Returns:
+    A denoiser with the weights of the given one. Its hash covers both
+    schedules.
+
+  Raises:
+    UserError: the network is a SavedModel.
+  """
+  if not isinstance(denoiser.model, keras.Model):
+    raise UserError(
+        f"denoiser {denoiser.name!r} must be a Keras network to be asked on "
+        "another schedule. Received: a SavedModel")
+  own, convention = denoiser.schedule, denoiser.convention
+  model, scale, offset = (
+      denoiser.model, convention.time_scale, convention.time_offset)
+  if convention.time_input == "step":
+    steps = own.time_of_log_snr(
+        schedule.log_snr(np.arange(schedule.num_train_steps)))
+    x, t, *labels = (keras.Input(
+        value.shape[1:], dtype=value.dtype, name=name) for value, name in zip(
+            model.inputs, ("x_t", "t", "labels")))
+    with frozen.frozen_variables():
+      clock = Clock(scale * steps + offset, name="clock")
+    model = keras.Model([x, t, *labels], model([x, clock(t), *labels]),
+                        name=model.name)
+    scale, offset = 1.0, 0.0
+  return Denoiser(
+      model, schedule, denoiser.prediction, denoiser.name,
+      denoiser.num_classes, denoiser.guidance_scale, denoiser.null_label,
+      image_shape=denoiser.image_shape,
+      sha256=fingerprint.text_sha256(repr(
+          [denoiser.sha256, own.card(), schedule.card()])),
+      continuous_time=denoiser.continuous_time,
+      architecture=denoiser.architecture, process=convention.process,
+      time_input=convention.time_input, time_scale=scale, time_offset=offset)
