@@ -155,14 +155,15 @@ class NoiseSchedule:
     With i = 0 ... K-1, and N the number of training steps whose log-SNR is at
     least `NOISIEST_LOG_SNR`, or K if that is more:
 
-      linear, leading: i (T // K), as the original DDIM code and diffusers'
-                 "leading" have it. It leaves the T mod K noisiest steps out.
-      uniform:   floor(i T / K), which is the same where K divides T
+      linear:    i (N // K). It leaves the N mod K noisiest steps out.
+      leading:   i (T // K), as the original DDIM code and diffusers have it: the
+                 same where N is T
+      uniform:   floor(i N / K), the same as linear where K divides N
       trailing:  round((i + 1) N / K) - 1
       linspace:  round(linspace(0, N - 1, K)_i)
       linspace_open: round(linspace(0, N - 1, K + 1)_{i+1}), without step 0:
                  where diffusers' multistep schedulers go by default
-      quadratic: floor(linspace(0, sqrt(0.8 T), K)_i ** 2)
+      quadratic: floor(linspace(0, sqrt(0.8 N), K)_i ** 2)
       logsnr:    lambda_tau in equal steps from lambda_0 to lambda_{N-1}
       karras:    (sigma_tau / alpha_tau)^(1/7) in equal steps between the same
                  ends (Karras et al. 2022, https://arxiv.org/abs/2206.00364,
@@ -177,14 +178,15 @@ class NoiseSchedule:
     quadratic one is that of Song et al. (2021,
     https://arxiv.org/abs/2010.02502); N and the matched strides are our choice.
 
-    N is T for linear schedules. A cosine schedule has a few more, whose images
-    are noise to the last digit: a step there makes a hundredfold error in x0_hat
-    of every error in eps. Times that are given as a list may lie there, too.
+    N is T for the linear schedule. A cosine one has a few more steps, whose
+    images are noise to the last digit: there every error in eps becomes one
+    hundred times as large in x0_hat. So named strides leave them out, but for
+    "leading", which is as others have it. A list of times may name any step.
 
     logsnr and karras give fractional times. Where one of the others names a step
     twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
     the later one moves to the next free step, so that no step is wasted. At
-    K = 1 linear, uniform and quadratic give 0, the others N - 1.
+    K = 1 linear, leading, uniform and quadratic give 0, the others N - 1.
 
     Args:
       stride: one of `STRIDES`, or the K times themselves, strictly decreasing,
@@ -209,21 +211,23 @@ class NoiseSchedule:
       raise ValueError(
           f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
           f"Received: {stride!r}")
-    last = max(self.num_visible_steps, num_steps) - 1
+    count = total if stride == "leading" else max(
+        self.num_visible_steps, num_steps)
+    last = count - 1
     i = np.arange(num_steps)
     # Cleanest first up to here.
     if stride in ("linear", "leading"):
-      tau = i * (total // num_steps)
+      tau = i * (count // num_steps)
     elif stride == "uniform":
-      tau = i * total // num_steps
+      tau = i * count // num_steps
     elif stride == "trailing":
-      tau = np.round((i + 1) * (last + 1) / num_steps) - 1
+      tau = np.round((i + 1) * count / num_steps) - 1
     elif stride == "linspace":
       tau = np.round(np.linspace(last, 0, num_steps))[::-1]
     elif stride == "linspace_open":
       tau = np.round(np.linspace(0, last, num_steps + 1))[1:]
     elif stride == "quadratic":
-      tau = np.floor(np.linspace(0, np.sqrt(0.8 * total), num_steps) ** 2)
+      tau = np.floor(np.linspace(0, np.sqrt(0.8 * count), num_steps) ** 2)
     elif stride == "logsnr":
       tau = self.time_of_log_snr(np.linspace(
           self.log_snr(last), self.log_snr(0), num_steps))[::-1]
@@ -236,8 +240,8 @@ class NoiseSchedule:
     if stride not in ("logsnr", "karras"):
       for k in range(1, num_steps):
         tau[k] = max(tau[k], tau[k - 1] + 1)
-      # Beyond the last step only if K is close to T: push back from the end.
-      tau = np.minimum(tau, total - num_steps + i)
+      # Beyond the last step only if K is close to N: push back from the end.
+      tau = np.minimum(tau, count - num_steps + i)
     return tau[::-1].astype(np.float64)
 
   def _matched_times(self, stride, num_steps, last):
@@ -375,8 +379,9 @@ def interpolated(table: np.ndarray, t) -> tf.Tensor:
 def make_schedule(name: str = "linear", num_train_steps: int = 1000,
                   beta_start: float = 1e-4, beta_end: float = 0.02,
                   betas: npt.ArrayLike | None = None, sigma_min: float = 0.01,
-                  sigma_max: float = 50.0, sigmas: npt.ArrayLike | None = None
-                  ) -> NoiseSchedule:
+                  sigma_max: float = 50.0,
+                  sigmas: npt.ArrayLike | None = None,
+                  zero_snr: bool = False) -> NoiseSchedule:
   """Makes a noise schedule from its name.
 
   Args:
@@ -391,6 +396,8 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       et al. (2021, https://arxiv.org/abs/2011.13456) for CIFAR-10.
     sigma_max: likewise.
     sigmas: float [T], for "sigmas" only.
+    zero_snr: rescale it so that it ends in pure noise, see
+      `NoiseSchedule.rescaled_to_zero_snr`; not of variance-exploding ones.
 
   Returns:
     The schedule.
@@ -404,20 +411,27 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       raise ValueError(
           f"{key} must be given with the schedule {key!r}, and only then. "
           f"Received: name={name!r}, {key}={values!r}")
-  if name == "betas":
-    return NoiseSchedule(betas)
-  if name == "sigmas":
-    return ExplodingSchedule(sigmas)
   if num_train_steps > _MOST_STEPS:
     raise ValueError(f"num_train_steps must be at most {_MOST_STEPS}. "
                      f"Received: {num_train_steps}")
-  if name == "geometric":
-    return ExplodingSchedule.geometric(sigma_min, sigma_max, num_train_steps)
-  if name == "cosine":
-    return NoiseSchedule.cosine(num_train_steps)
-  if name == "linear":
-    return NoiseSchedule.linear(num_train_steps, beta_start, beta_end)
-  if name == "scaled_linear":
-    return NoiseSchedule.scaled_linear(num_train_steps, beta_start, beta_end)
-  raise ValueError("schedule must be one of linear, scaled_linear, cosine, "
-                   f"betas, geometric, sigmas. Received: {name!r}")
+  makers = {
+      "linear": lambda: NoiseSchedule.linear(
+          num_train_steps, beta_start, beta_end),
+      "scaled_linear": lambda: NoiseSchedule.scaled_linear(
+          num_train_steps, beta_start, beta_end),
+      "cosine": lambda: NoiseSchedule.cosine(num_train_steps),
+      "betas": lambda: NoiseSchedule(betas),
+      "geometric": lambda: ExplodingSchedule.geometric(
+          sigma_min, sigma_max, num_train_steps),
+      "sigmas": lambda: ExplodingSchedule(sigmas),
+  }
+  if name not in makers:
+    raise ValueError(f"schedule must be one of {', '.join(makers)}. "
+                     f"Received: {name!r}")
+  schedule = makers[name]()
+  if not zero_snr:
+    return schedule
+  if isinstance(schedule, ExplodingSchedule):
+    raise ValueError("zero_snr must be False for a variance-exploding schedule. "
+                     f"Received: name={name!r}")
+  return schedule.rescaled_to_zero_snr()

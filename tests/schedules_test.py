@@ -51,12 +51,10 @@ def test_strides_by_hand(linear):
   np.testing.assert_array_equal(
       linear.stride("linear", 5), [800, 600, 400, 200, 0])
   np.testing.assert_array_equal(
-      linear.stride("linear", 15)[:3], [933, 866, 800])
+      linear.stride("uniform", 15)[:3], [933, 866, 800])
   np.testing.assert_array_equal(
       linear.stride("quadratic", 10),
       [800, 632, 483, 355, 246, 158, 88, 39, 9, 0])
-
-
   np.testing.assert_array_equal(
       linear.stride("trailing", 5), [999, 799, 599, 399, 199])
   np.testing.assert_array_equal(
@@ -109,15 +107,120 @@ def test_given_times(linear):
       linear.stride(bad, 3)
 
 
-@pytest.mark.parametrize("name", [
-    "linear", "quadratic", "trailing", "linspace", "linspace_open"])
+WHOLE = sorted(set(schedules.STRIDES) - {"logsnr", "karras"})
+
+
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("steps", [1, 2, 29, 30, 100, 950, 1000])
 def test_strides_waste_no_step(linear, name, steps):
-  tau = linear.stride(name, steps)
-  assert len(tau) == steps
-  assert np.all(np.diff(tau) < 0)
-  assert 0 <= tau[-1] and tau[0] <= 999
-  np.testing.assert_array_equal(tau, np.floor(tau))
+  for schedule in (linear, NoiseSchedule.cosine()):
+    tau = schedule.stride(name, steps)
+    assert len(tau) == steps
+    assert np.all(np.diff(tau) < 0)
+    assert 0 <= tau[-1] and tau[0] <= 999
+    np.testing.assert_array_equal(tau, np.floor(tau))
+
+
+@pytest.mark.parametrize("total", [1000, 4000, 50, 37])
+@pytest.mark.parametrize("steps", [1, 3, 5, 10, 15, 30, 37])
+def test_leading_as_other_libraries_have_it(total, steps):
+  theirs = [i * (total // steps) for i in range(steps)][::-1]
+  for make in (NoiseSchedule.linear, NoiseSchedule.cosine):
+    np.testing.assert_array_equal(make(total).stride("leading", steps), theirs)
+  linear = NoiseSchedule.linear(total, 0.1 / total, 10 / total)
+  assert linear.num_visible_steps == total
+  np.testing.assert_array_equal(linear.stride("linear", steps), theirs)
+  np.testing.assert_array_equal(
+      linear.stride("uniform", steps),
+      [i * total // steps for i in range(steps)][::-1])
+
+
+# Schedules that people have, and the beta schedules of other libraries.
+SCHEDULES = {
+    "linear": NoiseSchedule.linear(),
+    "linear of 4000": NoiseSchedule.linear(4000, 1e-4 / 4, 0.02 / 4),
+    "linear of 2000, too long": NoiseSchedule.linear(2000),
+    "scaled linear": NoiseSchedule.scaled_linear(1000, 0.00085, 0.012),
+    "cosine": NoiseSchedule.cosine(),
+    "cosine of 4000": NoiseSchedule.cosine(4000),
+    "cosine of 50": NoiseSchedule.cosine(50),
+    "zero SNR, linear": NoiseSchedule.linear().rescaled_to_zero_snr(),
+    "zero SNR, scaled": NoiseSchedule.scaled_linear(
+        1000, 0.00085, 0.012).rescaled_to_zero_snr(),
+    "zero SNR, cosine": NoiseSchedule.cosine().rescaled_to_zero_snr(),
+    "exploding": schedules.ExplodingSchedule.geometric(0.01, 50.0),
+    "exploding, far": schedules.ExplodingSchedule.geometric(0.002, 1e4),
+}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(),
+                                         ids=SCHEDULES)
+
+
+@every_schedule
+@pytest.mark.parametrize("name", sorted(set(schedules.STRIDES) - {"leading"}))
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 25, 50])
+def test_named_strides_begin_where_there_is_an_image(schedule, name, steps):
+  """An error of 1 % in eps makes one of 2 in x0_hat at the most."""
+  tau = schedule.stride(name, steps)
+  assert len(tau) == steps and np.all(np.diff(tau) < 0)
+  assert 0 <= tau[-1] and tau[0] <= schedule.num_train_steps - 1
+  if steps <= schedule.num_visible_steps:
+    assert 0.01 / np.sqrt(schedule.abar(tau[0])) < 2
+
+
+@every_schedule
+def test_visible_steps(schedule):
+  """As many as are above the bound; all of them where T is asked for."""
+  count, total = schedule.num_visible_steps, schedule.num_train_steps
+  above = schedule.log_snr(np.arange(total)) >= schedules.NOISIEST_LOG_SNR
+  np.testing.assert_array_equal(above, np.arange(total) < count)
+  if total <= 1000:
+    for name in schedules.STRIDES:
+      if name not in ("logsnr", "karras"):
+        np.testing.assert_array_equal(
+            schedule.stride(name, total), np.arange(total)[::-1])
+
+
+@pytest.mark.parametrize("name", [
+    "linear", "trailing", "linspace", "linspace_open", "quadratic"])
+def test_matched_strides(linear, name):
+  """The noise levels of the linear schedule, to half a step of one's own."""
+  for steps in (1, 2, 3, 5, 7, 10, 15, 20, 25, 100, 1000):
+    np.testing.assert_array_equal(
+        linear.stride("matched_" + name, steps), linear.stride(name, steps))
+  wanted = linear.log_snr(linear.stride(name, 10))
+  # A range that is smaller is used whole, in the same proportions.
+  narrow = SCHEDULES["scaled linear"]
+  share = (wanted - linear.log_snr(999)) / np.diff(linear.log_snr([999, 0]))
+  scaled = narrow.log_snr(999) + share * np.diff(narrow.log_snr([999, 0]))
+  for key, levels in (
+      ("cosine", wanted), ("cosine of 4000", wanted),
+      ("zero SNR, cosine", wanted), ("linear of 2000, too long", wanted),
+      ("exploding, far", wanted), ("scaled linear", scaled)):
+    schedule = SCHEDULES[key]
+    tau = schedule.stride("matched_" + name, 10)
+    half = np.abs(schedule.log_snr(np.clip(
+        tau + [[-0.5], [0.5]], 0, schedule.num_train_steps - 1))
+                  - schedule.log_snr(tau)).max(axis=0)
+    assert np.all(np.abs(schedule.log_snr(tau) - levels) <= half * 1.1), key
+  with pytest.raises(ValueError, match="at most 1000.*1001"):
+    SCHEDULES["cosine of 4000"].stride("matched_" + name, 1001)
+
+
+@pytest.mark.parametrize("key", ["linear", "scaled linear", "cosine"])
+def test_rescaled_to_zero_snr(key):
+  """Lin et al. (2023), algorithm 1, written out."""
+  before = SCHEDULES[key]
+  after = before.rescaled_to_zero_snr()
+  root = np.sqrt(np.cumprod(1 - before.betas))
+  root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+  np.testing.assert_allclose(
+      np.sqrt(after.abar(np.arange(999))), root[:-1], rtol=1e-6, atol=1e-12)
+  assert after.betas[-1] == 1 and 0 < after.abar(999) < 1.001e-12
+  # What is taken for 0 stays finite, and survives its card.
+  assert np.isfinite(after.log_snr(999)) and after.time_of_log_snr(-99) == 999
+  again = schedules.from_card(after.card())
+  np.testing.assert_array_equal(
+      again.abar(np.arange(1000)), after.abar(np.arange(1000)))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -129,8 +232,9 @@ def test_impossible_number_of_steps(linear, steps):
 def test_bad_arguments(linear):
   with pytest.raises(ValueError, match="linear, trailing.*'cubic'"):
     linear.stride("cubic", 5)
-  with pytest.raises(ValueError, match="between 0 and 1"):
-    NoiseSchedule([0.1, 1.0])
+  for betas in ([1.0, 0.1], [0.1, 1.1], [0.1, 0.0], [0.1, np.nan]):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+      NoiseSchedule(betas)
   with pytest.raises(ValueError, match="non-empty"):
     NoiseSchedule([])
 
@@ -144,8 +248,13 @@ def test_schedules_by_name():
       NoiseSchedule.scaled_linear(9, 0.1, 0.4).betas)
   np.testing.assert_array_equal(
       schedules.make_schedule("betas", betas=[0.1, 0.3]).betas, [0.1, 0.3])
+  np.testing.assert_array_equal(
+      schedules.make_schedule("cosine", 500, zero_snr=True).betas,
+      NoiseSchedule.cosine(500).rescaled_to_zero_snr().betas)
   for arguments in (dict(name="sine"), dict(name="betas"),
-                    dict(name="linear", betas=[0.1])):
+                    dict(name="linear", betas=[0.1]),
+                    dict(name="geometric", zero_snr=True),
+                    dict(name="betas", betas=[0.1], zero_snr=True)):
     with pytest.raises(ValueError, match="Received"):
       schedules.make_schedule(**arguments)
 
