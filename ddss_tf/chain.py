@@ -164,7 +164,8 @@ def run_chain(
   Args:
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; with
       the scale of its guidance, float32 [B], as a third argument if the
-      coefficients have one.
+      coefficients have one. Or `Denoiser.output`, with coefficients that have
+      gone through `Denoiser.for_chain`.
     coefficients: of the K steps, float32. NumPy arrays are constants: the
       states that have no weight in them are not read, and are let go of, so
       that a Markovian sampler costs as much at every step, and the images are

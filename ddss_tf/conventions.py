@@ -9,13 +9,21 @@ changes of variable, differentiable in x_t and t.
 import dataclasses
 import math
 
+import numpy as np
 import tensorflow as tf
 
+from ddss_tf.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = ("eps", "x0", "v", "score")
 PROCESSES = ("vp", "ve")
 TIME_INPUTS = ("step", "sigma", "log_sigma")
+# Of these an image follows that is exact where there is hardly any signal, and
+# where eps, as a difference from the state, would have lost it.
+EXACT = ("x0", "v")
+# The relative rounding of two float32, with some room: a coefficient that is as
+# close as this to that of the schedule is meant to be the same.
+_ROUNDING = 3e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +128,65 @@ class Convention:
     own_sigma = sigma_t / alpha_t if self.process == "ve" else sigma_t
     return -own_sigma * prediction
 
+  def of_prediction(self, schedule: NoiseSchedule,
+                    coefficients: Coefficients) -> Coefficients:
+    """Coefficients of x0_hat for the prediction itself instead of its eps.
+
+    A chain with them is fed with what the network predicts. The images are the
+    same, but for rounding: with v, x0_hat = p x_t + q eps is
+
+      (alpha_t + dp + dq sigma_t) x_t + (-sigma_t + dq alpha_t) v,
+      dp = p - 1 / alpha_t,  dq = q + sigma_t / alpha_t,
+
+    where dp and dq are 0 unless they have been learned. Through eps it would be
+    the difference of two images 1 / alpha_t times as large, which is 2e4 at the
+    end of a cosine schedule. With x0, likewise, it is (dp + dq / sigma_t) x_t +
+    (1 - dq alpha_t / sigma_t) x0.
+
+    Args:
+      schedule: the process in its "vp" form.
+      coefficients: for eps. NumPy arrays are computed at once; tensors, of any
+        trailing dimensions, stay differentiable.
+
+    Returns:
+      Coefficients whose `x0_from_eps` multiplies the prediction; those of eps
+      and of scores as they are.
+    """
+    if self.prediction not in EXACT:
+      return coefficients
+    arrays = (coefficients.times, coefficients.x0_from_state,
+              coefficients.x0_from_eps)
+    if isinstance(coefficients.times, np.ndarray):
+      with tf.init_scope():  # At once, whoever may be tracing.
+        values = [value.numpy()
+                  for value in self._of_prediction(schedule, *arrays)]
+    else:
+      values = self._of_prediction(schedule, *arrays)
+    return coefficients._replace(
+        x0_from_state=values[0], x0_from_eps=values[1])
+
+  def _of_prediction(self, schedule, times, p, q):
+    """See `of_prediction`; float32, computed in float64."""
+    p, q = tf.cast(p, tf.float64), tf.cast(q, tf.float64)
+    alpha_t, sigma_t = schedule.alpha_sigma(times, tf.float64)
+    dp = _difference(p, 1 / alpha_t)
+    dq = _difference(q, -sigma_t / alpha_t)
+    if self.prediction == "v":
+      own = alpha_t + dp + dq * sigma_t, -sigma_t + dq * alpha_t
+    else:
+      own = dp + dq / sigma_t, 1 - dq * alpha_t / sigma_t
+    return [tf.cast(value, tf.float32) for value in own]
+
   def non_default(self) -> dict:
     """The attributes that are not as they are by default, for cards."""
     return {field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default}
+
+
+def _difference(value, reference):
+  """value - reference, 0 if that is rounding; its gradient passes anyway."""
+  difference = value - reference
+  is_rounding = tf.abs(difference) <= _ROUNDING * tf.abs(reference)
+  return difference - tf.stop_gradient(
+      tf.where(is_rounding, difference, tf.zeros_like(difference)))

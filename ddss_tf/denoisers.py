@@ -25,6 +25,7 @@ from ddss_tf import foreign
 from ddss_tf import precision
 from ddss_tf import schedules
 from ddss_tf import storage
+from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
 from ddss_tf.schedules import NoiseSchedule
 
@@ -267,17 +268,41 @@ class Denoiser:
     Raises:
       ValueError: guidance without a null label.
     """
+    x_t = tf.convert_to_tensor(x_t, tf.float32)
+    t = tf.convert_to_tensor(t, tf.float32)
+    return self.convention.eps(
+        self.schedule, x_t, t, self._predicted(x_t, t, labels, guidance))
+
+  def output(self, x_t: tf.Tensor, t: tf.Tensor,
+             labels: tf.Tensor | None = None,
+             guidance: tf.Tensor | None = None) -> tf.Tensor:
+    """What a chain with coefficients of `for_chain` is fed with.
+
+    The prediction itself of a network that predicts x0 or v; else `eps`, whose
+    arguments these are.
+    """
+    if self.prediction not in conventions.EXACT:
+      return self.eps(x_t, t, labels, guidance)
+    return self._predicted(tf.convert_to_tensor(x_t, tf.float32),
+                           tf.convert_to_tensor(t, tf.float32), labels, guidance)
+
+  def for_chain(self, coefficients: Coefficients) -> Coefficients:
+    """A sampler's coefficients for a chain of `output` instead of `eps`.
+
+    See `conventions.Convention.of_prediction`.
+    """
+    return self.convention.of_prediction(self.schedule, coefficients)
+
+  def _predicted(self, x_t, t, labels, guidance):
+    """The network's prediction, with guidance if it is told or has one."""
     if guidance is not None and self.null_label is None:
       raise ValueError(f"guidance needs a null_label, which {self.name!r} has "
                        "none of")
-    x_t = tf.convert_to_tensor(x_t, tf.float32)
-    t = tf.convert_to_tensor(t, tf.float32)
     x, time = self.convention.inputs(self.schedule, x_t, t)
     if guidance is None:
       guidance = self.guidance_scale
-    prediction = (self.network(x, time, labels) if guidance is None else
-                  self._guided(x, time, labels, guidance))
-    return self.convention.eps(self.schedule, x_t, t, prediction)
+    return (self.network(x, time, labels) if guidance is None else
+            self._guided(x, time, labels, guidance))
 
   def _guided(self, x_t, t, labels, scale):
     """The prediction with guidance: all kinds are affine in each other."""
@@ -338,12 +363,28 @@ class Denoiser:
       remat: backpropagation recomputes its activations, see
         `chain.rematerialise`; then all arguments must be given by position.
     """
+    return self._compile(self.eps, jit_compile, remat)
+
+  def compiled_output(self, jit_compile: bool = True, remat: bool = False):
+    """`output` likewise; of a network that predicts eps it is `compiled_eps`.
+
+    Args:
+      jit_compile: see `compiled_eps`.
+      remat: see `compiled_eps`.
+    """
+    if self.prediction not in conventions.EXACT:
+      return self.compiled_eps(jit_compile, remat)
+    return self._compile(self.output, jit_compile, remat)
+
+  def _compile(self, function, jit_compile, remat):
     jit_compile = jit_compile and self._xla_can
-    if (jit_compile, remat) not in self._compiled:
-      self._compiled[jit_compile, remat] = (
-          chain.rematerialise(self.compiled_eps(jit_compile), jit_compile)
-          if remat else tf.function(self.eps, jit_compile=jit_compile))
-    return self._compiled[jit_compile, remat]
+    key = function.__name__, jit_compile, remat
+    if key not in self._compiled:
+      self._compiled[key] = (
+          chain.rematerialise(
+              self._compile(function, jit_compile, False), jit_compile)
+          if remat else tf.function(function, jit_compile=jit_compile))
+    return self._compiled[key]
 
   @functools.cached_property
   def _xla_can(self) -> bool:

@@ -287,13 +287,16 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
   if config.get("timestep_type", "discrete") != "discrete":
     raise UserError(f"{source}: timestep_type must be 'discrete'. "
                     f"Received: {config['timestep_type']!r}")
-  if config.get("rescale_betas_zero_snr"):
-    raise UserError(f"{source}: rescale_betas_zero_snr must be False: eps-"
-                    "prediction has no image at zero signal. Received: True")
   kind = config.get("prediction_type", "epsilon")
   if kind not in list(PREDICTIONS):  # A list, of no hash, is in none either.
     raise UserError(f"{source}: prediction_type must be among "
                     f"{', '.join(PREDICTIONS)}. Received: {kind!r}")
+  zero_snr = config.get("rescale_betas_zero_snr")
+  if zero_snr and kind == "epsilon":
+    raise UserError(
+        f"{source}: rescale_betas_zero_snr must be False with prediction_type "
+        "'epsilon': the noise of a state without signal tells nothing of the "
+        f"image. Received: {zero_snr!r}")
   trained = config.get("trained_betas")
   name = config.get("beta_schedule", usual_name)
   if trained is None and name not in list(_BETA_SCHEDULES):
@@ -307,6 +310,9 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
             _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
             config.get("beta_start", usual_start),
             config.get("beta_end", usual_end)))
+    # diffusers' DDPM and others rescale given betas as well.
+    if zero_snr and schedule.betas[-1] < 1:
+      schedule = schedule.rescaled_to_zero_snr()
   except (TypeError, ValueError) as error:
     raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
   return schedule.betas, PREDICTIONS[kind]

@@ -4,6 +4,8 @@ The paper asks whether samplers should be searched for likelihood or for
 perceptual quality. This is the other side of that question.
 """
 
+from typing import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -51,7 +53,9 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
 
 
 def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
-            first_noise: tf.Tensor, step_noise: tf.Tensor) -> tf.Tensor:
+            first_noise: tf.Tensor, step_noise: tf.Tensor,
+            for_chain: Callable[[Coefficients], Coefficients] = lambda c: c
+            ) -> tf.Tensor:
   """What the bound needs of each image.
 
   Args:
@@ -60,6 +64,7 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
     x_0: the images.
     first_noise: of the first states.
     step_noise: of the others.
+    for_chain: `Denoiser.for_chain`, if `eps_fn` is an `output` of a denoiser.
 
   Returns:
     float32 [B, 1 + K]: the mean square of each image, and of x_0 - x0_hat_k for
@@ -70,6 +75,7 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
   mean_square = lambda x: tf.reduce_mean(x**2, axis=[1, 2, 3])
   columns = [mean_square(x_0)]
   states = [a * x_0 + tf.sqrt(v) * first_noise]
+  coefficients = for_chain(coefficients)
   for k in range(coefficients.num_steps):
     t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
     x0_hat = (coefficients.x0_from_state[k] * states[-1]

@@ -47,7 +47,7 @@ class SamplerModule(tf.Module):
     self.weights = denoiser.tracked
     # NumPy: as constants of the graph, where eager tensors would become hidden
     # inputs, which other formats show.
-    coefficients = coefficients.numpy()
+    coefficients = denoiser.for_chain(coefficients.numpy())
     height, width, channels = shape = denoiser.image_shape
     steps = coefficients.num_steps
 
@@ -56,8 +56,8 @@ class SamplerModule(tf.Module):
     seed_spec = tf.TensorSpec([2], tf.int32, "seed")
 
     # Else traced once, called K times.
-    eps_fn = (denoiser.eps if inline
-              else denoiser.compiled_eps(jit_compile))
+    eps_fn = (denoiser.output if inline
+              else denoiser.compiled_output(jit_compile))
 
     def run(x_T, step_noise, labels):
       return chain.run_chain(
@@ -182,7 +182,8 @@ def _golden(denoiser, coefficients, x0_bound):
       seed, indices, denoiser.image_shape, coefficients.num_steps)
   labels = denoiser.draw_labels(seed, indices)
   images = tf.clip_by_value(chain.run_chain(
-      chain.with_labels(denoiser.eps, labels), coefficients, x_T, step_noise,
+      chain.with_labels(denoiser.output, labels),
+      denoiser.for_chain(coefficients), x_T, step_noise,
       x0_bound=x0_bound), -1.0, 1.0)
   inputs = {"x_T": x_T, "step_noise": step_noise}
   if labels is not None:

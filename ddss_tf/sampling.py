@@ -22,11 +22,6 @@ def seed_pair(seed: int) -> tf.Tensor:
   return tf.constant([seed, 0], tf.int32)
 
 
-def _tensors(coefficients):
-  return coefficients.map(
-      lambda value: tf.convert_to_tensor(value, tf.float32))
-
-
 class Generator:
   """Samples a denoiser: image i of a seed, whatever the batch.
 
@@ -49,10 +44,13 @@ class Generator:
     self.denoiser = denoiser
     self.batch_size = distribution.filled(batch_size)
     self.x0_bound = x0_bound
-    self._eps = denoiser.compiled_eps(jit_compile)
-    self._rows_eps = distribution.row_wise(self._eps)
+    self._output = denoiser.compiled_output(jit_compile)
+    self._rows_output = distribution.row_wise(self._output)
     self._sample = distribution.replicated(self._sample_batch)
     self._walk = distribution.replicated(self._walk_path)
+
+  def _tensors(self, coefficients):
+    return self.denoiser.for_chain(coefficients.numpy()).map(tf.constant)
 
   def _run(self, eps_fn, coefficients, seed, indices, labels=None, **options):
     """The chains of samples, whose classes are drawn if none are given."""
@@ -68,17 +66,17 @@ class Generator:
     if labels is not None:
       labels = distribution.own_rows(labels)
     return distribution.all_rows(self._run(
-        self._eps, coefficients, seed, distribution.own_rows(indices), labels))
+        self._output, coefficients, seed, distribution.own_rows(indices), labels))
 
   def _sample_long(self, coefficients, seed, indices, labels=None):
     # As NumPy: what has no weight costs nothing.
     return self._run(
-        self._rows_eps, coefficients.numpy(), seed, indices, labels)
+        self._rows_output, coefficients.numpy(), seed, indices, labels)
 
   def _walk_path(self, coefficients, seed, indices):
     # Not compiled by XLA, which would take longer for so few images.
     image, states, x0_hats = self._run(
-        self.denoiser.compiled_eps(False), coefficients, seed, indices,
+        self.denoiser.compiled_output(False), coefficients, seed, indices,
         trajectory=True)
     return image[0], tf.concat(states, axis=0), tf.concat(x0_hats, axis=0)
 
@@ -96,7 +94,7 @@ class Generator:
       precision; the states and the predicted images [K, H, W, C] on the way to
       it, the noisiest first. float32.
     """
-    found = self._walk(_tensors(coefficients), seed_pair(seed),
+    found = self._walk(self._tensors(coefficients), seed_pair(seed),
                        tf.constant([index]))
     return tuple(value.numpy() for value in found)
 
@@ -116,7 +114,7 @@ class Generator:
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
     """
-    coefficients = _tensors(coefficients)
+    coefficients = self._tensors(coefficients)
     pair = seed_pair(seed)
     labels = None if label is None else tf.fill([self.batch_size], label)
     sample = (self._sample if coefficients.num_steps <= _UNROLLED

@@ -126,9 +126,15 @@ class NoiseSchedule:
     """What `from_card` makes it again of, exactly; for JSON."""
     return {"betas": self.betas.tolist()}
 
-  def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """(alpha_t, sigma_t) in float32 at times `t`, differentiable in `t`."""
-    log_abar = interpolated(self._log_abar, t)
+  def alpha_sigma(self, t: tf.Tensor, dtype: tf.DType = tf.float32
+                  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """(alpha_t, sigma_t) at times `t`, differentiable in `t`.
+
+    Args:
+      t: float, any shape, in [0, T - 1].
+      dtype: what they are computed in.
+    """
+    log_abar = interpolated(self._log_abar, t, dtype)
     # expm1 keeps sigma exact where abar is close to one.
     return tf.exp(0.5 * log_abar), tf.sqrt(-tf.math.expm1(log_abar))
 
@@ -320,9 +326,10 @@ class ExplodingSchedule(NoiseSchedule):
     """See the base class."""
     return 1 / (1 + np.exp(-2 * self.log_snr(t)))
 
-  def alpha_sigma(self, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  def alpha_sigma(self, t: tf.Tensor, dtype: tf.DType = tf.float32
+                  ) -> tuple[tf.Tensor, tf.Tensor]:
     """See the base class."""
-    sigma = tf.exp(interpolated(self._log_sigmas, t))
+    sigma = tf.exp(interpolated(self._log_sigmas, t, dtype))
     alpha = tf.math.rsqrt(1.0 + sigma**2)
     return alpha, sigma * alpha
 
@@ -355,22 +362,24 @@ def _linear_of_ho():
   return NoiseSchedule.linear()
 
 
-def interpolated(table: np.ndarray, t) -> tf.Tensor:
+def interpolated(table: np.ndarray, t,
+                 dtype: tf.DType = tf.float32) -> tf.Tensor:
   """A table at fractional times, clipped to its ends, differentiable.
 
   Args:
     table: float [T].
     t: float, any shape.
+    dtype: of the result.
 
   Returns:
-    float32, the shape of `t`: linear between the entries.
+    The shape of `t`: linear between the entries.
   """
-  t = tf.convert_to_tensor(t, tf.float32)
+  t = tf.cast(t, dtype)
   end = len(table) - 1
-  table = tf.constant(table, tf.float32)
+  table = tf.constant(table, dtype)
   left = tf.clip_by_value(tf.cast(tf.floor(t), tf.int32), 0, max(end - 1, 0))
   right = tf.minimum(left + 1, end)
-  fraction = tf.clip_by_value(t - tf.cast(left, tf.float32), 0.0, 1.0)
+  fraction = tf.clip_by_value(t - tf.cast(left, dtype), 0.0, 1.0)
   lower = tf.gather(table, left)
   return lower + fraction * (tf.gather(table, right) - lower)
 

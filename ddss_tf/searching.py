@@ -285,7 +285,7 @@ class Search:
         step=self._step, skipped=self._skipped, best_value=self._best_value,
         best_step=self._best_step)
 
-    eps_fns = {kind: denoiser.compiled_eps(jit_compile, kind)
+    eps_fns = {kind: denoiser.compiled_output(jit_compile, kind)
                for kind in {False, remat}}
 
     def make_view(indices, remat, coefficients=None):
@@ -293,10 +293,11 @@ class Search:
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
       eps_fn = chain.with_labels(
           eps_fns[remat], denoiser.draw_labels(self._pair, indices))
+      if coefficients is None:
+        coefficients = sampler.coefficients()
       return objective.view(chain.run_chain(
-          eps_fn,
-          sampler.coefficients() if coefficients is None else coefficients,
-          x_T, step_noise, x0_bound=x0_bound))
+          eps_fn, denoiser.for_chain(coefficients), x_T, step_noise,
+          x0_bound=x0_bound))
 
     def flat_gradient(tape, target, output_gradients=None):
       gradients = tape.gradient(
@@ -363,7 +364,8 @@ class Search:
       with tf.GradientTape() as tape:
         squares = elbo.squares(
             eps_fns[remat], sampler.coefficients(),
-            distribution.own_rows(x_0), first_noise, step_noise)
+            distribution.own_rows(x_0), first_noise, step_noise,
+            denoiser.for_chain)
         share = tf.linalg.matvec(
             squares, distribution.own_rows(weights), transpose_a=True)
       # No mean over samples, for the last step's variance is fitted to them; a
@@ -713,15 +715,16 @@ class _Validation:
     order = np.random.default_rng(seed).permutation(len(images))
     self._images = images[order[:num_samples]]
     self._shape = denoiser.image_shape
-    self._eps = denoiser.compiled_eps(jit_compile)
+    self._output = denoiser.compiled_output(jit_compile)
+    self._for_chain = denoiser.for_chain
 
     def squares(coefficients, indices, x_0):
       first_noise, step_noise = chain.draw_noise(
           sampling.seed_pair(seed), distribution.own_rows(indices),
           self._shape, coefficients.num_steps)
       return distribution.all_rows(elbo.squares(
-          self._eps, coefficients, distribution.own_rows(x_0), first_noise,
-          step_noise))
+          self._output, coefficients, distribution.own_rows(x_0), first_noise,
+          step_noise, self._for_chain))
 
     self._squares = distribution.replicated(squares)
 

@@ -12,6 +12,8 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import chain
 from ddss_tf import conventions
+from ddss_tf import sampling
+from ddss_tf import schedules
 
 MEAN, STD = 0.2, 0.5
 SHAPE = (2, 2, 1)
@@ -167,6 +169,120 @@ def test_exploding_gradient_in_time():
   np.testing.assert_allclose(
       tape.gradient(eps, t), np.sum((high - low) / 2e-3, axis=(1, 2, 3)),
       rtol=1e-2, atol=1e-5)
+
+
+LOW_SNR = {
+    "cosine": dict(name="cosine"),
+    "cosine of 4000": dict(name="cosine", num_train_steps=4000),
+    "zero SNR": dict(name="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                     zero_snr=True),
+    "too long": dict(name="linear", num_train_steps=2000),
+    "exploding, far": dict(name="geometric", sigma_max=1e5),
+}
+
+
+def images_in_float64(schedule, coefficients, x_T):
+  """What a chain of the exact network gives, in float64 throughout."""
+  states, times = [np.asarray(x_T, np.float64)], coefficients.times
+  for k in range(len(times)):
+    abar = schedule.abar(times[k])
+    # Of this network x0_hat is a function of the state, without eps.
+    x0 = MEAN + np.sqrt(abar) * STD**2 * (states[-1] - np.sqrt(abar) * MEAN) / (
+        abar * STD**2 + 1 - abar)
+    states.append(coefficients.x0_weights[k] * x0 + sum(
+        weight * state for weight, state in zip(
+            coefficients.state_weights[k], states)))
+  return states[-1]
+
+
+@pytest.mark.parametrize("kind", LOW_SNR)
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("solver,whole", [
+    ("ddim", True), ("ddim", False), ("unipc2-bh2", True)])
+def test_digits_at_low_snr(kind, prediction, solver, whole):
+  """From the very last step, where 1 / alpha is 2e4 or more."""
+  schedule = ddss_tf.make_schedule(**LOW_SNR[kind])
+  last = schedule.num_train_steps - 1
+  assert schedule.abar(last) < 1e-8
+  times = np.append(last, schedule.time_of_log_snr([-4.0, -2.0, 0.0, 2.0]))
+  times = np.round(times) if whole else times.astype(np.float32)
+  process = "ve" if prediction == "x0" and "exploding" in kind else "vp"
+  own = (schedule.alpha_sigma if process == "vp" else
+         lambda t: (tf.ones_like(t), tf.exp(schedules.interpolated(
+             -schedule.log_snr(np.arange(last + 1)), t))))
+  denoiser = ddss_tf.Denoiser(
+      Exact(prediction, own), schedule, prediction, process=process)
+  sampler = ddss_tf.make_sampler(schedule, solver, 5, stride=times)
+  coefficients = sampler.coefficients().numpy()
+  assert coefficients.x0_from_state[0] > 1e4
+  x_T, _ = chain.draw_noise([7, 0], tf.range(4), SHAPE, 5)
+  expected = images_in_float64(
+      schedule, ddss_tf.solver_coefficients(schedule, solver, 5, times), x_T)
+  generator = sampling.Generator(denoiser, 4, jit_compile=False)
+  np.testing.assert_allclose(
+      generator.images(coefficients, 4, 7), expected, atol=2e-6)
+  # As a search runs it, in a graph with coefficients that can be learned.
+  learned = ddss_tf.make_sampler(
+      schedule, "ggdm+pred+time", 5, init=solver, stride=times)
+  run = tf.function(lambda: chain.run_chain(
+      denoiser.output, denoiser.for_chain(learned.coefficients()), x_T))
+  np.testing.assert_allclose(run(), expected, atol=2e-6)
+  # The first prediction itself: through eps it is off by 1e-3 and more.
+  first = images_in_float64(schedule, ddss_tf.solver_coefficients(
+      schedule, "ddim", 1, times[:1]), x_T[:1])
+  _, _, x0_hats = generator.path(coefficients, 7)
+  np.testing.assert_allclose(x0_hats[:1], first, atol=2e-6)
+
+
+@pytest.mark.parametrize("prediction", conventions.PREDICTIONS)
+def test_a_chain_of_predictions_is_a_chain_of_eps(vp, prediction):
+  """Values and gradients, of coefficients that are no schedule's."""
+  denoiser = ddss_tf.Denoiser(
+      Exact(prediction, vp.schedule.alpha_sigma), vp.schedule, prediction)
+  rng = np.random.default_rng(1)
+  base = ddss_tf.solver_coefficients(vp.schedule, "dpm++3m", 5, [
+      900.3, 700.0, 400.6, 150.2, 20.7]).numpy()
+  c = base._replace(
+      times=base.times + rng.uniform(-9, 9, 5).astype(np.float32),
+      x0_from_state=base.x0_from_state * rng.uniform(0.8, 1.2, 5).astype("f"),
+      x0_from_eps=base.x0_from_eps * rng.uniform(0.8, 1.2, 5).astype("f"))
+  x_T, noise = chain.draw_noise([0, 1], tf.range(4), SHAPE, 5)
+  results = []
+  for eps_fn, convert in ((denoiser.eps, lambda c: c),
+                          (denoiser.output, denoiser.for_chain)):
+    variables = c.map(tf.constant)
+    with tf.GradientTape() as tape:
+      tape.watch(list(variables.arrays().values()))
+      images = chain.run_chain(eps_fn, convert(variables), x_T, noise)
+      loss = tf.reduce_sum(images**3 + images)
+    gradients = tape.gradient(loss, list(variables.arrays().values()))
+    results.append((images, gradients))
+    constant = chain.run_chain(eps_fn, convert(c), x_T, noise)
+    np.testing.assert_allclose(constant, images, rtol=2e-5, atol=2e-5)
+  (images, gradients), (own_images, own_gradients) = results
+  np.testing.assert_allclose(own_images, images, rtol=2e-5, atol=2e-5)
+  for name, value, own in zip(c.arrays(), gradients, own_gradients):
+    np.testing.assert_allclose(
+        own, value, rtol=2e-3, atol=2e-4 * np.abs(value).max(), err_msg=name)
+
+
+def test_offsets_have_a_gradient_where_they_begin(vp):
+  """Coefficients that are the schedule's own: 0 in value, not in slope."""
+  schedule = ddss_tf.make_schedule("cosine")
+  denoiser = ddss_tf.Denoiser(
+      Exact("v", schedule.alpha_sigma), schedule, "v")
+  sampler = ddss_tf.make_sampler(schedule, "ddim+pred", 4)
+  x_T, noise = chain.draw_noise([0, 1], tf.range(4), SHAPE, 4)
+  gradients = []
+  for eps_fn, convert in ((denoiser.eps, lambda c: c),
+                          (denoiser.output, denoiser.for_chain)):
+    with tf.GradientTape() as tape:
+      loss = tf.reduce_sum(chain.run_chain(
+          eps_fn, convert(sampler.coefficients()), x_T, noise) ** 2)
+    gradients.append(tape.gradient(loss, [v.value for v in sampler.weights]))
+  for value, own in zip(*gradients):
+    assert np.all(own.numpy() != 0)
+    np.testing.assert_allclose(own, value, rtol=1e-3)
 
 
 def test_own_format_keeps_the_convention(tmp_path):

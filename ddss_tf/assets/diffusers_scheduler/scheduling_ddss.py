@@ -23,6 +23,7 @@ pipelines would have it.
 """
 
 import dataclasses
+import math
 import os
 import shutil
 
@@ -118,7 +119,9 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
       raise ValueError(f"x0_bound must be one of {_BOUNDS}. "
                        f"Received: {x0_bound!r}")
     betas = torch.tensor(trained_betas, dtype=torch.float64)
-    self._log_abar = torch.cumsum(torch.log1p(-betas), 0)
+    # A last beta of 1, which leaves no signal, is taken for abar = 1e-12.
+    self._log_abar = torch.cumsum(
+        torch.log1p(-betas), 0).clamp(min=math.log(1e-12))
     self.betas = betas.float()
     self.alphas_cumprod = torch.exp(self._log_abar).float()
     self.init_noise_sigma = 1.0
@@ -211,8 +214,8 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     # The state in float32, whatever the model's precision.
     x_t = sample.float()
     self._states.append(x_t)
-    eps = self._eps(model_output.float(), x_t, self._times[k])
-    x0_hat = config.x0_from_state[k] * x_t + config.x0_from_eps[k] * eps
+    from_state, from_output = self._x0_coefficients(k)
+    x0_hat = from_state * x_t + from_output * model_output.float()
     x0_hat = _bound(x0_hat, config.x0_bound)
     x_s = config.x0_weights[k] * x0_hat
     for weight, state in zip(config.state_weights[k], self._states):
@@ -249,16 +252,22 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     log_abar = table[left] + (times - left) * (table[right] - table[left])
     return torch.exp(0.5 * log_abar), torch.sqrt(-torch.expm1(log_abar))
 
-  def _eps(self, prediction: torch.Tensor, x_t: torch.Tensor,
-           time: float) -> torch.Tensor:
-    """The predicted noise, whatever the model predicts."""
+  def _x0_coefficients(self, k: int) -> tuple[float, float]:
+    """Of x0_hat in step k: the factors of the state and of the model's output.
+
+    x0_hat = p x + q eps, written in v or in the predicted image, is exact even
+    where 1 / alpha is large.
+    """
+    p, q = self.config.x0_from_state[k], self.config.x0_from_eps[k]
     if self.config.prediction_type == "epsilon":
-      return prediction
-    alpha_t, sigma_t = (
-        float(value) for value in self._alpha_sigma(torch.tensor(time)))
+      return p, q
+    alpha, sigma = (float(value) for value in self._alpha_sigma(
+        torch.tensor(self._times[k], dtype=torch.float64)))
+    dp = _difference(p, 1 / alpha)
+    dq = _difference(q, -sigma / alpha)
     if self.config.prediction_type == "sample":
-      return (x_t - alpha_t * prediction) / sigma_t
-    return sigma_t * x_t + alpha_t * prediction
+      return dp + dq / sigma, 1 - dq * alpha / sigma
+    return alpha + dp + dq * sigma, -sigma + dq * alpha
 
   def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor,
                 timesteps: torch.Tensor) -> torch.Tensor:
@@ -277,6 +286,12 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     if os.path.abspath(__file__) != os.path.abspath(copy):
       shutil.copyfile(__file__, copy)
     super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+def _difference(value: float, reference: float) -> float:
+  """value - reference, 0 if that is rounding to float32."""
+  difference = value - reference
+  return 0.0 if abs(difference) <= 3e-7 * abs(reference) else difference
 
 
 def _bound(x0_hat: torch.Tensor, x0_bound: str | None) -> torch.Tensor:
