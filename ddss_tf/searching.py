@@ -184,7 +184,10 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 
 # Of Adam's moments. The second is short, for searches are short. Our choice.
 _BETA_1, _BETA_2 = 0.9, 0.99
-_LARGEST_NORM = 1e18
+# Of a gradient: the first one's square must be a float64 still, and that of a
+# later one, in units of those before, must not outlast the search.
+_LARGEST_NORM = 1e150
+_LARGEST_GROWTH = 1e18
 _METRIC_DRAWS = 8
 _METRIC_ROWS = 4  # At least, for every variable.
 _SENSITIVITY_FLOOR = 0.03
@@ -564,8 +567,7 @@ class Search:
       move = self.preconditioner.numpy() @ gradient
       # Rounding may leave less than 0 of nothing; NaN stays.
       norm = float(np.sqrt(np.maximum(move @ self.metric.numpy() @ move, 0)))
-    # Its square would never be forgotten, were it infinite.
-    taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
+    taken = bool(np.isfinite(loss) and norm < self._largest_norm())
     if taken:
       taken = self._take(move, norm)
     else:
@@ -575,6 +577,22 @@ class Search:
     self._step.assign_add(1)
     return loss, norm, taken
 
+  def _largest_norm(self) -> float:
+    """The norm of a gradient from which on its step is not taken.
+
+    In the objective's own unit: that of a kernel's cube is far from 1.
+    """
+    _, second, count = self.moments
+    if not count.numpy():
+      return _LARGEST_NORM
+    return _LARGEST_GROWTH * self._root_of_square(second, count)
+
+  @staticmethod
+  def _root_of_square(second, count) -> float:
+    """Root of the mean square so far, which began at 0; never 0 itself."""
+    square = second.numpy() / (1 - _BETA_2 ** count.numpy())
+    return float(max(square, np.finfo(np.float64).tiny)) ** 0.5
+
   def _take(self, move: np.ndarray, norm: float) -> bool:
     """Adam's step, inside the constraints; whether the sampler allows it."""
     changed = [*self.variables, *self.moments]
@@ -583,10 +601,10 @@ class Search:
     first.assign(_BETA_1 * first + (1 - _BETA_1) * move)
     second.assign(_BETA_2 * second + (1 - _BETA_2) * norm**2)
     count.assign_add(1)
-    # The mean of those so far: both began at 0.
+    # The mean of those so far, which began at 0.
     mean = first.numpy() / (1 - _BETA_1 ** count.numpy())
-    square = second.numpy() / (1 - _BETA_2 ** count.numpy())
-    step = -self.rate * self._multipliers * mean / max(square, 1e-30) ** 0.5
+    step = (-self.rate * self._multipliers * mean
+            / self._root_of_square(second, count))
     for part, variable in self._by_variable(step):
       value = variable.value + np.float32(np.reshape(part, variable.shape))
       if variable.constraint is not None:
