@@ -17,7 +17,7 @@ import numpy as np
 import scipy.spatial.distance
 import tensorflow as tf
 
-from ddss_tf.errors import check_positive
+from ddss_tf.errors import UserError, check_positive
 
 DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
 MATCHING = ("teacher_pixels", "teacher_features")
@@ -286,6 +286,7 @@ def make_distance(name: str, real: np.ndarray):
 
   Raises:
     ValueError: unknown name.
+    UserError: no bandwidth, for most real features are the same.
   """
   if name not in DISTANCES:
     raise ValueError(f"distance must be one of {', '.join(DISTANCES)}. "
@@ -350,8 +351,8 @@ def _distance(name, real, centre=None):
     bandwidth = float(np.median(scipy.spatial.distance.pdist(
         real[:1000].numpy().astype(np.float64))))
     if not bandwidth > 0:
-      raise ValueError("kid_rbf needs real features that differ. Received: "
-                       f"a median distance of {bandwidth:g}")
+      raise UserError("kid_rbf needs real features that differ. Received: "
+                      f"a median distance of {bandwidth:g}")
     kernel = functools.partial(rbf_kernel, bandwidth=bandwidth)
   pairs = kernel(real, real)
   real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (

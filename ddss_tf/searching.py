@@ -71,6 +71,32 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
                       f"the denoiser {denoiser.name!r}. Received: {other}")
 
 
+def check_features(features: FeatureNetwork, dataset: ImageDataset,
+                   pool: np.ndarray) -> None:
+  """Checks that features of the data set can be what a search measures by.
+
+  Args:
+    features: the network.
+    dataset: the images.
+    pool: float32 [R, D], their features.
+
+  Raises:
+    UserError: features that are not finite, or the same for all images, whose
+      deviation is the unit of the search.
+  """
+  if not np.all(np.isfinite(pool)):
+    raise UserError(f"features {features.name!r} of {dataset.name!r} must be "
+                    "finite. Received: NaN or infinity")
+  spread = np.sum(np.var(pool, axis=0, dtype=np.float64))
+  size = np.sum(np.mean(pool, axis=0, dtype=np.float64) ** 2)
+  # Of the same image in batches of other sizes the last bits differ.
+  if spread <= (4 * np.finfo(np.float32).eps) ** 2 * size:
+    raise UserError(
+        f"features {features.name!r} of {dataset.name!r} must differ: a search "
+        f"measures by their deviation. Received: {len(pool)} images with the "
+        "same features")
+
+
 def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
   """Checks that times are learned only of a network that they reach.
 
@@ -885,6 +911,10 @@ def search(
   dataset = data.as_dataset(dataset)
   networks = as_networks("search.features", features)
   check_shapes(denoiser, dataset, *networks)
+  if len(dataset.images) < 2:
+    raise UserError(f"data set {dataset.name!r} must have at least 2 images, for "
+                    "the spread of their features. Received: "
+                    f"{len(dataset.images)}")
   multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
   make_sampler, sampler = sampler, (
       sampler if isinstance(sampler, Sampler) else sampler(denoiser.schedule))
@@ -950,6 +980,8 @@ def search(
   reals = [reference.reference(
       network, dataset, quantise=False, cache_dir=run.cache).pool
            for network in networks]
+  for network, real in zip(networks, reals):
+    check_features(network, dataset, real)
   goal = objectives.Objective(
       terms, networks, reals, denoiser.image_shape, feature_weights)
 
