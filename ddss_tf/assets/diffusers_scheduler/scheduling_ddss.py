@@ -177,7 +177,9 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     """Makes one step. After the last one the next chain may begin.
 
     Args:
-      model_output: [B, C, H, W], the model's prediction at `sample`.
+      model_output: [B, C, H, W], the model's prediction at `sample`; or
+        [B, 2 C, H, W] of a model with a learned variance, whose last C channels
+        are not used: the noise is the sampler's own.
       timestep: of this step, from `timesteps` in their order.
       sample: [B, C, H, W], the current state.
       eta: must be 0, as `DDIMPipeline` has it: the noise is the sampler's own.
@@ -195,10 +197,15 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     """
     k = self.step_index
     self._check_order(k, float(timestep))
-    if model_output.shape != sample.shape:
+    channels = sample.shape[1]
+    if model_output.shape[1:2] == (2 * channels,):
+      prediction = model_output[:, :channels]
+    else:
+      prediction = model_output
+    if prediction.shape != sample.shape:
       raise ValueError(
           f"model_output must have the shape {tuple(sample.shape)} of the "
-          "sample; learned variances are not used. Received: "
+          "sample, or twice as many channels with a learned variance. Received: "
           f"{tuple(model_output.shape)}")
     if eta or use_clipped_model_output:
       raise ValueError(
@@ -211,7 +218,7 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     # The state in float32, whatever the model's precision.
     x_t = sample.float()
     self._states.append(x_t)
-    eps = self._eps(model_output.float(), x_t, self._times[k])
+    eps = self._eps(prediction.float(), x_t, self._times[k])
     x0_hat = config.x0_from_state[k] * x_t + config.x0_from_eps[k] * eps
     x0_hat = _bound(x0_hat, config.x0_bound)
     x_s = config.x0_weights[k] * x0_hat
