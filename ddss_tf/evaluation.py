@@ -68,9 +68,12 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
     if not force:
       raise UserError(f"{difference}. Use its own, or bind force = True")
     logging.warning("%s", difference)
-  check_guidance(denoiser, found.coefficients)
-  return FixedSampler(
-      denoiser.schedule, found.coefficients, found.label), found.x0_bound
+  try:
+    check_guidance(denoiser, found.coefficients)
+    fixed = FixedSampler(denoiser.schedule, found.coefficients, found.label)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  return fixed, found.x0_bound
 
 
 class Evaluator:

@@ -25,6 +25,8 @@ import tensorflow as tf
 
 FULL_SAMPLES = 50_000  # Of published values.
 HELDOUT = "held-out"
+# Of a record: None where they are not finite.
+FIGURES = ("fid", "kid", "kid_std", "inception_score")
 _BLOCK_ROWS = 4096
 # Differences of logits beyond this are cut: exp(-600) adds nothing to a score,
 # and is a number still where exp(-800) is 0.

@@ -40,7 +40,6 @@ _CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
                "denoiser", "features", "features_heldout")
 _VALUES = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
 _COUNTS = ("num_samples", "num_steps", "seed")
-_METRICS = ("fid", "kid", "kid_std", "inception_score")  # None: not finite.
 _NONE = {"fid": None}  # Which every record with an FID is better than.
 _CAPTIONS = {
     comparing.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
@@ -153,11 +152,12 @@ def _results(run):
                or r.get("coefficients_sha256") == sha256]
   groups = {}
   for record in records:
-    for name in (*_CONDITIONS, *_VALUES, *_COUNTS, *_METRICS):
+    for name in (*_CONDITIONS, *_VALUES, *_COUNTS, *metrics.FIGURES):
       value = record.get(name)
       good = name in record and (
-          name not in (*_COUNTS, *_METRICS) or isinstance(value, (int, float))
-          or value is None and name in _METRICS)
+          name not in (*_COUNTS, *metrics.FIGURES)
+          or isinstance(value, (int, float))
+          or value is None and name in metrics.FIGURES)
       if not good:
         raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
                         f"{name!r} of a record is missing or no number")
