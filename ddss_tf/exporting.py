@@ -13,6 +13,7 @@ from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
+from ddss_tf import precision
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
@@ -181,9 +182,17 @@ def _golden(denoiser, coefficients, x0_bound):
   x_T, step_noise = chain.draw_noise(
       seed, indices, denoiser.image_shape, coefficients.num_steps)
   labels = denoiser.draw_labels(seed, indices)
-  images = tf.clip_by_value(chain.run_chain(
-      chain.with_labels(denoiser.eps, labels), coefficients, x_T, step_noise,
-      x0_bound=x0_bound), -1.0, 1.0)
+
+  def run():
+    return tf.clip_by_value(chain.run_chain(
+        chain.with_labels(denoiser.eps, labels), coefficients, x_T, step_noise,
+        x0_bound=x0_bound), -1.0, 1.0)
+
+  if denoiser.dtype_policy != precision.FLOAT32:
+    # A graph keeps in float32 what it fuses, where single calls round: of a
+    # half precision the difference is that of other images.
+    run = tf.function(run, autograph=False)
+  images = run()
   inputs = {"x_T": x_T, "step_noise": step_noise}
   if labels is not None:
     inputs["labels"] = labels

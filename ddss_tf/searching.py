@@ -30,6 +30,7 @@ from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
+from ddss_tf import precision
 from ddss_tf import progress
 from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
@@ -915,6 +916,11 @@ def search(
     raise UserError(f"data set {dataset.name!r} must have at least 2 images, for "
                     "the spread of their features. Received: "
                     f"{len(dataset.images)}")
+  if denoiser.dtype_policy == precision.FLOAT16:
+    logging.warning(
+        "denoiser %r computes in float16, whose gradients are 0 below 6e-8 and "
+        "whose times beyond 512 are halves: a search may stand still. In "
+        "float32 or bfloat16 it would not", denoiser.name)
   multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
   make_sampler, sampler = sampler, (
       sampler if isinstance(sampler, Sampler) else sampler(denoiser.schedule))
