@@ -62,8 +62,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
     uint8 [N, H, W, 1 or 3], or [N, H, panels (W + 1) - 1, 1].
   """
   if images.dtype != np.uint8:
-    with np.errstate(invalid="ignore"):  # There is no byte for NaN.
-      images = data.to_uint8(images)
+    images = data.to_uint8(images)
   if images.shape[-1] in (1, 3):
     return images
   count, height, width, _ = images.shape
