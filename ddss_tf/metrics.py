@@ -120,7 +120,12 @@ def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
   eigenvalues of A B are those of (L' M)(L' M)'. No square of a variance is
   formed, whose digits would be lost beside a larger one.
   """
-  return float(np.sum(scipy.linalg.svdvals(_factor(a).T @ _factor(b))))
+  product = _factor(a).T @ _factor(b)
+  if not product.size:  # One of them is 0.
+    return 0.0
+  # TensorFlow's: the threads of OpenBLAS wait for each other where another
+  # process has a core, and then take ten times as long.
+  return float(tf.reduce_sum(tf.linalg.svd(product, compute_uv=False)))
 
 
 def fid(real: np.ndarray | Moments, generated: np.ndarray | Moments) -> float:

@@ -197,16 +197,14 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     """
     k = self.step_index
     self._check_order(k, float(timestep))
-    channels = sample.shape[1]
-    if model_output.shape[1:2] == (2 * channels,):
-      prediction = model_output[:, :channels]
-    else:
-      prediction = model_output
-    if prediction.shape != sample.shape:
+    received, channels = tuple(model_output.shape), sample.shape[1]
+    if received[1:2] == (2 * channels,):
+      model_output = model_output[:, :channels]
+    if model_output.shape != sample.shape:
       raise ValueError(
           f"model_output must have the shape {tuple(sample.shape)} of the "
           "sample, or twice as many channels with a learned variance. Received: "
-          f"{tuple(model_output.shape)}")
+          f"{received}")
     if eta or use_clipped_model_output:
       raise ValueError(
           "eta must be 0 and use_clipped_model_output False: the sampler has "
@@ -218,7 +216,7 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     # The state in float32, whatever the model's precision.
     x_t = sample.float()
     self._states.append(x_t)
-    eps = self._eps(prediction.float(), x_t, self._times[k])
+    eps = self._eps(model_output.float(), x_t, self._times[k])
     x0_hat = config.x0_from_state[k] * x_t + config.x0_from_eps[k] * eps
     x0_hat = _bound(x0_hat, config.x0_bound)
     x_s = config.x0_weights[k] * x0_hat
