@@ -2,6 +2,7 @@
 
 from typing import Any, Mapping, Sequence
 
+from absl import logging
 import gin
 import numpy as np
 import tensorflow as tf
@@ -267,8 +268,13 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   run.keep_config()
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
-  images = data.to_uint8(generator.images(
-      found.coefficients(), num_images, seed, "sample", label))
+  images = generator.images(
+      found.coefficients(), num_images, seed, "sample", label)
+  broken = np.sum(~np.all(np.isfinite(images), axis=(1, 2, 3)))
+  if broken:
+    logging.warning("%d of %d images have NaN or infinity, for which there is no "
+                    "byte: their pixels mean nothing", broken, num_images)
+  images = data.to_uint8(images)
   path = run.path("generated.npz")
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:

@@ -577,7 +577,8 @@ def _ranking(records, label):
   for network in list(dict.fromkeys(itertools.chain(*fids)))[:len(_OPEN)]:
     heldout[network] = _curves(
         [{**record, "fid": own[network]} for record, own in zip(records, fids)
-         if own.get(network) is not None], lambda r: r["num_steps"], lambda r: r["fid"])
+         if own.get(network) is not None],
+        lambda r: r["num_steps"], lambda r: r["fid"])
   best = _best(curves)
   names = sorted(curves, key=lambda name: curves[name][0][1])
   below = 0.6 if len(heldout) < 2 else 0.8  # Another line explains them.
@@ -603,8 +604,9 @@ def _ranking(records, label):
         axis.hlines(row, low, high, linewidth=1, **style)
         axis.plot([y_heldout], [row], marker, markersize=6,
                   gid=f"{name} {network}", **fill, **style)
-    axis.annotate(metrics.text(y), (1, row), xycoords=axis.get_yaxis_transform(),
-                  xytext=(6, 0), textcoords="offset points", va="center",
+    axis.annotate(metrics.text(y), (1, row), xytext=(6, 0),
+                  xycoords=axis.get_yaxis_transform(),
+                  textcoords="offset points", va="center",
                   fontsize=9, color=colour if strong else _TEXT,
                   fontweight="bold" if strong else "normal")
   axis.set_yticks(range(len(names)), names, fontsize=9, **_PLAIN)

@@ -1,7 +1,7 @@
 """FID, KID and Inception Score from activations, at any scale of them.
 
 KID and the Inception Score are TF-GAN's, called where its arithmetic is right:
-in float64, and with logits whose probabilities do not underflow. FID is TF-GAN's
+in float64, and with logits whose probabilities do not underflow. FID is its
 formula, but not its matrix root; see `fid`. What is not finite gives NaN.
 
 This module alone imports TF-GAN. Its package `__init__` needs
@@ -252,21 +252,17 @@ def kid(real: np.ndarray, generated: np.ndarray,
                      f"Received: {smallest}")
   largest = max(len(real), len(generated))
   blocks = max(2, min(-(-largest // block_size), smallest // 2))
-  parts = []
-  for seed, values in enumerate((real, generated)):
-    order = np.random.default_rng(seed).permutation(len(values))
-    # As TF-GAN deals them: of unequal blocks, the larger come last.
-    parts.append(
-        [values[rows].astype(np.float64)
-         for rows in np.array_split(order[::-1], blocks)[::-1]])
-  values = []
-  for block in zip(*parts):
-    size = max(map(len, block))
-    values.append(float(
-        _tfgan().kernel_classifier_distance_from_activations(
-            *map(tf.constant, block), max_block_size=size)))
-  return (float(np.mean(values)),
-          float(np.std(values, ddof=1) / np.sqrt(len(values))))
+  # As TF-GAN deals them: of unequal blocks, the larger come last.
+  dealt = [np.array_split(np.random.default_rng(seed).permutation(
+      len(values))[::-1], blocks)[::-1]
+           for seed, values in enumerate((real, generated))]
+  found = []
+  for rows in zip(*dealt):
+    block = [tf.constant(values[own], tf.float64)
+             for values, own in zip((real, generated), rows)]
+    found.append(float(_tfgan().kernel_classifier_distance_from_activations(
+        *block, max_block_size=max(map(len, rows)))))
+  return float(np.mean(found)), float(np.std(found, ddof=1) / blocks**0.5)
 
 
 def inception_score(logits: np.ndarray, splits: int = 1

@@ -11,8 +11,8 @@ from ddss_tf.errors import UserError
 
 FLOAT32 = "float32"
 BFLOAT16 = "mixed_bfloat16"
-# What can be asked for. A network may have been saved in float16, and is used as
-# it is; its gradients would need a loss scale.
+# What can be asked for. A network that was saved in float16 is used as it is;
+# its gradients would need a loss scale.
 POLICIES = (FLOAT32, BFLOAT16)
 FLOAT16 = "mixed_float16"
 

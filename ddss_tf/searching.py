@@ -913,8 +913,8 @@ def search(
   networks = as_networks("search.features", features)
   check_shapes(denoiser, dataset, *networks)
   if len(dataset.images) < 2:
-    raise UserError(f"data set {dataset.name!r} must have at least 2 images, for "
-                    "the spread of their features. Received: "
+    raise UserError(f"data set {dataset.name!r} must have at least 2 images, "
+                    "for the spread of their features. Received: "
                     f"{len(dataset.images)}")
   if denoiser.dtype_policy == precision.FLOAT16:
     logging.warning(
