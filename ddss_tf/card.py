@@ -223,7 +223,7 @@ def _shown(value) -> str:
 def _check_numbers(name, value, depth) -> None:
   """Checks a list, or a list of lists, of numbers that are float32.
 
-  Their numbers of entries `Coefficients` knows.
+  `Coefficients` checks how many there are.
   """
   if depth:
     if not isinstance(value, list):

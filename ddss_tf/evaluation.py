@@ -422,7 +422,7 @@ def _draw(run, evaluator, samplers, records, seed):
     titled.append((
         f"{sampler.label}, K = {sampler.num_steps}\n"
         f"{metrics.fid_label(records[i]['num_samples'])} "
-        f"{metrics.text(records[i]['fid'])}",
+        + metrics.text(records[i]["fid"]),
         evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
   figures.samples_png(run.path(SAMPLES), titled)
 

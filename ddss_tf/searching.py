@@ -607,12 +607,13 @@ class Search:
   def _largest_norm(self) -> float:
     """The norm of a gradient from which on its step is not taken.
 
-    In the objective's own unit: that of a kernel's cube is far from 1.
+    In the objective's own unit, where that is large: a kernel's cube is far
+    from 1.
     """
     _, second, count = self.moments
     if not count.numpy():
       return _LARGEST_NORM
-    return _LARGEST_GROWTH * self._root_of_square(second, count)
+    return _LARGEST_GROWTH * max(1.0, self._root_of_square(second, count))
 
   @staticmethod
   def _root_of_square(second, count) -> float:
