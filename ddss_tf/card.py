@@ -6,7 +6,11 @@
 import dataclasses
 import json
 import os
+import sys
 
+import numpy as np
+
+from ddss_tf import chain
 from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import storage
@@ -16,6 +20,7 @@ from ddss_tf.errors import UserError
 FILE = "sampler.json"
 _FORMAT = "ddss_tf.sampler"
 _VERSION = 1
+_LARGEST = float(np.finfo(np.float32).max)
 _EQUATIONS = [
     "x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])",
     "x_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] x_u + "
@@ -96,18 +101,17 @@ def read(path: str) -> SamplerCard:
     The card, validated.
 
   Raises:
-    UserError: missing, damaged, of another format or version, or with metrics
-      of other coefficients.
+    UserError: missing, damaged, of another format or version, with a field of
+      another kind than `docs/sampler_json.md` says, or with metrics of other
+      coefficients; names the field.
   """
   if not os.path.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
   try:
-    with open(path) as f:
-      values = json.load(f)
-    if values.get("format") != _FORMAT or values.get("version") != _VERSION:
-      raise ValueError(
-          f"format must be {_FORMAT} version {_VERSION}. Received: "
-          f"{values.get('format')} version {values.get('version')}")
+    # A byte order mark is some editors' own.
+    with open(path, encoding="utf-8-sig") as f:
+      values = json.load(f, object_pairs_hook=_unique)
+    _check_fields(values)
     card = SamplerCard(
         label=values["label"],
         coefficients=Coefficients.from_dict(values["coefficients"]),
@@ -116,11 +120,131 @@ def read(path: str) -> SamplerCard:
         x0_bound=values["x0_bound"],
         metrics=tuple(values.get("metrics", ())),
         provenance=dict(values.get("provenance", {})))
+    if values.get("num_steps", card.coefficients.num_steps) != (
+        card.coefficients.num_steps):
+      raise ValueError(
+          f"num_steps must be {card.coefficients.num_steps}, as many as there "
+          f"are coefficients. Received: {values['num_steps']!r}")
     if any(record["coefficients_sha256"] != card.coefficients_sha256
            for record in card.metrics):
       raise ValueError("metrics must be of the card's own coefficients")
     for record in card.metrics:
       metrics.heldout_fids(record)  # As many as there are networks.
     return card
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except KeyError as error:
+    raise UserError(f"{path} is damaged: {error} is missing") from error
+  except (OSError, RecursionError, ValueError, TypeError, AttributeError
+          ) as error:
     raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+  """The object of these pairs; of a key given twice readers differ."""
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f"{twice} must be given once. Received: it, twice")
+  return values
+
+
+def _check_fields(values) -> None:
+  """Checks the kinds of all fields, before anything is made of them.
+
+  Raises:
+    ValueError: names the field.
+    KeyError: likewise, one that is missing.
+  """
+  if not isinstance(values, dict):
+    raise ValueError("it must be a JSON object. Received: "
+                     f"{type(values).__name__}")
+  # True is 1.
+  if values.get("format") != _FORMAT or values.get("version") != _VERSION or (
+      isinstance(values["version"], bool)):
+    raise ValueError(
+        f"format must be {_FORMAT} version {_VERSION}. Received: "
+        f"{values.get('format')} version {values.get('version')}")
+  for name, kind, words in (
+      ("label", str, "a word"), ("coefficients", dict, "an object"),
+      ("denoiser", dict, "an object"), ("search", dict, "an object"),
+      ("metrics", list, "a list"), ("provenance", dict, "an object")):
+    if name in ("metrics", "provenance") and name not in values:
+      continue
+    if not isinstance(values[name], kind):
+      raise ValueError(
+          f"{name} must be {words}. Received: {_shown(values[name])}")
+  label = values["label"]
+  if not (label.strip() and label.isprintable()):
+    raise ValueError(
+        f"label must be one line of text. Received: {_shown(label)}")
+  if values["x0_bound"] not in (None, *chain.X0_BOUNDS):
+    raise ValueError(f"x0_bound must be null, {' or '.join(chain.X0_BOUNDS)}. "
+                     f"Received: {_shown(values['x0_bound'])}")
+  for name, value in values["coefficients"].items():
+    _check_numbers(f"coefficients.{name}", value,
+                   2 if name == "state_weights" else 1)
+  for name in ("denoiser", "search", "provenance", "metrics"):
+    _check_finite(name, values.get(name))
+  search = values["search"]
+  if not isinstance(search.get("config", {}), dict):
+    raise ValueError("search.config must be an object. Received: "
+                     f"{_shown(search['config'])}")
+  family = search.get("config", {}).get("family", "")
+  if not isinstance(family, str):
+    raise ValueError("search.config.family must be a word. Received: "
+                     f"{_shown(family)}")
+  for name, value in values["denoiser"].items():
+    if name in ("name", "sha256") and not isinstance(value, (str, type(None))):
+      raise ValueError(
+          f"denoiser.{name} must be a word. Received: {_shown(value)}")
+  for i, record in enumerate(values.get("metrics", ())):
+    if not isinstance(record, dict):
+      raise ValueError(
+          f"metrics.{i} must be an object. Received: {_shown(record)}")
+    heldout = record.get("fid_heldout")
+    figures = [(name, record.get(name)) for name in metrics.FIGURES]
+    figures += [("fid_heldout", value) for value in (
+        heldout if isinstance(heldout, list) else [heldout])]
+    for name, value in figures:
+      if value is not None and not _is_number(value):
+        raise ValueError(f"metrics.{i}.{name} must be a number or null. "
+                         f"Received: {_shown(value)}")
+
+
+def _is_number(value) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value) -> str:
+  """A value in a few words."""
+  return repr(value)[:80]
+
+
+def _check_numbers(name, value, depth) -> None:
+  """Checks a list, or a list of lists, of numbers that are float32.
+
+  `Coefficients` checks how many there are.
+  """
+  if depth:
+    if not isinstance(value, list):
+      raise ValueError(f"{name} must be a list"
+                       f"{' of lists' if depth > 1 else ''} of numbers. "
+                       f"Received: {_shown(value)}")
+    for i, inner in enumerate(value):
+      _check_numbers(f"{name}.{i}", inner, depth - 1)
+      if depth > 1 and len(inner) != len(value):
+        raise ValueError(f"{name}.{i} must have {len(value)} entries, as there "
+                         f"are steps. Received: {len(inner)}")
+  elif not (_is_number(value) and abs(value) <= _LARGEST):
+    raise ValueError(f"{name} must be a finite number of float32. "
+                     f"Received: {_shown(value)}")
+
+
+def _check_finite(name, value) -> None:
+  """Refuses NaN, infinity and what is beyond any float, wherever they are."""
+  if _is_number(value) and not abs(value) <= sys.float_info.max:
+    raise ValueError(f"{name} must be finite. Received: {_shown(value)}")
+  inner = (value.items() if isinstance(value, dict) else
+           enumerate(value) if isinstance(value, list) else ())
+  for key, each in inner:
+    _check_finite(f"{name}.{key}", each)

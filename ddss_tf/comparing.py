@@ -259,7 +259,7 @@ def compare(
               if sampler.solver in ("ddpm", "ddim")]
     best, *others = sorted(
         itertools.chain(*ranked),
-        key=lambda s: stride_evaluator.record(s, stride_samples)["fid"]
+        key=lambda s: metrics.rank(stride_evaluator.record(s, stride_samples))
         ) or [None]
     other = next((s for s in others if _apart(best, s)), None)
     ends = {}  # Of each family, the folders of its searches.
@@ -301,8 +301,8 @@ def compare(
                for path, candidates in rounds.items()}
       ends[family] = list(found)
       path = folder if len(found) == 1 else min(
-          found, key=lambda path: stride_evaluator.record(
-              found[path][0], stride_samples, found[path][1])["fid"])
+          found, key=lambda path: metrics.rank(stride_evaluator.record(
+              found[path][0], stride_samples, found[path][1])))
       add(*found[path], _search_of(path))
   for path in cards:
     sampler, bound = evaluation.load_searched(run, denoiser, path)
@@ -322,7 +322,8 @@ def draw(folder: str, records: list[dict],
   """Draws a comparison from what it left, without any measurement.
 
   FID against K and against time, and a picture for each K of the first samples
-  of all rows. Rows without a time or without samples are left out of those.
+  of all rows. Rows without a time or without samples are left out of those, and
+  rows without an FID of the first two.
 
   Args:
     folder: of the comparison, with its `samples.npz` if there is one.
@@ -343,16 +344,19 @@ def draw(folder: str, records: list[dict],
       raise UserError("shown must be rows of the comparison, among them "
                       f"{records[0]['sampler']!r}. Received: {name!r}")
   path = functools.partial(os.path.join, folder)
-  figures.fid_by_steps_png(path(FID_BY_STEPS), records)
-  names = [FID_BY_STEPS]
-  timed = [record for record in records if record.get("timing")]
+  names = []
+  ranked = [record for record in records if record["fid"] is not None]
+  if ranked:
+    figures.fid_by_steps_png(path(FID_BY_STEPS), records)
+    names.append(FID_BY_STEPS)
+  timed = [record for record in ranked if record.get("timing")]
   if timed:
     figures.quality_by_time_png(path(QUALITY_BY_TIME), timed)
     names.append(QUALITY_BY_TIME)
   images = _read_samples(path(SAMPLES))
   label = metrics.fid_label(records[0]["num_samples"])
   for steps in sorted({record["num_steps"] for record in records}):
-    rows = [(record["sampler"], f"{label} {record['fid']:.2f}",
+    rows = [(record["sampler"], f"{label} {metrics.text(record['fid'])}",
              images[sample_key(record)]) for record in records
             if record["num_steps"] == steps and sample_key(record) in images
             and (shown is None
@@ -427,11 +431,13 @@ def _best_strides(make, strides, evaluator, num_samples):
     raise UserError(f"none of the strides {', '.join(strides)} fits")
   if len(candidates) == 1:
     return candidates
-  candidates.sort(key=lambda s: evaluator.record(s, num_samples // 4)["fid"])
+  candidates.sort(
+      key=lambda s: metrics.rank(evaluator.record(s, num_samples // 4)))
   kept = candidates[:2]
   if not _apart(*kept):
     kept += [s for s in candidates[2:] if _apart(kept[0], s)][:1]
-  return sorted(kept, key=lambda s: evaluator.record(s, num_samples)["fid"])
+  return sorted(
+      kept, key=lambda s: metrics.rank(evaluator.record(s, num_samples)))
 
 
 def _apart(sampler, other):

@@ -82,7 +82,8 @@ def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
     return tf.cast(tf.clip_by_value(pixels, 0.0, 255.0), tf.uint8)
   pixels = np.round(np.float32(127.5) * np.asarray(images, np.float32)
                     + np.float32(127.5))
-  return np.clip(pixels, 0, 255).astype(np.uint8)
+  with np.errstate(invalid="ignore"):  # There is no byte for NaN.
+    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 @gin.register

@@ -145,11 +145,13 @@ def _list(source, config, key) -> list:
   return config[key]
 
 
-def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
+def read_config(path: str, image_size: int | tuple[int, int] | None = None
+                ) -> tuple[UNetConfig, np.ndarray, str]:
   """Reads both configuration files.
 
   Args:
     path: of the network's folder, or of a weights file in it.
+    image_size: height and width where `sample_size` is null.
 
   Returns:
     The architecture, the betas (float64 [T]) and the prediction type in our
@@ -200,10 +202,7 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
         or n.startswith("Attn") and upsample == "resnet")
     mid_groups = config.get("attn_norm_num_groups")
     num_classes, label_embedding = _classes(source, config)
-    size = config["sample_size"]
-    if not isinstance(size, int):
-      raise UserError(f"{source}: sample_size must be one whole number, for "
-                      f"square images. Received: {size!r}")
+    size = _image_size(source, config.get("sample_size"), image_size)
     if config["out_channels"] not in (
         config["in_channels"], 2 * config["in_channels"]):
       raise UserError(
@@ -249,6 +248,38 @@ def read_config(path: str) -> tuple[UNetConfig, np.ndarray, str]:
     raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
   betas, prediction = _read_scheduler(path)
   return unet_config, betas, prediction
+
+
+def _image_size(source, sample_size, told):
+  """Height and width in one number or, if they differ, two."""
+  known = None if sample_size is None else side_or_sides(sample_size)
+  if sample_size is not None and known is None:
+    raise UserError(f"{source}: sample_size must be a whole number, or height "
+                    f"and width, or null. Received: {sample_size!r}")
+  if known is None and told is None:
+    raise UserError(f"{source}: sample_size is null, for images of any size: "
+                    "image_size must be given. Received: None")
+  if None not in (known, told) and known != told:
+    raise UserError(f"image_size must be {sample_size}, as sample_size is in "
+                    f"{source}. Received: {told}")
+  return told if known is None else known
+
+
+def side_or_sides(size) -> int | tuple[int, int] | None:
+  """A size as one number if it is square, else (height, width).
+
+  Args:
+    size: a number, or a list or tuple of height and width.
+
+  Returns:
+    None if it is neither.
+  """
+  sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+  # type(), because True is an int.
+  if len(sides) != 2 or any(
+      type(side) is not int or side < 1 for side in sides):
+    return None
+  return sides[0] if sides[0] == sides[1] else sides
 
 
 def _classes(source, config) -> tuple[int | None, str]:

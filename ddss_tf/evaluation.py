@@ -68,9 +68,12 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
     if not force:
       raise UserError(f"{difference}. Use its own, or bind force = True")
     logging.warning("%s", difference)
-  check_guidance(denoiser, found.coefficients)
-  return FixedSampler(
-      denoiser.schedule, found.coefficients, found.label), found.x0_bound
+  try:
+    check_guidance(denoiser, found.coefficients)
+    fixed = FixedSampler(denoiser.schedule, found.coefficients, found.label)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  return fixed, found.x0_bound
 
 
 class Evaluator:
@@ -149,10 +152,11 @@ class Evaluator:
       seed: of the noise, in place of the evaluator's.
 
     Returns:
-      Its conditions and metrics, as `metrics.json` has them.
+      Its conditions and metrics, as `metrics.json` has them; None for a metric
+      that is not finite, which a warning names.
 
     Raises:
-      UserError: too few samples, or images that are not finite.
+      UserError: too few samples.
     """
     if num_samples < 4:
       raise UserError("num_samples must be at least 4, for KID has an error "
@@ -169,7 +173,7 @@ class Evaluator:
     values = _measure(
         _timed(generator.batches(
             coefficients, num_samples, seed, sampler.label), seconds),
-        self._extract, self._reference, num_samples)
+        self._extract, self._reference, num_samples, sampler.label)
     self._known.append({**conditions, **values,
                         "timing": _timing(seconds, generator.batch_size)})
     storage.write_json(self._run.path(METRICS), self._known)
@@ -352,24 +356,30 @@ def _one_or_all(values):
   return values if len(values) > 1 else next(iter(values), None)
 
 
-def _measure(batches, extract, reference, num_samples):
-  """Metrics of one sampler's images, from one pass over them."""
+def _measure(batches, extract, reference, num_samples, label):
+  """Metrics of one sampler's images, from one pass over them.
+
+  Each is None if it is not finite: one image or one network that gives NaN
+  costs the figures that depend on it, and no other.
+  """
+  broken = 0
 
   def outputs():
+    nonlocal broken
     for batch in batches:
-      images = tf.constant(data.to_float(data.to_uint8(batch)))
+      images = tf.constant(data.to_float(data.to_uint8(np.nan_to_num(batch))))
       found = [network(images) for network in extract]
-      yield [found[0]["logits"], *(output["pool"] for output in found)]
+      rows = [found[0]["logits"], *(output["pool"] for output in found)]
+      bad = ~np.all(np.isfinite(batch), axis=(1, 2, 3))
+      broken += np.sum(bad)
+      # There is no byte for NaN: what a network sees of it would look fine.
+      yield [np.where(bad[:, None], np.nan, values) for values in rows]
 
   logits, *pools = reference_lib.collect(outputs(), num_samples)
-  if not all(np.all(np.isfinite(values)) for values in (logits, *pools)):
-    raise UserError("generated images must have finite features and logits: "
-                    "the sampler, the denoiser or a feature network produced "
-                    "NaN or infinite values")
   kid, kid_std = metrics.kid(reference[0].pool, pools[0])
   splits = min(_SPLITS, num_samples)
   split_mean, split_std = metrics.inception_score(logits, splits)
-  return {
+  values = {
       "fid": metrics.fid(reference[0].moments, pools[0]),
       "kid": kid,
       "kid_std": kid_std,
@@ -380,6 +390,24 @@ def _measure(batches, extract, reference, num_samples):
           metrics.fid(real.moments, pool)
           for real, pool in zip(reference[1:], pools[1:])]),
   }
+  known = _finite(values)
+  lost = [name for name in values if known[name] != values[name]]
+  if lost:
+    logging.warning(
+        "%s: %s not finite, and null in its record: %s", label,
+        ", ".join(lost),
+        f"{broken} of {num_samples} images have NaN or infinity" if broken else
+        "a feature network gives NaN or infinity")
+  return known
+
+
+def _finite(value):
+  """A value, or what is in it, with None for numbers that are not finite."""
+  if isinstance(value, dict):
+    return {key: _finite(inner) for key, inner in value.items()}
+  if isinstance(value, list):
+    return [_finite(inner) for inner in value]
+  return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _draw(run, evaluator, samplers, records, seed):
@@ -387,30 +415,33 @@ def _draw(run, evaluator, samplers, records, seed):
   chosen = [len(samplers) - 1]
   if len(samplers) > 1:
     chosen.insert(0, min(range(len(samplers) - 1),
-                         key=lambda i: records[i]["fid"]))
+                         key=lambda i: metrics.rank(records[i])))
   titled = []
   for i in chosen:
     sampler, bound = samplers[i]
     titled.append((
         f"{sampler.label}, K = {sampler.num_steps}\n"
         f"{metrics.fid_label(records[i]['num_samples'])} "
-        f"{records[i]['fid']:.2f}",
+        + metrics.text(records[i]["fid"]),
         evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
   figures.samples_png(run.path(SAMPLES), titled)
 
 
-def _mean(records, name):
-  return float(np.mean([record[name] for record in records]))
+def _mean(records, name, form):
+  """Mean of a value as text; "-" if it is not known of all records."""
+  values = [record.get(name) for record in records]
+  if None in values:
+    return "-"
+  return metrics.text(float(np.mean(values)), form)
 
 
 def _spread(records, name):
   """Mean of a value, and its standard deviation if there are several."""
-  if name not in records[0]:
-    return "-"
-  if len(records) == 1:
-    return f"{records[0][name]:.2f}"
+  mean = _mean(records, name, ".2f")
+  if len(records) == 1 or mean == "-":
+    return mean
   deviation = np.std([record[name] for record in records], ddof=1)
-  return f"{_mean(records, name):.2f} ± {deviation:.2f}"
+  return f"{mean} ± {metrics.text(deviation)}"
 
 
 def row_name(record: dict) -> str:
@@ -426,7 +457,7 @@ def table(records: list[dict]) -> str:
   a column of its own where they differ. A bound of x0 is told beside the name.
   Records of one sampler that differ in their seed are one line: the mean, and
   of FID the standard deviation of single seeds. Of several held-out networks
-  each has a column, with its name.
+  each has a column, with its name. "-" is what was not finite.
   """
   counts = {record["num_samples"] for record in records}
   same = len(counts) == 1
@@ -445,8 +476,8 @@ def table(records: list[dict]) -> str:
   rows = [[
       row_name(group[0]), str(group[0]["num_steps"]), _spread(group, "fid"),
       *(_spread(fids, name) for name in columns),
-      f"{_mean(group, 'kid'):.4f} ± {_mean(group, 'kid_std'):.4f}",
-      f"{_mean(group, 'inception_score'):.2f}"]
+      f"{_mean(group, 'kid', '.4f')} ± {_mean(group, 'kid_std', '.4f')}",
+      _mean(group, "inception_score", ".2f")]
           for group, fids in zip(groups, heldout)]
   if not same:
     head.append("samples")

@@ -2,6 +2,7 @@
 
 from typing import Any, Mapping, Sequence
 
+from absl import logging
 import gin
 import numpy as np
 import tensorflow as tf
@@ -13,6 +14,7 @@ from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
+from ddss_tf import precision
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
@@ -181,10 +183,18 @@ def _golden(denoiser, coefficients, x0_bound):
   x_T, step_noise = chain.draw_noise(
       seed, indices, denoiser.image_shape, coefficients.num_steps)
   labels = denoiser.draw_labels(seed, indices)
-  images = tf.clip_by_value(chain.run_chain(
-      chain.with_labels(denoiser.output, labels),
-      denoiser.for_chain(coefficients), x_T, step_noise,
-      x0_bound=x0_bound), -1.0, 1.0)
+
+  def run():
+    return tf.clip_by_value(chain.run_chain(
+        chain.with_labels(denoiser.output, labels),
+        denoiser.for_chain(coefficients), x_T, step_noise,
+        x0_bound=x0_bound), -1.0, 1.0)
+
+  if denoiser.dtype_policy != precision.FLOAT32:
+    # A graph keeps in float32 what it fuses, where single calls round: of a
+    # half precision the difference is that of other images.
+    run = tf.function(run, autograph=False)
+  images = run()
   inputs = {"x_T": x_T, "step_noise": step_noise}
   if labels is not None:
     inputs["labels"] = labels
@@ -259,8 +269,13 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   run.keep_config()
   generator = sampling.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
-  images = data.to_uint8(generator.images(
-      found.coefficients(), num_images, seed, "sample", label))
+  images = generator.images(
+      found.coefficients(), num_images, seed, "sample", label)
+  broken = np.sum(~np.all(np.isfinite(images), axis=(1, 2, 3)))
+  if broken:
+    logging.warning("%d of %d images have NaN or infinity, for which there is no "
+                    "byte: their pixels mean nothing", broken, num_images)
+  images = data.to_uint8(images)
   path = run.path("generated.npz")
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:

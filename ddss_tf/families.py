@@ -377,14 +377,20 @@ def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
     ValueError: unknown solver, or a sampler of another number of steps.
     UserError: a `sampler.json` that is missing or damaged.
   """
+  source = "init"
   if isinstance(init, str) and init.endswith(".json"):
-    init = card.read(init).coefficients
+    source, init = f"init, {init},", card.read(init).coefficients
   if not isinstance(init, Coefficients):
     return solvers.solver_coefficients(schedule, init, num_steps, stride, eta)
   if init.num_steps != num_steps:
-    raise ValueError(f"init must be a sampler of num_steps={num_steps}. "
+    raise ValueError(f"{source} must be a sampler of num_steps={num_steps}. "
                      f"Received: one of {init.num_steps}")
   init.validate()
+  last = float(np.max(init.times))
+  if last > schedule.num_train_steps:
+    raise ValueError(
+        f"{source} must have times of at most {schedule.num_train_steps}, the "
+        f"training steps of the model. Received: {last:g}")
   return init.map(lambda value: np.asarray(value, np.float64))
 
 

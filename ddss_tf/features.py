@@ -69,6 +69,11 @@ class FeatureNetwork:
       raise UserError(
           f"features {name!r} must have images resized to "
           f"{self._input_shape[:2]}. Received: {preprocessing.size}")
+    if not preprocessing.takes_channels(self._input_shape[2]):
+      raise UserError(
+          f"value_range {preprocessing.value_range!r} of features {name!r} must "
+          "be of a network of 3 channels. Received: one of "
+          f"{self._input_shape[2]}")
     self.image_shape = self._input_shape
     if preprocessing.size is not None:
       self.image_shape = (None, None, self._input_shape[2])
@@ -99,8 +104,9 @@ class FeatureNetwork:
 
   def accepts(self, image_shape) -> bool:
     """Whether it takes images (H, W, C); None in it stands for any."""
-    return _fits(self._preprocessing.output_shape(image_shape),
-                 self._input_shape)
+    return _fits(
+        self._preprocessing.output_shape(image_shape), self._input_shape
+        ) and self._preprocessing.takes_channels(image_shape[2])
 
   def __call__(self, images) -> dict[str, tf.Tensor]:
     """Features of a batch; differentiable with respect to the images.

@@ -44,7 +44,38 @@ _TEXT = "#444444"
 # Names come from files, where a dollar is a dollar.
 _PLAIN = {"parse_math": False}
 _GAP = 2  # Pixels between images.
+_LIGHT = 235  # Their shade.
+_MOST_PANELS = 16  # Channels of an image that are drawn.
 _MOST_COLUMNS = 11  # Of a path, before it goes on below.
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+  """Images as they are drawn: grey or RGB.
+
+  Others than those of one channel or of three have no colours that are known:
+  their channels stand side by side, each in grey; of many the first few.
+
+  Args:
+    images: float [N, H, W, C] in [-1, 1] or uint8.
+
+  Returns:
+    uint8 [N, H, W, 1 or 3], or [N, H, panels (W + 1) - 1, 1].
+  """
+  if images.dtype != np.uint8:
+    images = data.to_uint8(images)
+  if images.shape[-1] in (1, 3):
+    return images
+  count, height, width, _ = images.shape
+  panels = _panels(images)
+  drawn = np.full((count, height, panels, width + 1), _LIGHT, np.uint8)
+  drawn[..., :width] = np.moveaxis(images[..., :panels], -1, 2)
+  return drawn.reshape(count, height, -1, 1)[:, :, :-1]
+
+
+def _panels(images) -> int:
+  """How many pictures stand side by side for one of the images."""
+  channels = images.shape[-1]
+  return 1 if channels in (1, 3) else min(channels, _MOST_PANELS)
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = _GAP
@@ -52,19 +83,19 @@ def image_grid(images: np.ndarray, columns: int, gap: int = _GAP
   """Tiles images, with a light gap.
 
   Args:
-    images: float [N, H, W, C] in [-1, 1] or uint8; C is 1 or 3.
+    images: float [N, H, W, C] in [-1, 1] or uint8. Of other C than 1 or 3 the
+      channels stand side by side, in grey: W is then C (W + 1) - 1.
     columns: images in a row.
     gap: pixels between them.
 
   Returns:
-    uint8 [rows (H + gap) - gap, columns (W + gap) - gap, C].
+    uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 1 or 3].
   """
-  if images.dtype != np.uint8:
-    images = data.to_uint8(images)
+  images = _pixels(images)
   count, height, width, channels = images.shape
   rows = -(-count // columns)
   grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap,
-                  channels), 235, np.uint8)
+                  channels), _LIGHT, np.uint8)
   for i, image in enumerate(images):
     y, x = i // columns * (height + gap), i % columns * (width + gap)
     grid[y:y + height, x:x + width] = image
@@ -83,8 +114,9 @@ def _show(axis, images, columns, blank=0):
   if blank:
     grid[-height - _GAP:, -blank * (width + _GAP):] = 255
   # Small images show their pixels; large ones are shrunk without moire.
-  axis.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255,
-              interpolation="nearest" if height <= 64 else "auto")
+  axis.imshow(grid[..., 0] if grid.shape[-1] == 1 else grid,
+              cmap="gray", vmin=0, vmax=255, interpolation=(
+                  "nearest" if height <= 64 else "auto"))
   axis.spines[:].set_visible(False)
   axis.set(xticks=[], yticks=[])
   axis.tick_params(length=0)
@@ -103,8 +135,10 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
     path: of the PNG.
     titled: (title, images float [N, H, W, C] in [-1, 1]) of each sampler, on
       the same noise, so that the same place shows the same digit to be.
-    columns: images in a row of each grid.
+    columns: images in a row of each grid; fewer if each is several panels.
   """
+  columns = max(1, round(columns / _panels(titled[0][1]) ** 0.5))
+  titled = [(title, _pixels(images)) for title, images in titled]
   rows = -(-max(len(images) for _, images in titled) // columns)
   height, width = titled[0][1].shape[1:3]
   inches = 3.3 * rows * height / (columns * width)  # Of a grid.
@@ -138,14 +172,15 @@ def sample_rows_png(path: str, title: str,
     titled: (name, note, images float [N, H, W, C] in [-1, 1]) of each sampler,
       on the same noise, so that a column shows the same image to be.
   """
-  images = np.concatenate([images for *_, images in titled])
-  columns, height = len(titled[0][-1]), images.shape[1]
-  inches = 0.42  # Of an image.
+  images = _pixels(np.concatenate([images for *_, images in titled]))
+  columns, (height, width) = len(titled[0][-1]), images.shape[1:3]
+  inches = 0.42  # Of an image's height.
+  wide = columns * inches * width / height
   left, right = (_room(texts) for texts in list(zip(*titled))[:2])
-  size = (columns * inches + left + right, len(titled) * inches + 0.6)
+  size = (wide + left + right, len(titled) * inches + 0.6)
   figure = Figure(size)
   axis = figure.add_axes((
-      left / size[0], 0.1 / size[1], columns * inches / size[0],
+      left / size[0], 0.1 / size[1], wide / size[0],
       len(titled) * inches / size[1]))
   _show(axis, images, columns)
   axis.set_title(title, fontsize=11, **_PLAIN)
@@ -304,20 +339,21 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
     label: of the sampler.
   """
   steps = len(states)
+  panels = _panels(image)
   # Of the image nothing is predicted.
-  above, below = (data.to_uint8(np.concatenate([images, image[None]]))
+  above, below = (_pixels(np.concatenate([images, image[None]]))
                   for images in (states, x0_hats))
   names = [f"$x_{{{steps - k}}}$\nt = {t:.0f}" for k, t in enumerate(times)]
   names.append("$x_0$\nimage")
-  columns = min(steps + 1, _MOST_COLUMNS)
+  columns = min(steps + 1, max(1, _MOST_COLUMNS // panels))
   bands = -(-(steps + 1) // columns)
-  size = (0.8 * columns + 1, 2.3 * bands + 0.4)
+  size = (0.8 * panels * columns + 1, 2.3 * bands + 0.4)
   figure = Figure(size)
   figure.subplots_adjust(0.75 / size[0], 0.1 / size[1], 1 - 0.15 / size[0],
                          1 - 0.7 / size[1], hspace=0.4)
   figure.suptitle(f"{label}: one image through its {steps} steps, clipped to "
                   "[-1, 1]", fontsize=11, **_PLAIN)
-  height, width = image.shape[:2]
+  height, width = above.shape[1:3]
   for i, axis in enumerate(np.ravel(figure.subplots(bands, 1, squeeze=False))):
     part = slice(i * columns, (i + 1) * columns)
     count = len(above[part])
@@ -331,6 +367,11 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
 
 
 # Samplers compared.
+
+
+def _with_fid(records):
+  """Records without those whose FID was not finite, which has no place."""
+  return [record for record in records if record["fid"] is not None]
 
 
 def _curves(records, position, value):
@@ -371,11 +412,13 @@ def _curves(records, position, value):
 def _best(curves):
   """Names of the best of each group: lowest mean log value, of as many K."""
   best = {}
+  # A logarithm of 0 is none; FIDs have the unit of squared features.
+  least = 1e-12 * max(y for points in curves.values() for _, y, *_ in points)
   for name, points in curves.items():
     if name == samplers.FULL_CHAIN:
       continue  # What all are measured against.
     rank = (-len(points), float(np.mean(
-        [math.log(max(y, 1e-12)) for _, y, *_ in points])))
+        [math.log(max(y, least) or 1.0) for _, y, *_ in points])))
     best.setdefault(samplers.group(name), []).append((rank, name))
   return {min(found)[1] for found in best.values()}
 
@@ -441,7 +484,7 @@ def _draw_curves(axis, curves):
                         alpha=0.25 if strong else 0.1)
       axis.vlines(xs, lows, highs, linewidth=1, **style)
     axis.annotate(
-        f"{name}  {ys[-1]:.2f}", (xs[-1], max(ys[-1], np.exp(low))),
+        f"{name}  {metrics.text(ys[-1])}", (xs[-1], max(ys[-1], np.exp(low))),
         xytext=(1, height),
         textcoords=column, va="center", fontsize=8, zorder=4,
         color=colour if strong else _TEXT,
@@ -496,8 +539,9 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
   Args:
     path: of the PNG.
     records: of `metrics.json`, comparable ones: of the same data, networks and
-      number of samples.
+      number of samples. Those without an FID are left out; one must have one.
   """
+  records = _with_fid(records)
   label = metrics.fid_label(records[0]["num_samples"])
   steps = sorted({record["num_steps"] for record in records
                   if record["sampler"] != samplers.FULL_CHAIN})
@@ -533,7 +577,8 @@ def _ranking(records, label):
   for network in list(dict.fromkeys(itertools.chain(*fids)))[:len(_OPEN)]:
     heldout[network] = _curves(
         [{**record, "fid": own[network]} for record, own in zip(records, fids)
-         if network in own], lambda r: r["num_steps"], lambda r: r["fid"])
+         if own.get(network) is not None],
+        lambda r: r["num_steps"], lambda r: r["fid"])
   best = _best(curves)
   names = sorted(curves, key=lambda name: curves[name][0][1])
   below = 0.6 if len(heldout) < 2 else 0.8  # Another line explains them.
@@ -559,8 +604,9 @@ def _ranking(records, label):
         axis.hlines(row, low, high, linewidth=1, **style)
         axis.plot([y_heldout], [row], marker, markersize=6,
                   gid=f"{name} {network}", **fill, **style)
-    axis.annotate(f"{y:.2f}", (1, row), xycoords=axis.get_yaxis_transform(),
-                  xytext=(6, 0), textcoords="offset points", va="center",
+    axis.annotate(metrics.text(y), (1, row), xytext=(6, 0),
+                  xycoords=axis.get_yaxis_transform(),
+                  textcoords="offset points", va="center",
                   fontsize=9, color=colour if strong else _TEXT,
                   fontweight="bold" if strong else "normal")
   axis.set_yticks(range(len(names)), names, fontsize=9, **_PLAIN)
@@ -591,6 +637,7 @@ def quality_by_time_png(path: str, records: list[dict]) -> None:
     path: of the PNG.
     records: as of `fid_by_steps_png`, with a `timing` each.
   """
+  records = _with_fid(records)
   timed = collections.defaultdict(list)
   for record in records:
     timing = record["timing"]

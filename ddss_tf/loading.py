@@ -46,7 +46,7 @@ def default_cache_dir() -> str:
 @gin.register
 def load_denoiser(
     path: str = gin.REQUIRED,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     num_head_channels: int | None = None,
     use_new_attention_order: bool | None = None,
@@ -92,8 +92,9 @@ def load_denoiser(
         `preset` and, unless that is one of EDM's, `prediction` and `schedule`,
         as arguments or in such a card;
       - the name of an embedded model: "digits16-ddpm".
-    image_size: height and width, for the two formats that do not say; None: the
-      card's, or, for DDPM, such that attention is at 16x16.
+    image_size: a number, or (height, width), for the formats that do not say;
+      None: the card's, or, for DDPM, such that attention is at 16x16. Of
+      diffusers' where `sample_size` is null.
     num_heads: of a `.pt` network; None: the card's, as for all below.
     num_head_channels: of each head, instead of their number.
     use_new_attention_order: of guided-diffusion, whose networks differ in it
@@ -145,6 +146,11 @@ def load_denoiser(
       "time_scale": time_scale, "time_offset": time_offset,
       "signature": signature, "num_classes": num_classes, "preset": preset,
   }
+  if image_size is not None:
+    arguments["image_size"] = diffusers_format.side_or_sides(image_size)
+    if arguments["image_size"] is None:
+      raise UserError("image_size must be a whole number, or (height, width). "
+                      f"Received: {image_size!r}")
   denoiser = _load(
       path, {key: value for key, value in arguments.items()
              if value is not None},
@@ -193,7 +199,7 @@ def _converter(path: str):
   if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
     return _convert_openai, _OPENAI_KEYS
   if diffusers_format.is_diffusers(path):
-    return _convert_diffusers, ()
+    return _convert_diffusers, ("image_size",)
   if ddpm_format.find_prefix(path) is not None:
     return _convert_ddpm, ("image_size",)
   if not os.path.isdir(path):
@@ -292,9 +298,9 @@ def _files(path: str) -> list[str]:
 
 def _convert_diffusers(path: str, given: dict) -> Denoiser:
   """Reads a diffusers folder, or a weights file in it, into our U-Net."""
-  del given
   path = diffusers_format.find_network(path)
-  config, betas, prediction = diffusers_format.read_config(path)
+  config, betas, prediction = diffusers_format.read_config(
+      path, given.get("image_size"))
   weights = diffusers_format.without_variance(
       path, diffusers_format.read_weights(path))
   model = checkpoints.build_frozen(

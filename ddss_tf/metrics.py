@@ -1,4 +1,8 @@
-"""FID, KID and Inception Score from activations, by TF-GAN.
+"""FID, KID and Inception Score from activations, at any scale of them.
+
+KID and the Inception Score are TF-GAN's, called where its arithmetic is right:
+in float64, and with logits whose probabilities do not underflow. FID is its
+formula, but not its matrix root; see `fid`. What is not finite gives NaN.
 
 This module alone imports TF-GAN. Its package `__init__` needs
 `tensorflow.estimator`, which TensorFlow dropped in 2.16, so that
@@ -15,12 +19,18 @@ import types
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import tensorflow as tf
 
 
 FULL_SAMPLES = 50_000  # Of published values.
 HELDOUT = "held-out"
+# Of a record: None where they are not finite.
+FIGURES = ("fid", "kid", "kid_std", "inception_score")
 _BLOCK_ROWS = 4096
+# Differences of logits beyond this are cut: exp(-600) adds nothing to a score,
+# and is a number still where exp(-800) is 0.
+_LOGIT_RANGE = 600.0
 
 
 @functools.cache
@@ -68,7 +78,8 @@ def moments(activations: np.ndarray) -> Moments:
   copies of all of them.
 
   Args:
-    activations: float [N, D], N at least 2.
+    activations: float [N, D], N at least 2. Columns that are not finite have
+      moments that are not.
 
   Raises:
     ValueError: fewer than 2 rows.
@@ -76,12 +87,45 @@ def moments(activations: np.ndarray) -> Moments:
   count, width = activations.shape
   if count < 2:
     raise ValueError(f"a covariance needs at least 2 rows. Received: {count}")
-  mean = np.mean(activations, axis=0, dtype=np.float64)
   covariance = np.zeros((width, width))
-  for start in range(0, count, _BLOCK_ROWS):
-    centred = activations[start:start + _BLOCK_ROWS] - mean
-    covariance += centred.T @ centred
+  with np.errstate(over="ignore", invalid="ignore"):
+    mean = np.mean(activations, axis=0, dtype=np.float64)
+    for start in range(0, count, _BLOCK_ROWS):
+      centred = activations[start:start + _BLOCK_ROWS] - mean
+      covariance += centred.T @ centred
   return Moments(mean, covariance / (count - 1))
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+  """L with L L' = covariance, float64 [D, rank].
+
+  The Cholesky factor with pivots (LAPACK's pstrf) of the correlations, which
+  have no scale: an axis counts with the digits that it has, however small its
+  variance beside others. What is left of a diagonal below D times the rounding
+  error is rounding, and no rank: LAPACK stops there.
+  """
+  deviations = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+  scales = np.where(deviations > 0, deviations, 1.0)
+  factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(
+      covariance / scales[:, None] / scales, lower=1)
+  ordered = np.empty((len(covariance), rank))
+  ordered[pivots - 1] = np.tril(factor)[:, :rank]  # Above is what was there.
+  return scales[:, None] * ordered
+
+
+def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
+  """tr (A B)^1/2 of two covariances, float64 [D, D].
+
+  With A = L L' and B = M M' it is the sum of the singular values of L' M: the
+  eigenvalues of A B are those of (L' M)(L' M)'. No square of a variance is
+  formed, whose digits would be lost beside a larger one.
+  """
+  product = _factor(a).T @ _factor(b)
+  if not product.size:  # One of them is 0.
+    return 0.0
+  # TensorFlow's: the threads of OpenBLAS wait for each other where another
+  # process has a core, and then take ten times as long.
+  return float(tf.reduce_sum(tf.linalg.svd(product, compute_uv=False)))
 
 
 def fid(real: np.ndarray | Moments, generated: np.ndarray | Moments) -> float:
@@ -90,19 +134,47 @@ def fid(real: np.ndarray | Moments, generated: np.ndarray | Moments) -> float:
   Heusel et al. (2017, https://arxiv.org/abs/1706.08500). Biased upwards by few
   samples: compare only values of the same counts (`fid_label` names them).
 
+  It is right at any scale: it grows with the square of the activations, and is
+  0, up to rounding of the variance, for a set with itself. TF-GAN's
+  `trace_sqrt_product`, which agrees where all variances are near 1, is not: its
+  root leaves singular values below an absolute 1e-10 as they are, which are
+  squares of variances. In other units it would keep them, and with them the
+  rounding of axes that have no variance; no unit serves small axes and missing
+  ones at once. So the trace of the root is computed here (`_trace_of_root`).
+
   Args:
     real: float [N, D], or its moments.
     generated: float [M, D], or its moments.
 
   Returns:
-    The distance, at least 0 up to rounding.
+    The distance, at least 0; NaN of activations that are not finite.
   """
   a, b = (values if isinstance(values, Moments) else moments(values)
           for values in (real, generated))
-  root = float(_tfgan().trace_sqrt_product(
-      tf.constant(a.covariance), tf.constant(b.covariance)))
-  return float(np.sum((a.mean - b.mean) ** 2)
-               + np.trace(a.covariance + b.covariance) - 2 * root)
+  if not all(np.all(np.isfinite(values)) for values in (*a, *b)):
+    return float("nan")
+  spread = (np.trace(a.covariance) + np.trace(b.covariance)
+            - 2 * _trace_of_root(a.covariance, b.covariance))
+  return float(np.sum((a.mean - b.mean) ** 2) + max(spread, 0.0))
+
+
+def rank(record: dict) -> float:
+  """By what records are ranked: the FID, infinity where there is none."""
+  return float("inf") if record["fid"] is None else record["fid"]
+
+
+def text(value: float | None, form: str = ".2f") -> str:
+  """A figure for people: "-" for none, and never 0 for what is not.
+
+  Args:
+    value: of a record.
+    form: how it is written, unless nothing would be left of it: FIDs of small
+      features are small.
+  """
+  if value is None:
+    return "-"
+  shown = format(value, form)
+  return shown if value == 0 or float(shown) else f"{value:.3g}"
 
 
 def fid_label(num_samples: int) -> str:
@@ -121,7 +193,7 @@ def fid_label(num_samples: int) -> str:
   return f"FID-{num_samples}"
 
 
-def heldout_fids(record: dict) -> dict[str, float]:
+def heldout_fids(record: dict) -> dict[str, float | None]:
   """The FIDs of a record's held-out networks, by what to call them.
 
   Args:
@@ -131,13 +203,13 @@ def heldout_fids(record: dict) -> dict[str, float]:
 
   Returns:
     "held-out" for one network; of several also the name of each. A name that
-    comes again is numbered.
+    comes again is numbered. None in place of a distance that was not finite.
 
   Raises:
     ValueError: not as many values as networks.
   """
   values = record.get("fid_heldout")
-  if values is None:
+  if values is None and not record.get("features_heldout"):
     return {}
   if not isinstance(values, list):
     return {HELDOUT: values}
@@ -160,13 +232,16 @@ def kid(real: np.ndarray, generated: np.ndarray,
   are dealt to the blocks at random, with a fixed seed: images come class by class
   from many a folder.
 
+  In float64: the cubes of features with a large mean are larger than their
+  differences by more than the digits of float32.
+
   Args:
     real: float [N, D], N at least 4.
     generated: float [M, D], M at least 4.
     block_size: samples of the larger set per block, at the most.
 
   Returns:
-    The distance and its standard error.
+    The distance and its standard error; NaN of features that are not finite.
 
   Raises:
     ValueError: fewer than 4 samples.
@@ -177,14 +252,17 @@ def kid(real: np.ndarray, generated: np.ndarray,
                      f"Received: {smallest}")
   largest = max(len(real), len(generated))
   blocks = max(2, min(-(-largest // block_size), smallest // 2))
-  real, generated = (
-      values[np.random.default_rng(seed).permutation(len(values))]
-      for seed, values in enumerate((real, generated)))
-  value, error = (
-      _tfgan().kernel_classifier_distance_and_std_from_activations(
-          tf.constant(real, tf.float32), tf.constant(generated, tf.float32),
-          max_block_size=-(-largest // blocks)))
-  return float(value), float(error)
+  # As TF-GAN deals them: of unequal blocks, the larger come last.
+  dealt = [np.array_split(np.random.default_rng(seed).permutation(
+      len(values))[::-1], blocks)[::-1]
+           for seed, values in enumerate((real, generated))]
+  found = []
+  for rows in zip(*dealt):
+    block = [tf.constant(values[own], tf.float64)
+             for values, own in zip((real, generated), rows)]
+    found.append(float(_tfgan().kernel_classifier_distance_from_activations(
+        *block, max_block_size=max(map(len, rows)))))
+  return float(np.mean(found)), float(np.std(found, ddof=1) / blocks**0.5)
 
 
 def inception_score(logits: np.ndarray, splits: int = 1
@@ -195,11 +273,13 @@ def inception_score(logits: np.ndarray, splits: int = 1
   standard deviation over 10 splits. A smaller split has a smaller score.
 
   Args:
-    logits: float [N, classes].
+    logits: float [N, classes], of any size; -infinity is a class that cannot
+      be.
     splits: parts of as equal size as can be, in order.
 
   Returns:
-    The mean score of the splits and its standard deviation, 0 for one split.
+    The mean score of the splits and its standard deviation, 0 for one split;
+    NaN of logits that are NaN or infinity.
 
   Raises:
     ValueError: more splits than samples, or fewer than 1.
@@ -207,7 +287,10 @@ def inception_score(logits: np.ndarray, splits: int = 1
   if not 1 <= splits <= len(logits):
     raise ValueError(f"splits must be from 1 to the {len(logits)} samples. "
                      f"Received: {splits}")
-  scores = [float(_tfgan().classifier_score_from_logits(
-      tf.constant(part, tf.float32)))
+  with np.errstate(invalid="ignore"):
+    logits = np.asarray(logits, np.float64)
+    logits = np.maximum(
+        logits - np.max(logits, axis=1, keepdims=True), -_LOGIT_RANGE)
+  scores = [float(_tfgan().classifier_score_from_logits(tf.constant(part)))
             for part in np.array_split(logits, splits)]
   return float(np.mean(scores)), float(np.std(scores))

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.spatial.distance
 import tensorflow as tf
 
-from ddss_tf.errors import check_positive
+from ddss_tf.errors import UserError, check_positive
 
 DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
 MATCHING = ("teacher_pixels", "teacher_features")
@@ -28,6 +28,8 @@ OBJECTIVES = (*DISTANCES, *MATCHING, ELBO)
 # variance of the real features along an axis.
 SMOOTHING = 1e-3
 _LEAST_SMOOTHING = 1e-12  # Of real features that are all the same.
+# A mean of as many deviations costs float32 more than two of its seven digits.
+_LARGE_MEAN = 16.0
 # Real features that a kernel is evaluated against, at the most.
 _KERNEL_REAL = 5000
 _RBF_SCALES = (0.5, 1.0, 2.0)
@@ -106,6 +108,35 @@ def cubic_kernel(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
   """(a . b / D + 1)^3 of all pairs, the kernel of Binkowski et al. [N, M]."""
   width = tf.cast(tf.shape(a)[1], tf.float32)
   return (tf.matmul(a, b, transpose_b=True) / width + 1.0) ** 3
+
+
+def centred_cubic_kernel(a: tf.Tensor, b: tf.Tensor,
+                         centre: np.ndarray) -> tf.Tensor:
+  """What the cubic kernel has beyond functions of one argument, [N, M].
+
+  With m the centre, k the kernel at a + m and b + m,
+
+    k(a + m, b + m) - k(a + m, m) - k(m, b + m) + k(m, m).
+
+  What is taken away cancels in the distance, where of large means it is nearly
+  all there is: float32 has no digits for the rest. With c = |m|^2 / D + 1,
+  u = a . m / D, v = b . m / D, w = a . b / D and r = c + u + v it is
+
+    3 u v (2 c + u + v) + w (3 r^2 + 3 r w + w^2).
+
+  Args:
+    a: float32 [N, D], features less the centre.
+    b: float32 [M, D], likewise.
+    centre: float32 [D].
+  """
+  width = len(centre)
+  constant = float(np.sum(centre.astype(np.float64) ** 2)) / width + 1.0
+  u, v = (tf.linalg.matvec(x, centre) / width for x in (a, b))
+  u, v = u[:, None], v[None]
+  w = tf.matmul(a, b, transpose_b=True) / width
+  r = constant + u + v
+  return (3.0 * u * v * (2.0 * constant + u + v)
+          + w * (3.0 * r**2 + 3.0 * r * w + w**2))
 
 
 def rbf_kernel(a: tf.Tensor, b: tf.Tensor, bandwidth: float) -> tf.Tensor:
@@ -255,10 +286,43 @@ def make_distance(name: str, real: np.ndarray):
 
   Raises:
     ValueError: unknown name.
+    UserError: no bandwidth, for most real features are the same.
   """
   if name not in DISTANCES:
     raise ValueError(f"distance must be one of {', '.join(DISTANCES)}. "
                      f"Received: {name!r}")
+  centre = _centre(name, real)
+  if centre is None:
+    return _distance(name, real)
+  # Exact, where the mean is what is large.
+  distance = _distance(name, real - centre, centre)
+
+  def shifted(features, *control):
+    features = tf.cast(features, tf.float32) - centre
+    control = [known and known._replace(features=known.features - centre)
+               for known in control]  # Its moments are about the real mean.
+    return distance(features, *control)
+
+  return shifted
+
+
+def _centre(name: str, real: np.ndarray) -> np.ndarray | None:
+  """What features are counted from, float32 [D]: their mean, if it must be.
+
+  It must where it takes digits from the spread; else None, for nothing. A
+  distance depends on differences, but for that of the cubic kernel: there it is
+  a matter of the kernel's own mean, (|m|^2 / D + 1)^3.
+  """
+  mean = real.mean(axis=0, dtype=np.float64)
+  spread = np.sum(np.var(real, axis=0, dtype=np.float64))
+  size = np.sum(mean**2) + (len(mean) if name == "kid_cubic" else 0)
+  if size <= _LARGE_MEAN**2 * spread:
+    return None
+  return mean.astype(np.float32)
+
+
+def _distance(name, real, centre=None):
+  """`make_distance`, of features that are given less the centre, if any."""
   real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
   if name == "kid_linear":
     return lambda features, control=None: kid_linear(
@@ -273,7 +337,7 @@ def make_distance(name: str, real: np.ndarray):
     values, vectors = np.linalg.eigh(np.cov(real.astype(np.float64).T))
     # Rounding may leave a negative one, of features that depend on each other.
     values = np.maximum(values, 0.0)
-    smoothing = max(SMOOTHING * float(values.max()), _LEAST_SMOOTHING)
+    smoothing = SMOOTHING * float(values.max()) or _LEAST_SMOOTHING
     root = tf.constant((vectors * np.sqrt(values + smoothing)) @ vectors.T,
                        tf.float32)
     return lambda features, control=None: frechet(
@@ -281,13 +345,14 @@ def make_distance(name: str, real: np.ndarray):
   order = np.random.default_rng(0).permutation(len(real))
   real = real[order[:_KERNEL_REAL]]
   real = tf.constant(real, tf.float32)
-  kernel = cubic_kernel
+  kernel = cubic_kernel if centre is None else functools.partial(
+      centred_cubic_kernel, centre=centre)
   if name == "kid_rbf":
     bandwidth = float(np.median(scipy.spatial.distance.pdist(
         real[:1000].numpy().astype(np.float64))))
     if not bandwidth > 0:
-      raise ValueError("kid_rbf needs real features that differ. Received: "
-                       f"a median distance of {bandwidth:g}")
+      raise UserError("kid_rbf needs real features that differ. Received: "
+                      f"a median distance of {bandwidth:g}")
     kernel = functools.partial(rbf_kernel, bandwidth=bandwidth)
   pairs = kernel(real, real)
   real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (

@@ -11,16 +11,21 @@ from ddss_tf.errors import UserError
 
 FLOAT32 = "float32"
 BFLOAT16 = "mixed_bfloat16"
-# float16 is none: its gradients need a loss scale.
+# What can be asked for. A network that was saved in float16 is used as it is;
+# its gradients would need a loss scale.
 POLICIES = (FLOAT32, BFLOAT16)
+FLOAT16 = "mixed_float16"
 
 
 def policy(model) -> str:
-  """One of `POLICIES`: the second if any layer computes in bfloat16."""
+  """One of `POLICIES` or `FLOAT16`: not the first if any layer differs."""
   layers = model.layers if isinstance(model, keras.Model) else ()
-  return BFLOAT16 if any(
-      layer.compute_dtype == "bfloat16" for outer in layers
-      for layer in outer._flatten_layers()) else FLOAT32  # pylint: disable=protected-access
+  computed = {layer.compute_dtype for outer in layers
+              for layer in outer._flatten_layers()}  # pylint: disable=protected-access
+  for name, dtype in ((BFLOAT16, "bfloat16"), (FLOAT16, "float16")):
+    if dtype in computed:
+      return name
+  return FLOAT32
 
 
 def set_policy(model, name: str) -> None:
@@ -35,7 +40,8 @@ def set_policy(model, name: str) -> None:
 
   Raises:
     UserError: an unknown policy; not a functional Keras model, such as a
-      SavedModel, whose format was decided when it was written.
+      SavedModel, whose format was decided when it was written; weights that are
+      not float32.
   """
   if name not in POLICIES:
     raise UserError(f"dtype_policy must be one of {', '.join(POLICIES)}. "
@@ -46,6 +52,12 @@ def set_policy(model, name: str) -> None:
       None):
     raise UserError("dtype_policy must be that of a functional Keras model. "
                     f"Received: {name!r} for a {type(model).__name__}")
+  kept = {variable.dtype for variable in model.variables
+          if "float" in variable.dtype} - {FLOAT32}
+  if kept:
+    raise UserError("dtype_policy must be None for a network whose weights are "
+                    f"not float32. Received: {name!r} for weights in "
+                    f"{', '.join(sorted(kept))}")
   outputs = {id(tensor) for tensor in keras.tree.flatten(model.output)}
   for layer in model.layers:
     if isinstance(layer, keras.Model):

@@ -36,6 +36,8 @@ VALUE_RANGES = {
     "torch": lambda x: ((0.5 * x + 0.5 - tf.constant(_TORCH_MEAN))
                         / tf.constant(_TORCH_STD)),
 }
+# Those that have a number for each of three colours.
+_OF_COLOURS = ("caffe", "torch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Preprocessing:
     if self.grey_to_rgb and channels == 1:
       channels = 3
     return height, width, channels
+
+  def takes_channels(self, channels: int | None) -> bool:
+    """Whether images of so many channels can be mapped; None: of some."""
+    return (self.value_range not in _OF_COLOURS or channels in (3, None)
+            or self.grey_to_rgb and channels == 1)
 
   def __call__(self, images: tf.Tensor) -> tf.Tensor:
     """Maps float32 [B, H, W, C] in [-1, 1] to [B, *output_shape]."""

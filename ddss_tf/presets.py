@@ -119,6 +119,8 @@ def _typed(source, key, value, kind):
     if value is None:
       return None
     kind = int
+  elif key == "image_size":  # Or a pair of them.
+    kind = tuple if isinstance(value, list) else int
   return checkpoints.json_value(
       source, key, value, typing.get_origin(kind) or kind,
       0 if key in _FROM_0 else 1)

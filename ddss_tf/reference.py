@@ -18,7 +18,6 @@ from ddss_tf import data
 from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import storage
-from ddss_tf.errors import UserError
 from ddss_tf.features import FeatureNetwork
 
 
@@ -49,11 +48,11 @@ def reference(features: FeatureNetwork, dataset: data.ImageDataset, *,
     batch_size: images at a time, `features.batch_size` if None.
 
   Returns:
-    The reference.
+    The reference. A warning tells of features or logits that are not finite,
+    and these are not cached.
 
   Raises:
-    UserError: images of a shape that the network does not take, or features
-      or logits that are not finite.
+    UserError: images of a shape that the network does not take.
   """
   count = len(dataset.images)
   path = None
@@ -74,10 +73,12 @@ def reference(features: FeatureNetwork, dataset: data.ImageDataset, *,
   pool, logits = collect(
       ((network["pool"], network["logits"])
        for network in map(features, batches())), count)
-  if not (np.all(np.isfinite(pool)) and np.all(np.isfinite(logits))):
-    raise UserError(f"features {features.name!r} of {dataset.name!r} must be "
-                    "finite. Received: NaN or infinity")
   result = Reference(pool, logits, metrics.moments(pool))
+  for name, values in (("features", pool), ("logits", logits)):
+    if not np.all(np.isfinite(values)):
+      logging.warning("%s %r of %r have NaN or infinity", name, features.name,
+                      dataset.name)
+      path = None
   if path is not None:
     with storage.replacing(path) as temporary:
       np.savez(temporary, pool=pool, logits=logits,

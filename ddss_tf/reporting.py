@@ -39,8 +39,8 @@ _NO_SAMPLERS = ("cache", "checkpoints", "tensorboard", exporting.EXPORT)
 _CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
                "denoiser", "features", "features_heldout")
 _VALUES = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
-_NUMBERS = ("num_samples", "num_steps", "seed", "fid", "kid", "kid_std",
-            "inception_score")
+_COUNTS = ("num_samples", "num_steps", "seed")
+_NONE = {"fid": None}  # Which every record with an FID is better than.
 _CAPTIONS = {
     comparing.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
                             "is better.",
@@ -118,7 +118,7 @@ def _number(value, form: str) -> markupsafe.Markup:
   if form == "d" and not isinstance(value, int):
     form = "g"
   return markupsafe.Markup('<data value="{}">{}</data>').format(
-      repr(value), format(value, form))
+      repr(value), metrics.text(value, form))
 
 
 def _text(path):
@@ -152,9 +152,12 @@ def _results(run):
                or r.get("coefficients_sha256") == sha256]
   groups = {}
   for record in records:
-    for name in (*_CONDITIONS, *_VALUES, *_NUMBERS):
+    for name in (*_CONDITIONS, *_VALUES, *_COUNTS, *metrics.FIGURES):
+      value = record.get(name)
       good = name in record and (
-          name not in _NUMBERS or isinstance(record[name], (int, float)))
+          name not in (*_COUNTS, *metrics.FIGURES)
+          or isinstance(value, (int, float))
+          or value is None and name in metrics.FIGURES)
       if not good:
         raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
                         f"{name!r} of a record is missing or no number")
@@ -260,10 +263,11 @@ def _headlines(groups):
     for record in records:
       if record["num_steps"] == steps:
         searched = samplers.group(record["sampler"]) == samplers.SEARCHED
-        if record["fid"] < best.get(searched, {"fid": float("inf")})["fid"]:
+        if metrics.rank(record) < metrics.rank(best.get(searched, _NONE)):
           best[searched] = record
-    lines.append({"num_steps": steps, "searched": best.get(True),
-                  "other": best.get(False)})
+    if best:
+      lines.append({"num_steps": steps, "searched": best.get(True),
+                    "other": best.get(False)})
   return lines
 
 
@@ -272,7 +276,7 @@ def _table(records):
   best = {}
   for record in _of_first_seed(records):
     steps = record["num_steps"]
-    if record["fid"] < best.get(steps, {"fid": float("inf")})["fid"]:
+    if metrics.rank(record) < metrics.rank(best.get(steps, _NONE)):
       best[steps] = record
   # With all its seeds.
   shaded = [(r["coefficients_sha256"], r["x0_bound"]) for r in best.values()]

@@ -30,6 +30,7 @@ from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
+from ddss_tf import precision
 from ddss_tf import progress
 from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
@@ -69,6 +70,32 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
     if tuple(other) != shape:
       raise UserError(f"{kind} {name!r} must have the image shape {shape} of "
                       f"the denoiser {denoiser.name!r}. Received: {other}")
+
+
+def check_features(features: FeatureNetwork, dataset: ImageDataset,
+                   pool: np.ndarray) -> None:
+  """Checks that features of the data set can be what a search measures by.
+
+  Args:
+    features: the network.
+    dataset: the images.
+    pool: float32 [R, D], their features.
+
+  Raises:
+    UserError: features that are not finite, or the same for all images, whose
+      deviation is the unit of the search.
+  """
+  if not np.all(np.isfinite(pool)):
+    raise UserError(f"features {features.name!r} of {dataset.name!r} must be "
+                    "finite. Received: NaN or infinity")
+  spread = np.sum(np.var(pool, axis=0, dtype=np.float64))
+  size = np.sum(np.mean(pool, axis=0, dtype=np.float64) ** 2)
+  # Of the same image in batches of other sizes the last bits differ.
+  if spread <= (4 * np.finfo(np.float32).eps) ** 2 * size:
+    raise UserError(
+        f"features {features.name!r} of {dataset.name!r} must differ: a search "
+        f"measures by their deviation. Received: {len(pool)} images with the "
+        "same features")
 
 
 def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
@@ -184,7 +211,10 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 
 # Of Adam's moments. The second is short, for searches are short. Our choice.
 _BETA_1, _BETA_2 = 0.9, 0.99
-_LARGEST_NORM = 1e18
+# Of a gradient: the first one's square must be a float64 still, and that of a
+# later one, in units of those before, must not outlast the search.
+_LARGEST_NORM = 1e150
+_LARGEST_GROWTH = 1e18
 _METRIC_DRAWS = 8
 _METRIC_ROWS = 4  # At least, for every variable.
 _SENSITIVITY_FLOOR = 0.03
@@ -566,8 +596,7 @@ class Search:
       move = self.preconditioner.numpy() @ gradient
       # Rounding may leave less than 0 of nothing; NaN stays.
       norm = float(np.sqrt(np.maximum(move @ self.metric.numpy() @ move, 0)))
-    # Its square would never be forgotten, were it infinite.
-    taken = bool(np.isfinite(loss) and norm < _LARGEST_NORM)
+    taken = bool(np.isfinite(loss) and norm < self._largest_norm())
     if taken:
       taken = self._take(move, norm)
     else:
@@ -577,6 +606,23 @@ class Search:
     self._step.assign_add(1)
     return loss, norm, taken
 
+  def _largest_norm(self) -> float:
+    """The norm of a gradient from which on its step is not taken.
+
+    In the objective's own unit, where that is large: a kernel's cube is far
+    from 1.
+    """
+    _, second, count = self.moments
+    if not count.numpy():
+      return _LARGEST_NORM
+    return _LARGEST_GROWTH * max(1.0, self._root_of_square(second, count))
+
+  @staticmethod
+  def _root_of_square(second, count) -> float:
+    """Root of the mean square so far, which began at 0; never 0 itself."""
+    square = second.numpy() / (1 - _BETA_2 ** count.numpy())
+    return float(max(square, np.finfo(np.float64).tiny)) ** 0.5
+
   def _take(self, move: np.ndarray, norm: float) -> bool:
     """Adam's step, inside the constraints; whether the sampler allows it."""
     changed = [*self.variables, *self.moments]
@@ -585,10 +631,10 @@ class Search:
     first.assign(_BETA_1 * first + (1 - _BETA_1) * move)
     second.assign(_BETA_2 * second + (1 - _BETA_2) * norm**2)
     count.assign_add(1)
-    # The mean of those so far: both began at 0.
+    # The mean of those so far, which began at 0.
     mean = first.numpy() / (1 - _BETA_1 ** count.numpy())
-    square = second.numpy() / (1 - _BETA_2 ** count.numpy())
-    step = -self.rate * self._multipliers * mean / max(square, 1e-30) ** 0.5
+    step = (-self.rate * self._multipliers * mean
+            / self._root_of_square(second, count))
     for part, variable in self._by_variable(step):
       value = variable.value + np.float32(np.reshape(part, variable.shape))
       if variable.constraint is not None:
@@ -870,6 +916,15 @@ def search(
   dataset = data.as_dataset(dataset)
   networks = as_networks("search.features", features)
   check_shapes(denoiser, dataset, *networks)
+  if len(dataset.images) < 2:
+    raise UserError(f"data set {dataset.name!r} must have at least 2 images, "
+                    "for the spread of their features. Received: "
+                    f"{len(dataset.images)}")
+  if denoiser.dtype_policy == precision.FLOAT16:
+    logging.warning(
+        "denoiser %r computes in float16, whose gradients are 0 below 6e-8 and "
+        "whose times beyond 512 are halves: a search may stand still. In "
+        "float32 or bfloat16 it would not", denoiser.name)
   multipliers = {**dict.fromkeys(KINDS, 1.0), **(rate_multipliers or {})}
   make_sampler, sampler = sampler, (
       sampler if isinstance(sampler, Sampler) else sampler(denoiser.schedule))
@@ -935,6 +990,8 @@ def search(
   reals = [reference.reference(
       network, dataset, quantise=False, cache_dir=run.cache).pool
            for network in networks]
+  for network, real in zip(networks, reals):
+    check_features(network, dataset, real)
   goal = objectives.Objective(
       terms, networks, reals, denoiser.image_shape, feature_weights)
 

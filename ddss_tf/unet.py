@@ -34,7 +34,7 @@ class UNetConfig:
   """Everything that fixes the architecture and its arithmetic.
 
   Attributes:
-    image_size: height and width in pixels, a multiple of
+    image_size: height and width in pixels, or the pair of them, multiples of
       2 ** (len(channels) - 1).
     in_channels: channels of `x_t`.
     out_channels: channels of the prediction.
@@ -81,7 +81,7 @@ class UNetConfig:
       by it.
   """
 
-  image_size: int
+  image_size: int | tuple[int, int]
   in_channels: int
   out_channels: int
   channels: tuple[int, ...]
@@ -352,9 +352,9 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     name: name of the model.
 
   Returns:
-    A functional model from `x_t`, float [B, S, S, in_channels] in [-1, 1],
+    A functional model from `x_t`, float [B, H, W, in_channels] in [-1, 1],
     `t`, float [B], and `labels`, int32 [B], if there are classes, to float
-    [B, S, S, out_channels].
+    [B, H, W, out_channels].
 
   Raises:
     ValueError: the image size does not divide, or groups do not divide widths,
@@ -373,16 +373,18 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   check_sizes({key: getattr(config, key) for key in _MOST}, _MOST)
   levels = len(config.channels)
   factor = 2 ** (levels - 1)
-  if config.image_size % factor:
-    raise ValueError(
-        f"image_size must be a multiple of {factor} for {levels} levels. "
-        f"Received: image_size={config.image_size}")
   size = config.image_size
+  size = (size, size) if isinstance(size, int) else tuple(size)
+  if len(size) != 2 or any(side < 1 or side % factor for side in size):
+    raise ValueError(
+        f"image_size must be a multiple of {factor} for {levels} levels, or "
+        "height and width that are. "
+        f"Received: image_size={config.image_size}")
   base = config.channels[0]
   norm = dict(norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon)
   time_width = config.time_width or 4 * base
 
-  x = keras.Input((size, size, config.in_channels), name="x_t")
+  x = keras.Input((*size, config.in_channels), name="x_t")
   t = keras.Input((), name="t")
   inputs = [x, t]
   scaled = t

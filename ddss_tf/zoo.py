@@ -122,9 +122,9 @@ def table(folder: str | None = None) -> str:
     rows.append((
         name, str(card.denoiser.get("name")),
         str(card.denoiser.get("sha256"))[:8], str(card.coefficients.num_steps),
-        "-" if record.get("fid") is None else f"{record['fid']:.2f}",
-        " / ".join(f"{fid:.2f}" for fid in metrics_lib.heldout_fids(
-            record).values()) or "-",
+        metrics_lib.text(record.get("fid")),
+        " / ".join(map(metrics_lib.text, metrics_lib.heldout_fids(
+            record).values())) or "-",
         str(record.get("num_samples", "-"))))
   widths = [max(map(len, column)) for column in zip(head, *rows)]
   return "\n".join("  ".join(

@@ -68,6 +68,17 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
       batch_size=2, num_inference_steps=5, output_type="pt",
       generator=torch.Generator().manual_seed(3)).images)
 
+  # A model with a learned variance: its prediction alone counts.
+  class WithVariance(diffusers.UNet2DModel):
+
+    def forward(self, *args, return_dict=True, **kwargs):
+      (output,) = super().forward(*args, return_dict=False, **kwargs)
+      return diffusers.models.unets.unet_2d.UNet2DOutput(
+          sample=torch.cat([output, torch.full_like(output, 9.0)], 1))
+
+  assert torch.equal(images, sample(
+      unet=WithVariance.from_pretrained(model).eval()))
+
   # Half precision in and out, the chain itself in float32.
   half = sample(unet=diffusers.UNet2DModel.from_pretrained(
       model, torch_dtype=torch.bfloat16).eval())
@@ -92,8 +103,10 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
 
   # Faults.
   refused("must be 5", scheduler.set_timesteps, 50)
-  refused("variances", scheduler.step, torch.zeros(1, 6, 8, 8),
-          scheduler.timesteps[0], torch.zeros(1, 3, 8, 8))
+  for shape in ((1, 5, 8, 8), (1, 9, 8, 8), (1, 1, 8, 8), (2, 6, 8, 8),
+                (1, 6, 8, 4), (1, 6, 8), (6,)):
+    refused("learned variance", scheduler.step, torch.zeros(shape),
+            scheduler.timesteps[0], torch.zeros(1, 3, 8, 8))
   scheduler.set_timesteps(5)
   refused("step 0 of the chain", scheduler.step, torch.zeros(1, 3, 8, 8),
           scheduler.timesteps[1], torch.zeros(1, 3, 8, 8))

@@ -1329,7 +1329,7 @@ def test_a_record_is_what_tf_gan_says_of_the_same_images(parts, tmp_path):
   dealt = [tf.gather(pool, np.random.default_rng(seed).permutation(len(pool)))
            for seed, pool in enumerate((real, fake))]
   kid, kid_std = tfgan.kernel_classifier_distance_and_std_from_activations(
-      *dealt, max_block_size=len(real) // 2)
+      *dealt, max_block_size=len(real) // 2, dtype=tf.float64)
   for name, value in {
       "fid": tfgan.frechet_classifier_distance_from_activations(real, fake),
       "kid": kid, "kid_std": kid_std,

@@ -180,7 +180,9 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     """Makes one step. After the last one the next chain may begin.
 
     Args:
-      model_output: [B, C, H, W], the model's prediction at `sample`.
+      model_output: [B, C, H, W], the model's prediction at `sample`; or
+        [B, 2 C, H, W] of a model with a learned variance, whose last C channels
+        are not used: the noise is the sampler's own.
       timestep: of this step, from `timesteps` in their order.
       sample: [B, C, H, W], the current state.
       eta: must be 0, as `DDIMPipeline` has it: the noise is the sampler's own.
@@ -198,11 +200,14 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
     """
     k = self.step_index
     self._check_order(k, float(timestep))
+    received, channels = tuple(model_output.shape), sample.shape[1]
+    if received[1:2] == (2 * channels,):
+      model_output = model_output[:, :channels]
     if model_output.shape != sample.shape:
       raise ValueError(
           f"model_output must have the shape {tuple(sample.shape)} of the "
-          "sample; learned variances are not used. Received: "
-          f"{tuple(model_output.shape)}")
+          "sample, or twice as many channels with a learned variance. Received: "
+          f"{received}")
     if eta or use_clipped_model_output:
       raise ValueError(
           "eta must be 0 and use_clipped_model_output False: the sampler has "
