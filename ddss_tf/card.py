@@ -4,11 +4,11 @@
 """
 
 import dataclasses
-import json
 import os
 
 from ddss_tf import fingerprint
 from ddss_tf import metrics
+from ddss_tf import paths
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
@@ -66,6 +66,7 @@ class SamplerCard:
 
 def write(path: str, card: SamplerCard) -> None:
   """Writes a card, atomically."""
+  path = paths.expanded(path)
   published = {}
   if card.metrics:
     published["metrics"] = list(card.metrics)
@@ -90,7 +91,7 @@ def read(path: str) -> SamplerCard:
   """Reads a card.
 
   Args:
-    path: of the file.
+    path: of the file; `~` is the home folder.
 
   Returns:
     The card, validated.
@@ -99,11 +100,11 @@ def read(path: str) -> SamplerCard:
     UserError: missing, damaged, of another format or version, or with metrics
       of other coefficients.
   """
+  path = paths.expanded(path)
   if not os.path.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
   try:
-    with open(path) as f:
-      values = json.load(f)
+    values = storage.read_json(path)
     if values.get("format") != _FORMAT or values.get("version") != _VERSION:
       raise ValueError(
           f"format must be {_FORMAT} version {_VERSION}. Received: "
