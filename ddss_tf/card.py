@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import os
 import sys
 
@@ -13,6 +12,7 @@ import numpy as np
 from ddss_tf import chain
 from ddss_tf import fingerprint
 from ddss_tf import metrics
+from ddss_tf import paths
 from ddss_tf import storage
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
@@ -71,6 +71,7 @@ class SamplerCard:
 
 def write(path: str, card: SamplerCard) -> None:
   """Writes a card, atomically."""
+  path = paths.expanded(path)
   published = {}
   if card.metrics:
     published["metrics"] = list(card.metrics)
@@ -95,7 +96,7 @@ def read(path: str) -> SamplerCard:
   """Reads a card.
 
   Args:
-    path: of the file.
+    path: of the file; `~` is the home folder.
 
   Returns:
     The card, validated.
@@ -105,6 +106,7 @@ def read(path: str) -> SamplerCard:
       another kind than `docs/sampler_json.md` says, or with metrics of other
       coefficients; names the field.
   """
+  path = paths.expanded(path)
   if not os.path.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
   try:

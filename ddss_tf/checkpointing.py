@@ -1,4 +1,4 @@
-"""Long work that survives: checkpoints, their TensorBoard events, SIGTERM.
+"""Long work that survives: checkpoints, and their TensorBoard events.
 
 A run that was killed goes on from its last checkpoint as if nothing had
 happened: the state, the seconds it took, and the events, of which those after
@@ -7,13 +7,9 @@ the checkpoint are taken back, since they come again.
 
 import contextlib
 import glob
-import json
 import os
 import re
 import shutil
-import signal
-import threading
-from typing import Iterator
 
 from absl import logging
 import tensorflow as tf
@@ -94,8 +90,7 @@ class Checkpoints:
     notes = {}
     if found is not None:
       with contextlib.suppress(OSError, ValueError):
-        with open(f"{self._path(found)}.json") as f:
-          notes = json.load(f)
+        notes = storage.read_json(f"{self._path(found)}.json")
       self.seconds = notes.get("seconds", 0.0)
     if found is None or notes:
       self._take_back_events(notes.get("events", {}))
@@ -174,40 +169,3 @@ class Checkpoints:
         os.truncate(path, size)
       else:
         os.remove(path)
-
-
-class Termination:
-  """Whether SIGTERM has come.
-
-  Attributes:
-    received: the answer.
-  """
-
-  def __init__(self):
-    self.received = False
-
-
-@contextlib.contextmanager
-def deferred_termination() -> Iterator[Termination]:
-  """Notes SIGTERM instead of dying of it, so that a step can be finished.
-
-  Only a process's main thread may handle signals; in another one this changes
-  nothing.
-
-  Yields:
-    A `Termination`.
-  """
-  termination = Termination()
-  if threading.current_thread() is not threading.main_thread():
-    yield termination
-    return
-
-  def note(signum, frame):
-    del signum, frame
-    termination.received = True
-
-  before = signal.signal(signal.SIGTERM, note)
-  try:
-    yield termination
-  finally:
-    signal.signal(signal.SIGTERM, before)

@@ -4,13 +4,13 @@ A reader knows its format's names and layouts. That no tensor is left over, no
 variable left unfilled, and no weight NaN, is checked here for all of them.
 """
 
-import json
 import math
 from typing import Callable, Iterable, Mapping
 
 import keras
 import numpy as np
 
+from ddss_tf import storage
 from ddss_tf import unet
 from ddss_tf.errors import UserError
 from ddss_tf.frozen import frozen_variables
@@ -29,8 +29,7 @@ def read_json_object(path: str) -> dict:
     UserError: not JSON, or not an object.
   """
   try:
-    with open(path) as f:
-      values = json.load(f)
+    values = storage.read_json(path)
   except ValueError as error:
     raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(values, dict):

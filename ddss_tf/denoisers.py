@@ -22,6 +22,7 @@ from ddss_tf import compiling
 from ddss_tf import conventions
 from ddss_tf import fingerprint
 from ddss_tf import foreign
+from ddss_tf import paths
 from ddss_tf import precision
 from ddss_tf import schedules
 from ddss_tf import storage
@@ -414,6 +415,7 @@ class Denoiser:
           f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
           " a SavedModel: copy its folder and its card, which load_denoiser "
           "reads")
+    path = paths.expanded(path)
     weights = weights_sha256(self.model)
     with storage.replacing(os.path.join(path, NETWORK)) as temporary:
       self.model.save(temporary)
@@ -444,6 +446,7 @@ class Denoiser:
       UserError: in one line, a card or a network that is missing or damaged, or
         weights of another hash than the card's.
     """
+    folder = paths.expanded(folder)
     card_path = os.path.join(folder, CARD)
     card = checkpoints.read_json_object(card_path)
     try:

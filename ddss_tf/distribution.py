@@ -173,7 +173,10 @@ def device_name() -> str:
   """What the replicas run on, such as "NVIDIA H200" or "2 CPU cores"."""
   gpus = tf.config.get_visible_devices("GPU")
   if not gpus:
-    cores = len(os.sched_getaffinity(0))
+    try:
+      cores = len(os.sched_getaffinity(0))  # Those that it may use.
+    except (AttributeError, OSError):  # macOS and Windows do not tell.
+      cores = os.cpu_count() or 1
     return f"{cores} CPU core{'s' if cores > 1 else ''}"
   name = tf.config.experimental.get_device_details(gpus[0]).get(
       "device_name", "GPU")

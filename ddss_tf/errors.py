@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import signal
 
 # Seeds are int32, and a search's validation has the next one.
 MAX_SEED = 2**31 - 2
@@ -21,6 +22,23 @@ class Terminated(Exception):
   The command line prints its text and exits with status 143, as a process does
   that dies of the signal.
   """
+
+
+class Interrupted(KeyboardInterrupt):
+  """The work was asked to end by Ctrl-C; a search has saved what it had.
+
+  A `KeyboardInterrupt`, so that a notebook or a script ends as it does of one,
+  and no `except Exception` on the way takes it for a fault. The command line
+  prints its text and exits with status 128 + signum: 130.
+
+  Args:
+    message: one line.
+    signum: the signal.
+  """
+
+  def __init__(self, message: str, signum: int = signal.SIGINT):
+    super().__init__(message)
+    self.signum = signum
 
 
 class WorkerLost(Exception):

@@ -12,7 +12,9 @@ import tensorflow as tf
 from ddss_tf import checkpoints
 from ddss_tf import fingerprint
 from ddss_tf import keras_models
+from ddss_tf import paths
 from ddss_tf import saved_models
+from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.preprocessing import Preprocessing
 
@@ -190,7 +192,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
   """Loads a feature network.
 
   Args:
-    path: one of
+    path: one of, with `~` for the home folder,
       the name of an embedded network: "digits_cnn" (for the loss) and
         "digits_resnet" (for reports only, so that what is reported is not what
         was optimised);
@@ -229,6 +231,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
       raise UserError("image_size of features must be a positive number or "
                       f"(height, width). Received: {image_size!r}")
+  path, weights = map(paths.expanded, (path, weights))
   embedded = path in embedded_features()
   if embedded:
     path = os.path.join(_ASSETS, path + _SUFFIX)
@@ -304,8 +307,7 @@ def _check_card(path: str, sha256: str) -> None:
                       "it. Received: no such file")
     return
   try:
-    with open(card_path, encoding="utf-8") as f:
-      expected = json.load(f)["sha256"]
+    expected = storage.read_json(card_path)["sha256"]
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{card_path} must be a JSON object with 'sha256'. "
                     f"Received: {error!r}") from error

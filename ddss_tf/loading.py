@@ -22,6 +22,7 @@ from ddss_tf import edm_format
 from ddss_tf import fingerprint
 from ddss_tf import foreign
 from ddss_tf import openai_format
+from ddss_tf import paths
 from ddss_tf import weights_format
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.edm_unet import EDMConfig
@@ -38,9 +39,19 @@ _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
 
 
 def default_cache_dir() -> str:
-  """$DDSS_TF_CACHE ("": none), or ddss_tf in $XDG_CACHE_HOME or ~/.cache."""
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.environ.get("DDSS_TF_CACHE", os.path.join(base, "ddss_tf"))
+  """$DDSS_TF_CACHE ("": none), or ddss_tf in $XDG_CACHE_HOME or ~/.cache.
+
+  "" where nobody knows the home folder.
+  """
+  folder = os.environ.get("DDSS_TF_CACHE")
+  if folder is None:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.path.join(base, "ddss_tf")
+  try:
+    return paths.expanded(folder)
+  except UserError as error:
+    logging.warning("converted networks are not kept: %s", error)
+    return ""
 
 
 @gin.register
@@ -71,7 +82,7 @@ def load_denoiser(
   """Loads a frozen, pre-trained denoiser.
 
   Args:
-    path: one of
+    path: one of, with `~` for the home folder,
       - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
         `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
@@ -152,9 +163,9 @@ def load_denoiser(
       raise UserError("image_size must be a whole number, or (height, width). "
                       f"Received: {image_size!r}")
   denoiser = _load(
-      path, {key: value for key, value in arguments.items()
+      paths.expanded(path), {key: value for key, value in arguments.items()
              if value is not None},
-      default_cache_dir() if cache_dir is None else cache_dir)
+      default_cache_dir() if cache_dir is None else paths.expanded(cache_dir))
   if dtype_policy is not None:
     denoiser = denoiser.with_policy(dtype_policy)
   if null_label is None and guidance_scale is None:

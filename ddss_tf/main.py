@@ -10,15 +10,27 @@ written anew, without a configuration, by
   python -m ddss_tf.main --mode=report --run_dir=runs/demo
 """
 
+import sys
+
+from ddss_tf import signals
+
+if __name__ == "__main__":
+  signals.end_at_once()  # Before anything is imported that takes its time.
+
+# pylint: disable=g-import-not-at-top,wrong-import-position
 import inspect
 import os
-import re
-import sys
-import tokenize
+import signal
 
 from absl import app
 from absl import flags
 from absl import logging
+
+from ddss_tf import configuration
+from ddss_tf import console
+from ddss_tf import paths
+from ddss_tf.errors import Terminated, UserError, WorkerLost
+# pylint: enable=g-import-not-at-top,wrong-import-position
 
 # TensorFlow and gin are imported only once the flags are fine: `--help` and a
 # misspelt flag answer at once.
@@ -43,95 +55,6 @@ _SAMPLER = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Parse and build everything, print the configuration, "
     "and stop. Writes nothing.")
-
-
-def _parse_gin(files: list[str], params: list[str]) -> None:
-  """Parses all bindings; any fault in them is a one-line UserError."""
-  import gin  # pylint: disable=g-import-not-at-top
-  from ddss_tf import registry  # pylint: disable=g-import-not-at-top,unused-import
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
-
-  verbosity = logging.get_verbosity()
-  # gin logs an error for every folder in which an include is not.
-  logging.set_verbosity(logging.FATAL)
-  files = [_found(file) for file in files]
-  for file in files:
-    if not os.path.isfile(file):
-      raise UserError(f"gin file must exist. Received: {file!r}")
-    # An include is looked for beside the file that has it, too.
-    gin.add_config_file_search_path(os.path.dirname(os.path.abspath(file)))
-  try:
-    _refuse_imports(files, params)
-    gin.parse_config_files_and_bindings(files, params, skip_unknown=False)
-  except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
-          AttributeError, ImportError, NameError,
-          tokenize.TokenError) as error:
-    # gin quotes the whole configuration where a macro is used that is not set.
-    unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
-    raise UserError(f"gin: the macro {unset[1]!r} must be bound, for a binding "
-                    "uses it" if unset else f"gin: {error}") from error
-  finally:
-    logging.set_verbosity(verbosity)
-  text = gin.config_str(max_line_length=10**6)
-  # gin takes a misspelt NAME = value for a new macro and goes on.
-  for name in re.findall(r"^(\w+) =", text, re.MULTILINE):
-    if not re.search(rf"%{name}\b", text):
-      raise UserError(f"gin: macro {name!r} is not used by any binding; is it "
-                      "misspelt?")
-
-
-def _refuse_imports(files: list[str], params: list[str]) -> None:
-  """Refuses a configuration that imports, before gin reads it.
-
-  For gin imports while it reads, which runs code, and a configuration with
-  imports may name, and so call, any function there is. Includes must be files:
-  gin would look for others in packages, and import these.
-
-  Raises:
-    ValueError: an import, or an include that is not there.
-    SyntaxError, tokenize.TokenError, OSError: as from gin.
-  """
-  from gin import config_parser  # pylint: disable=g-import-not-at-top
-
-  class Unread(config_parser.ParserDelegate):
-    """Leaves the names in values as they are."""
-
-    def configurable_reference(self, scoped_configurable_name, evaluate):
-      pass
-
-    def macro(self, macro_name):
-      pass
-
-  folders = ["", *(os.path.dirname(os.path.abspath(file)) for file in files)]
-  known = list(files)
-
-  def check(lines):
-    for statement in config_parser.ConfigParser(lines, Unread()):
-      if isinstance(statement, config_parser.ImportStatement):
-        raise ValueError(
-            "a configuration binds what ddss_tf registers and must not import. "
-            f"Received: {statement.format()!r}")
-      if isinstance(statement, config_parser.IncludeStatement):
-        paths = [os.path.join(folder, statement.filename)
-                 for folder in folders]
-        path = next(filter(os.path.isfile, paths), None)
-        if path is None:
-          raise ValueError("an included file must be there. Received: "
-                           f"{statement.filename!r}")
-        if path not in known:
-          known.append(path)
-
-  for path in known:  # Which grows.
-    with open(path, encoding="utf-8") as lines:
-      check(lines)
-  check("\n".join(params))
-
-
-def _found(file: str) -> str:
-  """Path of a gin file: where an installed package has it, if not here."""
-  installed = os.path.join(os.path.dirname(os.path.abspath(__file__)), file)
-  return installed if (
-      not os.path.isfile(file) and os.path.isfile(installed)) else file
 
 
 def _stages(mode: str):
@@ -195,7 +118,6 @@ def _build(stages) -> None:
 def _bound_arguments(stage, **given) -> dict:
   """What a stage will be called with, defaults too, but for the run_dir."""
   import gin  # pylint: disable=g-import-not-at-top
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
   name = stage.__name__
   parameters = inspect.signature(stage).parameters.values()
   defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
@@ -207,15 +129,22 @@ def _bound_arguments(stage, **given) -> dict:
 
 
 def main(argv):
+  with console.guarded(), signals.ending():
+    _main(argv)
+
+
+def _main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   if not flags.FLAGS["verbosity"].present:
     # Libraries' news is for --verbosity=0; ours is the bar and TensorBoard.
     logging.set_verbosity(logging.WARNING)
-  from ddss_tf.errors import Terminated, UserError, WorkerLost  # pylint: disable=g-import-not-at-top
   try:
     _run()
+  except KeyboardInterrupt as error:
+    signum = getattr(error, "signum", signal.SIGINT)
+    _fail(str(error) or f"ended by {signals.name(signum)}", 128 + signum)
   except WorkerLost as error:
     _fail(error, 1)
   except Terminated as error:
@@ -231,6 +160,8 @@ def main(argv):
 def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
+  if "ddss_tf.progress" in sys.modules:
+    sys.modules["ddss_tf.progress"].close_all()
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
   if os.environ.get("TF_CONFIG"):
     # TensorFlow would wait for workers that are gone, or that wait for us.
@@ -241,16 +172,17 @@ def _fail(error, status=2):
 
 
 def _run():
-  from ddss_tf.errors import UserError  # pylint: disable=g-import-not-at-top
   if _MODE.value not in MODES:
     raise UserError(f"--mode must be one of {', '.join(MODES)}. "
                     f"Received: {_MODE.value!r}")
+  folder = paths.expanded(_RUN_DIR.value)
   if _MODE.value == "zoo":
-    from ddss_tf import zoo  # pylint: disable=g-import-not-at-top
-    print(zoo.table(_RUN_DIR.value))
+    with signals.at_once():
+      from ddss_tf import zoo  # pylint: disable=g-import-not-at-top
+    print(zoo.table(folder))
     return
   reporting = _MODE.value == "report"
-  if reporting and not os.path.isdir(_RUN_DIR.value or ""):
+  if reporting and not os.path.isdir(folder or ""):
     raise UserError("--run_dir must name the folder of a run. "
                     f"Received: {_RUN_DIR.value!r}")
   params = list(_GIN_PARAM.value)
@@ -263,15 +195,17 @@ def _run():
     raise UserError("--gin_file must name a configuration, such as "
                     "gin_configs/demo.gin")
   inspecting = _MODE.value == "inspect"
-  if not _RUN_DIR.value and not _DRY_RUN.value and not inspecting:
+  if not folder and not _DRY_RUN.value and not inspecting:
     raise UserError("--run_dir must name a folder")
-  _parse_gin(_GIN_FILE.value, params)
-  import gin  # pylint: disable=g-import-not-at-top
-  import tensorflow as tf  # pylint: disable=g-import-not-at-top
-  from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
-  from ddss_tf import evaluation  # pylint: disable=g-import-not-at-top
-  from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
-
+  with signals.at_once():
+    # pylint: disable=g-import-not-at-top
+    import gin
+    import tensorflow as tf
+    from ddss_tf import distribution
+    from ddss_tf import evaluation
+    from ddss_tf import registry  # pylint: disable=unused-import
+    # pylint: enable=g-import-not-at-top
+  configuration.parse(_GIN_FILE.value, params)
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
   stages = _stages(_MODE.value)
   with distribution.make_strategy().scope():
@@ -282,21 +216,7 @@ def _run():
     if inspecting:
       print(stages[0]())
       return
-    run = run_dir_lib.RunDir(_RUN_DIR.value)
-    run.lock()
-    results = {}
-    try:
-      with distribution.watched():
-        _build(stages)
-        for stage in stages:
-          results[stage.__name__] = stage(run_dir=run.root)
-        # The chief may have more to do, and none may end before the others.
-        distribution.everyones(0)
-    except Exception:
-      run.withdraw()
-      raise
-    finally:
-      run.release()
+    run, results = _work(stages, folder)
     if not distribution.is_chief():
       return
   records = results.get("evaluate") or results.get("compare")
@@ -309,6 +229,35 @@ def _run():
   if "sample" in results:
     print(f"images: {results['sample']}")
   print(_where(run))
+
+
+def _work(stages, folder):
+  """Runs stages in a run directory, which is left as it was if none begins.
+
+  Returns:
+    The `RunDir`, and what the stages return, by their names.
+  """
+  from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
+  from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
+  run, results = None, {}
+  try:
+    with signals.deferred():  # It is made as a whole, so that it can be undone.
+      run = run_dir_lib.RunDir(folder)
+      run.lock()
+    with distribution.watched():
+      _build(stages)
+      for stage in stages:
+        results[stage.__name__] = stage(run_dir=run.root)
+      # The chief may have more to do, and none may end before the others.
+      distribution.everyones(0)
+  except BaseException:
+    if run is not None:
+      run.withdraw()
+    raise
+  finally:
+    if run is not None:
+      run.release()
+  return run, results
 
 
 def _heldout(record) -> str:
@@ -339,6 +288,7 @@ def _where(run) -> str:
 
 def cli() -> None:
   """Entry point of the console command."""
+  signals.end_at_once()
   # absl's --help is of the main module, which is pip's script there.
   sys.modules["__main__"].__doc__ = __doc__
   for flag in flags.FLAGS.get_flags_for_module(__name__):

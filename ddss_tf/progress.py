@@ -1,10 +1,13 @@
 """Progress bars: live in a terminal, a line now and then in a log."""
 
 import sys
+import weakref
 
 import tqdm
 
 from ddss_tf import distribution
+
+_open = weakref.WeakSet()
 
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
@@ -20,7 +23,15 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
     The bar, a context manager with `update` and `set_postfix`.
   """
   terminal = sys.stderr.isatty()
-  return tqdm.tqdm(
+  made = tqdm.tqdm(
       total=total, initial=initial, desc=description, unit=unit,
       disable=not description or not distribution.is_chief(),
       mininterval=0.1 if terminal else 20.0, leave=True, dynamic_ncols=terminal)
+  _open.add(made)
+  return made
+
+
+def close_all() -> None:
+  """Ends all bars, so that what is printed next has a line of its own."""
+  for each in list(_open):
+    each.close()

@@ -14,24 +14,34 @@
 """
 
 import contextlib
-import fcntl
+import errno
 import functools
 import inspect
 import json
 import os
 import shutil
 
+from absl import logging
 import gin
 
 from ddss_tf import distribution
+from ddss_tf import paths
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 
+try:
+  import fcntl
+except ImportError:  # Windows.
+  fcntl = None
+
 _LOCK = ".lock"
+# What flock says of a file that another process has locked. Anything else is a
+# file system without locks: ENOSYS, ENOLCK, EOPNOTSUPP, EINVAL, and more.
+_IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _CHECKPOINTS = "checkpoints"
 
 
-_locks = {}  # Of this process: path to open file.
+_locks = {}  # Of this process: path to what is closed to let others in.
 
 
 def releasing_locks(function):
@@ -54,7 +64,7 @@ class RunDir:
   """A usable run directory.
 
   Args:
-    root: its path; made if need be.
+    root: its path; made if need be. `~` is the home folder, here and below.
     cache: folder of what can be computed again, which runs may share;
       `root`/cache if None.
 
@@ -63,14 +73,14 @@ class RunDir:
   """
 
   def __init__(self, root: str, cache: str | None = None):
-    self.root = root
-    self.cache = cache or self.path("cache")
+    self.root = root = paths.expanded(root)
+    self.cache = paths.expanded(cache) or self.path("cache")
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
     self._locked_first = False  # By `lock`, where nobody had.
     if not distribution.is_chief():
       return
-    while not os.path.exists(folder):
+    while not os.path.lexists(folder):
       self._made.append(folder)
       folder = os.path.dirname(folder)
     try:
@@ -80,6 +90,7 @@ class RunDir:
         pass
       os.remove(self.path(".writable"))
     except OSError as error:
+      self.withdraw()
       raise UserError(f"run_dir must be a folder that can be written to. "
                       f"Received: {root!r} ({error.strerror})") from error
 
@@ -90,7 +101,8 @@ class RunDir:
   def lock(self) -> None:
     """Keeps other processes out until `release`, or the process ends.
 
-    Not the other workers of the same job, nor this process itself.
+    Not the other workers of the same job, nor this process itself. Where the
+    file system has no locks there is a warning instead.
 
     Raises:
       UserError: another process is at work here.
@@ -100,22 +112,36 @@ class RunDir:
     path = os.path.realpath(self.path(_LOCK))
     if path in _locks:
       return
-    while True:
+    while fcntl is not None:
       self._locked_first = not os.path.exists(path)
       file = open(path, "w", encoding="utf-8")  # Kept open on purpose.
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Else one that `withdraw` has removed: it keeps nobody out.
         if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-          break
+          _locks[path] = file
+          return
       except FileNotFoundError:
         pass
       except OSError as error:
         file.close()
-        raise UserError(
-            f"run_dir {self.root!r} is in use by another process") from error
+        if error.errno in _IN_USE:
+          raise UserError(
+              f"run_dir {self.root!r} is in use by another process") from error
+        if self._locked_first:
+          os.remove(path)
+        self._without_lock(path, error.strerror or repr(error))
+        return
       file.close()
-    _locks[path] = file
+    self._without_lock(path, "this system has no flock")
+
+  def _without_lock(self, path, reason):
+    """Goes on where there are no locks."""
+    logging.warning(
+        "run_dir %r cannot be locked (%s): give it to one command at a time",
+        self.root, reason)
+    self._locked_first = False
+    _locks[path] = contextlib.ExitStack()
 
   def release(self) -> None:
     """Lets other processes in."""
@@ -130,10 +156,10 @@ class RunDir:
     """
     if self._locked_first and os.path.realpath(self.path(_LOCK)) in _locks:
       os.remove(self.path(_LOCK))
-    if self._made and not os.listdir(self.root):
-      with contextlib.suppress(OSError):  # Not empty: of others as well.
-        shutil.rmtree(self.root)
-        for folder in self._made[1:]:
+      self._locked_first = False
+    with contextlib.suppress(OSError):  # Not empty: of others as well.
+      for folder in self._made:
+        if os.path.isdir(folder):
           os.rmdir(folder)
 
   def remove(self, *paths: str) -> None:
@@ -174,8 +200,7 @@ class RunDir:
         json.loads(json.dumps(values, default=storage.plain))
         for values in (identity, open_to or {}))
     try:
-      with open(path) as f:
-        before = dict(json.load(f))
+      before = dict(storage.read_json(path))
     except (ValueError, TypeError) as error:
       raise UserError(f"{path} is damaged: {error}. Use another run_dir, or "
                       "delete this one") from error

@@ -9,6 +9,7 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import paths
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 
@@ -228,8 +229,11 @@ def hub_folder(handle: str) -> str:
     UserError: it is not there and cannot be fetched; the line says how to get
       it.
   """
-  cache = os.getenv("TFHUB_CACHE_DIR") or os.path.join(
-      tempfile.gettempdir(), "tfhub_modules")
+  cache = paths.expanded(os.getenv("TFHUB_CACHE_DIR"))
+  if cache:
+    os.environ["TFHUB_CACHE_DIR"] = cache  # tensorflow_hub expands no "~".
+  else:
+    cache = os.path.join(tempfile.gettempdir(), "tfhub_modules")
   folder = os.path.join(cache, hashlib.sha1(handle.encode()).hexdigest())
   if not os.path.isdir(folder):
     lock = folder + ".lock"

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import signal
 import time
 from typing import Any, Callable, Mapping
 
@@ -35,6 +36,7 @@ from ddss_tf import progress
 from ddss_tf import reference
 from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
+from ddss_tf import signals
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
@@ -42,7 +44,7 @@ from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import (
-    MAX_SEED, Terminated, UserError, check_positive, check_whole)
+    MAX_SEED, Interrupted, Terminated, UserError, check_positive, check_whole)
 from ddss_tf.features import FeatureNetwork, as_networks
 from ddss_tf.samplers import KINDS, Sampler
 from ddss_tf.schedules import NoiseSchedule
@@ -905,6 +907,10 @@ def search(
   Raises:
     UserError: arguments out of range or that do not fit together; a run
       directory of another search; too many non-finite steps.
+    Interrupted: Ctrl-C, or a notebook's stop button, during the steps: the step
+      was finished and a checkpoint saved. A second one ends the call at once.
+      It is a KeyboardInterrupt, as Ctrl-C before or after the steps raises.
+    Terminated: SIGTERM during the steps, likewise.
   """
   check_search(locals())
   if gradient_samples is None:
@@ -1086,7 +1092,7 @@ def search(
   with checkpoints.writer().as_default(), progress.bar(
       num_search_steps, f"search {sampler.label} K={sampler.num_steps}", "step",
       initial=state.step) as bar, (
-          checkpointing.deferred_termination()) as termination:
+          signals.deferred()) as termination:
     start = state.step
     if start == 0:
       tf.summary.text("config", f"```\n{gin.config_str()}\n```", step=0)
@@ -1101,7 +1107,7 @@ def search(
       logging.info("validation at the start: %.4f", state.best_value)
       state.measure_metric()
       if os.path.exists(run.path(starts.FILE)):
-        with open(run.path(starts.FILE)) as f:
+        with open(run.path(starts.FILE), encoding="utf-8") as f:
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)
     clock, since = time.monotonic(), start
     while state.step < num_search_steps:
@@ -1139,15 +1145,17 @@ def search(
         if back and step < num_search_steps:
           state.measure_metric()
         clock, since = time.monotonic(), step
-      terminated = any(distribution.everyones(termination.received))
-      if (step % checkpoint_every == 0 or step == num_search_steps
-          or terminated):
+      # By the signal of whichever worker.
+      signum = int(max(distribution.everyones(termination.signum)))
+      if step % checkpoint_every == 0 or step == num_search_steps or signum:
         checkpoints.save(step, seconds)
         clock, since = time.monotonic(), step
-      if terminated:
-        raise Terminated(f"search ended by SIGTERM after step {step} of "
-                         f"{num_search_steps}, with checkpoint "
-                         f"{checkpoints.latest}; called again it goes on")
+      if signum:
+        message = (f"search ended by {signals.name(signum)} after step {step} "
+                   f"of {num_search_steps}, with checkpoint "
+                   f"{checkpoints.latest}; called again it goes on")
+        raise (Interrupted(message) if signum == signal.SIGINT
+               else Terminated(message))
 
   if not np.isfinite(state.best_value):
     raise UserError("no step of the search had a finite validation value: the "

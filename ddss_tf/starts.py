@@ -1,7 +1,6 @@
 """Where a search starts: every solver on every stride, tried on fixed noise."""
 
 import functools
-import json
 import os
 from typing import Callable
 
@@ -141,8 +140,7 @@ def _read(path, conditions):
   if not os.path.exists(path):
     return []
   try:
-    with open(path) as f:
-      values = json.load(f)
+    values = storage.read_json(path)
     if values["conditions"] != conditions:
       return []
     return [{name: entry[name] for name in _FIELDS}

@@ -74,9 +74,11 @@ def replacing_folder(path: str) -> Iterator[str]:
 
 
 def write_text(path: str, text: str) -> None:
-  """Writes a text file atomically."""
+  """Writes a text file atomically: UTF-8 with "\\n", whatever the locale."""
   with replacing(path) as temporary:
-    with open(temporary, "w") as f:
+    # Of file names that are no text Python has halves of characters.
+    with open(temporary, "w", encoding="utf-8", newline="\n",
+              errors="backslashreplace") as f:
       f.write(text)
 
 
@@ -93,6 +95,22 @@ def write_json(path: str, value) -> None:
       value, indent=1, allow_nan=False, default=plain) + "\n")
 
 
+def read_json(path: str):
+  """Reads JSON as the editors of any system save it.
+
+  In UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: it is not JSON.
+  """
+  with open(path, "rb") as f:
+    try:
+      return json.loads(f.read())
+    except RecursionError as error:
+      raise ValueError("it is nested too deeply") from error
+
+
 def read_records(path: str) -> list[dict]:
   """Reads a list of records, such as `metrics.json`; none if it is not there.
 
@@ -102,8 +120,7 @@ def read_records(path: str) -> list[dict]:
   if not os.path.exists(path):
     return []
   try:
-    with open(path) as f:
-      records = json.load(f)
+    records = read_json(path)
     if not all(isinstance(record, dict) for record in records):
       raise ValueError("not a list of records")
     return records

@@ -3,7 +3,7 @@
 A zoo is a folder of cards, `<name>.json`, each a `sampler.json` with the
 records of its evaluation in it: which model (by the hash of its weights), which
 K and family, figures, the protocol behind them, and where it comes from. One
-comes with the package.
+comes with the package. In every path here `~` is the home folder.
 """
 
 import datetime
@@ -12,6 +12,7 @@ import os
 import ddss_tf
 from ddss_tf import card as card_lib
 from ddss_tf import metrics as metrics_lib
+from ddss_tf import paths
 from ddss_tf import storage
 from ddss_tf.card import SamplerCard
 from ddss_tf.errors import UserError
@@ -32,7 +33,7 @@ def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
   Raises:
     UserError: no such folder, or a card is damaged.
   """
-  folder = folder or FOLDER
+  folder = paths.expanded(folder) or FOLDER
   if not os.path.isdir(folder):
     raise UserError(f"zoo must be a folder of cards. Received: {folder!r}")
   names = sorted(name.removesuffix(_SUFFIX) for name in os.listdir(folder)
@@ -51,11 +52,13 @@ def find(sampler: str, folder: str | None = None) -> str:
   Raises:
     UserError: neither.
   """
-  if os.path.isfile(sampler):
+  sampler = paths.expanded(sampler)
+  if isinstance(sampler, str) and os.path.isfile(sampler):
     return sampler
-  folder = folder or FOLDER
-  path = os.path.join(folder, sampler + _SUFFIX)
-  if os.sep in sampler or not os.path.isfile(path):
+  folder = paths.expanded(folder) or FOLDER
+  path = os.path.join(folder, f"{sampler}{_SUFFIX}")
+  if os.path.basename(path) != f"{sampler}{_SUFFIX}" or (
+      not os.path.isfile(path)):
     raise UserError("sampler must be the path of a card, or one of "
                     f"{', '.join(list_cards(folder)) or 'an empty zoo'}. "
                     f"Received: {sampler!r}")
@@ -85,6 +88,7 @@ def add(run_dir: str, folder: str, name: str | None = None,
     UserError: no sampler, no record of its coefficients, or a name that is no
       file name.
   """
+  run_dir, folder, metrics = map(paths.expanded, (run_dir, folder, metrics))
   card = card_lib.read(os.path.join(run_dir, card_lib.FILE))
   metrics = metrics or os.path.join(run_dir, "metrics.json")
   if not os.path.exists(metrics):
