@@ -37,6 +37,7 @@ setuptools.setup(
         "keras>=3.15,<4",
         "matplotlib>=3.9",
         "numpy>=2",
+        "pillow>=11",
         "safetensors>=0.5",
         "scipy>=1.13",
         "tensorboard>=2.18",

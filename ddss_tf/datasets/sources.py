@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from typing import Callable
 import zipfile
 import zlib
@@ -18,12 +19,12 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.datasets import decoding
 from ddss_tf.errors import UserError
 
 # Data sets that come with the package and so need no download.
 EMBEDDED = ("ddss_digits",)
-# What `tf.io.decode_image` reads, without GIF, which may be a film.
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,10 @@ def tfds_source(name: str, split: str, data_dir: str | None,
       # One file after the other: the order is then that of writing.
       read_config=tfds.ReadConfig(
           interleave_cycle_length=1, try_autocache=False))
+  shape = features["image"].shape
   return ImageSource(
-      count, examples, features["image"].decode_example,
+      count, examples,
+      lambda data: decoding.decode(data, decoding.of_bytes, shape),
       lambda i: (f"image {i} of {name!r} in {builder.data_dir} (remove that "
                  "folder to prepare the data set again)"))
 
@@ -116,7 +119,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
   import ddss_tf.datasets.ddss_digits
   # pylint: enable=g-import-not-at-top,unused-import
 
-  def find():
+  def find(data_dir=data_dir):
     try:
       return tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except Exception as error:  # TFDS raises many kinds.
@@ -140,18 +143,43 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
         f"dataset {name!r} must be prepared first: pass download=True, or run "
         f"`tfds build {name} --data_dir={builder.data_dir_root}`. "
         f"Received: nothing at {builder.data_dir}")
-  logging.info("Preparing %s in %s", name, builder.data_dir)
-  try:
+
+  def prepare(builder):
+    logging.info("Preparing %s in %s", name, builder.data_dir)
     # TFDS prints; the output of a command is not the place.
     with contextlib.redirect_stdout(sys.stderr):
       builder.download_and_prepare(
           download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+  try:
+    prepare(builder)
   except Exception as error:  # Of the disk, the network or the data set.
     # Another process may have been first; then its result serves as well.
-    if not builder.data_path.exists():
-      raise UserError(f"dataset {name!r} could not be prepared in "
-                      f"{builder.data_dir}: {first_line(error)}") from error
+    if builder.data_path.exists():
+      return find()
+    if data_dir is None and builder.name in EMBEDDED:
+      return _prepared_elsewhere(find, prepare, builder, error)
+    raise UserError(f"dataset {name!r} could not be prepared in "
+                    f"{builder.data_dir}: {first_line(error)}") from error
   return find()
+
+
+def _prepared_elsewhere(find, prepare, builder, error):
+  """An embedded data set, where the home folder cannot be written to."""
+  folder = os.path.join(
+      tempfile.gettempdir(), f"ddss_tf-{getattr(os, 'getuid', int)()}")
+  logging.warning("%s cannot be prepared in %s (%s): it is in %s", builder.name,
+                  builder.data_dir, first_line(error), folder)
+  elsewhere = find(folder)
+  try:
+    if not elsewhere.data_path.exists():
+      prepare(elsewhere)
+  except Exception as error:  # As above.
+    if not elsewhere.data_path.exists():
+      raise UserError(
+          f"dataset {builder.name!r} could not be prepared in {folder}, nor in "
+          f"{builder.data_dir}: {first_line(error)}") from error
+  return find(folder)
 
 
 def _lmdb_obstacle() -> str:
@@ -175,17 +203,18 @@ def folder_source(path: str) -> ImageSource:
   A flat folder has no labels. With one subfolder per class, the label is the
   position of the subfolder in sorted order, and so are the images sorted.
   Names that begin with a dot, and files with other suffixes, are passed over.
-  A rotation noted in EXIF is not applied.
+  Links are followed. Pillow decodes the files, see `decoding.pixels`.
 
   `tfds.folder_dataset.ImageFolder` does not serve here: it wants a level of
   splits above the classes, shuffles, and knows neither BMP nor WebP.
 
   Args:
-    path: the folder, local; of PNG, JPEG, BMP or WebP files.
+    path: the folder, local; of PNG, JPEG, BMP, WebP or GIF files.
 
   Raises:
-    UserError: if there is no such folder, if it holds no images, or holds
-      them both beside and inside of subfolders, or deeper.
+    UserError: if there is no such folder, if it cannot be read, holds no
+      images, or holds them both beside and inside of subfolders, or deeper; if
+      an image is a link to nothing.
   """
   root = pathlib.Path(path).expanduser()
   if not path or not root.is_dir():
@@ -193,11 +222,11 @@ def folder_source(path: str) -> ImageSource:
         f"folder of images must exist. Received: {path!r}, which "
         f"{'is a file' if path and root.exists() else 'is missing'}")
   # As tuples of names, which sort alike wherever folders end in \ or in /.
-  files = sorted(
-      file.relative_to(root).parts for file in root.rglob("*")
-      if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-  files = [parts for parts in files
-           if not any(part.startswith(".") for part in parts)]
+  try:
+    files = sorted(_image_files(root, (os.path.realpath(root),)))
+  except OSError as error:
+    raise UserError(f"folder {path!r} must be readable. Received: "
+                    f"{first_line(error)}") from error
   if not files:
     raise UserError(
         f"folder {path!r} must hold images ({' '.join(IMAGE_SUFFIXES)}), "
@@ -209,20 +238,41 @@ def folder_source(path: str) -> ImageSource:
         "subfolder per class, and none deeper. Received: "
         f"{' and '.join(depths[depth] for depth in sorted(depths))}")
   paths = [str(root.joinpath(*parts)) for parts in files]
-  examples = {"image": paths}
+  # Names are bytes to a file system, and need not be text.
+  examples = {"image": [os.fsencode(path) for path in paths]}
   if 2 in depths:
     classes = sorted({parts[0] for parts in files})
     examples["label"] = np.array(
         [classes.index(parts[0]) for parts in files], np.int64)
-
-  def decode(file):
-    pixels = tf.io.decode_image(
-        tf.io.read_file(file), expand_animations=False)
-    return tf.ensure_shape(pixels, (None, None, None))
-
   return ImageSource(
-      len(paths), tf.data.Dataset.from_tensor_slices(examples), decode,
+      len(paths), tf.data.Dataset.from_tensor_slices(examples),
+      lambda file: decoding.decode(file, decoding.of_file, (None,) * 3),
       lambda i: paths[i])
+
+
+def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
+  """Yields the image files below a folder, as tuples of names.
+
+  Args:
+    folder: where to look.
+    above: real paths of the folders on the way to it: a link back to one of
+      them is not followed.
+  """
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.name.startswith("."):
+        continue
+      if entry.is_dir():
+        real = os.path.realpath(entry.path)
+        if real not in above:
+          for parts in _image_files(pathlib.Path(entry.path), (*above, real)):
+            yield entry.name, *parts
+      elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+          raise UserError(f"image {entry.path!r} must be a file. Received: a "
+                          "link to nothing")
+        if entry.is_file():  # Not a pipe, which would be waited for.
+          yield (entry.name,)
 
 
 def npz_source(path: str) -> ImageSource:
