@@ -531,9 +531,9 @@ def test_bad_arguments(arguments, message):
 def test_starts_are_exact_at_the_end_of_a_cosine_schedule(family, init):
   """Where abar is 2e-9, which is 0 as a difference from 1 in float32."""
   schedule = NoiseSchedule.cosine(1000)
-  sampler = families.make_sampler(
-      schedule, family, 4, init=init, stride="trailing")
-  wanted = solvers.solver_coefficients(schedule, init, 4, "trailing").numpy()
+  times = [999, 749, 499, 249]  # Named strides leave the last steps out.
+  sampler = families.make_sampler(schedule, family, 4, init=init, stride=times)
+  wanted = solvers.solver_coefficients(schedule, init, 4, times).numpy()
   assert wanted.x0_from_state[0] > 1e4
   for name, value in sampler.coefficients().numpy().arrays().items():
     np.testing.assert_allclose(
