@@ -12,7 +12,7 @@ RUN := $(BIN)/python -m ddss_tf.main
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo demo-full table objectives figures bench docs test test-all test-lowest clean
+.PHONY: demo demo-full table table-cosine objectives figures bench docs test test-all test-lowest clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -25,6 +25,10 @@ demo-full: $(VENV)/.installed
 table: $(VENV)/.installed
 	$(RUN) --mode=compare --gin_file=gin_configs/table.gin \
 	  --run_dir=results/digits16
+
+table-cosine: $(VENV)/.installed
+	$(RUN) --mode=compare --gin_file=gin_configs/table_cosine.gin \
+	  --run_dir=results/cosine
 
 objectives: $(VENV)/.installed
 	$(RUN) --mode=compare --gin_file=gin_configs/objectives.gin \
