@@ -14,6 +14,7 @@ import ddss_tf
 from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import inspecting
+from ddss_tf import sampling
 from ddss_tf import unet
 from ddss_tf.errors import UserError
 
@@ -307,7 +308,8 @@ def test_architectures_that_are_refused(tiny_folder, changes, words):
 @pytest.mark.parametrize("changes,words", [
     (dict(beta_schedule="sigmoid"), ["beta_schedule", "'sigmoid'"]),
     (dict(prediction_type="flow"), ["prediction_type", "'flow'"]),
-    (dict(rescale_betas_zero_snr=True), ["rescale_betas_zero_snr"]),
+    (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"),
+     ["rescale_betas_zero_snr", "'epsilon'"]),
     (dict(_class_name="FlowMatchEulerDiscreteScheduler"),
      ["with betas", "'FlowMatchEulerDiscreteScheduler'"]),
     (dict(_class_name="ScoreSdeVeScheduler"), ["'ScoreSdeVeScheduler'"]),
@@ -319,6 +321,32 @@ def test_architectures_that_are_refused(tiny_folder, changes, words):
 def test_schedules_that_are_refused(tiny_folder, changes, words):
   edit(tiny_folder, "scheduler_config.json", **changes)
   refused(tiny_folder, *words)
+
+
+@pytest.mark.parametrize("name,abar", [
+    # Of diffusers 0.42: alphas_cumprod at 0, 500, 998 of DDIMScheduler.
+    ("scaled_linear", [0.9991499781608582, 0.24101854860782623,
+                       1.9679629303936963e-07]),
+    ("linear", [0.9991499781608582, 0.14151257276535034,
+                6.27736440605986e-08]),
+    ("squaredcos_cap_v2", [0.9999587535858154, 0.4922648072242737,
+                           2.277813109685667e-06])])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_schedules_of_zero_snr(tiny_folder, name, abar, kind):
+  edit(tiny_folder, "scheduler_config.json", beta_schedule=name,
+       beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
+       prediction_type=kind, rescale_betas_zero_snr=True, trained_betas=None)
+  denoiser = ddss_tf.load_denoiser(tiny_folder)
+  # float32 products there: the last value is off by its own cancellation.
+  np.testing.assert_allclose(
+      denoiser.schedule.abar([0, 500]), abar[:2], rtol=1e-4)
+  np.testing.assert_allclose(denoiser.schedule.abar(998), abar[2], rtol=0.05)
+  assert denoiser.schedule.betas[-1] == 1
+  sampler = ddss_tf.make_sampler(
+      denoiser.schedule, "ddim", 3, stride=[999, 500, 100])
+  images = sampling.Generator(denoiser, 2, jit_compile=False).images(
+      sampler.coefficients(), 2, 0)
+  assert np.all(np.isfinite(images)) and np.abs(images).max() < 50
 
 
 @pytest.mark.parametrize("name,betas", [
