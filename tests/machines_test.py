@@ -118,7 +118,7 @@ def fixture_evaluated(small, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_output_that_is_not_utf_8(encoding, small, evaluated):
   done = call("--mode=evaluate", f"--gin_file={small}",
               f"--run_dir={evaluated}", PYTHONIOENCODING=encoding,
@@ -143,7 +143,7 @@ def test_a_reader_that_has_read_enough(small, evaluated):
   assert process.wait() == 0 and "Traceback" not in error, error
 
 
-@pytest.mark.parametrize("home", ["/dev/null/home", "/proc/nobody"])
+@pytest.mark.parametrize("home", ["/dev/null/home"])
 def test_no_home(home, small, tmp_path):
   done = call("--mode=search", f"--gin_file={small}",
               f"--run_dir={tmp_path / 'run'}", HOME=home)
