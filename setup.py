@@ -4,7 +4,7 @@ import re
 
 import setuptools
 
-with open("ddss_tf/__init__.py") as f:
+with open("ddss_tf/version.py") as f:
   VERSION = re.search(r'^__version__ = "(.+)"', f.read(), re.M).group(1)
 with open("README.md") as f:
   README = f.read()

@@ -21,7 +21,7 @@ import importlib
 import inspect as _inspect
 import typing
 
-__version__ = "0.1.0"
+from ddss_tf.version import __version__
 
 _PUBLIC = {
     "Coefficients": "coefficients",

@@ -13,7 +13,6 @@ import os
 from absl import logging
 import gin
 
-import ddss_tf
 from ddss_tf import checkpoints
 from ddss_tf import ddpm_format
 from ddss_tf import denoisers
@@ -23,6 +22,7 @@ from ddss_tf import fingerprint
 from ddss_tf import foreign
 from ddss_tf import openai_format
 from ddss_tf import paths
+from ddss_tf import version
 from ddss_tf import weights_format
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.edm_unet import EDMConfig
@@ -281,7 +281,7 @@ def _cache_key(path: str, given: dict) -> str:
     return value.card() if isinstance(value, NoiseSchedule) else repr(value)
 
   digest = hashlib.sha256(json.dumps(
-      [ddss_tf.__version__, _CACHE_REVISION, given], sort_keys=True,
+      [version.__version__, _CACHE_REVISION, given], sort_keys=True,
       default=plain).encode())
   for file in _files(path):
     with open(file, "rb") as f:

@@ -17,7 +17,6 @@ import gin
 import jinja2
 import markupsafe
 
-import ddss_tf
 from ddss_tf import card
 from ddss_tf import distribution
 from ddss_tf import comparing
@@ -29,6 +28,7 @@ from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import samplers
 from ddss_tf import searching
 from ddss_tf import storage
+from ddss_tf import version as version_lib
 from ddss_tf.errors import UserError
 
 REPORT = "report.html"
@@ -100,7 +100,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
         title=_title(groups, found), headlines=_headlines(groups),
         tables=[_table(records) for records in groups], more=more,
         figures=_figures(run.root, names), samplers=found,
-        run_dir=run.root, version=ddss_tf.__version__,
+        run_dir=run.root, version=version_lib.__version__,
         uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
   except (jinja2.UndefinedError, TypeError) as error:
     raise UserError(f"{evaluation.METRICS} or a {card.FILE} in {run_dir!r} is "

@@ -9,11 +9,11 @@ comes with the package. In every path here `~` is the home folder.
 import datetime
 import os
 
-import ddss_tf
 from ddss_tf import card as card_lib
 from ddss_tf import metrics as metrics_lib
 from ddss_tf import paths
 from ddss_tf import storage
+from ddss_tf import version
 from ddss_tf.card import SamplerCard
 from ddss_tf.errors import UserError
 
@@ -111,7 +111,7 @@ def add(run_dir: str, folder: str, name: str | None = None,
   card_lib.write(path, SamplerCard(
       label=card.label, coefficients=card.coefficients, denoiser=card.denoiser,
       search=card.search, x0_bound=card.x0_bound, metrics=records,
-      provenance={"ddss_tf": ddss_tf.__version__,
+      provenance={"ddss_tf": version.__version__,
                   "published": datetime.date.today().isoformat(),
                   **({"note": note} if note else {})}))
   return path
@@ -121,11 +121,11 @@ def table(folder: str | None = None) -> str:
   """A zoo as text: one line a sampler, with its first record's figures."""
   head = ("name", "model", "sha256", "K", "FID", "held-out", "samples")
   rows = []
-  for name, card in list_cards(folder).items():
-    record = card.metrics[0] if card.metrics else {}
+  for name, listed in list_cards(folder).items():
+    record = listed.metrics[0] if listed.metrics else {}
     rows.append((
-        name, str(card.denoiser.get("name")),
-        str(card.denoiser.get("sha256"))[:8], str(card.coefficients.num_steps),
+        name, str(listed.denoiser.get("name")),
+        str(listed.denoiser.get("sha256"))[:8], str(listed.coefficients.num_steps),
         metrics_lib.text(record.get("fid")),
         " / ".join(map(metrics_lib.text, metrics_lib.heldout_fids(
             record).values())) or "-",
