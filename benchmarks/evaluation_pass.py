@@ -22,7 +22,7 @@ import ddss_tf
 from ddss_tf import data
 from ddss_tf import evaluation
 from ddss_tf import metrics
-from ddss_tf import run_dir as run_dir_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 
 SAMPLES, BATCH, NUM_STEPS = 4000, 250, 5
 

@@ -11,14 +11,13 @@ import sys
 import numpy as np
 
 from ddss_tf import chain
-from ddss_tf import fingerprint
 from ddss_tf import metrics
-from ddss_tf import paths
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import records
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
 
-FILE = "sampler.json"
 _FORMAT = "ddss_tf.sampler"
 _VERSION = 1
 _LARGEST = float(np.finfo(np.float32).max)
@@ -72,7 +71,7 @@ class SamplerCard:
 
 def write(path: str, card: SamplerCard) -> None:
   """Writes a card, atomically."""
-  path = paths.expanded(path)
+  path = storage.expanded(path)
   published = {}
   if card.metrics:
     published["metrics"] = list(card.metrics)
@@ -107,7 +106,7 @@ def read(path: str) -> SamplerCard:
       another kind than `docs/sampler_json.md` says, or with metrics of other
       coefficients; names the field.
   """
-  path = paths.expanded(path)
+  path = storage.expanded(path)
   if not os.path.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
   try:
@@ -132,7 +131,7 @@ def read(path: str) -> SamplerCard:
            for record in card.metrics):
       raise ValueError("metrics must be of the card's own coefficients")
     for record in card.metrics:
-      metrics.heldout_fids(record)  # As many as there are networks.
+      records.heldout_fids(record)  # As many as there are networks.
     return card
   except KeyError as error:
     raise UserError(f"{path} is damaged: {error} is missing") from error

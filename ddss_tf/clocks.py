@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import fingerprint
 from ddss_tf import frozen
 from ddss_tf import schedules
+from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule

@@ -7,11 +7,8 @@
 Everything is kept: called again, it goes on where it stopped.
 """
 
-import csv
 import functools
-import io
 import itertools
-import json
 import os
 from typing import Any, Mapping, Sequence
 import zipfile
@@ -27,25 +24,21 @@ from ddss_tf import evaluation
 from ddss_tf import families as families_lib
 from ddss_tf import features as features_lib
 from ddss_tf import figures
-from ddss_tf import fingerprint
-from ddss_tf import metrics
 from ddss_tf import objectives as objectives_lib
-from ddss_tf import progress
-from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import samplers as samplers_lib
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import solvers as solvers_lib
 from ddss_tf import storage
 from ddss_tf import zoo
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import progress
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 
-TABLE = "table"
-SAMPLES = "samples.npz"
-FID_BY_STEPS = "fid_by_steps.png"
-QUALITY_BY_TIME = "quality_by_time.png"
 _SHOWN = 8  # Images of each row.
 # What a family can take over from a smaller one that was searched before.
 _CONTAINS = {
@@ -224,14 +217,14 @@ def compare(
   bar = progress.bar(
       len(num_steps) * (len(solvers) + len(families) * len(objectives or [0]))
       + len(cards) + full_chain, "table", "row")
-  images = _read_samples(run.path(SAMPLES))
+  images = _read_samples(run.path(run_dir_lib.SAMPLES_NPZ))
 
   def add(sampler, x0_bound=None, search=None, more=more_seeds):
     record = evaluator.timed_record(sampler, num_samples, x0_bound)
-    if sample_key(record) not in images:
-      images[sample_key(record)] = data.to_uint8(
+    if records_lib.sample_key(record) not in images:
+      images[records_lib.sample_key(record)] = data.to_uint8(
           evaluator.images(sampler, _SHOWN, x0_bound))
-      _write_samples(run.path(SAMPLES), images)
+      _write_samples(run.path(run_dir_lib.SAMPLES_NPZ), images)
     of_row = [record, *(
         evaluator.record(sampler, num_samples, x0_bound, other)
         for other in more)]
@@ -242,7 +235,7 @@ def compare(
                   "search_seconds": search and search["seconds"]}
       records.append(record)
       logging.info("%s", record)
-    write_table(run.path(TABLE), records)
+    records_lib.write_table(run.path(run_dir_lib.TABLE), records)
     bar.update()
 
   for steps in num_steps:
@@ -259,7 +252,7 @@ def compare(
               if sampler.solver in ("ddpm", "ddim")]
     best, *others = sorted(
         itertools.chain(*ranked),
-        key=lambda s: metrics.rank(stride_evaluator.record(s, stride_samples))
+        key=lambda s: records_lib.rank(stride_evaluator.record(s, stride_samples))
         ) or [None]
     other = next((s for s in others if _apart(best, s)), None)
     ends = {}  # Of each family, the folders of its searches.
@@ -289,7 +282,7 @@ def compare(
       inside = [name for name in inside if not any(
           name in _CONTAINS.get(other, ()) for other in inside)]
       candidates = [{}, *simple, *(
-          {"init": os.path.join(path, card.FILE)}
+          {"init": os.path.join(path, run_dir_lib.SAMPLER)}
           for name in inside for path in ends[name])]
       rounds = {folder: [{}] if starts == "default" else candidates}
       if starts == "best" and family in _MULTISTEP and not set(inside) & set(_MULTISTEP):
@@ -301,7 +294,7 @@ def compare(
                for path, candidates in rounds.items()}
       ends[family] = list(found)
       path = folder if len(found) == 1 else min(
-          found, key=lambda path: metrics.rank(stride_evaluator.record(
+          found, key=lambda path: records_lib.rank(stride_evaluator.record(
               found[path][0], stride_samples, found[path][1])))
       add(*found[path], _search_of(path))
   for path in cards:
@@ -347,18 +340,18 @@ def draw(folder: str, records: list[dict],
   names = []
   ranked = [record for record in records if record["fid"] is not None]
   if ranked:
-    figures.fid_by_steps_png(path(FID_BY_STEPS), records)
-    names.append(FID_BY_STEPS)
+    figures.fid_by_steps_png(path(run_dir_lib.FID_BY_STEPS), records)
+    names.append(run_dir_lib.FID_BY_STEPS)
   timed = [record for record in ranked if record.get("timing")]
   if timed:
-    figures.quality_by_time_png(path(QUALITY_BY_TIME), timed)
-    names.append(QUALITY_BY_TIME)
-  images = _read_samples(path(SAMPLES))
-  label = metrics.fid_label(records[0]["num_samples"])
+    figures.quality_by_time_png(path(run_dir_lib.QUALITY_BY_TIME), timed)
+    names.append(run_dir_lib.QUALITY_BY_TIME)
+  images = _read_samples(path(run_dir_lib.SAMPLES_NPZ))
+  label = records_lib.fid_label(records[0]["num_samples"])
   for steps in sorted({record["num_steps"] for record in records}):
-    rows = [(record["sampler"], f"{label} {metrics.text(record['fid'])}",
-             images[sample_key(record)]) for record in records
-            if record["num_steps"] == steps and sample_key(record) in images
+    rows = [(record["sampler"], f"{label} {records_lib.text(record['fid'])}",
+             images[records_lib.sample_key(record)]) for record in records
+            if record["num_steps"] == steps and records_lib.sample_key(record) in images
             and (shown is None
                  or any(_is_named(record, name) for name in shown))]
     if rows:
@@ -371,12 +364,6 @@ def _is_named(record, name):
   """Whether a row has this name, or has it with a stride."""
   label = record["sampler"]
   return name in (label, samplers_lib.without_stride(label))
-
-
-def sample_key(record: dict) -> str:
-  """What decides the images of a record, as `samples.npz` names them."""
-  return fingerprint.text_sha256(json.dumps([record[key] for key in (
-      "coefficients_sha256", "x0_bound", "seed", "denoiser")], sort_keys=True))
 
 
 def _read_samples(path) -> dict[str, np.ndarray]:
@@ -401,7 +388,7 @@ def _write_samples(path, images):
 def _card_name(path):
   """What tells a card from others of its family: its file or its folder."""
   folder, name = os.path.split(path)
-  return os.path.basename(folder) if name == card.FILE and folder else (
+  return os.path.basename(folder) if name == run_dir_lib.SAMPLER and folder else (
       os.path.splitext(name)[0])
 
 
@@ -412,7 +399,7 @@ def _as_start(sampler):
 
 def _search_of(folder):
   """How the sampler of a folder was searched."""
-  return card.read(os.path.join(folder, card.FILE)).search
+  return card.read(os.path.join(folder, run_dir_lib.SAMPLER)).search
 
 
 def _best_strides(make, strides, evaluator, num_samples):
@@ -432,43 +419,15 @@ def _best_strides(make, strides, evaluator, num_samples):
   if len(candidates) == 1:
     return candidates
   candidates.sort(
-      key=lambda s: metrics.rank(evaluator.record(s, num_samples // 4)))
+      key=lambda s: records_lib.rank(evaluator.record(s, num_samples // 4)))
   kept = candidates[:2]
   if not _apart(*kept):
     kept += [s for s in candidates[2:] if _apart(kept[0], s)][:1]
   return sorted(
-      kept, key=lambda s: metrics.rank(evaluator.record(s, num_samples)))
+      kept, key=lambda s: records_lib.rank(evaluator.record(s, num_samples)))
 
 
 def _apart(sampler, other):
   """Whether their times differ by more than half a step somewhere."""
   times, others = (s.coefficients().numpy().times for s in (sampler, other))
   return np.max(np.abs(times - others)) > np.max(times) / (2 * len(times))
-
-
-def write_table(path: str, records: list[dict]) -> None:
-  """Writes `<path>.csv`, with the columns of `metrics.json`, and `<path>.md`.
-
-  Nested values get a column each, such as `features.name`; those of a list by
-  their position, such as `fid_heldout.0` and `features_heldout.0.name`.
-  """
-  rows = [_flat(record) for record in records]
-  columns = list(dict.fromkeys(key for row in rows for key in row))
-  text = io.StringIO()
-  writer = csv.DictWriter(text, columns, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  storage.write_text(f"{path}.csv", text.getvalue())
-  storage.write_text(f"{path}.md", evaluation.table(records) + "\n")
-
-
-def _flat(value, name=""):
-  """Values inside of dicts and lists, by the dotted path to each."""
-  if isinstance(value, list):
-    value = dict(enumerate(value))
-  if not isinstance(value, dict):
-    return {name: value}
-  flat = {}
-  for key, inner in value.items():
-    flat.update(_flat(inner, f"{name}.{key}" if name else str(key)))
-  return flat

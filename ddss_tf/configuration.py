@@ -18,7 +18,7 @@ from typing import Iterable, Iterator
 import gin
 from gin import config_parser
 
-from ddss_tf import paths
+from ddss_tf import storage
 from ddss_tf.errors import UserError
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -72,7 +72,7 @@ def parse(files: list[str], params: list[str]) -> None:
 
 def found(file: str) -> str:
   """Path of a gin file: where an installed package has it, if not here."""
-  file = paths.expanded(file)
+  file = storage.expanded(file)
   installed = os.path.join(_PACKAGE, file)
   return installed if (
       not os.path.isfile(file) and os.path.isfile(installed)) else file
@@ -204,7 +204,7 @@ class _Reader:
         *(os.path.dirname(os.path.abspath(file)) for file in beside), "",
         _PACKAGE, *(os.path.dirname(os.path.abspath(file))
                     for file in self.files)]
-    expanded = paths.expanded(name)
+    expanded = storage.expanded(name)
     for folder in folders:
       if os.path.isfile(os.path.join(folder, expanded)):
         return os.path.join(folder, expanded)

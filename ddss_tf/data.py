@@ -10,8 +10,8 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import fingerprint
 from ddss_tf.datasets import sources
+from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, check_whole
 
 # What a name may begin with to be a path and not a TFDS name.

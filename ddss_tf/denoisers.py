@@ -20,12 +20,11 @@ from ddss_tf import chain
 from ddss_tf import checkpoints
 from ddss_tf import compiling
 from ddss_tf import conventions
-from ddss_tf import fingerprint
 from ddss_tf import foreign
-from ddss_tf import paths
 from ddss_tf import precision
 from ddss_tf import schedules
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
 from ddss_tf.schedules import NoiseSchedule
@@ -415,7 +414,7 @@ class Denoiser:
           f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
           " a SavedModel: copy its folder and its card, which load_denoiser "
           "reads")
-    path = paths.expanded(path)
+    path = storage.expanded(path)
     weights = weights_sha256(self.model)
     with storage.replacing(os.path.join(path, NETWORK)) as temporary:
       self.model.save(temporary)
@@ -446,7 +445,7 @@ class Denoiser:
       UserError: in one line, a card or a network that is missing or damaged, or
         weights of another hash than the card's.
     """
-    folder = paths.expanded(folder)
+    folder = storage.expanded(folder)
     card_path = os.path.join(folder, CARD)
     card = checkpoints.read_json_object(card_path)
     try:

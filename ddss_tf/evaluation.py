@@ -1,6 +1,5 @@
 """The comparison: FID, KID and IS of samplers, side by side."""
 
-import itertools
 import os
 import shutil
 import time
@@ -16,21 +15,20 @@ from ddss_tf import data
 from ddss_tf import distribution
 from ddss_tf import features as features_lib
 from ddss_tf import figures
-from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import reference as reference_lib
-from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.samplers import FixedSampler, Sampler
 from ddss_tf.schedules import NoiseSchedule
 from ddss_tf.searching import check_guidance, check_shapes, check_x0_bound
 
-METRICS = "metrics.json"
-SAMPLES = "samples.png"
 _SPLITS = 10  # Of the Inception Score, as published.
 _LEAST_IMAGES = 4  # Of KID with an error, generated and real.
 _TIMED = 4  # Batches, the first of which does not count.
@@ -55,7 +53,7 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
     UserError: there is none, it was found for another model, or its times are
       not in this one's range.
   """
-  path = run.path(card.FILE) if sampler is None else zoo.find(sampler)
+  path = run.path(run_dir_lib.SAMPLER) if sampler is None else zoo.find(sampler)
   found = card.read(path)
   mine = denoiser.identity
   for name in sorted({*found.denoiser, *mine} - {"name"}):
@@ -121,7 +119,7 @@ class Evaluator:
     self._seed = seed
     self._batch_size = batch_size
     self._jit_compile = jit_compile
-    self._known = storage.read_records(run.path(METRICS))
+    self._known = records_lib.read_records(run.path(run_dir_lib.METRICS))
     self._reference = [reference_lib.reference(
         network, dataset, quantise=True, cache_dir=run.cache)
                        for network in self._networks]
@@ -176,7 +174,7 @@ class Evaluator:
         self._extract, self._reference, num_samples, sampler.label)
     self._known.append({**conditions, **values,
                         "timing": _timing(seconds, generator.batch_size)})
-    storage.write_json(self._run.path(METRICS), self._known)
+    storage.write_json(self._run.path(run_dir_lib.METRICS), self._known)
     return self._known[-1]
 
   def timed_record(self, sampler: Sampler, num_samples: int,
@@ -195,7 +193,7 @@ class Evaluator:
           f"time {sampler.label}"), seconds):
         pass
       record["timing"] = _timing(seconds, generator.batch_size)
-      storage.write_json(self._run.path(METRICS), self._known)
+      storage.write_json(self._run.path(run_dir_lib.METRICS), self._known)
     return record
 
   def images(self, sampler: Sampler, num_images: int,
@@ -297,7 +295,7 @@ def evaluate(
   run.lock()
   # Each with its bound on x0_hat.
   samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
-  if sampler or os.path.exists(run.path(card.FILE)) or not samplers:
+  if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not samplers:
     samplers.append(load_searched(run, denoiser, sampler, force))
   evaluator = Evaluator(
       run, denoiser, dataset, features, heldout_features, seed,
@@ -321,8 +319,8 @@ def _summarise(folder, records):
     for record in records:
       values = {name: record.get(name)
                 for name in ("fid", "kid", "inception_score")}
-      for label, value in metrics.heldout_fids(record).items():
-        network = label.removeprefix(metrics.HELDOUT).replace(" ", "/", 1)
+      for label, value in records_lib.heldout_fids(record).items():
+        network = label.removeprefix(records_lib.HELDOUT).replace(" ", "/", 1)
         values[f"fid_heldout{network}"] = value
       for name, value in values.items():
         if value is not None:
@@ -415,81 +413,13 @@ def _draw(run, evaluator, samplers, records, seed):
   chosen = [len(samplers) - 1]
   if len(samplers) > 1:
     chosen.insert(0, min(range(len(samplers) - 1),
-                         key=lambda i: metrics.rank(records[i])))
+                         key=lambda i: records_lib.rank(records[i])))
   titled = []
   for i in chosen:
     sampler, bound = samplers[i]
     titled.append((
         f"{sampler.label}, K = {sampler.num_steps}\n"
-        f"{metrics.fid_label(records[i]['num_samples'])} "
-        + metrics.text(records[i]["fid"]),
+        f"{records_lib.fid_label(records[i]['num_samples'])} "
+        + records_lib.text(records[i]["fid"]),
         evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
-  figures.samples_png(run.path(SAMPLES), titled)
-
-
-def _mean(records, name, form):
-  """Mean of a value as text; "-" if it is not known of all records."""
-  values = [record.get(name) for record in records]
-  if None in values:
-    return "-"
-  return metrics.text(float(np.mean(values)), form)
-
-
-def _spread(records, name):
-  """Mean of a value, and its standard deviation if there are several."""
-  mean = _mean(records, name, ".2f")
-  if len(records) == 1 or mean == "-":
-    return mean
-  deviation = np.std([record[name] for record in records], ddof=1)
-  return f"{mean} ± {metrics.text(deviation)}"
-
-
-def row_name(record: dict) -> str:
-  """The sampler, and how its predictions are bounded if they are."""
-  bound = record.get("x0_bound")
-  return record["sampler"] + (f", x0 bound: {bound}" if bound else "")
-
-
-def table(records: list[dict]) -> str:
-  """The records as a text table, also valid Markdown.
-
-  An FID of fewer than 50 000 samples says of how many (`metrics.fid_label`), in
-  a column of its own where they differ. A bound of x0 is told beside the name.
-  Records of one sampler that differ in their seed are one line: the mean, and
-  of FID the standard deviation of single seeds. Of several held-out networks
-  each has a column, with its name. "-" is what was not finite.
-  """
-  counts = {record["num_samples"] for record in records}
-  same = len(counts) == 1
-  label = metrics.fid_label(records[0]["num_samples"]) if same else "FID"
-  groups = [list(group) for _, group in itertools.groupby(
-      records, lambda record: [record[key] for key in (
-          "sampler", "num_steps", "coefficients_sha256", "num_samples")]
-      + [record.get("x0_bound")])]
-  heldout = [[metrics.heldout_fids(record) for record in group]
-             for group in groups]
-  # A column even where no network is held out: tables then look alike.
-  columns = list(dict.fromkeys(name for group in heldout for fids in group
-                               for name in fids)) or [metrics.HELDOUT]
-  head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
-          "KID", "IS"]
-  rows = [[
-      row_name(group[0]), str(group[0]["num_steps"]), _spread(group, "fid"),
-      *(_spread(fids, name) for name in columns),
-      f"{_mean(group, 'kid', '.4f')} ± {_mean(group, 'kid_std', '.4f')}",
-      _mean(group, "inception_score", ".2f")]
-          for group, fids in zip(groups, heldout)]
-  if not same:
-    head.append("samples")
-    for row, (record, *_) in zip(rows, groups):
-      row.append(str(record["num_samples"]))
-  if any(record.get("search_seconds") for record in records):
-    head.append("search, s")
-    for row, (record, *_) in zip(rows, groups):
-      seconds = record.get("search_seconds")
-      row.append("-" if seconds is None else f"{seconds:.0f}")
-  widths = [max(map(len, column)) for column in zip(head, *rows)]
-  lines = [head, ["-" * width for width in widths], *rows]
-  return "\n".join(
-      "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths))
-      + " |" for line in lines)
+  figures.samples_png(run.path(run_dir_lib.SAMPLES_PNG), titled)

@@ -15,18 +15,14 @@ from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
 from ddss_tf import precision
-from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
 from ddss_tf import storage
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation import load_searched
 
-EXPORT = "export"
-# Where other forms of the sampler go in a run directory.
-ALSO = {"diffusers": "diffusers_scheduler", "onnx": "sampler.onnx",
-        "tflite": "sampler.tflite"}
 _PARITY_TOLERANCE = 1e-3
 
 
@@ -139,8 +135,8 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   """
   also = [also] if isinstance(also, str) else list(also)
   for name in also:
-    if name not in ALSO:
-      raise UserError(f"export.also must be among {', '.join(ALSO)}. "
+    if name not in run_dir_lib.ALSO:
+      raise UserError(f"export.also must be among {', '.join(run_dir_lib.ALSO)}. "
                       f"Received: {name!r}")
     if name in portable.FORMATS:
       portable.check_installed(name)
@@ -149,19 +145,19 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   found, x0_bound = load_searched(run, denoiser, sampler, force)
   run.keep_config()
   if not distribution.is_chief():
-    return run.path(EXPORT)
+    return run.path(run_dir_lib.EXPORT)
   coefficients = found.coefficients().numpy()
   module = SamplerModule(denoiser, coefficients, x0_bound, jit_compile)
   inputs, expected = _golden(denoiser, coefficients, x0_bound)
-  with storage.replacing_folder(run.path(EXPORT)) as temporary:
+  with storage.replacing_folder(run.path(run_dir_lib.EXPORT)) as temporary:
     try:
       tf.saved_model.save(module, temporary, signatures=module.endpoints)
     except tf.errors.OpError as error:  # Of a full disk, say.
-      raise UserError(f"{run.path(EXPORT)} cannot be written: "
+      raise UserError(f"{run.path(run_dir_lib.EXPORT)} cannot be written: "
                       f"{' '.join(str(error).split())[:200]}") from error
     _check(temporary, inputs, expected)
   for name in also:
-    path = run.path(ALSO[name])
+    path = run.path(run_dir_lib.ALSO[name])
     if name == "diffusers":
       diffusers_scheduler.write(path, card.SamplerCard(
           found.label, coefficients, denoiser.identity, {}, x0_bound),
@@ -174,7 +170,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
       portable.write(
           path, name, written, written.endpoints["from_noise"],
           {key: value.numpy() for key, value in inputs.items()}, expected)
-  return run.path(EXPORT)
+  return run.path(run_dir_lib.EXPORT)
 
 
 def _golden(denoiser, coefficients, x0_bound):

@@ -29,8 +29,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from ddss_tf import card
-from ddss_tf import fingerprint
 from ddss_tf import solvers
+from ddss_tf.runs import fingerprint
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError
 from ddss_tf.samplers import LABELS, Sampler, SolverSampler

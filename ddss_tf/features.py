@@ -10,11 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import checkpoints
-from ddss_tf import fingerprint
 from ddss_tf import keras_models
-from ddss_tf import paths
 from ddss_tf import saved_models
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.preprocessing import Preprocessing
 
@@ -231,7 +230,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
       raise UserError("image_size of features must be a positive number or "
                       f"(height, width). Received: {image_size!r}")
-  path, weights = map(paths.expanded, (path, weights))
+  path, weights = map(storage.expanded, (path, weights))
   embedded = path in embedded_features()
   if embedded:
     path = os.path.join(_ASSETS, path + _SUFFIX)

@@ -19,9 +19,9 @@ import numpy as np
 from scipy import optimize
 
 from ddss_tf import data
-from ddss_tf import metrics
 from ddss_tf import samplers
 from ddss_tf import storage
+from ddss_tf.runs import records as records_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
@@ -484,7 +484,7 @@ def _draw_curves(axis, curves):
                         alpha=0.25 if strong else 0.1)
       axis.vlines(xs, lows, highs, linewidth=1, **style)
     axis.annotate(
-        f"{name}  {metrics.text(ys[-1])}", (xs[-1], max(ys[-1], np.exp(low))),
+        f"{name}  {records_lib.text(ys[-1])}", (xs[-1], max(ys[-1], np.exp(low))),
         xytext=(1, height),
         textcoords=column, va="center", fontsize=8, zorder=4,
         color=colour if strong else _TEXT,
@@ -542,7 +542,7 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
       number of samples. Those without an FID are left out; one must have one.
   """
   records = _with_fid(records)
-  label = metrics.fid_label(records[0]["num_samples"])
+  label = records_lib.fid_label(records[0]["num_samples"])
   steps = sorted({record["num_steps"] for record in records
                   if record["sampler"] != samplers.FULL_CHAIN})
   if len(steps) < 2:
@@ -572,7 +572,7 @@ def _few_steps(records):
 def _ranking(records, label):
   """A row for each sampler of one K, sorted by FID."""
   curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
-  fids = [metrics.heldout_fids(record) for record in records]
+  fids = [records_lib.heldout_fids(record) for record in records]
   heldout = {}  # Of each held-out network, as many as can be told apart.
   for network in list(dict.fromkeys(itertools.chain(*fids)))[:len(_OPEN)]:
     heldout[network] = _curves(
@@ -604,7 +604,7 @@ def _ranking(records, label):
         axis.hlines(row, low, high, linewidth=1, **style)
         axis.plot([y_heldout], [row], marker, markersize=6,
                   gid=f"{name} {network}", **fill, **style)
-    axis.annotate(metrics.text(y), (1, row), xytext=(6, 0),
+    axis.annotate(records_lib.text(y), (1, row), xytext=(6, 0),
                   xycoords=axis.get_yaxis_transform(),
                   textcoords="offset points", va="center",
                   fontsize=9, color=colour if strong else _TEXT,
@@ -650,7 +650,7 @@ def quality_by_time_png(path: str, records: list[dict]) -> None:
   _log_axis(axis.xaxis, [x for points in curves.values() for x, *_ in points])
   _log_axis(axis.yaxis, [record["fid"] for record in drawn])
   left_out = len(records) - len(drawn)
-  axis.set_ylabel(f"{metrics.fid_label(drawn[0]['num_samples'])} "
+  axis.set_ylabel(f"{records_lib.fid_label(drawn[0]['num_samples'])} "
                   "(log, lower is better)")
   axis.set_xlabel(
       f"seconds an image on {device}, batches of {batch_size} (log)"

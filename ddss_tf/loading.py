@@ -18,12 +18,12 @@ from ddss_tf import ddpm_format
 from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import edm_format
-from ddss_tf import fingerprint
 from ddss_tf import foreign
 from ddss_tf import openai_format
-from ddss_tf import paths
+from ddss_tf import storage
 from ddss_tf import version
 from ddss_tf import weights_format
+from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
@@ -48,7 +48,7 @@ def default_cache_dir() -> str:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = os.path.join(base, "ddss_tf")
   try:
-    return paths.expanded(folder)
+    return storage.expanded(folder)
   except UserError as error:
     logging.warning("converted networks are not kept: %s", error)
     return ""
@@ -163,9 +163,9 @@ def load_denoiser(
       raise UserError("image_size must be a whole number, or (height, width). "
                       f"Received: {image_size!r}")
   denoiser = _load(
-      paths.expanded(path), {key: value for key, value in arguments.items()
+      storage.expanded(path), {key: value for key, value in arguments.items()
              if value is not None},
-      default_cache_dir() if cache_dir is None else paths.expanded(cache_dir))
+      default_cache_dir() if cache_dir is None else storage.expanded(cache_dir))
   if dtype_policy is not None:
     denoiser = denoiser.with_policy(dtype_policy)
   if null_label is None and guidance_scale is None:

@@ -12,7 +12,11 @@ written anew, without a configuration, by
 
 import sys
 
-from ddss_tf import signals
+from ddss_tf import configuration
+from ddss_tf import console
+from ddss_tf import storage
+from ddss_tf.runs import signals
+from ddss_tf.errors import Terminated, UserError, WorkerLost
 
 if __name__ == "__main__":
   signals.end_at_once()  # Before anything is imported that takes its time.
@@ -26,10 +30,6 @@ from absl import app
 from absl import flags
 from absl import logging
 
-from ddss_tf import configuration
-from ddss_tf import console
-from ddss_tf import paths
-from ddss_tf.errors import Terminated, UserError, WorkerLost
 # pylint: enable=g-import-not-at-top,wrong-import-position
 
 # TensorFlow and gin are imported only once the flags are fine: `--help` and a
@@ -175,7 +175,7 @@ def _run():
   if _MODE.value not in MODES:
     raise UserError(f"--mode must be one of {', '.join(MODES)}. "
                     f"Received: {_MODE.value!r}")
-  folder = paths.expanded(_RUN_DIR.value)
+  folder = storage.expanded(_RUN_DIR.value)
   if _MODE.value == "zoo":
     with signals.at_once():
       from ddss_tf import zoo  # pylint: disable=g-import-not-at-top
@@ -238,7 +238,7 @@ def _work(stages, folder):
     The `RunDir`, and what the stages return, by their names.
   """
   from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
-  from ddss_tf import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
+  from ddss_tf.runs import run_dir as run_dir_lib  # pylint: disable=g-import-not-at-top
   run, results = None, {}
   try:
     with signals.deferred():  # It is made as a whole, so that it can be undone.

@@ -23,8 +23,6 @@ import scipy.linalg
 import tensorflow as tf
 
 
-FULL_SAMPLES = 50_000  # Of published values.
-HELDOUT = "held-out"
 # Of a record: None where they are not finite.
 FIGURES = ("fid", "kid", "kid_std", "inception_score")
 _BLOCK_ROWS = 4096
@@ -156,70 +154,6 @@ def fid(real: np.ndarray | Moments, generated: np.ndarray | Moments) -> float:
   spread = (np.trace(a.covariance) + np.trace(b.covariance)
             - 2 * _trace_of_root(a.covariance, b.covariance))
   return float(np.sum((a.mean - b.mean) ** 2) + max(spread, 0.0))
-
-
-def rank(record: dict) -> float:
-  """By what records are ranked: the FID, infinity where there is none."""
-  return float("inf") if record["fid"] is None else record["fid"]
-
-
-def text(value: float | None, form: str = ".2f") -> str:
-  """A figure for people: "-" for none, and never 0 for what is not.
-
-  Args:
-    value: of a record.
-    form: how it is written, unless nothing would be left of it: FIDs of small
-      features are small.
-  """
-  if value is None:
-    return "-"
-  shown = format(value, form)
-  return shown if value == 0 or float(shown) else f"{value:.3g}"
-
-
-def fid_label(num_samples: int) -> str:
-  """What to call an FID: "FID", but "FID-10k" of fewer than 50 000 samples.
-
-  Published values are of 50 000. One of fewer is biased upwards and must not
-  be read beside them.
-
-  Args:
-    num_samples: generated images.
-  """
-  if num_samples >= FULL_SAMPLES:
-    return "FID"
-  if num_samples % 1000 == 0:
-    return f"FID-{num_samples // 1000}k"
-  return f"FID-{num_samples}"
-
-
-def heldout_fids(record: dict) -> dict[str, float | None]:
-  """The FIDs of a record's held-out networks, by what to call them.
-
-  Args:
-    record: of `metrics.json`. Its `fid_heldout` is a number if there is one
-      such network, a list in the order of `features_heldout` if there are
-      several, else None.
-
-  Returns:
-    "held-out" for one network; of several also the name of each. A name that
-    comes again is numbered. None in place of a distance that was not finite.
-
-  Raises:
-    ValueError: not as many values as networks.
-  """
-  values = record.get("fid_heldout")
-  if values is None and not record.get("features_heldout"):
-    return {}
-  if not isinstance(values, list):
-    return {HELDOUT: values}
-  names = [network["name"] for network in record["features_heldout"]]
-  fids = {}
-  for i, (name, value) in enumerate(zip(names, values, strict=True)):
-    before = names[:i].count(name)
-    number = f" ({before + 1})" if before else ""
-    fids[f"{HELDOUT} {name}{number}"] = value
-  return fids
 
 
 def kid(real: np.ndarray, generated: np.ndarray,

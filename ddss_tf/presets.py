@@ -14,7 +14,7 @@ import typing
 
 from ddss_tf import checkpoints
 from ddss_tf import edm_format
-from ddss_tf import paths
+from ddss_tf import storage
 from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import ExplodingSchedule
@@ -93,7 +93,7 @@ def read(preset: str) -> tuple[UNetConfig | EDMConfig,
     config = PRESETS[preset]
     return config, (edm_format.sigmas() if isinstance(config, EDMConfig)
                     else None)
-  preset = paths.expanded(preset)
+  preset = storage.expanded(preset)
   if not isinstance(preset, str) or not os.path.isfile(preset):
     raise UserError(f"preset must be {WANTED}. Received: {preset!r}")
   words = checkpoints.read_json_object(preset)

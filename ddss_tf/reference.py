@@ -15,9 +15,9 @@ from absl import logging
 import numpy as np
 
 from ddss_tf import data
-from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
 from ddss_tf.features import FeatureNetwork
 
 

@@ -18,23 +18,20 @@ import jinja2
 import markupsafe
 
 from ddss_tf import card
-from ddss_tf import distribution
 from ddss_tf import comparing
-from ddss_tf import evaluation
-from ddss_tf import exporting
-from ddss_tf import fingerprint
+from ddss_tf import distribution
 from ddss_tf import metrics
-from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import samplers
-from ddss_tf import searching
 from ddss_tf import storage
 from ddss_tf import version as version_lib
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
-REPORT = "report.html"
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
 # Of what may be below a run, that holds no sampler of its own.
-_NO_SAMPLERS = ("cache", "checkpoints", "tensorboard", exporting.EXPORT)
+_NO_SAMPLERS = ("cache", "checkpoints", "tensorboard", run_dir_lib.EXPORT)
 # Of a record: what makes it comparable, what else is shown, what is a number.
 _CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
                "denoiser", "features", "features_heldout")
@@ -42,17 +39,17 @@ _VALUES = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
 _COUNTS = ("num_samples", "num_steps", "seed")
 _NONE = {"fid": None}  # Which every record with an FID is better than.
 _CAPTIONS = {
-    comparing.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
+    run_dir_lib.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
                             "is better.",
-    comparing.QUALITY_BY_TIME: "The same against the time that an image takes.",
-    evaluation.SAMPLES: "The best baseline beside the searched sampler, on the "
+    run_dir_lib.QUALITY_BY_TIME: "The same against the time that an image takes.",
+    run_dir_lib.SAMPLES_PNG: "The best baseline beside the searched sampler, on the "
                         "same noise.",
     "generated.png": "Samples of the searched sampler.",
-    searching.COEFFICIENTS: "The sampler's coefficients. Filled markers were "
+    run_dir_lib.COEFFICIENTS: "The sampler's coefficients. Filled markers were "
                             "found; open ones are the start.",
-    searching.PATH: "One image on its way: the states, clipped to [-1, 1], and "
+    run_dir_lib.PATH: "One image on its way: the states, clipped to [-1, 1], and "
                     "the image predicted from each.",
-    searching.BEFORE_AFTER: "Samples of the start and of the found sampler, on "
+    run_dir_lib.BEFORE_AFTER: "Samples of the start and of the found sampler, on "
                             "the same noise.",
 }
 
@@ -77,17 +74,17 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
   """
   run = run_dir_lib.RunDir(run_dir)
   if not distribution.is_chief():  # Which alone has all files for sure.
-    return run.path(REPORT)
+    return run.path(run_dir_lib.REPORT)
   groups, more = _results(run)
   found = _found_samplers(run)
   if not groups and not found:
     raise UserError(
-        f"run_dir must hold {evaluation.METRICS} or {card.FILE}, of a run or a "
+        f"run_dir must hold {run_dir_lib.METRICS} or {run_dir_lib.SAMPLER}, of a run or a "
         f"comparison. Received: {run_dir!r}")
   names = []
   if groups and len(groups[0]) > 1:
     names = comparing.draw(run.root, groups[0], shown)
-  names += [evaluation.SAMPLES, "generated.png"]
+  names += [run_dir_lib.SAMPLES_PNG, "generated.png"]
   environment = jinja2.Environment(
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
       lstrip_blocks=True)
@@ -103,10 +100,10 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
         run_dir=run.root, version=version_lib.__version__,
         uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
   except (jinja2.UndefinedError, TypeError) as error:
-    raise UserError(f"{evaluation.METRICS} or a {card.FILE} in {run_dir!r} is "
+    raise UserError(f"{run_dir_lib.METRICS} or a {run_dir_lib.SAMPLER} in {run_dir!r} is "
                     f"damaged: {error}") from error
-  storage.write_text(run.path(REPORT), page)
-  return run.path(REPORT)
+  storage.write_text(run.path(run_dir_lib.REPORT), page)
+  return run.path(run_dir_lib.REPORT)
 
 
 def _number(value, form: str) -> markupsafe.Markup:
@@ -118,7 +115,7 @@ def _number(value, form: str) -> markupsafe.Markup:
   if form == "d" and not isinstance(value, int):
     form = "g"
   return markupsafe.Markup('<data value="{}">{}</data>').format(
-      repr(value), metrics.text(value, form))
+      repr(value), records_lib.text(value, form))
 
 
 def _text(path):
@@ -137,16 +134,16 @@ def _results(run):
   Returns:
     The lists, and how many records are in none of them.
   """
-  everything = storage.read_records(run.path(evaluation.METRICS))
+  everything = records_lib.read_records(run.path(run_dir_lib.METRICS))
   records = everything
-  table = run.path(f"{comparing.TABLE}.csv")
+  table = run.path(f"{run_dir_lib.TABLE}.csv")
   if os.path.exists(table):
     with open(table, newline="", encoding="utf-8") as f:
       rows = [_row_key(row) for row in csv.DictReader(f)]
     records = sorted((r for r in everything if _row_key(r) in rows),
                      key=lambda r: rows.index(_row_key(r)))
-  elif os.path.exists(run.path(card.FILE)):
-    found = card.read(run.path(card.FILE))
+  elif os.path.exists(run.path(run_dir_lib.SAMPLER)):
+    found = card.read(run.path(run_dir_lib.SAMPLER))
     sha256 = fingerprint.coefficients_sha256(found.coefficients)
     records = [r for r in everything if r.get("sampler") != found.label
                or r.get("coefficients_sha256") == sha256]
@@ -159,12 +156,12 @@ def _results(run):
           or isinstance(value, (int, float))
           or value is None and name in metrics.FIGURES)
       if not good:
-        raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
+        raise UserError(f"{run.path(run_dir_lib.METRICS)} is damaged: the "
                         f"{name!r} of a record is missing or no number")
     try:
-      metrics.heldout_fids(record)
+      records_lib.heldout_fids(record)
     except (KeyError, TypeError, ValueError) as error:
-      raise UserError(f"{run.path(evaluation.METRICS)} is damaged: the "
+      raise UserError(f"{run.path(run_dir_lib.METRICS)} is damaged: the "
                       "'fid_heldout' of a record must be one for each of its "
                       f"'features_heldout': {error}") from error
     key = [record[name] for name in _CONDITIONS]
@@ -186,9 +183,9 @@ def _found_samplers(run):
   found = []
   for folder, below, files in os.walk(run.root):
     below[:] = sorted(set(below) - set(_NO_SAMPLERS))
-    if card.FILE not in files:
+    if run_dir_lib.SAMPLER not in files:
       continue
-    sampler = card.read(os.path.join(folder, card.FILE))
+    sampler = card.read(os.path.join(folder, run_dir_lib.SAMPLER))
     found.append({
         "label": sampler.label,
         "folder": os.path.relpath(folder, run.root),
@@ -200,7 +197,7 @@ def _found_samplers(run):
         "config": sampler.search.get("config", {}),
         "coefficients": sampler.coefficients.to_dict(),
         "sha256": fingerprint.coefficients_sha256(sampler.coefficients),
-        "figures": _figures(folder, searching.PICTURES),
+        "figures": _figures(folder, run_dir_lib.PICTURES),
     })
   return sorted(found, key=lambda each: (each["num_steps"], each["folder"]))
 
@@ -215,15 +212,15 @@ def _uses(run, groups, found):
     if each["folder"] != "." and (each["label"], each["sha256"]) not in best:
       continue
     folder = os.path.normpath(run.path(each["folder"]))
-    model = os.path.join(folder, exporting.EXPORT)
+    model = os.path.join(folder, run_dir_lib.EXPORT)
     others = {name: os.path.join(folder, file)
-              for name, file in exporting.ALSO.items()}
+              for name, file in run_dir_lib.ALSO.items()}
     uses.append({
         "label": each["label"], "num_steps": each["num_steps"],
         "exported": os.path.isdir(model), "model": repr(model),
         **{name: os.path.exists(path) and repr(path)
            for name, path in others.items()},
-        "card": os.path.join(folder, card.FILE),
+        "card": os.path.join(folder, run_dir_lib.SAMPLER),
         "command": shlex.join([
             "python", "-m", "ddss_tf.main", "--mode=export",
             f"--gin_file={config}", f"--run_dir={folder}"])
@@ -263,7 +260,7 @@ def _headlines(groups):
     for record in records:
       if record["num_steps"] == steps:
         searched = samplers.group(record["sampler"]) == samplers.SEARCHED
-        if metrics.rank(record) < metrics.rank(best.get(searched, _NONE)):
+        if records_lib.rank(record) < records_lib.rank(best.get(searched, _NONE)):
           best[searched] = record
     if best:
       lines.append({"num_steps": steps, "searched": best.get(True),
@@ -276,19 +273,19 @@ def _table(records):
   best = {}
   for record in _of_first_seed(records):
     steps = record["num_steps"]
-    if metrics.rank(record) < metrics.rank(best.get(steps, _NONE)):
+    if records_lib.rank(record) < records_lib.rank(best.get(steps, _NONE)):
       best[steps] = record
   # With all its seeds.
   shaded = [(r["coefficients_sha256"], r["x0_bound"]) for r in best.values()]
   networks = records[0]["features_heldout"]
   return {
       "records": records,
-      "label": metrics.fid_label(records[0]["num_samples"]),
-      "names": [evaluation.row_name(r) for r in records],
+      "label": records_lib.fid_label(records[0]["num_samples"]),
+      "names": [records_lib.row_name(r) for r in records],
       "best": [(r["coefficients_sha256"], r["x0_bound"]) in shaded
                for r in records],
-      "heldout": list(metrics.heldout_fids(records[0])),
-      "fids_heldout": [metrics.heldout_fids(r) for r in records],
+      "heldout": list(records_lib.heldout_fids(records[0])),
+      "fids_heldout": [records_lib.heldout_fids(r) for r in records],
       "networks_heldout": (
           networks if isinstance(networks, list) else [networks]),
       "timed": any(r.get("timing") for r in records),

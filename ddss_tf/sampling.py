@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from ddss_tf import chain
 from ddss_tf import distribution
-from ddss_tf import progress
+from ddss_tf.runs import progress
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser
 

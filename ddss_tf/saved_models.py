@@ -9,7 +9,7 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import paths
+from ddss_tf import storage
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.frozen import frozen_variables
 
@@ -229,7 +229,7 @@ def hub_folder(handle: str) -> str:
     UserError: it is not there and cannot be fetched; the line says how to get
       it.
   """
-  cache = paths.expanded(os.getenv("TFHUB_CACHE_DIR"))
+  cache = storage.expanded(os.getenv("TFHUB_CACHE_DIR"))
   if cache:
     os.environ["TFHUB_CACHE_DIR"] = cache  # tensorflow_hub expands no "~".
   else:

@@ -25,21 +25,21 @@ import tensorflow as tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import data
-from ddss_tf import checkpointing
 from ddss_tf import distribution
 from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf import precision
-from ddss_tf import progress
 from ddss_tf import reference
-from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import sampling
-from ddss_tf import signals
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
+from ddss_tf.runs import checkpoints as checkpoints_lib
+from ddss_tf.runs import progress
+from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.runs import signals
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
 from ddss_tf.denoisers import Denoiser
@@ -48,14 +48,6 @@ from ddss_tf.errors import (
 from ddss_tf.features import FeatureNetwork, as_networks
 from ddss_tf.samplers import KINDS, Sampler
 from ddss_tf.schedules import NoiseSchedule
-
-
-# What a search leaves to look at.
-COEFFICIENTS = "coefficients.png"
-PATH = "path.png"
-BEFORE_AFTER = "before_after.png"
-PICTURES = (COEFFICIENTS, PATH, BEFORE_AFTER)
-_PICTURE_EVENTS = os.path.join("tensorboard", "pictures")
 
 
 def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
@@ -1022,11 +1014,11 @@ def search(
     sampler = starts.choose(
         candidates, lambda count: make_value(
             count, views_of_teacher(count, seed + 1), None),
-        start_samples, run.path(starts.FILE),
+        start_samples, run.path(run_dir_lib.STARTS),
         {**setting, "family": sampler.get_config(), "seed": seed + 1})
 
   run.claim("search", {**identity, "sampler": sampler.get_config()}, restart,
-            (card.FILE, *PICTURES, _PICTURE_EVENTS))
+            (run_dir_lib.SAMPLER, *run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS))
   run.keep_config()
   first = sampler.coefficients().numpy()
 
@@ -1037,7 +1029,7 @@ def search(
         num_search_steps=num_search_steps, rate_multipliers=multipliers,
         seed=seed, images=dataset.images, x0_bound=x0_bound,
         jit_compile=jit_compile, **pools)
-    checkpoints = checkpointing.Checkpoints(
+    checkpoints = checkpoints_lib.Checkpoints(
         state.checkpoint, run.path("checkpoints"), run.path("tensorboard"))
     checkpoints.restore()
     return state, checkpoints
@@ -1046,12 +1038,12 @@ def search(
     # The chief knows what there is.
     if distribution.everyones(not all(
         os.path.exists(run.path(name))
-        for name in (*PICTURES, _PICTURE_EVENTS)))[0]:
+        for name in (*run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS)))[0]:
       _draw(run, sampler, first, generator, seed + 1, state.best_step)
     distribution.everyones(0)  # All workers find what the chief has written.
     return sampler
 
-  if distribution.everyones(os.path.exists(run.path(card.FILE)))[0]:
+  if distribution.everyones(os.path.exists(run.path(run_dir_lib.SAMPLER)))[0]:
     # Without the pools, which only further steps would need.
     state, _ = make_state(learning_rate=learning_rate)
     if state.step == num_search_steps:
@@ -1106,8 +1098,8 @@ def search(
                        state.best_value)
       logging.info("validation at the start: %.4f", state.best_value)
       state.measure_metric()
-      if os.path.exists(run.path(starts.FILE)):
-        with open(run.path(starts.FILE), encoding="utf-8") as f:
+      if os.path.exists(run.path(run_dir_lib.STARTS)):
+        with open(run.path(run_dir_lib.STARTS), encoding="utf-8") as f:
           tf.summary.text("starts", f"```\n{f.read()}\n```", step=0)
     clock, since = time.monotonic(), start
     while state.step < num_search_steps:
@@ -1162,8 +1154,8 @@ def search(
                     "denoiser or the feature network gives NaN or infinity")
   state.restore_best()
   best = sampler.coefficients().numpy()
-  run.remove(*PICTURES, _PICTURE_EVENTS)  # Those of another search.
-  card.write(run.path(card.FILE), card.SamplerCard(
+  run.remove(*run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS)  # Those of another search.
+  card.write(run.path(run_dir_lib.SAMPLER), card.SamplerCard(
       label=sampler.label, coefficients=best,
       denoiser=denoiser.identity,
       search={
@@ -1196,12 +1188,12 @@ def _draw(run, sampler, first, generator, seed, step):
   """
   best, label = sampler.coefficients().numpy(), sampler.label
   figures.coefficients_png(
-      run.path(COEFFICIENTS), best, label, first, sampler.schedule)
+      run.path(run_dir_lib.COEFFICIENTS), best, label, first, sampler.schedule)
   image, states, x0_hats = generator.path(best, seed)
-  figures.path_png(run.path(PATH), states, x0_hats, image, best.times, label)
+  figures.path_png(run.path(run_dir_lib.PATH), states, x0_hats, image, best.times, label)
   # As many as the generator makes at a time, in a square of at most 8 x 8.
   side = min(8, max(1, int(generator.batch_size ** 0.5)))
-  figures.samples_png(run.path(BEFORE_AFTER), [
+  figures.samples_png(run.path(run_dir_lib.BEFORE_AFTER), [
       (title, generator.images(coefficients, side * side, seed))
       for title, coefficients in (
           (f"before the search, K = {sampler.num_steps}", first),
@@ -1209,10 +1201,10 @@ def _draw(run, sampler, first, generator, seed, step):
   if not distribution.is_chief():
     return
   # Drawn again after a kill: those before are no other step's.
-  with storage.replacing_folder(run.path(_PICTURE_EVENTS)) as events:
+  with storage.replacing_folder(run.path(run_dir_lib.PICTURE_EVENTS)) as events:
     writer = tf.summary.create_file_writer(events)
     with writer.as_default():
-      for name in PICTURES:
+      for name in run_dir_lib.PICTURES:
         with open(run.path(name), "rb") as f:
           pixels = tf.io.decode_png(f.read(), channels=3)
         tf.summary.image(name.removesuffix(".png"), pixels[None], step=step)

@@ -111,19 +111,27 @@ def read_json(path: str):
       raise ValueError("it is nested too deeply") from error
 
 
-def read_records(path: str) -> list[dict]:
-  """Reads a list of records, such as `metrics.json`; none if it is not there.
+def expanded(path):
+  """A path with the home folder that `~` or `~user` at its start stands for.
+
+  Shells do that for some words only: not after the "=" of a flag, nor inside
+  of a binding.
+
+  Args:
+    path: as it was given; what is no path is given back, for others to refuse.
+
+  Returns:
+    The path, as text.
 
   Raises:
-    UserError: it is damaged.
+    UserError: nobody knows that home folder, and there is no such file either.
   """
-  if not os.path.exists(path):
-    return []
-  try:
-    records = read_json(path)
-    if not all(isinstance(record, dict) for record in records):
-      raise ValueError("not a list of records")
-    return records
-  except (ValueError, TypeError) as error:
-    raise UserError(f"{path} is damaged: {error}. Delete it to measure anew"
-                    ) from error
+  if isinstance(path, os.PathLike):
+    path = os.fspath(path)
+  if not isinstance(path, str) or not path.startswith("~"):
+    return path
+  found = os.path.expanduser(path)
+  if found.startswith("~") and not os.path.exists(path):
+    raise UserError(f"the home folder of {path.split(os.sep)[0]} must be known "
+                    f"(HOME, or the user's entry). Received: {path!r}")
+  return found

@@ -12,10 +12,10 @@ import zipfile
 import numpy as np
 
 from ddss_tf import distribution
-from ddss_tf import fingerprint
 from ddss_tf import sampling
 from ddss_tf import solvers
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
 from ddss_tf.coefficients import Coefficients
 
 DEFAULT = {"solver": "dpm++3m", "stride": "logsnr", "num_steps": 25}

@@ -25,8 +25,8 @@ from ddss_tf import checkpoints
 from ddss_tf import edm_format
 from ddss_tf import edm_unet
 from ddss_tf import foreign
-from ddss_tf import paths
 from ddss_tf import presets
+from ddss_tf import storage
 from ddss_tf import unet
 from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
@@ -66,7 +66,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   preset = card.pop("preset")
   if "preset" not in given and isinstance(preset, str) and (
       preset not in presets.PRESETS):
-    preset = os.path.join(os.path.dirname(path), paths.expanded(preset))
+    preset = os.path.join(os.path.dirname(path), storage.expanded(preset))
   config, schedule = presets.read(preset)
   if not isinstance(config, EDMConfig):
     return {"config": config, **foreign.parsed_card(path, card)}

@@ -10,10 +10,10 @@ import datetime
 import os
 
 from ddss_tf import card as card_lib
-from ddss_tf import metrics as metrics_lib
-from ddss_tf import paths
 from ddss_tf import storage
 from ddss_tf import version
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.card import SamplerCard
 from ddss_tf.errors import UserError
 
@@ -33,7 +33,7 @@ def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
   Raises:
     UserError: no such folder, or a card is damaged.
   """
-  folder = paths.expanded(folder) or FOLDER
+  folder = storage.expanded(folder) or FOLDER
   if not os.path.isdir(folder):
     raise UserError(f"zoo must be a folder of cards. Received: {folder!r}")
   names = sorted(name.removesuffix(_SUFFIX) for name in os.listdir(folder)
@@ -52,10 +52,10 @@ def find(sampler: str, folder: str | None = None) -> str:
   Raises:
     UserError: neither.
   """
-  sampler = paths.expanded(sampler)
+  sampler = storage.expanded(sampler)
   if isinstance(sampler, str) and os.path.isfile(sampler):
     return sampler
-  folder = paths.expanded(folder) or FOLDER
+  folder = storage.expanded(folder) or FOLDER
   path = os.path.join(folder, f"{sampler}{_SUFFIX}")
   if os.path.basename(path) != f"{sampler}{_SUFFIX}" or (
       not os.path.isfile(path)):
@@ -88,13 +88,13 @@ def add(run_dir: str, folder: str, name: str | None = None,
     UserError: no sampler, no record of its coefficients, or a name that is no
       file name.
   """
-  run_dir, folder, metrics = map(paths.expanded, (run_dir, folder, metrics))
-  card = card_lib.read(os.path.join(run_dir, card_lib.FILE))
+  run_dir, folder, metrics = map(storage.expanded, (run_dir, folder, metrics))
+  card = card_lib.read(os.path.join(run_dir, run_dir_lib.SAMPLER))
   metrics = metrics or os.path.join(run_dir, "metrics.json")
   if not os.path.exists(metrics):
     raise UserError(f"{metrics} must exist: run --mode=evaluate first")
   records = tuple(
-      record for record in storage.read_records(metrics)
+      record for record in records_lib.read_records(metrics)
       if record.get("coefficients_sha256") == card.coefficients_sha256
       and record.get("x0_bound") == card.x0_bound
       and record.get("denoiser") == card.denoiser)
@@ -126,8 +126,8 @@ def table(folder: str | None = None) -> str:
     rows.append((
         name, str(listed.denoiser.get("name")),
         str(listed.denoiser.get("sha256"))[:8], str(listed.coefficients.num_steps),
-        metrics_lib.text(record.get("fid")),
-        " / ".join(map(metrics_lib.text, metrics_lib.heldout_fids(
+        records_lib.text(record.get("fid")),
+        " / ".join(map(records_lib.text, records_lib.heldout_fids(
             record).values())) or "-",
         str(record.get("num_samples", "-"))))
   widths = [max(map(len, column)) for column in zip(head, *rows)]

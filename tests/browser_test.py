@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 import reporting_test
 
-from ddss_tf import comparing
 from ddss_tf import reporting
+from ddss_tf.runs import run_dir as run_dir_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIDTHS = (1280, 390)  # A screen and a telephone.
@@ -104,8 +104,8 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name,pictures,rows", [
     ("run", ("samples.png", "generated.png", "coefficients.png", "path.png",
-             "before_after.png", comparing.FID_BY_STEPS), 3),
-    ("comparison", (comparing.FID_BY_STEPS,), 44)])
+             "before_after.png", run_dir_lib.FID_BY_STEPS), 3),
+    ("comparison", (run_dir_lib.FID_BY_STEPS,), 44)])
 def test_a_report(name, pictures, rows, width, browser, pages):
   for scheme in ("light", "dark"):
     page, faults = look(browser, pages[name], width, scheme)

@@ -13,8 +13,8 @@ import pytest
 import ddss_tf
 from ddss_tf import card
 from ddss_tf import evaluation
-from ddss_tf import run_dir as run_dir_lib
 from ddss_tf import zoo
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
 STEPS = 3

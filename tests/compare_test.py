@@ -17,10 +17,11 @@ from ddss_tf import card
 from ddss_tf import comparing
 from ddss_tf import data
 from ddss_tf import evaluation
-from ddss_tf import fingerprint
-from ddss_tf import run_dir
 from ddss_tf import sampling
 from ddss_tf import searching
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir
 from ddss_tf.errors import UserError
 
 
@@ -65,7 +66,7 @@ def test_a_row_for_every_solver_and_family(compared):
     flat = {key.split(".")[0] for key in row}
     assert flat == set(record)
   with open(os.path.join(run, "table.md")) as f:
-    assert f.read() == evaluation.table(records) + "\n"
+    assert f.read() == records_lib.table(records) + "\n"
 
 
 def test_every_held_out_network_has_its_columns(compared, tmp_path):
@@ -74,7 +75,7 @@ def test_every_held_out_network_has_its_columns(compared, tmp_path):
   several = [{**record, "features_heldout": networks,
               "fid_heldout": [1.5 + i, 2.5 + i, 3.5 + i]}
              for i, record in enumerate(records)]
-  comparing.write_table(str(tmp_path / "table"), several)
+  records_lib.write_table(str(tmp_path / "table"), several)
   with open(tmp_path / "table.csv", newline="") as f:
     rows = list(csv.DictReader(f))
   for row, record in zip(rows, several, strict=True):
@@ -174,7 +175,7 @@ def test_the_first_multistep_family_is_searched_on_two_strides(compared):
   assert stride not in {stride for name, stride, _ in best if name == init}
   coefficients = [
       fingerprint.coefficients_sha256(
-          card.read(os.path.join(folder, card.FILE)).coefficients)
+          card.read(os.path.join(folder, run_dir.SAMPLER)).coefficients)
       for folder in folders]
   # The row is the one that is better on the images by which strides are chosen.
   better = min(coefficients, key=tried.__getitem__)
@@ -186,7 +187,7 @@ def test_samples_are_the_first_of_their_records(arguments, compared):
   run, records = compared
   with np.load(os.path.join(run, "samples.npz")) as arrays:
     images = dict(arrays)
-  assert set(images) == {comparing.sample_key(r) for r in records}
+  assert set(images) == {records_lib.sample_key(r) for r in records}
   denoiser = arguments["denoiser"]
   for record in records[:2]:  # DDPM adds noise, DDIM does not.
     solver, stride = record["sampler"].split()
@@ -194,7 +195,7 @@ def test_samples_are_the_first_of_their_records(arguments, compared):
         denoiser.schedule, 3, solver.lower(), stride)
     expected = data.to_uint8(sampling.Generator(denoiser, 8, False).images(
         sampler.coefficients(), 8, record["seed"]))
-    found = images[comparing.sample_key(record)].astype(int)
+    found = images[records_lib.sample_key(record)].astype(int)
     assert np.abs(found - expected).max() <= 1  # Rounded, another batch.
 
 
@@ -278,11 +279,11 @@ def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
   assert again[0] == records[3] and len(again) == 2
   assert again[1]["seed"] == 7 and again[1]["fid"] != again[0]["fid"]
   fids = [record["fid"] for record in again]
-  (line,) = evaluation.table(again).splitlines()[2:]
+  (line,) = records_lib.table(again).splitlines()[2:]
   assert [cell.strip() for cell in line.split("|")[1:4]] == [
       "RDDIM", "3", f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}"]
   # What differs in more than its seed is no spread.
-  head, _, *lines = evaluation.table([
+  head, _, *lines = records_lib.table([
       *again, {**again[0], "x0_bound": "clip"},
       {**again[0], "num_samples": 50_000}]).splitlines()
   cells = [[cell.strip() for cell in line.split("|")[1:-1]]

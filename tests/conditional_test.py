@@ -20,12 +20,13 @@ from ddss_tf import chain
 from ddss_tf import data
 from ddss_tf import denoisers
 from ddss_tf import families
-from ddss_tf import fingerprint
 from ddss_tf import inspecting
 from ddss_tf import objectives
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf import searching
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -203,7 +204,7 @@ def test_a_conditional_search_lowers_the_distance(parts, searched):
           families.make_sampler, family="ddim", num_steps=STEPS)])
   assert end["fid"] < 0.7 * start["fid"]
   assert end["denoiser"]["guidance_scale"] == 1.5
-  assert card.read(os.path.join(run, card.FILE)).denoiser == end["denoiser"]
+  assert card.read(os.path.join(run, run_dir_lib.SAMPLER)).denoiser == end["denoiser"]
   del sampler
 
 

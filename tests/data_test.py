@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from ddss_tf import data
-from ddss_tf import fingerprint
+from ddss_tf.runs import fingerprint
 from ddss_tf.datasets import ddss_digits
 from ddss_tf.errors import UserError
 

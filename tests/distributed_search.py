@@ -24,6 +24,7 @@ from ddss_tf import distribution
 from ddss_tf import families
 from ddss_tf import sampling
 from ddss_tf import solvers
+from ddss_tf.runs import run_dir as run_dir_lib
 import gaussian_parts
 
 # One pass through a part of the population; two with a last micro-batch that is
@@ -65,7 +66,7 @@ def export(folder):
           x_t + scaled))
   denoiser = ddss_tf.Denoiser(
       keras.Model([x_t, t], eps), ddss_tf.NoiseSchedule.linear())
-  card.write(os.path.join(folder, card.FILE), card.SamplerCard(
+  card.write(os.path.join(folder, run_dir_lib.SAMPLER), card.SamplerCard(
       "DDPM", solvers.solver_coefficients(
           denoiser.schedule, "ddpm", 3, "linear").numpy(),
       denoiser.identity, {}))

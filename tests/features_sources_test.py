@@ -21,7 +21,6 @@ import ddss_tf
 from ddss_tf import data
 from ddss_tf import families
 from ddss_tf import features as features_lib
-from ddss_tf import fingerprint
 from ddss_tf import keras_models
 from ddss_tf import metrics
 from ddss_tf import preprocessing
@@ -29,6 +28,7 @@ from ddss_tf import reference
 from ddss_tf import registry  # pylint: disable=unused-import
 from ddss_tf import sampling
 from ddss_tf import saved_models
+from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from ddss_tf import data
 from ddss_tf import features as features_lib
-from ddss_tf import fingerprint
 from ddss_tf import reference
+from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
 NETWORKS = {"digits_cnn": 128, "digits_resnet": 96}

@@ -8,7 +8,7 @@ import numpy as np
 import ddss_tf
 from ddss_tf import data
 from ddss_tf import features as features_lib
-from ddss_tf import fingerprint
+from ddss_tf.runs import fingerprint
 
 SHAPE = (4, 4, 1)
 

@@ -18,8 +18,9 @@ from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import coefficients as coefficients_lib
 from ddss_tf import data
-from ddss_tf import fingerprint
 from ddss_tf import sampling
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
 SCALES = np.array([0.5, 3.0, 1.7], np.float32)
@@ -147,17 +148,17 @@ def test_search_finds_the_scale(searched):
 
 def test_found_scales_are_kept(searched):
   run, parts, sampler = searched
-  found = card.read(os.path.join(run, card.FILE)).coefficients
+  found = card.read(os.path.join(run, run_dir_lib.SAMPLER)).coefficients
   np.testing.assert_array_equal(
       found.guidance_scales, sampler.coefficients().guidance_scales)
   # A search goes on from them.
   again = make_sampler(parts["denoiser"], "ggdm+pred+guidance",
-                       init=os.path.join(run, card.FILE))
+                       init=os.path.join(run, run_dir_lib.SAMPLER))
   np.testing.assert_array_equal(
       again.coefficients().guidance_scales, found.guidance_scales)
   # A family that does not learn them keeps them.
   kept = make_sampler(parts["denoiser"], "ggdm+pred",
-                      init=os.path.join(run, card.FILE))
+                      init=os.path.join(run, run_dir_lib.SAMPLER))
   np.testing.assert_array_equal(
       kept.coefficients().guidance_scales, found.guidance_scales)
   served = tf.saved_model.load(

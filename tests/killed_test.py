@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ddss_tf import card
-from ddss_tf import evaluation
+from ddss_tf.runs import run_dir as run_dir_lib
 from search_test import events
 import tensorflow as tf
 
@@ -48,6 +48,6 @@ def test_killed_at_random_moments(tmp_path):
   assert scalars(killed) == scalars(whole) and len(scalars(whole)) == 9
   records = []
   for run in (whole, killed):
-    with open(os.path.join(run, evaluation.METRICS)) as f:
+    with open(os.path.join(run, run_dir_lib.METRICS)) as f:
       records.append(json.load(f))
   assert records[0] == records[1] and len(records[0]) == 3

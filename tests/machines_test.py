@@ -16,7 +16,7 @@ import pytest
 
 import ddss_tf
 from ddss_tf import distribution
-from ddss_tf import run_dir
+from ddss_tf.runs import run_dir
 from ddss_tf.errors import UserError
 import gaussian_parts
 

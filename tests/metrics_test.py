@@ -9,6 +9,7 @@ import tensorflow as tf
 from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf import reference
+from ddss_tf.runs import records
 
 
 @pytest.fixture(scope="module")
@@ -179,22 +180,22 @@ def test_fid_is_tf_gans(sets):
 def test_an_fid_of_few_samples_says_so():
   labels = {50_000: "FID", 60_000: "FID", 49_999: "FID-49999",
             10_000: "FID-10k", 500: "FID-500"}
-  assert labels == {n: metrics.fid_label(n) for n in labels}
+  assert labels == {n: records.fid_label(n) for n in labels}
 
 
 def test_fids_of_held_out_networks_by_name():
   networks = [{"name": name} for name in ("a", "b", "a")]
   record = lambda *values: {
       "fid_heldout": list(values), "features_heldout": networks}
-  assert metrics.heldout_fids(record(1.0, 2.0, 3.0)) == {
+  assert records.heldout_fids(record(1.0, 2.0, 3.0)) == {
       "held-out a": 1.0, "held-out b": 2.0, "held-out a (2)": 3.0}
-  assert metrics.heldout_fids(
+  assert records.heldout_fids(
       {"fid_heldout": 4.0, "features_heldout": networks[0]}) == {"held-out": 4}
-  assert metrics.heldout_fids(
+  assert records.heldout_fids(
       {"fid_heldout": None, "features_heldout": None}) == {}
   for values in ((1.0, 2.0), (1.0, 2.0, 3.0, 4.0)):
     with pytest.raises(ValueError):
-      metrics.heldout_fids(record(*values))
+      records.heldout_fids(record(*values))
 
 
 def test_metrics_tell_shifted_and_collapsed_from_equal():

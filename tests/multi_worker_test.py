@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from ddss_tf import card
+from ddss_tf.runs import run_dir as run_dir_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARAMS = ("make_strategy.name = 'multi_worker'", "search.num_search_steps = 20")
@@ -71,7 +72,7 @@ def alone(main_in_process, gaussian_config, tmp_path_factory):
 
 def same_coefficients(run, alone):
   """The best ones, and, whichever step they are of, the last variables."""
-  one, other = (card.read(os.path.join(folder, card.FILE)).coefficients
+  one, other = (card.read(os.path.join(folder, run_dir_lib.SAMPLER)).coefficients
                 for folder in (run, alone))
   for name, value in other.arrays().items():
     np.testing.assert_allclose(

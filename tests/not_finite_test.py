@@ -14,12 +14,12 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import comparing
 from ddss_tf import data
-from ddss_tf import evaluation
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import reporting
 from ddss_tf import storage
+from ddss_tf.runs import records as records_lib
 from ddss_tf.errors import UserError
 import gaussian_parts
 
@@ -97,12 +97,12 @@ def test_a_held_out_network_costs_its_own_distance(gaussian_parts, tmp_path):
   (record, _) = evaluate(tmp_path / "one", gaussian_parts,
                          heldout_features=network_with(pool=np.nan))
   assert lost(record) == {"fid_heldout"} and record["fid"] > 0
-  assert metrics.heldout_fids(record) == {"held-out": None}
+  assert records_lib.heldout_fids(record) == {"held-out": None}
   (record, _) = evaluate(tmp_path / "two", gaussian_parts, heldout_features=[
       good, network_with(pool=np.nan), good])
   first, second, third = record["fid_heldout"]
   assert second is None and first == third == pytest.approx(record["fid"])
-  lines = evaluation.table([record]).splitlines()
+  lines = records_lib.table([record]).splitlines()
   assert re.findall(r"\| - ", lines[2]) == ["| - "]
   assert reporting_text(tmp_path / "two").count("&ndash;") == 2
 
@@ -185,13 +185,13 @@ ROWS = [
 @pytest.mark.parametrize("records", ROWS)
 def test_tables_reports_and_figures_of_them(records, tmp_path):
   storage.write_json(str(tmp_path / "metrics.json"), records)
-  comparing.write_table(str(tmp_path / "table"), records)
+  records_lib.write_table(str(tmp_path / "table"), records)
   with open(tmp_path / "table.csv", newline="", encoding="utf-8") as f:
     rows = list(csv.DictReader(f))
   for row, each in zip(rows, records, strict=True):
     for name in FIGURES:
       assert row[name] == ("" if each[name] is None else str(each[name]))
-  text = evaluation.table(records)
+  text = records_lib.table(records)
   assert "nan" not in text.lower() and "None" not in text
   names = comparing.draw(str(tmp_path), records)
   known = [each["fid"] for each in records if each["fid"] is not None]
@@ -209,7 +209,7 @@ def test_tables_reports_and_figures_of_them(records, tmp_path):
 
 def test_the_ranking_has_them_last():
   records = [record("a", fid=None), record("b", fid=1e9), record("c", fid=0.0)]
-  assert [each["sampler"] for each in sorted(records, key=metrics.rank)] == [
+  assert [each["sampler"] for each in sorted(records, key=records_lib.rank)] == [
       "c", "b", "a"]
 
 

@@ -17,10 +17,10 @@ import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import denoisers
-from ddss_tf import exporting
 from ddss_tf import portable
 from ddss_tf import sampling
 from ddss_tf import unet
+from ddss_tf.runs import run_dir as run_dir_lib
 
 needs = {name: pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in modules),
@@ -32,7 +32,7 @@ each_format = pytest.mark.parametrize("name", [
 
 def write_run(path, denoiser, coefficients, x0_bound=None):
   """A run directory with a sampler in it."""
-  card.write(str(path / card.FILE), card.SamplerCard(
+  card.write(str(path / run_dir_lib.SAMPLER), card.SamplerCard(
       "DDPM", coefficients.numpy(), denoiser.identity, {}, x0_bound))
   return str(path)
 
@@ -49,9 +49,9 @@ def run(tmp_path, gaussian_parts):
 def test_another_runtime_makes_our_images(name, run, gaussian_parts):
   denoiser = gaussian_parts["denoiser"]
   ddss_tf.export(run, denoiser, also=[name])
-  with open(os.path.join(run, exporting.ALSO[name]), "rb") as f:
+  with open(os.path.join(run, run_dir_lib.ALSO[name]), "rb") as f:
     content = f.read()
-  found = card.read(os.path.join(run, card.FILE))
+  found = card.read(os.path.join(run, run_dir_lib.SAMPLER))
   received = {"onnx": portable._run_onnx, "tflite": portable._run_tflite}[name]
   for batch, seed in ((5, 1), (1, 2)):  # Of any size, not only the checked one.
     x_T, step_noise = chain.draw_noise(
@@ -71,11 +71,11 @@ def test_the_report_says_how_to_run_it(name, run, gaussian_parts):
   with open(ddss_tf.report(run)) as f:
     snippets = [html.unescape(text) for text in re.findall(
         "<pre><code>(.*?)</code></pre>", f.read(), re.DOTALL)]
-  snippet, = (text for text in snippets if exporting.ALSO[name] in text)
+  snippet, = (text for text in snippets if run_dir_lib.ALSO[name] in text)
   received = {}
   exec(snippet, received)
   x_T, step_noise = received["noise"]["x_T"], received["noise"]["step_noise"]
-  found = card.read(os.path.join(run, card.FILE))
+  found = card.read(os.path.join(run, run_dir_lib.SAMPLER))
   expected = np.clip(chain.run_chain(
       gaussian_parts["denoiser"].eps, found.coefficients, x_T, step_noise,
       x0_bound="clip"), -1, 1)
@@ -94,9 +94,9 @@ def check_classes(name, run, denoiser, classes, other):
     other: a class each of which changes its image.
   """
   ddss_tf.export(run, denoiser, also=[name])
-  with open(os.path.join(run, exporting.ALSO[name]), "rb") as f:
+  with open(os.path.join(run, run_dir_lib.ALSO[name]), "rb") as f:
     content = f.read()
-  found = card.read(os.path.join(run, card.FILE)).coefficients
+  found = card.read(os.path.join(run, run_dir_lib.SAMPLER)).coefficients
   received = {"onnx": portable._run_onnx, "tflite": portable._run_tflite}[name]
   for batch, seed in ((len(classes), 1), (1, 2)):
     x_T, step_noise = chain.draw_noise(
@@ -206,7 +206,7 @@ def test_the_digits_in_another_runtime(name, tmp_path):
       str(tmp_path), ddss_tf.load_denoiser("digits16-ddpm"), also=[name],
       sampler="digits16-ddpm-k5-ggdm+pred+time")
   # The weights are there once, not once a step.
-  size = os.path.getsize(tmp_path / exporting.ALSO[name])
+  size = os.path.getsize(tmp_path / run_dir_lib.ALSO[name])
   assert 4e6 < size < 8e6
 
 

@@ -12,6 +12,7 @@ from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import compiling
 from ddss_tf import precision
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
 NAME = "digits16-ddpm"
@@ -85,14 +86,14 @@ def test_an_export_in_bfloat16(both, tmp_path):
   """A graph rounds elsewhere than single calls do, within bfloat16's own."""
   _, rough = both
   run = str(tmp_path)
-  card.write(os.path.join(run, card.FILE), card.SamplerCard(
+  card.write(os.path.join(run, run_dir_lib.SAMPLER), card.SamplerCard(
       "DDIM", ddss_tf.solver_coefficients(
           rough.schedule, "ddim", 3).numpy(), rough.identity, {}))
   served = tf.saved_model.load(ddss_tf.export(run, rough)).signatures[
       "from_noise"]
   x_T, noise = chain.draw_noise([0, 1], tf.range(2), (16, 16, 1), 3)
   images = chain.run_chain(
-      both[0].eps, card.read(os.path.join(run, card.FILE)).coefficients, x_T)
+      both[0].eps, card.read(os.path.join(run, run_dir_lib.SAMPLER)).coefficients, x_T)
   np.testing.assert_allclose(
       served(x_T=x_T, step_noise=noise)["images"],
       tf.clip_by_value(images, -1, 1), atol=0.15)

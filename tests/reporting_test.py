@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from ddss_tf import card
-from ddss_tf import comparing
-from ddss_tf import fingerprint
 from ddss_tf import reporting
 from ddss_tf import samplers
 from ddss_tf import schedules
 from ddss_tf import solvers
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
 HOSTILE = '</td><script>alert("1")</script>&amp;{{ 7 * 7 }}$x'
@@ -88,7 +89,7 @@ def record(sampler, num_steps=3, **changes):
 
 def write_card(folder, label="GGDM", found=None, **search):
   found = coefficients() if found is None else found
-  card.write(os.path.join(folder, card.FILE), card.SamplerCard(
+  card.write(os.path.join(folder, run_dir_lib.SAMPLER), card.SamplerCard(
       label, found, {"name": "unet", "sha256": "b" * 64},
       {"steps": 40, "best_step": 31, "seed": 5, "seconds": 12.345,
        "validation": 0.321, "objective": {"frechet": 1.0},
@@ -249,11 +250,11 @@ def test_comparison(tmp_path):
   # Measured in another order, and once before with another result.
   stale = record("GGDM+PRED", fid=0.1)
   storage.write_json(str(tmp_path / "metrics.json"), [stale, *records[::-1]])
-  comparing.write_table(str(tmp_path / "table"), records)
+  records_lib.write_table(str(tmp_path / "table"), records)
   images = np.random.default_rng(0).integers(
       0, 256, (4, 8, 4, 4, 1)).astype(np.uint8)
   with open(tmp_path / "samples.npz", "wb") as f:
-    np.savez(f, **{comparing.sample_key(r): i for r, i in zip(records, images)})
+    np.savez(f, **{records_lib.sample_key(r): i for r, i in zip(records, images)})
   page = page_of(tmp_path)
   with open(tmp_path / "table.csv", newline="") as f:
     labels = [row["sampler"] for row in csv.DictReader(f)]

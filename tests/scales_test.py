@@ -21,6 +21,8 @@ from ddss_tf import data
 from ddss_tf import features as features_lib
 from ddss_tf import metrics
 from ddss_tf import objectives
+from ddss_tf.runs import records
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 import gaussian_parts
 
@@ -277,7 +279,7 @@ def test_what_is_not_finite_gives_nan():
     (1.98e-6, ".2f", "1.98e-06"), (-4e-7, ".4f", "-4e-07"), (3, "d", "3"),
     (1e9, ".2f", "1000000000.00")])
 def test_a_figure_in_words(value, form, shown):
-  assert metrics.text(value, form) == shown
+  assert records.text(value, form) == shown
 
 
 # --- A search ---
@@ -300,7 +302,7 @@ def searched(run, parts, objective, steps=4, **options):
           init="ddpm"), objective=objective, num_search_steps=steps,
       batch_size=32, pool_samples=64, validation_samples=64, validate_every=2,
       checkpoint_every=4, log_every=4, jit_compile=False, **options)
-  found = card.read(str(run / card.FILE))
+  found = card.read(str(run / run_dir_lib.SAMPLER))
   return sampler.coefficients().numpy(), found.search
 
 
@@ -344,7 +346,7 @@ def test_a_data_set_without_a_spread(images, words, tmp_path):
   with pytest.raises(UserError, match=words) as refused:
     searched(tmp_path, parts, "kid_linear")
   assert "\n" not in str(refused.value).split("\n  In call")[0]
-  assert not (tmp_path / card.FILE).exists()
+  assert not (tmp_path / run_dir_lib.SAMPLER).exists()
 
 
 def test_equal_images_are_evaluated(tmp_path):

@@ -26,10 +26,8 @@ from ddss_tf import evaluation
 from ddss_tf import families
 from ddss_tf import features as features_lib
 from ddss_tf import figures
-from ddss_tf import fingerprint
 from ddss_tf import metrics
 from ddss_tf import objectives
-from ddss_tf import run_dir
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf import schedules
@@ -37,6 +35,9 @@ from ddss_tf import searching
 from ddss_tf import solvers
 from ddss_tf import starts
 from ddss_tf import storage
+from ddss_tf.runs import fingerprint
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir
 from ddss_tf.errors import Terminated, UserError
 
 SHAPE = (4, 4, 1)
@@ -544,7 +545,7 @@ def test_a_worse_validation_takes_the_search_back(
                 0.05 * (1 + np.cos(np.pi * (step - 1.5) / 18)))
     np.testing.assert_allclose(rate, factor * expected, rtol=1e-4)
   assert np.abs(validated[2].times - validated[1].times).max() > 1e-3
-  assert card.read(str(tmp_path / card.FILE)).search["best_step"] == 16
+  assert card.read(str(tmp_path / run_dir.SAMPLER)).search["best_step"] == 16
   same_arrays(sampler.coefficients().numpy(), validated[4])
 
 
@@ -854,7 +855,7 @@ def test_bounded_x0_is_searched_stored_and_exported(parts, tmp_path):
 
 def test_run_directory(finished):
   run, sampler = finished
-  for name in ("sampler.json", *searching.PICTURES):
+  for name in ("sampler.json", *run_dir.PICTURES):
     assert os.path.getsize(os.path.join(run, name)) > 500
   found = card.read(os.path.join(run, "sampler.json"))
   for a, b in zip(found.coefficients, sampler.coefficients()):
@@ -875,7 +876,7 @@ def test_tensorboard_has_every_coefficient_by_name(finished):
                "search/seconds_per_step", "validation/objective", "samples"):
     assert name in tags
   assert "config" in tags
-  for name in searching.PICTURES:
+  for name in run_dir.PICTURES:
     assert name.removesuffix(".png") in tags
   for name in finished[1].coefficients().arrays():
     assert f"coefficients/{name}" in tags  # Distributions.
@@ -954,9 +955,9 @@ def test_pictures_are_of_the_sampler_and_its_start(
   drawn.clear()
   ddss_tf.search(run_dir=run, **parts, **searched)
   assert not drawn
-  os.remove(os.path.join(run, searching.PATH))
+  os.remove(os.path.join(run, run_dir.PATH))
   ddss_tf.search(run_dir=run, **parts, **searched)
-  assert os.path.exists(os.path.join(run, searching.PATH))
+  assert os.path.exists(os.path.join(run, run_dir.PATH))
 
 
 def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
@@ -1230,7 +1231,7 @@ def test_pictures_come_into_tensorboard_though_it_was_killed(
       ddss_tf.search(run_dir=copy, **parts, **options())
   assert not os.path.exists(pictures)
   ddss_tf.search(run_dir=copy, **parts, **options())
-  assert len(expected) == len(searching.PICTURES)
+  assert len(expected) == len(run_dir.PICTURES)
   assert events(copy, "pictures/*") == expected
 
 
@@ -1301,10 +1302,10 @@ def test_evaluation(parts, finished, monkeypatch):
   # Other conditions do not take those rows.
   with pytest.raises(TypeError):
     evaluate(parts, run, seed=5)
-  text = evaluation.table(records)
+  text = records_lib.table(records)
   assert text.count("\n") == 4 and "DDPM linear" in text
   assert f"| FID-{records[0]['num_samples']} |" in text
-  full = evaluation.table([{**records[0], "num_samples": 50_000}])
+  full = records_lib.table([{**records[0], "num_samples": 50_000}])
   assert "| FID " in full and "FID-" not in full
 
 

@@ -25,6 +25,8 @@ from ddss_tf import figures
 from ddss_tf import preprocessing
 from ddss_tf import sampling
 from ddss_tf import unet
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
 
 TORCH = os.environ.get("DDSS_TORCH_PYTHON")
@@ -144,7 +146,7 @@ def test_a_run_of_images_of_a_shape(shape, tmp_path):
           ddss_tf.make_sampler, family="ddim", num_steps=2)])
   assert all(record["fid"] > 0 and None not in (
       record["kid"], record["inception_score"]) for record in records)
-  found = card.read(os.path.join(run, card.FILE)).coefficients
+  found = card.read(os.path.join(run, run_dir_lib.SAMPLER)).coefficients
   # The export is compared with the images in memory by itself; and here.
   served = tf.saved_model.load(ddss_tf.export(run, denoiser, also=EXPORTS))
   x_T, step_noise = chain.draw_noise(
@@ -158,8 +160,8 @@ def test_a_run_of_images_of_a_shape(shape, tmp_path):
       run, denoiser, num_images=5, jit_compile=False)) as file:
     assert file["images"].shape == (5, *shape)
     assert file["images"].dtype == np.uint8 and np.std(file["images"]) > 1
-  images = {comparing.sample_key(r): noise(8, *shape) for r in records}
-  comparing._write_samples(os.path.join(run, comparing.SAMPLES), images)
+  images = {records_lib.sample_key(r): noise(8, *shape) for r in records}
+  comparing._write_samples(os.path.join(run, run_dir_lib.SAMPLES_NPZ), images)
   with open(ddss_tf.report(run), encoding="utf-8") as f:
     page = f.read()
   for name in ("samples.png", "generated.png", "path.png", "before_after.png",
@@ -298,7 +300,7 @@ def test_learned_variances_in_every_export(channels, tmp_path):
   run = str(tmp_path)
   coefficients = ddss_tf.solver_coefficients(
       exact.schedule, "ddpm", 2, "linear").numpy()
-  card.write(os.path.join(run, card.FILE), card.SamplerCard(
+  card.write(os.path.join(run, run_dir_lib.SAMPLER), card.SamplerCard(
       "DDPM", coefficients, denoiser.identity, {}))
   # Each but the scheduler, which is tested in PyTorch, is compared as it is
   # written with images of `denoiser.eps`; here are those of the network alone.

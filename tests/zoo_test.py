@@ -15,6 +15,7 @@ from ddss_tf import data
 from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
+from ddss_tf.runs import run_dir as run_dir_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIN = os.path.join(ROOT, "gin_configs", "sample.gin")
@@ -137,7 +138,7 @@ def test_publishing_a_run(tmp_path):
   run, folder = str(tmp_path / "run"), str(tmp_path / "zoo")
   bare = card.SamplerCard(found.label, found.coefficients, found.denoiser,
                           found.search, found.x0_bound)
-  card.write(os.path.join(run, card.FILE), bare)
+  card.write(os.path.join(run, run_dir_lib.SAMPLER), bare)
   with pytest.raises(ddss_tf.UserError, match="--mode=evaluate"):
     zoo.add(run, folder)
   other = {**found.metrics[0], "coefficients_sha256": "0" * 64}

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from ddss_tf import data
 from ddss_tf import features as features_lib
-from ddss_tf import fingerprint
+from ddss_tf.runs import fingerprint
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "..", "ddss_tf", "assets")
 _NUM_TRAIN = 9000

@@ -25,9 +25,28 @@ from absl import logging
 import gin
 
 from ddss_tf import distribution
-from ddss_tf import paths
 from ddss_tf import storage
 from ddss_tf.errors import UserError
+
+SAMPLER = "sampler.json"
+TABLE = "table"
+SAMPLES_NPZ = "samples.npz"
+FID_BY_STEPS = "fid_by_steps.png"
+QUALITY_BY_TIME = "quality_by_time.png"
+METRICS = "metrics.json"
+SAMPLES_PNG = "samples.png"
+EXPORT = "export"
+# Where other forms of the sampler go in a run directory.
+ALSO = {"diffusers": "diffusers_scheduler", "onnx": "sampler.onnx",
+        "tflite": "sampler.tflite"}
+REPORT = "report.html"
+# What a search leaves to look at.
+COEFFICIENTS = "coefficients.png"
+PATH = "path.png"
+BEFORE_AFTER = "before_after.png"
+PICTURES = (COEFFICIENTS, PATH, BEFORE_AFTER)
+PICTURE_EVENTS = os.path.join("tensorboard", "pictures")
+STARTS = "starts.json"
 
 try:
   import fcntl
@@ -73,8 +92,8 @@ class RunDir:
   """
 
   def __init__(self, root: str, cache: str | None = None):
-    self.root = root = paths.expanded(root)
-    self.cache = paths.expanded(cache) or self.path("cache")
+    self.root = root = storage.expanded(root)
+    self.cache = storage.expanded(cache) or self.path("cache")
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
     self._locked_first = False  # By `lock`, where nobody had.

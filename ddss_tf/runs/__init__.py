@@ -1,0 +1,1 @@
+"""A run's files: its directory, checkpoints, records and progress."""
