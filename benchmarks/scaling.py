@@ -18,9 +18,9 @@ from ddss_tf import denoisers
 from ddss_tf import inspecting
 from ddss_tf import presets
 from ddss_tf import schedules
-from ddss_tf import unet
+from ddss_tf.networks import unet
 from ddss_tf.features import load_features
-from ddss_tf.frozen import frozen_variables
+from ddss_tf.networks.frozen import frozen_variables
 
 BATCH = 512  # The paper's population, and its steps.
 STEPS = 50_000

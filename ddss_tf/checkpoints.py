@@ -10,10 +10,11 @@ from typing import Callable, Iterable, Mapping
 import keras
 import numpy as np
 
+from ddss_tf import errors
 from ddss_tf import storage
-from ddss_tf import unet
+from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
-from ddss_tf.frozen import frozen_variables
+from ddss_tf.networks.frozen import frozen_variables
 
 # Of a variable: where its value comes from, and how it is laid out there.
 Relayout = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray]
@@ -68,27 +69,6 @@ def json_value(source: str, key: str, value, kind: type, least: int = 1):
   raise UserError(f"{source}: {key} must be {words}. Received: {value!r}")
 
 
-def one_line(error: Exception) -> str:
-  """The text of a library's error, short enough for a message of ours."""
-  return " ".join(str(error).split())[:200]
-
-
-def load_keras(path: str) -> keras.Model:
-  """Loads a Keras file, frozen.
-
-  Raises:
-    UserError: not a complete Keras file, or classes that nobody registered.
-  """
-  try:
-    with frozen_variables():
-      model = keras.saving.load_model(path, compile=False, safe_mode=True)
-  except Exception as error:  # Keras raises many kinds for a damaged file.
-    raise UserError(f"{path} is not a complete and safe Keras file: "
-                    f"{one_line(error)}") from error
-  model.trainable = False
-  return model
-
-
 def read_state_dict(path: str) -> dict[str, np.ndarray]:
   """Reads a state dict of PyTorch. Runs no code from the file.
 
@@ -112,7 +92,7 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
     state = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # PyTorch raises many kinds for a damaged file.
     raise UserError(f"{path} is not a complete PyTorch state dict: "
-                    f"{one_line(error)}") from error
+                    f"{errors.one_line(error)}") from error
   if not isinstance(state, dict) or not all(
       isinstance(value, torch.Tensor) for value in state.values()):
     raise UserError(f"{path} must hold a state dict, tensors by name. "
@@ -126,7 +106,7 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
     arrays = {name: value.detach().float().numpy()
               for name, value in state.items()}
   except Exception as error:  # A sparse or quantised tensor.
-    raise UserError(f"{path} must hold plain tensors: {one_line(error)}"
+    raise UserError(f"{path} must hold plain tensors: {errors.one_line(error)}"
                     ) from error
   return finite_float32(path, arrays)
 
@@ -241,7 +221,7 @@ def frozen(source: str, build: Callable[..., keras.Model],
   except (TypeError, ValueError) as error:  # TypeError: "32" for 32.
     raise UserError(
         f"{source} describes a network that cannot be built: "
-        f"{one_line(error)}") from error
+        f"{errors.one_line(error)}") from error
   model.trainable = False
   return model
 

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import frozen
 from ddss_tf import schedules
+from ddss_tf.networks import frozen
 from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers import Denoiser
 from ddss_tf.errors import UserError

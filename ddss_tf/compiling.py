@@ -5,10 +5,10 @@ import re
 import keras
 import tensorflow as tf
 
-from ddss_tf import checkpoints
-from ddss_tf import edm_unet
-from ddss_tf import group_norm
-from ddss_tf import unet
+from ddss_tf import errors
+from ddss_tf.networks import edm_unet
+from ddss_tf.networks import group_norm
+from ddss_tf.networks import unet
 
 # Of the networks that we build: XLA is known to compile them, and asking takes
 # as long as tracing them once more.
@@ -19,7 +19,7 @@ _KNOWN = (
     keras.layers.ZeroPadding2D, keras.layers.Embedding,
     group_norm.GroupNormalization, unet.TimeEmbedding, unet.ResidualBlock,
     unet.SelfAttention, edm_unet.FilteredDown, edm_unet.FourierEmbedding,
-    edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, edm_unet.OneHot)
+    edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, unet.OneHot)
 
 
 def _is_known(layer) -> bool:
@@ -57,5 +57,5 @@ def obstacle(denoiser) -> str | None:
     missing = sorted(set(re.findall(r"No registered '(\w+)'", str(error))))
     if missing:
       return "it has no kernel for " + ", ".join(missing)
-    return checkpoints.one_line(error)
+    return errors.one_line(error)
   return None

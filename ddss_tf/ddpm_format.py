@@ -16,8 +16,9 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import checkpoints
+from ddss_tf import errors
 from ddss_tf.errors import UserError
-from ddss_tf.unet import UNetConfig
+from ddss_tf.networks.unet import UNetConfig
 
 _ROOT = "model/"
 _EMA = "/ExponentialMovingAverage"
@@ -88,7 +89,7 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
   # IndexError and RuntimeError among them, beside those of tf.errors.
   except Exception as error:
     raise UserError(f"{prefix} is not a complete TensorFlow checkpoint: "
-                    f"{checkpoints.one_line(error)}") from error
+                    f"{errors.one_line(error)}") from error
   return checkpoints.finite_float32(prefix, weights)
 
 

@@ -20,10 +20,12 @@ from ddss_tf import chain
 from ddss_tf import checkpoints
 from ddss_tf import compiling
 from ddss_tf import conventions
+from ddss_tf import errors
 from ddss_tf import foreign
-from ddss_tf import precision
 from ddss_tf import schedules
 from ddss_tf import storage
+from ddss_tf.networks import files as network_files
+from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
@@ -461,11 +463,11 @@ class Denoiser:
                     if key in card}
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f"{card_path} is damaged: "
-                      f"{checkpoints.one_line(error)}") from error
+                      f"{errors.one_line(error)}") from error
     network_path = os.path.join(folder, NETWORK)
     if not os.path.exists(network_path):
       raise UserError(f"{folder} has {CARD} but no {NETWORK}")
-    model = checkpoints.load_keras(network_path)
+    model = network_files.load_keras(network_path)
     received = weights_sha256(model)
     if received != sha256:
       raise UserError(

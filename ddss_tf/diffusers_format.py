@@ -15,9 +15,10 @@ import numpy as np
 import safetensors.numpy
 
 from ddss_tf import checkpoints
+from ddss_tf import errors
 from ddss_tf import schedules
 from ddss_tf.errors import UserError
-from ddss_tf.unet import UNetConfig
+from ddss_tf.networks.unet import UNetConfig
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
@@ -245,7 +246,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
   except UserError:
     raise
   except (TypeError, ValueError) as error:  # A word where a number should be.
-    raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
+    raise UserError(f"{source}: {errors.one_line(error)}") from error
   betas, prediction = _read_scheduler(path)
   return unet_config, betas, prediction
 
@@ -345,7 +346,7 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
     if zero_snr and schedule.betas[-1] < 1:
       schedule = schedule.rescaled_to_zero_snr()
   except (TypeError, ValueError) as error:
-    raise UserError(f"{source}: {checkpoints.one_line(error)}") from error
+    raise UserError(f"{source}: {errors.one_line(error)}") from error
   return schedule.betas, PREDICTIONS[kind]
 
 
@@ -377,7 +378,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     weights = safetensors.numpy.load_file(path)
   except Exception as error:  # It knows types that NumPy does not.
     raise UserError(f"{path} is not a complete safetensors file of floats: "
-                    f"{checkpoints.one_line(error)}") from error
+                    f"{errors.one_line(error)}") from error
   return checkpoints.finite_float32(path, weights)
 
 

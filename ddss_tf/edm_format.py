@@ -19,11 +19,12 @@ import numpy as np
 import safetensors.numpy
 
 from ddss_tf import checkpoints
-from ddss_tf import edm_unet
+from ddss_tf import errors
 from ddss_tf import foreign
 from ddss_tf import schedules
-from ddss_tf.edm_unet import EDMConfig
+from ddss_tf.networks import edm_unet
 from ddss_tf.errors import UserError
+from ddss_tf.networks.edm_unet import EDMConfig
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -209,7 +210,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
       weights = safetensors.numpy.load_file(path)
   except Exception as error:  # Zip files alone break in five ways.
     raise UserError(f"{path} is not a complete {path.rsplit('.', 1)[-1]} file: "
-                    f"{checkpoints.one_line(error)}") from error
+                    f"{errors.one_line(error)}") from error
   weights = {name.removeprefix("model."): value
              for name, value in weights.items()}
   weights.pop("map_augment.weight", None)

@@ -102,3 +102,8 @@ def check_positive(option: str, value) -> None:
       or not 0 < value < float("inf")):
     raise UserError(
         f"{option} must be a number above 0. Received: {value!r}")
+
+
+def one_line(error: Exception) -> str:
+  """The text of a library's error, short enough for a message of ours."""
+  return " ".join(str(error).split())[:200]

@@ -14,9 +14,9 @@ from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
-from ddss_tf import precision
 from ddss_tf import sampling
 from ddss_tf import storage
+from ddss_tf.networks import precision
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.denoisers import Denoiser

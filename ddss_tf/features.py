@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import checkpoints
 from ddss_tf import keras_models
 from ddss_tf import saved_models
 from ddss_tf import storage
+from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.preprocessing import Preprocessing
@@ -288,7 +288,7 @@ def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
         f"features must be the path of a {_SUFFIX} file or of a SavedModel's "
         "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
         f"network ({', '.join(embedded_features())}). Received: {path!r}")
-  model = checkpoints.load_keras(path)
+  model = network_files.load_keras(path)
   for variable in model.weights:
     if not np.all(np.isfinite(variable)):
       raise UserError(f"features {path} must have finite weights. Received: "

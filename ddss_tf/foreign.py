@@ -22,9 +22,10 @@ import tensorflow as tf
 
 from ddss_tf import checkpoints
 from ddss_tf import conventions
-from ddss_tf import edm_unet
-from ddss_tf import saved_models
+from ddss_tf import errors
 from ddss_tf import schedules
+from ddss_tf.networks import files as network_files
+from ddss_tf.networks import unet
 from ddss_tf.errors import UserError, check_whole, shape_text
 
 KERAS_SUFFIX = ".keras"
@@ -146,7 +147,7 @@ def read_schedule(path: str, value) -> schedules.NoiseSchedule:
   try:
     return schedules.make_schedule(**value)
   except (TypeError, ValueError) as error:
-    raise UserError(f"{path}: schedule: {checkpoints.one_line(error)}"
+    raise UserError(f"{path}: schedule: {errors.one_line(error)}"
                     ) from error
 
 
@@ -250,8 +251,8 @@ class SavedModelNetwork:
 
   def __init__(self, folder: str, signature: str | None = None,
                image_shape=None, num_classes: int | None = None):
-    self._loaded = saved_models.load(folder)
-    self.sha256 = saved_models.sha256(folder)
+    self._loaded = network_files.load(folder)
+    self.sha256 = network_files.sha256(folder)
     found = list(_entry_points(self._loaded))
     names = list(dict.fromkeys(name for name, *_ in found))
     if signature is not None and signature not in names:
@@ -342,7 +343,7 @@ def _entry_points(loaded):
 
       yield "__call__", function, [flat[place] for place in places]
   for name, signature in getattr(loaded, "signatures", {}).items():
-    saved_models.freeze_signature(signature)
+    network_files.freeze_signature(signature)
     specs = signature.structured_input_signature[1]
 
     def call(*tensors, signature=signature, names=tuple(specs)):
@@ -440,7 +441,7 @@ def adapted(model, num_classes: int | None = None):
     elif width == 1:
       fed.append(keras.layers.Reshape((1,), name="label_input")(labels))
     else:
-      fed.append(edm_unet.OneHot(width, name="label_input")(labels))
+      fed.append(unet.OneHot(width, name="label_input")(labels))
   by_place = dict(zip(places, fed))
   ordered = [by_place[place] for place in sorted(by_place)]
   return keras.Model(outer, model(keras.tree.pack_sequence_as(
@@ -491,7 +492,7 @@ def check(denoiser, source: str) -> bool:
     except Exception as error:  # Whatever the graph raises.
       raise UserError(
           f"{source} must take images {shape_text((2, *denoiser.image_shape))} "
-          f"and times [2]{taken}: {checkpoints.one_line(error)}") from error
+          f"and times [2]{taken}: {errors.one_line(error)}") from error
     if not np.all(np.isfinite(output)):
       raise UserError(f"{source} must give finite predictions. Received: NaN "
                       f"or infinity at the times {np.asarray(t).tolist()}")
@@ -500,7 +501,7 @@ def check(denoiser, source: str) -> bool:
     except Exception as error:  # TensorFlow raises many kinds.
       raise UserError(
           f"{source} must have a gradient with respect to its images: "
-          f"{checkpoints.one_line(error)}") from error
+          f"{errors.one_line(error)}") from error
     # A called function without one gives zeros, not None.
     if by_x is None or not np.any(by_x):
       raise UserError(f"{source} must have a gradient with respect to its "

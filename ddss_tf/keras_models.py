@@ -10,7 +10,7 @@ import tensorflow as tf
 from ddss_tf import preprocessing
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, shape_text
-from ddss_tf.frozen import frozen_variables
+from ddss_tf.networks.frozen import frozen_variables
 
 APPLICATION_PREFIX = "keras:"
 

@@ -18,17 +18,19 @@ from ddss_tf import ddpm_format
 from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import edm_format
+from ddss_tf import errors
 from ddss_tf import foreign
 from ddss_tf import openai_format
 from ddss_tf import storage
 from ddss_tf import version
 from ddss_tf import weights_format
+from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers import Denoiser
-from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
+from ddss_tf.networks.edm_unet import EDMConfig
+from ddss_tf.networks.unet import UNetConfig
 from ddss_tf.schedules import NoiseSchedule
-from ddss_tf.unet import UNetConfig
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 # Counts changes to what is kept: copies of another revision are not taken.
@@ -269,7 +271,7 @@ def _cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
     denoiser.save(folder)
   except OSError as error:
     logging.warning("the converted network cannot be kept: %s",
-                    checkpoints.one_line(error))
+                    errors.one_line(error))
   return denoiser
 
 
@@ -391,7 +393,7 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
   classes = getattr(config, "num_classes", None)
   if isinstance(config, EDMConfig):
     convention = {"process": "ve", "time_input": "sigma"}
-    # The label after the last is no class: all zeros, see `edm_unet.OneHot`.
+    # The label after the last is no class: all zeros, see `unet.OneHot`.
     # Only training with dropped labels has shown it to the network.
     knows_null = bool(config.label_dim and config.label_dropout)
     null_label = config.label_dim if knows_null else None
@@ -414,7 +416,7 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     if card["signature"] is not None:
       raise UserError("signature must not be given for a Keras file. Received: "
                       f"{card['signature']!r}")
-    model = checkpoints.load_keras(path)
+    model = network_files.load_keras(path)
     sha256 = denoisers.weights_sha256(model)
     # The hash of a SavedModel is of its graph, too.
     told["architecture"] = fingerprint.text_sha256(model.to_json())

@@ -28,7 +28,7 @@ import numpy as np
 from ddss_tf import checkpoints
 from ddss_tf import schedules
 from ddss_tf.errors import UserError
-from ddss_tf.unet import UNetConfig
+from ddss_tf.networks.unet import UNetConfig
 
 SUFFIX = ".pt"
 

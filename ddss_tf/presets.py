@@ -15,10 +15,10 @@ import typing
 from ddss_tf import checkpoints
 from ddss_tf import edm_format
 from ddss_tf import storage
-from ddss_tf.edm_unet import EDMConfig
 from ddss_tf.errors import UserError
+from ddss_tf.networks.edm_unet import EDMConfig
+from ddss_tf.networks.unet import UNetConfig
 from ddss_tf.schedules import ExplodingSchedule
-from ddss_tf.unet import UNetConfig
 
 # Of improved- and guided-diffusion, whose networks are PyTorch's.
 _OPENAI = dict(

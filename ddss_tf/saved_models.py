@@ -10,15 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import storage
+from ddss_tf.networks import files as network_files
 from ddss_tf.errors import UserError, shape_text
-from ddss_tf.frozen import frozen_variables
 
 INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 INCEPTION_SIZE = 299
-
-
-def _reason(error: Exception, limit: int = 200) -> str:
-  return " ".join(str(error).split())[:limit]
 
 
 class SavedModelNetwork:
@@ -43,8 +39,8 @@ class SavedModelNetwork:
   def __init__(self, folder: str):
     self._folder = folder
     # Kept: its variables live only as long as it does.
-    self._loaded = load(folder)
-    self.weights_sha256 = sha256(folder)
+    self._loaded = network_files.load(folder)
+    self.weights_sha256 = network_files.sha256(folder)
     self._ways, refused = [], []
     for name, function, specs in _entry_points(self._loaded):
       if (len(specs) == 1 and specs[0].dtype.is_floating
@@ -82,7 +78,7 @@ class SavedModelNetwork:
         outputs = function(tf.cast(images, spec.dtype))
         break
       except Exception as error:  # Whatever the graph raises.
-        failures.append(f"{name}: {_reason(error, 100)}")
+        failures.append(f"{name}: {network_files.reason(error, 100)}")
     else:
       raise UserError(f"{self._folder} must take images "
                       f"{shape_text(images.shape)}: {'; '.join(failures)}")
@@ -127,7 +123,7 @@ def _entry_points(loaded):
   for name in ("serving_default", "default"):
     if name in signatures:
       signature = signatures[name]
-      freeze_signature(signature)
+      network_files.freeze_signature(signature)
       arguments = signature.structured_input_signature[1]
       if len(arguments) == 1:
         [key] = arguments
@@ -135,78 +131,6 @@ def _entry_points(loaded):
       else:
         function = signature
       yield name, function, list(arguments.values())
-
-
-def load(folder: str):
-  """Loads a SavedModel with all variables frozen.
-
-  Args:
-    folder: with saved_model.pb and variables.
-
-  Returns:
-    What TensorFlow makes of it; its variables live only as long as it does.
-
-  Raises:
-    UserError: not a complete SavedModel; in one line.
-  """
-  _check_complete(folder)
-  # TF-Hub's first format has no tags.
-  tags = ([] if os.path.exists(os.path.join(folder, "tfhub_module.pb"))
-          else None)
-  try:
-    with frozen_variables():
-      return tf.saved_model.load(folder, tags=tags)
-  except Exception as error:  # TensorFlow raises many kinds for damage.
-    hint = ""
-    if not os.path.exists(os.path.join(folder, "variables",
-                                       "variables.index")):
-      hint = "variables/variables.index is missing; "
-    raise UserError(f"{folder} is not a complete SavedModel: {hint}"
-                    f"{_reason(error)}") from error
-
-
-def freeze_signature(signature) -> None:
-  """Freezes TensorFlow 1's variables, which come out of a collection.
-
-  They come past `frozen_variables`; there is no public way to freeze them.
-  """
-  for variable in signature.graph.variables:
-    variable._trainable = False  # pylint: disable=protected-access
-
-
-def _check_complete(folder: str) -> None:
-  """Refuses what an interrupted download or copy leaves."""
-  files = set(os.listdir(folder))
-  if not files & {"saved_model.pb", "saved_model.pbtxt"}:
-    raise UserError(
-        f"{folder} must be a SavedModel. Received: a folder without "
-        "saved_model.pb, perhaps half-written: delete it and unpack it again")
-  variables = os.path.join(folder, "variables")
-  shards = os.listdir(variables) if os.path.isdir(variables) else []
-  present = [name for name in shards if name.startswith("variables.data-")]
-  if "variables.index" in shards or present:
-    count = int(present[0].rsplit("-", 1)[-1]) if present else 1
-    if len(present) != count or "variables.index" not in shards:
-      raise UserError(
-          f"{variables} must hold variables.index and all its data files. "
-          f"Received: {', '.join(sorted(shards))}: half-written, delete the "
-          "SavedModel and unpack it again")
-
-
-def sha256(folder: str) -> str:
-  """Hash of the names and contents of what a SavedModel computes with."""
-  paths = ["saved_model.pb", "saved_model.pbtxt", "tfhub_module.pb"]
-  for part in ("variables", "assets"):
-    for root, _, files in os.walk(os.path.join(folder, part)):
-      paths += [os.path.relpath(os.path.join(root, file), folder)
-                for file in files]
-  digest = hashlib.sha256()
-  for path in sorted(paths):
-    if os.path.isfile(os.path.join(folder, path)):
-      with open(os.path.join(folder, path), "rb") as f:
-        part = hashlib.file_digest(f, "sha256").hexdigest()
-      digest.update(f"{path} {part}\n".encode())
-  return digest.hexdigest()
 
 
 def _fetched(handle: str) -> str:
@@ -244,7 +168,7 @@ def hub_folder(handle: str) -> str:
         return _fetched(handle)
       except Exception as error:  # No network, no package, no space.
         state = ("no such folder, and it cannot be fetched: "
-                 f"{_reason(error)}")
+                 f"{network_files.reason(error)}")
     raise UserError(
         f"{handle} must be in TF-Hub's cache, in the folder {folder} (cache: "
         f"TFHUB_CACHE_DIR). Received: {state}. Download "

@@ -30,12 +30,12 @@ from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
-from ddss_tf import precision
 from ddss_tf import reference
 from ddss_tf import sampling
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
+from ddss_tf.networks import precision
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib

@@ -23,13 +23,14 @@ import tensorflow as tf
 
 from ddss_tf import checkpoints
 from ddss_tf import edm_format
-from ddss_tf import edm_unet
+from ddss_tf import errors
 from ddss_tf import foreign
 from ddss_tf import presets
 from ddss_tf import storage
-from ddss_tf import unet
-from ddss_tf.edm_unet import EDMConfig
+from ddss_tf.networks import edm_unet
+from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
+from ddss_tf.networks.edm_unet import EDMConfig
 
 SUFFIX = ".weights.h5"
 CARD_KEYS = ("preset", "prediction", "schedule", "null_label",
@@ -112,7 +113,7 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
     raise
   except Exception as error:  # HDF5 raises many kinds for a damaged file.
     raise UserError(f"{path} is not a complete file of Keras weights: "
-                    f"{checkpoints.one_line(error)}") from error
+                    f"{errors.one_line(error)}") from error
   arrays = checkpoints.finite_float32(path, arrays)
   checkpoints.fill(
       model, {variable: arrays[name] for variable, name in names.items()})

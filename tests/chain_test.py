@@ -14,8 +14,8 @@ from ddss_tf import denoisers
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf.coefficients import Coefficients
-from ddss_tf.frozen import frozen_variables
-from ddss_tf.unet import UNetConfig, build_unet
+from ddss_tf.networks.frozen import frozen_variables
+from ddss_tf.networks.unet import UNetConfig, build_unet
 
 SHAPE = (4, 4, 1)
 

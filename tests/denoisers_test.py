@@ -15,7 +15,7 @@ from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import inspecting
 from ddss_tf import sampling
-from ddss_tf import unet
+from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")

@@ -12,8 +12,8 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import denoisers
 from ddss_tf import edm_format
-from ddss_tf import edm_unet
 from ddss_tf import inspecting
+from ddss_tf.networks import edm_unet
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
 NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve",

@@ -20,7 +20,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import unet
+from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
 
 # Zip files (.keras, .npz) and TensorFlow's checkpoints have checksums of what

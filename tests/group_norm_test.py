@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import group_norm
+from ddss_tf.networks import group_norm
 
 
 def results(layer, x, cotangent, jit_compile=False):

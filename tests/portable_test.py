@@ -19,7 +19,7 @@ from ddss_tf import chain
 from ddss_tf import denoisers
 from ddss_tf import portable
 from ddss_tf import sampling
-from ddss_tf import unet
+from ddss_tf.networks import unet
 from ddss_tf.runs import run_dir as run_dir_lib
 
 needs = {name: pytest.mark.skipif(

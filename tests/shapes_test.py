@@ -24,7 +24,7 @@ from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import preprocessing
 from ddss_tf import sampling
-from ddss_tf import unet
+from ddss_tf.networks import unet
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import unet
+from ddss_tf.networks import unet
 
 
 def test_time_embedding_by_hand():

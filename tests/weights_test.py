@@ -20,11 +20,11 @@ from ddss_tf import ddpm_format
 from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import edm_format
-from ddss_tf import edm_unet
 from ddss_tf import openai_format
 from ddss_tf import presets
-from ddss_tf import unet
 from ddss_tf import weights_format
+from ddss_tf.networks import edm_unet
+from ddss_tf.networks import unet
 
 # Fixtures are found by their names.
 cache = loading_test.cache

@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from ddss_tf import keras_models
 from ddss_tf import saved_models
-from ddss_tf.frozen import frozen_variables
+from ddss_tf.networks.frozen import frozen_variables
 
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder of the SavedModel.", required=True)

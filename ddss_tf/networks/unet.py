@@ -12,7 +12,7 @@ import math
 import keras
 from keras import ops
 
-from ddss_tf import group_norm
+from ddss_tf.networks import group_norm
 
 # GELU is the exact one, as in PyTorch; Keras approximates by default.
 _ACTIVATIONS = {
@@ -488,3 +488,24 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
                           dtype="float32", name="conv_out")(h)
   return keras.Model(inputs, h, name=name)
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class OneHot(keras.layers.Layer):
+  """Class indices, int [B], to float [B, classes]; zeros for those outside."""
+
+  def __init__(self, classes, scale=1.0, **kwargs):
+    super().__init__(**kwargs)
+    self.classes = classes
+    self.scale = scale
+
+  def call(self, labels):
+    return self.scale * ops.one_hot(
+        labels, self.classes, dtype=self.compute_dtype)
+
+  def compute_output_shape(self, labels_shape):
+    return (*labels_shape, self.classes)
+
+  def get_config(self):
+    return {**super().get_config(), "classes": self.classes,
+            "scale": self.scale}

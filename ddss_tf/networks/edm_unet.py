@@ -14,8 +14,8 @@ import math
 import keras
 from keras import ops
 
-from ddss_tf import group_norm
-from ddss_tf.unet import TimeEmbedding, check_sizes
+from ddss_tf.networks import group_norm
+from ddss_tf.networks.unet import OneHot, TimeEmbedding, check_sizes
 
 ARCHITECTURES = ("SongUNet", "DhariwalUNet")
 PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond")
@@ -400,27 +400,6 @@ class EDMOutput(_Preconditioning):
   def compute_output_shape(self, x_shape, sigma_shape, output_shape):
     del sigma_shape, output_shape
     return x_shape
-
-
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class OneHot(keras.layers.Layer):
-  """Class indices, int [B], to float [B, classes]; zeros for those outside."""
-
-  def __init__(self, classes, scale=1.0, **kwargs):
-    super().__init__(**kwargs)
-    self.classes = classes
-    self.scale = scale
-
-  def call(self, labels):
-    return self.scale * ops.one_hot(
-        labels, self.classes, dtype=self.compute_dtype)
-
-  def compute_output_shape(self, labels_shape):
-    return (*labels_shape, self.classes)
-
-  def get_config(self):
-    return {**super().get_config(), "classes": self.classes,
-            "scale": self.scale}
 
 
 def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:

@@ -1,0 +1,1 @@
+"""Networks: the U-Nets of the formats, and what freezes and stores a network."""

@@ -1,0 +1,103 @@
+"""Networks in files: Keras files and SavedModels, read and identified."""
+
+import hashlib
+import os
+
+import keras
+import tensorflow as tf
+
+from ddss_tf import errors
+from ddss_tf.errors import UserError
+from ddss_tf.networks.frozen import frozen_variables
+
+
+def load_keras(path: str) -> keras.Model:
+  """Loads a Keras file, frozen.
+
+  Raises:
+    UserError: not a complete Keras file, or classes that nobody registered.
+  """
+  try:
+    with frozen_variables():
+      model = keras.saving.load_model(path, compile=False, safe_mode=True)
+  except Exception as error:  # Keras raises many kinds for a damaged file.
+    raise UserError(f"{path} is not a complete and safe Keras file: "
+                    f"{errors.one_line(error)}") from error
+  model.trainable = False
+  return model
+
+
+def reason(error: Exception, limit: int = 200) -> str:
+  return " ".join(str(error).split())[:limit]
+
+
+def load(folder: str):
+  """Loads a SavedModel with all variables frozen.
+
+  Args:
+    folder: with saved_model.pb and variables.
+
+  Returns:
+    What TensorFlow makes of it; its variables live only as long as it does.
+
+  Raises:
+    UserError: not a complete SavedModel; in one line.
+  """
+  _check_complete(folder)
+  # TF-Hub's first format has no tags.
+  tags = ([] if os.path.exists(os.path.join(folder, "tfhub_module.pb"))
+          else None)
+  try:
+    with frozen_variables():
+      return tf.saved_model.load(folder, tags=tags)
+  except Exception as error:  # TensorFlow raises many kinds for damage.
+    hint = ""
+    if not os.path.exists(os.path.join(folder, "variables",
+                                       "variables.index")):
+      hint = "variables/variables.index is missing; "
+    raise UserError(f"{folder} is not a complete SavedModel: {hint}"
+                    f"{reason(error)}") from error
+
+
+def freeze_signature(signature) -> None:
+  """Freezes TensorFlow 1's variables, which come out of a collection.
+
+  They come past `frozen_variables`; there is no public way to freeze them.
+  """
+  for variable in signature.graph.variables:
+    variable._trainable = False  # pylint: disable=protected-access
+
+
+def _check_complete(folder: str) -> None:
+  """Refuses what an interrupted download or copy leaves."""
+  files = set(os.listdir(folder))
+  if not files & {"saved_model.pb", "saved_model.pbtxt"}:
+    raise UserError(
+        f"{folder} must be a SavedModel. Received: a folder without "
+        "saved_model.pb, perhaps half-written: delete it and unpack it again")
+  variables = os.path.join(folder, "variables")
+  shards = os.listdir(variables) if os.path.isdir(variables) else []
+  present = [name for name in shards if name.startswith("variables.data-")]
+  if "variables.index" in shards or present:
+    count = int(present[0].rsplit("-", 1)[-1]) if present else 1
+    if len(present) != count or "variables.index" not in shards:
+      raise UserError(
+          f"{variables} must hold variables.index and all its data files. "
+          f"Received: {', '.join(sorted(shards))}: half-written, delete the "
+          "SavedModel and unpack it again")
+
+
+def sha256(folder: str) -> str:
+  """Hash of the names and contents of what a SavedModel computes with."""
+  paths = ["saved_model.pb", "saved_model.pbtxt", "tfhub_module.pb"]
+  for part in ("variables", "assets"):
+    for root, _, files in os.walk(os.path.join(folder, part)):
+      paths += [os.path.relpath(os.path.join(root, file), folder)
+                for file in files]
+  digest = hashlib.sha256()
+  for path in sorted(paths):
+    if os.path.isfile(os.path.join(folder, path)):
+      with open(os.path.join(folder, path), "rb") as f:
+        part = hashlib.file_digest(f, "sha256").hexdigest()
+      digest.update(f"{path} {part}\n".encode())
+  return digest.hexdigest()
