@@ -14,10 +14,10 @@ import math
 
 import tensorflow as tf
 
-from ddss_tf import denoisers
 from ddss_tf import inspecting
 from ddss_tf import presets
 from ddss_tf import schedules
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import unet
 from ddss_tf.features import load_features
 from ddss_tf.networks.frozen import frozen_variables
@@ -85,7 +85,7 @@ def network_cost(config: unet.UNetConfig) -> Cost:
   """Of a U-Net of random weights."""
   with frozen_variables():
     model = unet.build_unet(config)
-  denoiser = denoisers.Denoiser(
+  denoiser = denoiser_lib.Denoiser(
       model, schedules.NoiseSchedule.linear(),
       image_shape=(config.image_size, config.image_size, config.in_channels))
   return Cost(

@@ -25,7 +25,7 @@ from ddss_tf.version import __version__
 
 _PUBLIC = {
     "Coefficients": "coefficients",
-    "Denoiser": "denoisers",
+    "Denoiser": "denoisers.denoiser",
     "FeatureNetwork": "features",
     "FixedSampler": "samplers",
     "GGDM": "families",
@@ -40,14 +40,14 @@ _PUBLIC = {
     "draw_noise": "chain",
     "evaluate": "evaluation",
     "export": "exporting",
-    "gaussian_denoiser": "denoisers",
+    "gaussian_denoiser": "denoisers.gaussian",
     "inspect": "inspecting",
     "load_dataset": "data",
     "load_denoiser": "loading",
     "load_features": "features",
     "make_sampler": "families",
     "make_schedule": "schedules",
-    "on_schedule": "clocks",
+    "on_schedule": "denoisers.clocks",
     "report": "reporting",
     "run_chain": "chain",
     "sample": "exporting",
@@ -62,11 +62,12 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf import zoo
   from ddss_tf.card import SamplerCard
   from ddss_tf.chain import draw_noise, run_chain
-  from ddss_tf.clocks import on_schedule
   from ddss_tf.coefficients import Coefficients
   from ddss_tf.comparing import compare
   from ddss_tf.data import ImageDataset, load_dataset
-  from ddss_tf.denoisers import Denoiser, gaussian_denoiser
+  from ddss_tf.denoisers.clocks import on_schedule
+  from ddss_tf.denoisers.denoiser import Denoiser
+  from ddss_tf.denoisers.gaussian import gaussian_denoiser
   from ddss_tf.errors import UserError
   from ddss_tf.evaluation import evaluate
   from ddss_tf.exporting import export, sample

@@ -36,7 +36,7 @@ from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.data import ImageDataset
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 
 _SHOWN = 8  # Images of each row.

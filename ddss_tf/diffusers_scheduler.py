@@ -11,7 +11,7 @@ import shutil
 from ddss_tf import diffusers_format
 from ddss_tf import storage
 from ddss_tf.card import SamplerCard
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 
 MODULE = "scheduling_ddss.py"

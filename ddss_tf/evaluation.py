@@ -23,11 +23,11 @@ from ddss_tf import zoo
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser, check_guidance
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.samplers import FixedSampler, Sampler
 from ddss_tf.schedules import NoiseSchedule
-from ddss_tf.searching import check_guidance, check_shapes, check_x0_bound
+from ddss_tf.searching import check_shapes, check_x0_bound
 
 _SPLITS = 10  # Of the Inception Score, as published.
 _LEAST_IMAGES = 4  # Of KID with an error, generated and real.

@@ -16,10 +16,11 @@ from ddss_tf import figures
 from ddss_tf import portable
 from ddss_tf import sampling
 from ddss_tf import storage
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import precision
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.coefficients import Coefficients
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation import load_searched
 
@@ -59,7 +60,7 @@ class SamplerModule(tf.Module):
 
     def run(x_T, step_noise, labels):
       return chain.run_chain(
-          chain.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
+          denoiser_lib.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
           x0_bound=x0_bound)
 
     def of_indices(seed, indices, labels):
@@ -182,7 +183,7 @@ def _golden(denoiser, coefficients, x0_bound):
 
   def run():
     return tf.clip_by_value(chain.run_chain(
-        chain.with_labels(denoiser.output, labels),
+        denoiser_lib.with_labels(denoiser.output, labels),
         denoiser.for_chain(coefficients), x_T, step_noise,
         x0_bound=x0_bound), -1.0, 1.0)
 

@@ -8,7 +8,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.features import FeatureNetwork, as_networks
 from ddss_tf.foreign import SavedModelNetwork

@@ -15,7 +15,6 @@ import gin
 
 from ddss_tf import checkpoints
 from ddss_tf import ddpm_format
-from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import edm_format
 from ddss_tf import errors
@@ -24,9 +23,10 @@ from ddss_tf import openai_format
 from ddss_tf import storage
 from ddss_tf import version
 from ddss_tf import weights_format
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.networks.edm_unet import EDMConfig
 from ddss_tf.networks.unet import UNetConfig
@@ -183,7 +183,7 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
   folder = path
   if not os.path.exists(folder) and os.sep not in path:
     folder = os.path.join(_ASSETS, path)
-  if os.path.exists(os.path.join(folder, denoisers.CARD)):
+  if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
     _check_given(path, given, ())
     return Denoiser.load(folder)
   if foreign.is_keras_file(path) or foreign.is_saved_model(path):
@@ -224,7 +224,7 @@ def _converter(path: str):
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   raise UserError(
-      f"denoiser folder must hold {denoisers.CARD} (ours), "
+      f"denoiser folder must hold {denoiser_lib.CARD} (ours), "
       f"{diffusers_format.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
       f"checkpoint (*.index). Received: {path!r} with "
       f"{sorted(os.listdir(path))}")
@@ -242,7 +242,7 @@ def embedded_denoisers() -> list[str]:
   """Names of the models that come with the package."""
   return sorted(
       name for name in os.listdir(_ASSETS)
-      if os.path.exists(os.path.join(_ASSETS, name, denoisers.CARD)))
+      if os.path.exists(os.path.join(_ASSETS, name, denoiser_lib.CARD)))
 
 
 def _cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
@@ -261,7 +261,7 @@ def _cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
   if not cache_dir:
     return convert(path, given)
   folder = os.path.join(cache_dir, "denoisers", _cache_key(path, given))
-  if os.path.exists(os.path.join(folder, denoisers.CARD)):
+  if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
     try:
       return Denoiser.load(folder)
     except UserError as error:
@@ -399,7 +399,7 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
     null_label = config.label_dim if knows_null else None
     classes = config.label_dim + knows_null or None
   sha256 = _told_sha256(
-      denoisers.weights_sha256(model), prediction, schedule,
+      denoiser_lib.weights_sha256(model), prediction, schedule,
       {**convention, "architecture": architecture})
   return Denoiser(model, schedule, prediction, num_classes=classes,
                   null_label=null_label, sha256=sha256,
@@ -417,7 +417,7 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
       raise UserError("signature must not be given for a Keras file. Received: "
                       f"{card['signature']!r}")
     model = network_files.load_keras(path)
-    sha256 = denoisers.weights_sha256(model)
+    sha256 = denoiser_lib.weights_sha256(model)
     # The hash of a SavedModel is of its graph, too.
     told["architecture"] = fingerprint.text_sha256(model.to_json())
   else:

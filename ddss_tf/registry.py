@@ -4,14 +4,13 @@ The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
 `export`, `inspect` and `report`; `make_strategy` is bound for all of them.
 """
 
-from ddss_tf.clocks import on_schedule
 from ddss_tf.comparing import compare
 from ddss_tf.data import load_dataset
-from ddss_tf.denoisers import gaussian_denoiser
+from ddss_tf.denoisers.clocks import on_schedule
+from ddss_tf.denoisers.gaussian import gaussian_denoiser
 from ddss_tf.distribution import make_strategy
 from ddss_tf.evaluation import evaluate
-from ddss_tf.exporting import export
-from ddss_tf.exporting import sample
+from ddss_tf.exporting import export, sample
 from ddss_tf.families import make_sampler
 from ddss_tf.features import load_features
 from ddss_tf.inspecting import inspect

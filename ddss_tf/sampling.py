@@ -7,9 +7,10 @@ import tensorflow as tf
 
 from ddss_tf import chain
 from ddss_tf import distribution
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import progress
 from ddss_tf.coefficients import Coefficients
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 
 
 # Longer chains run step by step: traced as one, they are a graph of so many
@@ -59,7 +60,7 @@ class Generator:
     x_T, step_noise = chain.draw_noise(
         seed, indices, self.denoiser.image_shape, coefficients.num_steps)
     return chain.run_chain(
-        chain.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
+        denoiser_lib.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
         x0_bound=self.x0_bound, **options)
 
   def _sample_batch(self, coefficients, seed, indices, labels=None):

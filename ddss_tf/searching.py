@@ -35,14 +35,14 @@ from ddss_tf import sampling
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import precision
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.runs import signals
-from ddss_tf.coefficients import Coefficients
 from ddss_tf.data import ImageDataset
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import (
     MAX_SEED, Interrupted, Terminated, UserError, check_positive, check_whole)
 from ddss_tf.features import FeatureNetwork, as_networks
@@ -90,38 +90,6 @@ def check_features(features: FeatureNetwork, dataset: ImageDataset,
         f"features {features.name!r} of {dataset.name!r} must differ: a search "
         f"measures by their deviation. Received: {len(pool)} images with the "
         "same features")
-
-
-def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
-  """Checks that times are learned only of a network that they reach.
-
-  Raises:
-    UserError: the sampler learns times, the denoiser takes whole ones or has
-      no gradient in them.
-  """
-  if "times" in sampler.variables_by_kind and not denoiser.continuous_time:
-    raise UserError(
-        f"sampler {sampler.label!r} must not learn times with the denoiser "
-        f"{denoiser.name!r}, which takes whole steps only or has no gradient "
-        "in the time: search a family without +time")
-
-
-def check_guidance(denoiser: Denoiser, coefficients: Coefficients) -> None:
-  """Checks that guidance scales of a sampler meet a network that takes them.
-
-  Raises:
-    UserError: the denoiser has no null label, or a scale of its own.
-  """
-  if coefficients.guidance_scales is None:
-    return
-  if denoiser.null_label is None:
-    raise UserError(
-        f"a sampler with guidance needs a class-conditional denoiser whose "
-        f"null_label is told. Received: {denoiser.name!r} without")
-  if denoiser.guidance_scale is not None:
-    raise UserError(
-        "guidance_scale must not be given for the denoiser of a sampler that "
-        f"has its own. Received: {denoiser.guidance_scale}")
 
 
 def check_x0_bound(root: str, x0_bound: str | None) -> None:
@@ -315,7 +283,7 @@ class Search:
     def make_view(indices, remat, coefficients=None):
       x_T, step_noise = chain.draw_noise(
           self._pair, indices, denoiser.image_shape, sampler.num_steps)
-      eps_fn = chain.with_labels(
+      eps_fn = denoiser_lib.with_labels(
           eps_fns[remat], denoiser.draw_labels(self._pair, indices))
       if coefficients is None:
         coefficients = sampler.coefficients()
@@ -934,8 +902,8 @@ def search(
     raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                     "a learned family, such as ggdm+pred+time")
   sampler.reset()  # An object may have been searched before.
-  check_times(denoiser, sampler)
-  check_guidance(denoiser, sampler.coefficients())
+  denoiser_lib.check_times(denoiser, sampler)
+  denoiser_lib.check_guidance(denoiser, sampler.coefficients())
 
   terms = objectives.weights_of_terms(objective)
   if objectives.ELBO in terms and denoiser.num_classes is not None:

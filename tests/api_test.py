@@ -14,7 +14,7 @@ import pytest
 
 import ddss_tf
 from ddss_tf import data
-from ddss_tf import denoisers
+from ddss_tf.denoisers import denoiser as denoiser_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -85,8 +85,8 @@ def test_quick_start(model, tmp_path, monkeypatch):
   quick_start = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(quick_start)
   # Compiling with XLA would take longer than all else.
-  compiled = denoisers.Denoiser.compiled_eps
-  monkeypatch.setattr(denoisers.Denoiser, "compiled_eps",
+  compiled = denoiser_lib.Denoiser.compiled_eps
+  monkeypatch.setattr(denoiser_lib.Denoiser, "compiled_eps",
                       lambda self, jit_compile=True, remat=False: compiled(
                           self, False, remat))
   if model == "gaussian":

@@ -10,9 +10,11 @@ import tensorflow as tf
 
 from ddss_tf import chain
 from ddss_tf import coefficients as coefficients_lib
-from ddss_tf import denoisers
 from ddss_tf import samplers
 from ddss_tf import sampling
+from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.denoisers import gaussian
+from ddss_tf.denoisers import rematerialise
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.networks.frozen import frozen_variables
 from ddss_tf.networks.unet import UNetConfig, build_unet
@@ -30,7 +32,7 @@ def small():
       blocks_per_level=1, attention_levels=(1,), norm_groups=4)
   with frozen_variables():
     model = build_unet(config)
-  return denoisers.Denoiser(model, samplers.NoiseSchedule.linear())
+  return denoiser_lib.Denoiser(model, samplers.NoiseSchedule.linear())
 
 
 def random_coefficients(steps=3, seed=0):
@@ -125,7 +127,7 @@ def test_a_markovian_chain_costs_as_much_at_every_step():
 
 
 def test_step_by_step_as_traced_as_one(monkeypatch):
-  denoiser = denoisers.gaussian_denoiser(SHAPE)
+  denoiser = gaussian.gaussian_denoiser(SHAPE)
   coefficients = samplers.SolverSampler(
       denoiser.schedule, 6, "ddpm").coefficients()
   one = sampling.Generator(denoiser, 4, False).images(coefficients, 5, 3)
@@ -213,7 +215,7 @@ def test_xla_compiles_once_for_all_steps_and_values(tmp_path):
 
 def test_gradients_agree_with_finite_differences(small):
   c = random_coefficients()
-  eps_fn = chain.rematerialise(small.compiled_eps(False))
+  eps_fn = rematerialise.rematerialise(small.compiled_eps(False))
   _, analytic = gradients(eps_fn, c)
   x_T, noise = chain.draw_noise(tf.constant([0, 0]), tf.range(3), SHAPE, 3)
   target = tf.sin(tf.range(16, dtype=tf.float32))

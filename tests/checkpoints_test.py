@@ -16,9 +16,9 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import ddpm_format
-from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import openai_format
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -127,7 +127,7 @@ def test_ddpm_checkpoint_matches_the_original(ddpm, tmp_path, warnings):
   folder = os.path.dirname(prefix)
   smaller = ddss_tf.load_denoiser(folder, image_size=8)
   assert smaller.image_shape == (8, 8, 3)
-  assert denoisers.weights_sha256(smaller.model) == denoisers.weights_sha256(
+  assert denoiser_lib.weights_sha256(smaller.model) == denoiser_lib.weights_sha256(
       denoiser.model)
   assert smaller.sha256 != denoiser.sha256
   assert "num_heads must not be given" in refusal(
@@ -412,7 +412,7 @@ def test_openai_file(state_dict, openai, tmp_path):
 
 def test_rescaled_times_survive_saving(openai, tmp_path):
   weights, golden, card = openai["openai_learned_sigma"]
-  denoiser = denoisers.Denoiser(
+  denoiser = denoiser_lib.Denoiser(
       openai_format.convert("here", weights, card),
       ddss_tf.make_schedule("cosine", 50))
   denoiser.save(str(tmp_path / "own"))
@@ -787,8 +787,8 @@ def test_switches_are_part_of_what_a_network_is(tmp_path):
     json.dump(scheduler | {"beta_end": 0.019}, f)
   others.append(ddss_tf.load_denoiser(str(tmp_path)))
   assert len({d.sha256 for d in [plain, *others]}) == 7
-  assert {denoisers.weights_sha256(d.model) for d in others} == {
-      denoisers.weights_sha256(plain.model)}
+  assert {denoiser_lib.weights_sha256(d.model) for d in others} == {
+      denoiser_lib.weights_sha256(plain.model)}
   # What changes no image is none of it.
   same = load(dropout=0.5, _diffusers_version="9")
   assert same.sha256 == plain.sha256

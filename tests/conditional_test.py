@@ -18,13 +18,13 @@ import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import data
-from ddss_tf import denoisers
 from ddss_tf import families
 from ddss_tf import inspecting
 from ddss_tf import objectives
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf import searching
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
@@ -52,7 +52,7 @@ class ClassEps(keras.layers.Layer):
 def make(**options):
   inputs = [keras.Input(SHAPE), keras.Input(()),
             keras.Input((), dtype="int32")]
-  return denoisers.Denoiser(
+  return denoiser_lib.Denoiser(
       keras.Model(inputs, ClassEps()(*inputs)),
       ddss_tf.make_schedule("linear", 1000), name="classes",
       num_classes=len(MEANS), **options)
@@ -126,7 +126,7 @@ def test_guidance_is_part_of_what_a_denoiser_is(tmp_path):
           in inspecting.inspect(denoiser=again))
   with pytest.raises(UserError, match="null_label must be one.*are 4.*9"):
     ddss_tf.load_denoiser(str(tmp_path), null_label=9)
-  path = tmp_path / denoisers.CARD
+  path = tmp_path / denoiser_lib.CARD
   card = json.loads(path.read_text())
   for changes in (dict(num_classes="5"), dict(num_classes=0), dict(version=99),
                   dict(format="other"), dict(name=[]),
@@ -216,7 +216,7 @@ def test_export_with_classes(parts, searched):
   x_T, noise = chain.draw_noise(pair, indices, SHAPE, STEPS)
   labels = tf.constant([0, 2, 3, 0, 0, 2, 1])
   expected = chain.run_chain(
-      chain.with_labels(denoiser.eps, labels), sampler.coefficients(), x_T,
+      denoiser_lib.with_labels(denoiser.eps, labels), sampler.coefficients(), x_T,
       noise)
   found = served["from_noise"](x_T=x_T, step_noise=noise, labels=labels)
   np.testing.assert_allclose(

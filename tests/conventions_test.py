@@ -11,9 +11,9 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import chain
-from ddss_tf import conventions
 from ddss_tf import sampling
 from ddss_tf import schedules
+from ddss_tf.denoisers import conventions
 
 MEAN, STD = 0.2, 0.5
 SHAPE = (2, 2, 1)

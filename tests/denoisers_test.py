@@ -11,10 +11,10 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import inspecting
 from ddss_tf import sampling
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
 
@@ -79,14 +79,14 @@ def test_every_prediction_gives_the_same_eps(prediction):
     def call(self, inputs, training=False):
       return tf.constant(raw, tf.float32)
 
-  denoiser = denoisers.Denoiser(Table(), exact.schedule, prediction)
+  denoiser = denoiser_lib.Denoiser(Table(), exact.schedule, prediction)
   np.testing.assert_allclose(denoiser.eps(x, t), eps, atol=2e-3)
 
 
 def test_unknown_prediction():
   exact = ddss_tf.gaussian_denoiser((2, 2, 1))
   with pytest.raises(ValueError, match="eps, x0, v, score.*'flow'"):
-    denoisers.Denoiser(exact.model, exact.schedule, "flow")
+    denoiser_lib.Denoiser(exact.model, exact.schedule, "flow")
 
 
 @pytest.fixture()
@@ -194,7 +194,7 @@ def conditional():
   # Keras draws small ones: give classes a say.
   table = model.get_layer("label_embedding")
   table.set_weights([20 * weight for weight in table.get_weights()])
-  return denoisers.Denoiser(
+  return denoiser_lib.Denoiser(
       model, ddss_tf.make_schedule("linear", 1000), "v", num_classes=3)
 
 
@@ -256,7 +256,7 @@ def test_classes_must_fit_the_model(conditional, digits_model):
   for model, num_classes in ((conditional.model, None),
                              (digits_model.model, 10)):
     with pytest.raises(ValueError, match="three inputs"):
-      denoisers.Denoiser(model, conditional.schedule, num_classes=num_classes)
+      denoiser_lib.Denoiser(model, conditional.schedule, num_classes=num_classes)
 
 
 def test_save_and_load_with_classes(conditional, noise, tmp_path):
@@ -406,7 +406,7 @@ def test_the_embedded_model_is_the_one_of_the_results():
     records = json.load(f)
   assert {json.dumps(record["denoiser"]) for record in records} == {
       json.dumps(denoiser.identity)}
-  assert denoiser.key == denoiser.sha256 == denoisers.weights_sha256(
+  assert denoiser.key == denoiser.sha256 == denoiser_lib.weights_sha256(
       denoiser.model)
 
 

@@ -10,9 +10,9 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import denoisers
 from ddss_tf import edm_format
 from ddss_tf import inspecting
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import edm_unet
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -254,7 +254,7 @@ def test_published_networks(name, tmp_path):
 def test_preconditioning_is_part_of_what_a_network_is(tmp_path):
   plain, other = (ddss_tf.load_denoiser(write(tmp_path, "edm_song", **words)[0])
                   for words in ({}, {"sigma_data": 0.4}))
-  assert denoisers.weights_sha256(plain.model) == denoisers.weights_sha256(
+  assert denoiser_lib.weights_sha256(plain.model) == denoiser_lib.weights_sha256(
       other.model)
   assert plain.sha256 != other.sha256
 

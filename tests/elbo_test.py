@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import chain
-from ddss_tf import denoisers
 from ddss_tf import elbo
 from ddss_tf import families
 from ddss_tf import solvers
+from ddss_tf.denoisers import gaussian
+from ddss_tf.denoisers import rematerialise
 from ddss_tf.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (4, 4, 1)
 MEAN, STD = 0.3, 0.4
-DENOISER = denoisers.gaussian_denoiser(SHAPE, MEAN, STD)
+DENOISER = gaussian.gaussian_denoiser(SHAPE, MEAN, STD)
 # -E log p of the data itself, nats per dimension.
 ENTROPY = 0.5 * np.log(2 * np.pi * np.e * STD**2)
 
@@ -95,7 +95,7 @@ def test_gradients_reach_every_coefficient_and_lower_the_bound():
   draw = lambda *shape: tf.constant(rng.normal(size=shape), tf.float32)
   x_0 = MEAN + STD * draw(256, *SHAPE)
   x_T, noise = draw(256, *SHAPE), draw(256, 3, *SHAPE)
-  eps_fn = chain.rematerialise(DENOISER.compiled_eps(False))
+  eps_fn = rematerialise.rematerialise(DENOISER.compiled_eps(False))
 
   @tf.function
   def loss_and_gradients():

@@ -19,7 +19,7 @@ from ddss_tf import exporting
 from ddss_tf import families
 from ddss_tf import features as features_lib
 from ddss_tf import inspecting
-from ddss_tf import searching
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -152,7 +152,7 @@ def test_rounded_times(exact, tmp_path, gaussian_parts):
       images_of(denoiser), images_of(exact), atol=1e-5)
   # Weights are searched, times are not.
   schedule = denoiser.schedule
-  searching.check_times(denoiser, families.make_sampler(
+  denoiser_lib.check_times(denoiser, families.make_sampler(
       schedule, "ggdm+pred", num_steps=3))
   arguments = dict(
       denoiser=denoiser, dataset=gaussian_parts["dataset"],

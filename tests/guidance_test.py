@@ -19,6 +19,7 @@ from ddss_tf import chain
 from ddss_tf import coefficients as coefficients_lib
 from ddss_tf import data
 from ddss_tf import sampling
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
@@ -75,7 +76,7 @@ def test_gradient(denoiser):
   x_T, noise = chain.draw_noise([0, 1], tf.range(3), SHAPE, STEPS)
   labels = tf.constant([0, 2, 3])
   plain = make_sampler(denoiser).coefficients()
-  eps_fn = chain.with_labels(denoiser.compiled_eps(False), labels)
+  eps_fn = denoiser_lib.with_labels(denoiser.compiled_eps(False), labels)
 
   def total(scales, function=eps_fn):
     return tf.reduce_sum(chain.run_chain(
@@ -83,7 +84,7 @@ def test_gradient(denoiser):
 
   gradients = []
   for function in (eps_fn, *(
-      chain.with_labels(denoiser.compiled_eps(jit, remat=True), labels)
+      denoiser_lib.with_labels(denoiser.compiled_eps(jit, remat=True), labels)
       for jit in (False, True))):
     scales = tf.constant(SCALES)
     with tf.GradientTape() as tape:
@@ -166,7 +167,7 @@ def test_found_scales_are_kept(searched):
   x_T, noise = chain.draw_noise([0, 1], tf.range(3), SHAPE, STEPS)
   labels = tf.constant([0, 2, 3])
   expected = chain.run_chain(
-      chain.with_labels(parts["denoiser"].eps, labels), found.map(tf.constant),
+      denoiser_lib.with_labels(parts["denoiser"].eps, labels), found.map(tf.constant),
       x_T, noise)
   np.testing.assert_allclose(
       served(x_T=x_T, step_noise=noise, labels=labels)["images"],

@@ -16,9 +16,9 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import denoisers
 from ddss_tf import portable
 from ddss_tf import sampling
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import unet
 from ddss_tf.runs import run_dir as run_dir_lib
 
@@ -107,7 +107,7 @@ def check_classes(name, run, denoiser, classes, other):
       inputs = {"x_T": x_T.numpy(), "step_noise": step_noise.numpy(),
                 "labels": np.array(labels, np.int32)}
       expected = np.clip(chain.run_chain(
-          chain.with_labels(denoiser.eps, inputs["labels"]), found, x_T,
+          denoiser_lib.with_labels(denoiser.eps, inputs["labels"]), found, x_T,
           step_noise), -1, 1)
       # Not at the bounds, where all are the same.
       assert np.std(expected) > 0.02
@@ -167,7 +167,7 @@ def test_a_network_of_classes_in_another_runtime(name, tmp_path):
   # Keras draws small ones: give classes a say.
   table = model.get_layer("label_embedding")
   table.set_weights([20 * weight for weight in table.get_weights()])
-  denoiser = denoisers.Denoiser(
+  denoiser = denoiser_lib.Denoiser(
       model, ddss_tf.make_schedule("linear", 1000), "v", num_classes=3,
       null_label=2, guidance_scale=1.5)
   run = write_run(tmp_path, denoiser, ddss_tf.solver_coefficients(

@@ -11,7 +11,7 @@ import pytest
 
 import checkpoints_test
 import ddss_tf
-from ddss_tf import denoisers
+from ddss_tf.denoisers import gaussian
 import stand_in_data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,7 +37,7 @@ def stand_ins(tmp_path_factory):
   bindings = {}
   for name, size in SIZES.items():
     model = str(folder / name)
-    denoisers.gaussian_denoiser(
+    gaussian.gaussian_denoiser(
         (size, size, 3),
         schedule=ddss_tf.make_schedule("cosine", 4000)
         if name == "imagenet64" else None).save(model)

@@ -11,17 +11,17 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import denoisers
 from ddss_tf import families
 from ddss_tf import samplers
 from ddss_tf import solvers
+from ddss_tf.denoisers import gaussian
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (2, 2, 1)
 MEAN, STD = 0.3, 0.4
-DENOISER = denoisers.gaussian_denoiser(SHAPE, MEAN, STD)
+DENOISER = gaussian.gaussian_denoiser(SHAPE, MEAN, STD)
 
 
 def ddim(steps, stride="linear", eta=0.0):

@@ -35,6 +35,7 @@ from ddss_tf import searching
 from ddss_tf import solvers
 from ddss_tf import starts
 from ddss_tf import storage
+from ddss_tf.denoisers import rematerialise
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
@@ -290,7 +291,7 @@ def test_nothing_is_computed_twice(parts, monkeypatch, changes, calls, embedded)
 
   denoiser, network = parts["denoiser"], parts["features"]
   eps = counting(0, denoiser.eps)
-  fns = {False: eps, True: chain.rematerialise(eps)}
+  fns = {False: eps, True: rematerialise.rematerialise(eps)}
   monkeypatch.setattr(type(denoiser), "compiled_eps",
                       lambda self, jit_compile, remat=False: fns[remat])
   original = type(network).__call__

@@ -17,12 +17,12 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import ddpm_format
-from ddss_tf import denoisers
 from ddss_tf import diffusers_format
 from ddss_tf import edm_format
 from ddss_tf import openai_format
 from ddss_tf import presets
 from ddss_tf import weights_format
+from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import edm_unet
 from ddss_tf.networks import unet
 
@@ -135,7 +135,7 @@ def test_round_trip(original, saved):
   with open(preset, "w") as f:
     json.dump(TINY | {"activation": "relu"}, f)
   relu = ddss_tf.load_denoiser(path)
-  assert denoisers.weights_sha256(relu.model) == denoisers.weights_sha256(model)
+  assert denoiser_lib.weights_sha256(relu.model) == denoiser_lib.weights_sha256(model)
   assert relu.sha256 != denoiser.sha256
 
 

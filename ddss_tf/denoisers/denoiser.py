@@ -11,24 +11,25 @@ import json
 import os
 
 from absl import logging
-import gin
-import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import chain
 from ddss_tf import checkpoints
-from ddss_tf import compiling
-from ddss_tf import conventions
 from ddss_tf import errors
 from ddss_tf import foreign
 from ddss_tf import schedules
 from ddss_tf import storage
+from ddss_tf.denoisers import compiling
+from ddss_tf.denoisers import conventions
+from ddss_tf.denoisers import inputs as inputs_lib
+from ddss_tf.denoisers import rematerialise
 from ddss_tf.networks import files as network_files
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
+from ddss_tf.chain import EpsFn
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
+from ddss_tf.samplers import Sampler
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
@@ -44,7 +45,7 @@ class Denoiser:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
       [B, H, W, C]; a class-conditional one `[x_t, t, labels]`, labels int [B].
       Of a functional Keras model these may come in another order, and be of
-      other shapes and integers (see `foreign.adapted`). Where it gives 2 C
+      other shapes and integers (see `inputs.adapted`). Where it gives 2 C
       channels, the last C are taken for a learned variance and left out:
       samplers bring their own. Loaded or built under
       `frozen.frozen_variables()`, a search of it is cheaper by a third.
@@ -98,7 +99,7 @@ class Denoiser:
     check_whole("null_label", null_label, 0, optional=True)
     if guidance_scale is not None:
       check_number("guidance_scale", guidance_scale)
-    self.model = model = foreign.adapted(model, num_classes)
+    self.model = model = inputs_lib.adapted(model, num_classes)
     inputs = getattr(model, "input_shape", None)
     if inputs and len(inputs) != (2 if num_classes is None else 3):
       raise ValueError(
@@ -126,7 +127,7 @@ class Denoiser:
     self.name = name
     self.image_shape = _image_shape(model, image_shape)
     if continuous_time is None:
-      continuous_time = foreign.is_continuous(model)
+      continuous_time = inputs_lib.is_continuous(model)
     self.continuous_time = continuous_time
     self.architecture = dict(architecture or {})
     self.sha256 = weights_sha256(model) if sha256 is None else sha256
@@ -363,7 +364,7 @@ class Denoiser:
       jit_compile: compile it with XLA, if that knows all its operations and
         their gradients: else a warning names one, and it is not compiled.
       remat: backpropagation recomputes its activations, see
-        `chain.rematerialise`; then all arguments must be given by position.
+        `rematerialise.rematerialise`; then all arguments must be given by position.
     """
     return self._compile(self.eps, jit_compile, remat)
 
@@ -383,7 +384,7 @@ class Denoiser:
     key = function.__name__, jit_compile, remat
     if key not in self._compiled:
       self._compiled[key] = (
-          chain.rematerialise(
+          rematerialise.rematerialise(
               self._compile(function, jit_compile, False), jit_compile)
           if remat else tf.function(function, jit_compile=jit_compile))
     return self._compiled[key]
@@ -506,49 +507,49 @@ def weights_sha256(model) -> str | None:
   return fingerprint.arrays_sha256(weights) if weights else None
 
 
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class _GaussianEps(keras.layers.Layer):
-  """eps of the exact denoiser of N(mean, std^2 I) data."""
-
-  def __init__(self, betas, mean, std, **kwargs):
-    super().__init__(**{**kwargs, "trainable": False})
-    self.schedule = NoiseSchedule(betas)
-    self.mean = mean
-    self.std = std
-
-  def call(self, x_t, t):
-    alpha_t, sigma_t = self.schedule.alpha_sigma(t)
-    alpha_t = alpha_t[:, None, None, None]
-    sigma_t = sigma_t[:, None, None, None]
-    variance = (alpha_t * self.std) ** 2 + sigma_t**2
-    return sigma_t * (x_t - alpha_t * self.mean) / variance
-
-  def get_config(self):
-    return {**super().get_config(), "betas": self.schedule.betas.tolist(),
-            "mean": self.mean, "std": self.std}
-
-
-@gin.register
-def gaussian_denoiser(image_shape: tuple[int, int, int] = (8, 8, 1),
-                      mean: float = 0.0, std: float = 0.5,
-                      schedule: NoiseSchedule | None = None) -> Denoiser:
-  """The exact denoiser of a Gaussian data set: what tests measure against.
-
-  For x_0 ~ N(mean, std^2 I),
-  eps(x_t, t) = sigma_t (x_t - alpha_t mean) / (alpha_t^2 std^2 + sigma_t^2),
-  and every sampler's output distribution is known in closed form.
+def with_labels(eps_fn: EpsFn, labels: tf.Tensor | None) -> EpsFn:
+  """A class-conditional network with the samples' classes filled in.
 
   Args:
-    image_shape: (H, W, C).
-    mean: of every pixel.
-    std: of every pixel.
-    schedule: forward process; linear betas, T = 1000, if None.
+    eps_fn: (x_t [B, H, W, C], t [B], labels [B]) -> [B, H, W, C]; it may take
+      a guidance scale [B] as well.
+    labels: int32 [B]; None leaves an unconditional `eps_fn` as it is.
 
   Returns:
-    A `Denoiser` without weights.
+    (x_t, t) -> [B, H, W, C], or (x_t, t, guidance).
   """
-  schedule = schedule or NoiseSchedule.linear()
-  x_t = keras.Input(image_shape, name="x_t")
-  t = keras.Input((), name="t")
-  eps = _GaussianEps(schedule.betas.tolist(), mean, std, name="eps")(x_t, t)
-  return Denoiser(keras.Model([x_t, t], eps), schedule, name="gaussian")
+  if labels is None:
+    return eps_fn
+  return lambda x_t, t, *guidance: eps_fn(x_t, t, labels, *guidance)
+
+
+def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
+  """Checks that times are learned only of a network that they reach.
+
+  Raises:
+    UserError: the sampler learns times, the denoiser takes whole ones or has
+      no gradient in them.
+  """
+  if "times" in sampler.variables_by_kind and not denoiser.continuous_time:
+    raise UserError(
+        f"sampler {sampler.label!r} must not learn times with the denoiser "
+        f"{denoiser.name!r}, which takes whole steps only or has no gradient "
+        "in the time: search a family without +time")
+
+
+def check_guidance(denoiser: Denoiser, coefficients: Coefficients) -> None:
+  """Checks that guidance scales of a sampler meet a network that takes them.
+
+  Raises:
+    UserError: the denoiser has no null label, or a scale of its own.
+  """
+  if coefficients.guidance_scales is None:
+    return
+  if denoiser.null_label is None:
+    raise UserError(
+        f"a sampler with guidance needs a class-conditional denoiser whose "
+        f"null_label is told. Received: {denoiser.name!r} without")
+  if denoiser.guidance_scale is not None:
+    raise UserError(
+        "guidance_scale must not be given for the denoiser of a sampler that "
+        f"has its own. Received: {denoiser.guidance_scale}")

@@ -14,7 +14,7 @@ import tensorflow as tf
 from ddss_tf import schedules
 from ddss_tf.networks import frozen
 from ddss_tf.runs import fingerprint
-from ddss_tf.denoisers import Denoiser
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 

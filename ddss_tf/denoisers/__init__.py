@@ -1,0 +1,1 @@
+"""Denoisers: a frozen network, its schedule, and what its output means."""

@@ -1,0 +1,55 @@
+"""The exact denoiser of Gaussian images, for tests and first steps."""
+
+import gin
+import keras
+
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.schedules import NoiseSchedule
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class _GaussianEps(keras.layers.Layer):
+  """eps of the exact denoiser of N(mean, std^2 I) data."""
+
+  def __init__(self, betas, mean, std, **kwargs):
+    super().__init__(**{**kwargs, "trainable": False})
+    self.schedule = NoiseSchedule(betas)
+    self.mean = mean
+    self.std = std
+
+  def call(self, x_t, t):
+    alpha_t, sigma_t = self.schedule.alpha_sigma(t)
+    alpha_t = alpha_t[:, None, None, None]
+    sigma_t = sigma_t[:, None, None, None]
+    variance = (alpha_t * self.std) ** 2 + sigma_t**2
+    return sigma_t * (x_t - alpha_t * self.mean) / variance
+
+  def get_config(self):
+    return {**super().get_config(), "betas": self.schedule.betas.tolist(),
+            "mean": self.mean, "std": self.std}
+
+
+@gin.register
+def gaussian_denoiser(image_shape: tuple[int, int, int] = (8, 8, 1),
+                      mean: float = 0.0, std: float = 0.5,
+                      schedule: NoiseSchedule | None = None) -> Denoiser:
+  """The exact denoiser of a Gaussian data set: what tests measure against.
+
+  For x_0 ~ N(mean, std^2 I),
+  eps(x_t, t) = sigma_t (x_t - alpha_t mean) / (alpha_t^2 std^2 + sigma_t^2),
+  and every sampler's output distribution is known in closed form.
+
+  Args:
+    image_shape: (H, W, C).
+    mean: of every pixel.
+    std: of every pixel.
+    schedule: forward process; linear betas, T = 1000, if None.
+
+  Returns:
+    A `Denoiser` without weights.
+  """
+  schedule = schedule or NoiseSchedule.linear()
+  x_t = keras.Input(image_shape, name="x_t")
+  t = keras.Input((), name="t")
+  eps = _GaussianEps(schedule.betas.tolist(), mean, std, name="eps")(x_t, t)
+  return Denoiser(keras.Model([x_t, t], eps), schedule, name="gaussian")

@@ -1,0 +1,164 @@
+"""How a network of any maker is called: the order, kind and shape of its inputs."""
+
+import itertools
+
+import keras
+from keras import ops
+import tensorflow as tf
+
+from ddss_tf.networks import unet
+from ddss_tf.errors import shape_text
+
+
+def wanted_inputs(num_classes: int | None) -> str:
+  """The inputs of a denoiser, for messages."""
+  text = "float images [B, H, W, C] of any B and a time for each, [B]"
+  if num_classes is None:
+    return "two inputs: " + text
+  return (f"three inputs: {text}, and a label, in whole numbers [B] or as "
+          f"[B, {num_classes}] or [B, {num_classes - 1}] of zeros and a one")
+
+
+def _kinds(spec, num_classes: int | None) -> str:
+  """What an input may be: "x" images, "t" times, "y" labels."""
+  shape, dtype = tf.TensorShape(spec.shape), tf.as_dtype(spec.dtype)
+  if shape.rank is not None and (shape.rank == 0 or shape[0] is not None):
+    return ""
+  if shape.rank == 2 and num_classes and shape[1] in (
+      num_classes, num_classes - 1) and shape[1] > 1:
+    return "y"
+  if not (dtype.is_floating or dtype.is_integer):
+    return ""
+  if shape.rank is None:
+    return "xt" if dtype.is_floating else "ty"
+  if shape.rank == 1 or (shape.rank == 2 and shape[1] == 1):
+    return "t" if dtype.is_floating else "ty"
+  return "x" if shape.rank == 4 and dtype.is_floating else ""
+
+
+def _is_named_label(spec) -> bool:
+  name = (spec.name or "").lower()
+  return name == "y" or "label" in name or "class" in name
+
+
+def input_places(specs, num_classes: int | None = None) -> tuple[int, ...] | None:
+  """Which inputs are the images, the times and the labels.
+
+  Args:
+    specs: things with `name`, `shape` and `dtype`.
+    num_classes: of a class-conditional network, else None.
+
+  Returns:
+    Their indices in this order; None if they are not `_wanted`, or cannot be
+    told apart by dtype and rank. Where both times and labels may be whole
+    numbers [B], labels are those whose name is "y" or has "label" or "class" in
+    it; or else those that come last.
+  """
+  roles = "xt" if num_classes is None else "xty"
+  if len(specs) != len(roles):
+    return None
+  kinds = [_kinds(spec, num_classes) for spec in specs]
+  orders = [order for order in itertools.permutations(range(len(specs)))
+            if all(role in kinds[place] for role, place in zip(roles, order))]
+  if len({order[0] for order in orders}) != 1:
+    return None
+  return min(orders, key=lambda order: (
+      len(orders) > 1 and not _is_named_label(specs[order[2]]), order))
+
+
+def as_input(labels, spec):
+  """int32 [B] as an input takes it."""
+  if spec.shape.rank == 2 and spec.shape[1] > 1:
+    return tf.one_hot(labels, spec.shape[1], dtype=spec.dtype)
+  labels = tf.cast(labels, spec.dtype)
+  return labels[:, None] if spec.shape.rank == 2 else labels
+
+
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class TimeInput(keras.layers.Layer):
+  """Times as another model takes them.
+
+  Args:
+    integer: the integer type they are rounded to; None: floats.
+    column: [B, 1] if True, [B] if False.
+
+  Call arguments:
+    t: float [B].
+  """
+
+  def __init__(self, integer=None, column=False, **kwargs):
+    # Times reach 1000 and more: see `unet.TimeEmbedding`.
+    kwargs.setdefault("dtype", "float32")
+    super().__init__(**kwargs)
+    self.integer = integer
+    self.column = column
+
+  def call(self, t):
+    if self.integer is not None:
+      t = ops.cast(ops.round(t), self.integer)
+    return t[:, None] if self.column else t
+
+  def get_config(self):
+    return {**super().get_config(), "integer": self.integer,
+            "column": self.column}
+
+
+def adapted(model, num_classes: int | None = None):
+  """A Keras model of [x_t, t] or [x_t, t, labels].
+
+  Args:
+    model: one that takes these in any order; times as integers or as [B, 1],
+      too; labels as [B, 1] or as [B, classes] of zeros and a one. Models with
+      other numbers of inputs, and subclassed ones, which do not tell, pass as
+      they are.
+    num_classes: given exactly if it takes labels.
+
+  Returns:
+    From float32 [B, H, W, C], float32 [B] and int32 [B].
+
+  Raises:
+    ValueError: an input is none of these; see `_places`.
+  """
+  inputs = getattr(model, "inputs", None)
+  if inputs is None or (len(inputs) > 1 and
+                        len(inputs) != 2 + (num_classes is not None)):
+    return model
+  places = input_places(inputs, num_classes)
+  if places is None:
+    raise ValueError(
+        f"a denoiser must have {wanted_inputs(num_classes)}. Received: "
+        + ", ".join(f"{i.name} {shape_text(i.shape)} {i.dtype}"
+                    for i in inputs))
+  image, time, *label = (inputs[place] for place in places)
+  floating = keras.backend.is_float_dtype(time.dtype)
+  if (places == tuple(range(len(inputs))) and floating
+      and all(len(i.shape) == 1 for i in inputs[1:])
+      and isinstance(model.input, (list, tuple))):
+    return model
+  x = keras.Input(image.shape[1:], name="x_t")
+  t = keras.Input((), name="t")
+  outer = [x, t]
+  fed = [x, TimeInput(None if floating else time.dtype, len(time.shape) == 2,
+                      name="time_input")(t)]
+  if label:
+    labels = keras.Input((), dtype="int32", name="labels")
+    outer.append(labels)
+    *_, width = label[0].shape
+    if len(label[0].shape) == 1:
+      fed.append(labels)
+    elif width == 1:
+      fed.append(keras.layers.Reshape((1,), name="label_input")(labels))
+    else:
+      fed.append(unet.OneHot(width, name="label_input")(labels))
+  by_place = dict(zip(places, fed))
+  ordered = [by_place[place] for place in sorted(by_place)]
+  return keras.Model(outer, model(keras.tree.pack_sequence_as(
+      model.input, ordered)), name=model.name)
+
+
+def is_continuous(model) -> bool:
+  """Whether a network takes fractional times, as far as its inputs tell."""
+  if hasattr(model, "continuous_time"):
+    return model.continuous_time
+  return not any(isinstance(layer, TimeInput) and layer.integer is not None
+                 for layer in getattr(model, "layers", ()))
