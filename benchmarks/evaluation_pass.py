@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from benchmarks import records
 import ddss_tf
-from ddss_tf import data
 from ddss_tf import evaluation
 from ddss_tf import metrics
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 
 SAMPLES, BATCH, NUM_STEPS = 4000, 250, 5
@@ -50,7 +50,7 @@ def measure() -> dict:
     references = evaluator._reference  # pylint: disable=protected-access
     extract = evaluator._extract  # pylint: disable=protected-access
     start = time.perf_counter()
-    images = data.to_float(data.to_uint8(images))
+    images = dataset_lib.to_float(dataset_lib.to_uint8(images))
     outputs = [[network(tf.constant(images[i:i + BATCH]))
                 for i in range(0, SAMPLES, BATCH)] for network in extract]
     pools = [np.concatenate([output["pool"] for output in each])

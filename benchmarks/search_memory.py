@@ -19,7 +19,7 @@ def measure(batch_size: int) -> dict:
   """Peak memory of one step's loss and gradient."""
   # pylint: disable=g-import-not-at-top
   import ddss_tf
-  from ddss_tf import data
+  from ddss_tf.datasets import load as data
   from ddss_tf import families
   from ddss_tf import features as features_lib
   from ddss_tf import objectives

@@ -29,7 +29,7 @@ _PUBLIC = {
     "FeatureNetwork": "features",
     "FixedSampler": "samplers",
     "GGDM": "families",
-    "ImageDataset": "data",
+    "ImageDataset": "datasets.dataset",
     "LearnedSampler": "families",
     "NoiseSchedule": "schedules",
     "Sampler": "samplers",
@@ -42,7 +42,7 @@ _PUBLIC = {
     "export": "exporting",
     "gaussian_denoiser": "denoisers.gaussian",
     "inspect": "inspecting",
-    "load_dataset": "data",
+    "load_dataset": "datasets.load",
     "load_denoiser": "loading",
     "load_features": "features",
     "make_sampler": "families",
@@ -64,7 +64,8 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.chain import draw_noise, run_chain
   from ddss_tf.coefficients import Coefficients
   from ddss_tf.comparing import compare
-  from ddss_tf.data import ImageDataset, load_dataset
+  from ddss_tf.datasets.dataset import ImageDataset
+  from ddss_tf.datasets.load import load_dataset
   from ddss_tf.denoisers.clocks import on_schedule
   from ddss_tf.denoisers.denoiser import Denoiser
   from ddss_tf.denoisers.gaussian import gaussian_denoiser

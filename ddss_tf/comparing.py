@@ -19,7 +19,6 @@ import gin
 import numpy as np
 
 from ddss_tf import card
-from ddss_tf import data
 from ddss_tf import evaluation
 from ddss_tf import families as families_lib
 from ddss_tf import features as features_lib
@@ -31,11 +30,12 @@ from ddss_tf import searching
 from ddss_tf import solvers as solvers_lib
 from ddss_tf import storage
 from ddss_tf import zoo
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
-from ddss_tf.data import ImageDataset
+from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 
@@ -222,7 +222,7 @@ def compare(
   def add(sampler, x0_bound=None, search=None, more=more_seeds):
     record = evaluator.timed_record(sampler, num_samples, x0_bound)
     if records_lib.sample_key(record) not in images:
-      images[records_lib.sample_key(record)] = data.to_uint8(
+      images[records_lib.sample_key(record)] = dataset_lib.to_uint8(
           evaluator.images(sampler, _SHOWN, x0_bound))
       _write_samples(run.path(run_dir_lib.SAMPLES_NPZ), images)
     of_row = [record, *(

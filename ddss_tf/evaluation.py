@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import card
-from ddss_tf import data
 from ddss_tf import distribution
 from ddss_tf import features as features_lib
 from ddss_tf import figures
@@ -20,6 +19,7 @@ from ddss_tf import reference as reference_lib
 from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -97,7 +97,7 @@ class Evaluator:
   """
 
   def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
-               dataset: data.ImageDataset,
+               dataset: dataset_lib.ImageDataset,
                features: features_lib.FeatureNetwork,
                heldout_features: (
                    features_lib.FeatureNetwork
@@ -241,7 +241,7 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
-    dataset: data.ImageDataset | np.ndarray = gin.REQUIRED,
+    dataset: dataset_lib.ImageDataset | np.ndarray = gin.REQUIRED,
     features: features_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: (features_lib.FeatureNetwork
                        | list[features_lib.FeatureNetwork] | None) = None,
@@ -290,7 +290,7 @@ def evaluate(
       few samples for a metric.
   """
   check_evaluate(locals())
-  dataset = data.as_dataset(dataset)
+  dataset = dataset_lib.as_dataset(dataset)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   run.lock()
   # Each with its bound on x0_hat.
@@ -365,7 +365,7 @@ def _measure(batches, extract, reference, num_samples, label):
   def outputs():
     nonlocal broken
     for batch in batches:
-      images = tf.constant(data.to_float(data.to_uint8(np.nan_to_num(batch))))
+      images = tf.constant(dataset_lib.to_float(dataset_lib.to_uint8(np.nan_to_num(batch))))
       found = [network(images) for network in extract]
       rows = [found[0]["logits"], *(output["pool"] for output in found)]
       bad = ~np.all(np.isfinite(batch), axis=(1, 2, 3))

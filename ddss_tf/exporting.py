@@ -9,13 +9,13 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import data
 from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
 from ddss_tf import sampling
 from ddss_tf import storage
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import precision
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -65,7 +65,7 @@ class SamplerModule(tf.Module):
 
     def of_indices(seed, indices, labels):
       x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
-      return {"images": data.to_uint8(run(x_T, step_noise, labels))}
+      return {"images": dataset_lib.to_uint8(run(x_T, step_noise, labels))}
 
     @tf.function(autograph=False, input_signature=[
         seed_spec, tf.TensorSpec([], tf.int32, "batch_size")])
@@ -272,7 +272,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   if broken:
     logging.warning("%d of %d images have NaN or infinity, for which there is no "
                     "byte: their pixels mean nothing", broken, num_images)
-  images = data.to_uint8(images)
+  images = dataset_lib.to_uint8(images)
   path = run.path("generated.npz")
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 import numpy as np
 from scipy import optimize
 
-from ddss_tf import data
 from ddss_tf import samplers
 from ddss_tf import storage
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import records as records_lib
 from ddss_tf.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
@@ -62,7 +62,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
     uint8 [N, H, W, 1 or 3], or [N, H, panels (W + 1) - 1, 1].
   """
   if images.dtype != np.uint8:
-    images = data.to_uint8(images)
+    images = dataset_lib.to_uint8(images)
   if images.shape[-1] in (1, 3):
     return images
   count, height, width, _ = images.shape

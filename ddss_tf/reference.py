@@ -14,9 +14,9 @@ import zlib
 from absl import logging
 import numpy as np
 
-from ddss_tf import data
 from ddss_tf import metrics
 from ddss_tf import storage
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.features import FeatureNetwork
 
@@ -34,7 +34,7 @@ class Reference(NamedTuple):
   moments: metrics.Moments
 
 
-def reference(features: FeatureNetwork, dataset: data.ImageDataset, *,
+def reference(features: FeatureNetwork, dataset: dataset_lib.ImageDataset, *,
               quantise: bool, cache_dir: str | None,
               batch_size: int | None = None) -> Reference:
   """Features of all images of a data set, computed once.
@@ -68,7 +68,7 @@ def reference(features: FeatureNetwork, dataset: data.ImageDataset, *,
   def batches():
     for start in range(0, count, batch_size):
       images = dataset.images[start:start + batch_size]
-      yield data.to_float(data.to_uint8(images)) if quantise else images
+      yield dataset_lib.to_float(dataset_lib.to_uint8(images)) if quantise else images
 
   pool, logits = collect(
       ((network["pool"], network["logits"])

@@ -5,7 +5,7 @@ The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
 """
 
 from ddss_tf.comparing import compare
-from ddss_tf.data import load_dataset
+from ddss_tf.datasets.load import load_dataset
 from ddss_tf.denoisers.clocks import on_schedule
 from ddss_tf.denoisers.gaussian import gaussian_denoiser
 from ddss_tf.distribution import make_strategy

@@ -24,7 +24,6 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import data
 from ddss_tf import distribution
 from ddss_tf import elbo
 from ddss_tf import figures
@@ -35,13 +34,14 @@ from ddss_tf import sampling
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import precision
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.runs import signals
-from ddss_tf.data import ImageDataset
+from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import (
     MAX_SEED, Interrupted, Terminated, UserError, check_positive, check_whole)
@@ -879,7 +879,7 @@ def search(
     micro_batch_size = gradient_samples
   if sampling_batch_size is None:
     sampling_batch_size = min(250, 4 * micro_batch_size)
-  dataset = data.as_dataset(dataset)
+  dataset = dataset_lib.as_dataset(dataset)
   networks = as_networks("search.features", features)
   check_shapes(denoiser, dataset, *networks)
   if len(dataset.images) < 2:

@@ -13,7 +13,7 @@ from PIL import Image
 import pytest
 
 import ddss_tf
-from ddss_tf import data
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -60,7 +60,7 @@ def test_search_takes_arrays_and_a_sampler(gaussian_parts, tmp_path):
   make = lambda schedule: ddss_tf.make_sampler(schedule, "ggdm", num_steps=2)
   a = ddss_tf.search(denoiser, make(denoiser.schedule), features, images,
                      run_dir=str(tmp_path / "a"), **options)
-  b = ddss_tf.search(denoiser, make, features, data.as_dataset(images),
+  b = ddss_tf.search(denoiser, make, features, dataset_lib.as_dataset(images),
                      run_dir=str(tmp_path / "b"), **options)
   for name, x, y in zip(a.coefficients()._fields, a.coefficients(),
                         b.coefficients()):

@@ -17,13 +17,13 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import data
 from ddss_tf import families
 from ddss_tf import inspecting
 from ddss_tf import objectives
 from ddss_tf import samplers
 from ddss_tf import sampling
 from ddss_tf import searching
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -158,7 +158,7 @@ def parts(gaussian_parts):
           + STD * rng.normal(size=(450, *SHAPE))).astype(np.float32)
   return dict(
       denoiser=make(null_label=NULL, guidance_scale=1.5),
-      dataset=data.ImageDataset(
+      dataset=dataset_lib.ImageDataset(
           "classes", real, None, fingerprint.arrays_sha256([real])),
       features=gaussian_parts["features"])
 
@@ -228,13 +228,13 @@ def test_export_with_classes(parts, searched):
 
   assert nearly(
       served["of_classes"](seed=pair, labels=labels)["images"].numpy(),
-      data.to_uint8(expected.numpy()))
+      dataset_lib.to_uint8(expected.numpy()))
   assert nearly(
       served["serving_default"](seed=pair, batch_size=7)["images"].numpy(),
-      data.to_uint8(generator.images(sampler.coefficients(), 7, 3)))
+      dataset_lib.to_uint8(generator.images(sampler.coefficients(), 7, 3)))
   with np.load(ddss_tf.sample(run, denoiser, num_images=7, seed=3, label=2,
                               jit_compile=False)) as file:
-    assert nearly(file["images"], data.to_uint8(
+    assert nearly(file["images"], dataset_lib.to_uint8(
         generator.images(sampler.coefficients(), 7, 3, label=2)))
 
 

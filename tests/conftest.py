@@ -9,7 +9,8 @@ os.environ["DDSS_TF_CACHE"] = ""
 
 import pytest
 
-from ddss_tf import data
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.datasets import load as data
 
 
 # Files that take a minute or more: first, for a worker that begins one last
@@ -30,7 +31,7 @@ def tfds_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def digits(tfds_dir) -> data.ImageDataset:
+def digits(tfds_dir) -> dataset_lib.ImageDataset:
   """The 10 000 digits, 16x16."""
   return data.load_dataset(
       "ddss_digits", pad=2, downsample=2, data_dir=tfds_dir)

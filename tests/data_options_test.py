@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ddss_tf import data
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.datasets import load as data
 from ddss_tf.errors import UserError
 
 
@@ -45,14 +46,14 @@ def test_center_crop_is_the_middle_square(load, shape):
       (shape[1] - side) // 2 + side, (shape[0] - side) // 2 + side)))
                        for image in pixels])
   images = load(pixels, crop="center").images
-  np.testing.assert_array_equal(data.to_uint8(images), middle)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(images), middle)
   np.testing.assert_array_equal(images, load(middle).images)
 
 
 def test_crop_of_a_side(load):
   pixels = random_bytes(2, 9, 12, 1)
   np.testing.assert_array_equal(
-      data.to_uint8(load(pixels, crop=4).images), pixels[:, 2:6, 4:8])
+      dataset_lib.to_uint8(load(pixels, crop=4).images), pixels[:, 2:6, 4:8])
 
 
 @pytest.mark.parametrize("old, new", [(178, 64), (20, 10), (9, 14), (13, 13)])
@@ -111,7 +112,7 @@ def test_flip_appends_mirrored_copies(load):
   pixels = random_bytes(5, 3, 4, 1)
   dataset = load(pixels, np.arange(5), flip=True)
   both = np.concatenate([pixels, pixels[:, :, ::-1]])
-  np.testing.assert_array_equal(data.to_uint8(dataset.images), both)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(dataset.images), both)
   np.testing.assert_array_equal(dataset.labels, [*range(5), *range(5)])
   assert dataset.sha256 == load(both).sha256
 

@@ -13,8 +13,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from ddss_tf import data
 from ddss_tf import registry  # pylint: disable=unused-import
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.datasets import load as data
 from ddss_tf.errors import UserError
 import stand_in_data
 
@@ -59,7 +60,7 @@ def test_flat_folder(flat):
   dataset = data.load_dataset(f"folder:{root}")
   assert dataset.labels is None
   assert dataset.name == f"folder:{root}"
-  np.testing.assert_array_equal(data.to_uint8(dataset.images), pixels)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(dataset.images), pixels)
   part = data.load_dataset(f"folder:{root}", max_images=2, subset_seed=None)
   np.testing.assert_array_equal(part.images, dataset.images[:2])
 
@@ -71,7 +72,7 @@ def test_class_folders(tmp_path):
     save(pixels[i], tmp_path / name)
   dataset = data.load_dataset(f"folder:{tmp_path}")
   # As the names sort, "dog" is before "dog house".
-  np.testing.assert_array_equal(data.to_uint8(dataset.images), pixels)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(dataset.images), pixels)
   np.testing.assert_array_equal(dataset.labels, [0, 0, 1, 2, 3])
   assert dataset.labels.dtype == np.int64
 
@@ -165,7 +166,7 @@ def test_npz_of_bytes(tmp_path):
   np.savez_compressed(tmp_path / "x.npz", images=pixels)
   dataset = data.load_dataset(f"npz:{tmp_path / 'x.npz'}")
   assert dataset.labels is None
-  np.testing.assert_array_equal(dataset.images, data.to_float(pixels))
+  np.testing.assert_array_equal(dataset.images, dataset_lib.to_float(pixels))
 
 
 BYTES = random_bytes(3, 4, 4, 1)
@@ -231,7 +232,7 @@ def test_stylegan_tfrecords(tmp_path):
   write_tfrecords(path, [stylegan_record(image) for image in pixels])
   dataset = data.load_dataset(f"tfrecords:{path}")
   assert dataset.labels is None
-  np.testing.assert_array_equal(data.to_uint8(dataset.images), pixels)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(dataset.images), pixels)
   assert dataset.sha256 == data.load_dataset(f"tfrecords:{path}").sha256
   part = data.load_dataset(f"tfrecords:{path}", max_images=2, subset_seed=5)
   assert any(np.array_equal(part.images, dataset.images[[i, j]])
@@ -381,7 +382,7 @@ def test_lsun_without_tensorflow_io(monkeypatch, tmp_path, found, words):
   for image, loaded in zip(images, dataset.images, strict=True):
     top, left = (image.shape[0] - 200) // 2, (image.shape[1] - 200) // 2
     np.testing.assert_array_equal(
-        data.to_uint8(loaded), image[top:top + 200, left:left + 200])
+        dataset_lib.to_uint8(loaded), image[top:top + 200, left:left + 200])
 
 
 def test_many_sizes_of_a_tfds_set_without_resize(parse, tmp_path):
@@ -423,7 +424,7 @@ def test_include_of_files(parse, tmp_path, include):
   with pytest.raises(ValueError, match="load_dataset.name set to `%gin.REQ"):
     gin.finalize()
   gin.bind_parameter("load_dataset.name", name[include])
-  np.testing.assert_array_equal(data.to_uint8(load().images), pixels)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(load().images), pixels)
 
 
 def test_truncated_tfds_files(tmp_path):

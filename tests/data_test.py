@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from ddss_tf import data
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.datasets import load as data
 from ddss_tf.runs import fingerprint
 from ddss_tf.datasets import ddss_digits
 from ddss_tf.errors import UserError
@@ -122,13 +123,13 @@ def test_any_prepared_data_set(tiny):
 @pytest.mark.parametrize("convert", [np.asarray, tf.constant])
 def test_bytes_and_floats(convert):
   pixels = np.arange(256, dtype=np.uint8)
-  floats = data.to_float(convert(pixels))
+  floats = dataset_lib.to_float(convert(pixels))
   assert floats.dtype == np.float32
   np.testing.assert_allclose(floats, np.arange(256) / 127.5 - 1, atol=1e-6)
-  np.testing.assert_array_equal(data.to_uint8(floats), pixels)
+  np.testing.assert_array_equal(dataset_lib.to_uint8(floats), pixels)
   overshoot = convert(np.float32([-1.5, -1.0, -0.999, 0.999, 1.0, 9.0]))
   np.testing.assert_array_equal(
-      data.to_uint8(overshoot), np.uint8([0, 0, 0, 255, 255, 255]))
+      dataset_lib.to_uint8(overshoot), np.uint8([0, 0, 0, 255, 255, 255]))
 
 
 @pytest.mark.parametrize("kwargs, words", [

@@ -18,7 +18,6 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import data
 from ddss_tf import families
 from ddss_tf import features as features_lib
 from ddss_tf import keras_models
@@ -28,6 +27,7 @@ from ddss_tf import reference
 from ddss_tf import registry  # pylint: disable=unused-import
 from ddss_tf import sampling
 from ddss_tf import saved_models
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
@@ -227,7 +227,7 @@ def test_metrics_equal_tf_gans_own(folder):
   real, generated = rgb(40), rgb(32, 1, mean=0.3, std=0.2)
   network = features_lib.load_features(folder)
   ours = [reference.reference(
-      network, data.ImageDataset("some", images, None, ""), quantise=False,
+      network, dataset_lib.ImageDataset("some", images, None, ""), quantise=False,
       cache_dir=None) for images in (real, generated)]
   tfgan = metrics._tfgan()
   loaded = tf.saved_model.load(folder)
@@ -318,7 +318,7 @@ def test_loaded_once(small, monkeypatch):
   network = features_lib.load_features(small)
   images = rgb(30)
   reference.reference(
-      network, data.ImageDataset("some", images, None, ""), quantise=True,
+      network, dataset_lib.ImageDataset("some", images, None, ""), quantise=True,
       cache_dir=None, batch_size=7)
   function = tf.function(network)
   function(images[:3])
@@ -428,7 +428,7 @@ def test_keys_tell_protocols_and_files_apart(small, tmp_path):
   assert len({network.key for network in networks}) == len(networks)
   assert len({(n.sha256, n.protocol) for n in networks}) == len(networks)
   assert load().key == networks[0].key
-  some = data.ImageDataset("some", rgb(5), None, "0")
+  some = dataset_lib.ImageDataset("some", rgb(5), None, "0")
   for count, network in enumerate(networks[:3], start=1):
     arrays = reference.reference(
         network, some, quantise=False, cache_dir=str(tmp_path / "cache"))
@@ -627,7 +627,7 @@ def test_search_and_evaluate(folder, tmp_path):
   images = rgb(40, mean=0.3, std=0.25)
   parts = dict(
       denoiser=ddss_tf.gaussian_denoiser(shape, mean=0.3, std=0.25),
-      dataset=data.ImageDataset(
+      dataset=dataset_lib.ImageDataset(
           "gaussian", images, None, fingerprint.arrays_sha256([images])),
       features=features_lib.load_features(folder))
   run = str(tmp_path / "run")
@@ -686,7 +686,7 @@ def tf_gan_metrics(model, real, generated):
 def test_search_names_the_network_that_does_not_fit(small, tmp_path):
   parts = dict(
       denoiser=ddss_tf.gaussian_denoiser((8, 8, 3), mean=0.3, std=0.25),
-      dataset=data.ImageDataset("gaussian", rgb(4), None, "0"))
+      dataset=dataset_lib.ImageDataset("gaussian", rgb(4), None, "0"))
   arguments = dict(sampler=None, num_search_steps=1, batch_size=2)
   refused(lambda: ddss_tf.search(
       run_dir=str(tmp_path), **parts, **arguments,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import data
 from ddss_tf import features as features_lib
 from ddss_tf import reference
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
@@ -255,7 +255,7 @@ def test_key_is_stable():
 @pytest.fixture(name="some")
 def fixture_some(digits):
   images = digits.images[:70]
-  return data.ImageDataset("some", images, None,
+  return dataset_lib.ImageDataset("some", images, None,
                            fingerprint.arrays_sha256([images]))
 
 
@@ -310,7 +310,7 @@ def test_quantise_rounds_to_bytes(cnn):
   pixels = rng.integers(0, 256, (20, 16, 16, 1))
   offset = rng.uniform(-0.4, 0.4, pixels.shape)
   images = ((pixels + offset) / 127.5 - 1).astype(np.float32)
-  noise = data.ImageDataset("noise", images, None, "")
+  noise = dataset_lib.ImageDataset("noise", images, None, "")
   got = reference.reference(
       cnn, noise, quantise=True, cache_dir=None).pool
   np.testing.assert_allclose(

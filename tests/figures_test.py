@@ -7,10 +7,10 @@ import matplotlib.text
 import numpy as np
 import pytest
 
-from ddss_tf import data
 from ddss_tf import figures
 from ddss_tf import samplers
 from ddss_tf import solvers
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -281,12 +281,12 @@ def test_path_shows_every_state_and_ends_in_the_image(drawn, num_steps):
         axis.get_xticks(), 8 * np.arange(columns) + 2.5)
   assert len(shown) == len(names) == num_steps + 1
   for k in range(num_steps):
-    np.testing.assert_array_equal(shown[k][0], data.to_uint8(states[k])[..., 0])
+    np.testing.assert_array_equal(shown[k][0], dataset_lib.to_uint8(states[k])[..., 0])
     np.testing.assert_array_equal(shown[k][1],
-                                  data.to_uint8(x0_hats[k])[..., 0])
+                                  dataset_lib.to_uint8(x0_hats[k])[..., 0])
     assert f"_{{{num_steps - k}}}" in names[k] and f"t = {times[k]:.0f}" in (
         names[k])
-  np.testing.assert_array_equal(shown[-1][0], data.to_uint8(image)[..., 0])
+  np.testing.assert_array_equal(shown[-1][0], dataset_lib.to_uint8(image)[..., 0])
   assert np.all(shown[-1][1] == 255)  # Nothing is predicted from it.
 
 

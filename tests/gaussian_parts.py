@@ -6,8 +6,8 @@ import keras
 import numpy as np
 
 import ddss_tf
-from ddss_tf import data
 from ddss_tf import features as features_lib
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 
 SHAPE = (4, 4, 1)
@@ -29,7 +29,7 @@ def make() -> dict:
   model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
   return dict(
       denoiser=ddss_tf.gaussian_denoiser(SHAPE, mean=0.3, std=0.25),
-      dataset=data.ImageDataset(
+      dataset=dataset_lib.ImageDataset(
           "gaussian", images, None, fingerprint.arrays_sha256([images])),
       features=features_lib.FeatureNetwork(model, "random"))
 

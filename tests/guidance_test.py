@@ -17,8 +17,8 @@ import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import coefficients as coefficients_lib
-from ddss_tf import data
 from ddss_tf import sampling
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -107,7 +107,7 @@ def searched(denoiser, gaussian_parts, tmp_path_factory):
           + STD * rng.normal(size=(450, *SHAPE))).astype(np.float32)
   run = str(tmp_path_factory.mktemp("guidance"))
   parts = dict(denoiser=denoiser, features=gaussian_parts["features"],
-               dataset=data.ImageDataset(
+               dataset=dataset_lib.ImageDataset(
                    "guided", real, None, fingerprint.arrays_sha256([real])))
   sampler = ddss_tf.search(
       run_dir=run, **parts, num_search_steps=60, batch_size=240,

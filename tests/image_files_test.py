@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ddss_tf import data
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.datasets import decoding
+from ddss_tf.datasets import load as data
 from ddss_tf.datasets import sources
 from ddss_tf.errors import UserError
 
@@ -88,7 +89,7 @@ def test_pixels_are_those_of_pillow(name, tmp_path):
   expected = np.asarray(image.convert(mode) if mode else image)
   expected = expected.reshape(12, 8, -1)
   np.testing.assert_array_equal(
-      load(tmp_path).images[0], data.to_float(expected))
+      load(tmp_path).images[0], dataset_lib.to_float(expected))
 
 
 @pytest.mark.parametrize("name", ["film.png", "film.webp", "alpha-film.webp",
@@ -103,7 +104,7 @@ def test_sixteen_bits_become_the_nearest_of_eight(tmp_path):
   write(tmp_path, {"deep.png": encoded(of(DEEP), ".png")})
   expected = np.round(DEEP / 257.0).astype(np.uint8)
   np.testing.assert_array_equal(
-      load(tmp_path).images[0, ..., 0], data.to_float(expected))
+      load(tmp_path).images[0, ..., 0], dataset_lib.to_float(expected))
   ends = np.array([[0, 65535, 128, 129, 257, 32768]], np.uint16)
   np.testing.assert_array_equal(
       decoding.of_bytes(encoded(of(ends), ".png"))[..., 0],
@@ -119,7 +120,7 @@ def test_rotations_of_exif_are_applied(orientation, suffix, tmp_path):
   options = {".jpg": dict(quality=95, subsampling=0),
              ".webp": dict(lossless=True)}.get(suffix, {})
   write(tmp_path, {f"a{suffix}": encoded(image, suffix, exif=exif, **options)})
-  a = data.to_float(decoding.of_bytes(encoded(image, suffix, **options)))
+  a = dataset_lib.to_float(decoding.of_bytes(encoded(image, suffix, **options)))
   # How an upright image follows from what the file has; EXIF 2.3, table 6.
   upright = {
       1: a, 2: a[:, ::-1], 3: a[::-1, ::-1], 4: a[::-1],
@@ -162,7 +163,7 @@ def test_links_are_followed(linked, tmp_path):
 def test_any_name(name, tmp_path):
   write(tmp_path, {name: FILES["grey.png"][0], ".hidden.png": b"no image"})
   np.testing.assert_array_equal(
-      load(tmp_path).images[0, ..., 0], data.to_float(GREY))
+      load(tmp_path).images[0, ..., 0], dataset_lib.to_float(GREY))
 
 
 @pytest.mark.parametrize("content", [
@@ -181,7 +182,7 @@ def test_a_suffix_need_not_be_right(tmp_path):
   write(tmp_path, {"a.png": FILES["colour.jpeg"][0]})
   expected = np.asarray(Image.open(io.BytesIO(FILES["colour.jpeg"][0])))
   np.testing.assert_array_equal(
-      load(tmp_path).images[0], data.to_float(expected))
+      load(tmp_path).images[0], dataset_lib.to_float(expected))
 
 
 def test_a_bomb_is_refused(tmp_path, monkeypatch):

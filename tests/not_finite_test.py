@@ -13,12 +13,12 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import comparing
-from ddss_tf import data
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import reporting
 from ddss_tf import storage
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import records as records_lib
 from ddss_tf.errors import UserError
 import gaussian_parts
@@ -248,6 +248,6 @@ def test_a_comparison_with_strides_that_fail(gaussian_parts, tmp_path):
 
 
 def test_one_image_is_told(gaussian_parts, tmp_path):
-  one = data.as_dataset(gaussian_parts["dataset"].images[:1].clip(-1, 1))
+  one = dataset_lib.as_dataset(gaussian_parts["dataset"].images[:1].clip(-1, 1))
   with pytest.raises(UserError, match="at least 4 images.*Received: 1"):
     evaluate(tmp_path, gaussian_parts, dataset=one)

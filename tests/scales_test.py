@@ -17,10 +17,10 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import card
-from ddss_tf import data
 from ddss_tf import features as features_lib
 from ddss_tf import metrics
 from ddss_tf import objectives
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import records
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
@@ -342,7 +342,7 @@ def test_a_search_with_the_cubic_kernel_takes_its_steps(
     (np.full((30, 4, 4, 1), 0.5), "must differ.*30 images with the same")])
 def test_a_data_set_without_a_spread(images, words, tmp_path):
   parts = {**gaussian_parts.make(),
-           "dataset": data.as_dataset(images.astype(np.float32))}
+           "dataset": dataset_lib.as_dataset(images.astype(np.float32))}
   with pytest.raises(UserError, match=words) as refused:
     searched(tmp_path, parts, "kid_linear")
   assert "\n" not in str(refused.value).split("\n  In call")[0]
@@ -351,7 +351,7 @@ def test_a_data_set_without_a_spread(images, words, tmp_path):
 
 def test_equal_images_are_evaluated(tmp_path):
   """Their features have no spread: the FID is the mean's and that of others."""
-  parts = {**gaussian_parts.make(), "dataset": data.as_dataset(
+  parts = {**gaussian_parts.make(), "dataset": dataset_lib.as_dataset(
       np.full((10, 4, 4, 1), 0.5, np.float32))}
   (record,) = ddss_tf.evaluate(
       str(tmp_path), **parts, num_samples=8, jit_compile=False, baselines=[

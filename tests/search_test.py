@@ -20,7 +20,6 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import data
 from ddss_tf import elbo
 from ddss_tf import evaluation
 from ddss_tf import families
@@ -35,6 +34,7 @@ from ddss_tf import searching
 from ddss_tf import solvers
 from ddss_tf import starts
 from ddss_tf import storage
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import rematerialise
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
@@ -1430,7 +1430,7 @@ np.savez({str(tmp_path / "images.npz")!r}, images=images, again=again)
   images = sampler(x_T, noise, eps_fn=parts["denoiser"].eps)
   with np.load(tmp_path / "images.npz") as served:
     assert served["images"].dtype == np.uint8
-    expected = data.to_uint8(images.numpy()).astype(int)
+    expected = dataset_lib.to_uint8(images.numpy()).astype(int)
     # Compiled, a value on the edge between two may round either way.
     assert np.abs(served["images"] - expected).max() <= (1 if jit else 0)
     np.testing.assert_array_equal(served["again"], served["images"][:5])
@@ -1451,7 +1451,7 @@ def test_sampling_to_files(parts, finished):
   with np.load(path) as arrays:
     np.testing.assert_array_equal(
         arrays["images"],
-        data.to_uint8(generator.images(sampler.coefficients(), 10, 4)))
+        dataset_lib.to_uint8(generator.images(sampler.coefficients(), 10, 4)))
 
 
 def test_damaged_or_foreign_sampler(parts, finished, tmp_path):

@@ -18,12 +18,12 @@ import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import comparing
-from ddss_tf import data
 from ddss_tf import diffusers_scheduler
 from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import preprocessing
 from ddss_tf import sampling
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.networks import unet
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -118,7 +118,7 @@ def parts_of(shape):
   images = 0.3 + 0.25 * np.random.default_rng(0).normal(size=(60, *shape))
   return dict(
       denoiser=ddss_tf.gaussian_denoiser(shape, mean=0.3, std=0.25),
-      dataset=data.as_dataset(images.clip(-1, 1).astype(np.float32)),
+      dataset=dataset_lib.as_dataset(images.clip(-1, 1).astype(np.float32)),
       features=features_lib.FeatureNetwork(keras.Model(
           inputs, keras.layers.Dense(3, name="logits")(x)), "random"))
 

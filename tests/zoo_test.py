@@ -11,10 +11,10 @@ import pytest
 import ddss_tf
 from ddss_tf import card
 from ddss_tf import chain
-from ddss_tf import data
 from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -113,7 +113,7 @@ def test_a_card_is_for_its_own_weights(main_in_process, tmp_path, capsys):
   denoiser = ddss_tf.gaussian_denoiser()
   x_T, noise = chain.draw_noise(
       sampling.seed_pair(0), np.arange(2), denoiser.image_shape, 5)
-  expected = data.to_uint8(chain.run_chain(
+  expected = dataset_lib.to_uint8(chain.run_chain(
       denoiser.eps, zoo.load(NAME).coefficients, x_T, noise))
   assert np.max(np.abs(images - expected)) <= 1 and np.std(images) > 5
 

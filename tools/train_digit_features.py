@@ -18,8 +18,8 @@ from keras import layers
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import data
 from ddss_tf import features as features_lib
+from ddss_tf.datasets import load as data
 from ddss_tf.runs import fingerprint
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "..", "ddss_tf", "assets")

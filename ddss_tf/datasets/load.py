@@ -4,14 +4,14 @@ All knowledge of pixels as bytes is here: `to_float` and `to_uint8`. Where the
 images come from is in `ddss_tf.datasets.sources`.
 """
 
-import dataclasses
-
 import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.datasets import sources
 from ddss_tf.runs import fingerprint
+from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.errors import UserError, check_whole
 
 # What a name may begin with to be a path and not a TFDS name.
@@ -22,68 +22,6 @@ _FILES = {
 }
 _RESIZE_METHODS = ("bicubic", "lanczos3", "area")
 _READ_BATCH = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageDataset:
-  """A data set in memory.
-
-  Attributes:
-    name: the name it was loaded by.
-    images: float32 [N, H, W, C] in [-1, 1].
-    labels: int64 [N]; None if the data set has none.
-    sha256: content hash of `images`.
-  """
-
-  name: str
-  images: np.ndarray
-  labels: np.ndarray | None
-  sha256: str
-
-
-def as_dataset(images: "ImageDataset | np.ndarray") -> ImageDataset:
-  """Images in memory as a data set; a data set as it is.
-
-  Args:
-    images: float [N, H, W, C] in [-1, 1].
-
-  Raises:
-    UserError: another shape, bytes, values out of range or not finite.
-  """
-  if isinstance(images, ImageDataset):
-    return images
-  images = np.asarray(images)
-  if images.ndim != 4 or not len(images) or images.dtype.kind != "f":
-    raise UserError("images must be floats [N, H, W, C]. Received: "
-                    f"{images.dtype} of shape {images.shape}")
-  # NaN fails every comparison.
-  if not np.abs(images).max() <= 1 + 1e-3:
-    raise UserError("images must be finite and in [-1, 1]. Received: "
-                    f"{images.min():g} to {images.max():g}")
-  images = np.ascontiguousarray(images, np.float32)
-  return ImageDataset(
-      "images", images, None, fingerprint.arrays_sha256([images]))
-
-
-def to_float(pixels: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
-  """Bytes in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1, any shape."""
-  if tf.is_tensor(pixels):
-    return tf.cast(pixels, tf.float32) / 127.5 - 1.0
-  return np.asarray(pixels).astype(np.float32) / np.float32(127.5) - 1
-
-
-def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
-  """Floats, meant in [-1, 1], to the nearest byte, clipped; any shape.
-
-  Inverse of `to_float`, and what saving images to a file does to them.
-  """
-  if tf.is_tensor(images):
-    pixels = tf.round(127.5 * tf.cast(images, tf.float32) + 127.5)
-    return tf.cast(tf.clip_by_value(pixels, 0.0, 255.0), tf.uint8)
-  pixels = np.round(np.float32(127.5) * np.asarray(images, np.float32)
-                    + np.float32(127.5))
-  with np.errstate(invalid="ignore"):  # There is no byte for NaN.
-    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 @gin.register
@@ -175,7 +113,7 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
 
   def process(batch):
     pixels = batch.pop("image")
-    images = pixels if pixels.dtype == tf.float32 else to_float(pixels)
+    images = pixels if pixels.dtype == tf.float32 else dataset_lib.to_float(pixels)
     if channels:
       images = _to_channels(images, channels)
     images = _crop(images, crop)
