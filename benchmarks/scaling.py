@@ -19,7 +19,7 @@ from ddss_tf import presets
 from ddss_tf import schedules
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import unet
-from ddss_tf.features import load_features
+from ddss_tf.features.load import load_features
 from ddss_tf.networks.frozen import frozen_variables
 
 BATCH = 512  # The paper's population, and its steps.

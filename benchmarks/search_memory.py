@@ -21,7 +21,7 @@ def measure(batch_size: int) -> dict:
   import ddss_tf
   from ddss_tf.datasets import load as data
   from ddss_tf import families
-  from ddss_tf import features as features_lib
+  from ddss_tf.features import load as features_lib
   from ddss_tf import objectives
   from ddss_tf import samplers
   from ddss_tf import searching

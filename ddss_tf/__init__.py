@@ -26,7 +26,7 @@ from ddss_tf.version import __version__
 _PUBLIC = {
     "Coefficients": "coefficients",
     "Denoiser": "denoisers.denoiser",
-    "FeatureNetwork": "features",
+    "FeatureNetwork": "features.network",
     "FixedSampler": "samplers",
     "GGDM": "families",
     "ImageDataset": "datasets.dataset",
@@ -44,7 +44,7 @@ _PUBLIC = {
     "inspect": "inspecting",
     "load_dataset": "datasets.load",
     "load_denoiser": "loading",
-    "load_features": "features",
+    "load_features": "features.load",
     "make_sampler": "families",
     "make_schedule": "schedules",
     "on_schedule": "denoisers.clocks",
@@ -73,7 +73,8 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.evaluation import evaluate
   from ddss_tf.exporting import export, sample
   from ddss_tf.families import GGDM, LearnedSampler, make_sampler
-  from ddss_tf.features import FeatureNetwork, load_features
+  from ddss_tf.features.load import load_features
+  from ddss_tf.features.network import FeatureNetwork
   from ddss_tf.inspecting import inspect
   from ddss_tf.loading import load_denoiser
   from ddss_tf.reporting import report

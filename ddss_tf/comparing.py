@@ -21,7 +21,6 @@ import numpy as np
 from ddss_tf import card
 from ddss_tf import evaluation
 from ddss_tf import families as families_lib
-from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import objectives as objectives_lib
 from ddss_tf import samplers as samplers_lib
@@ -31,6 +30,7 @@ from ddss_tf import solvers as solvers_lib
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import network as network_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
@@ -125,9 +125,9 @@ def compare(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
     dataset: ImageDataset = gin.REQUIRED,
-    features: features_lib.FeatureNetwork = gin.REQUIRED,
-    heldout_features: (features_lib.FeatureNetwork
-                       | list[features_lib.FeatureNetwork] | None) = None,
+    features: network_lib.FeatureNetwork = gin.REQUIRED,
+    heldout_features: (network_lib.FeatureNetwork
+                       | list[network_lib.FeatureNetwork] | None) = None,
     num_steps: Sequence[int] = gin.REQUIRED,
     solvers: Sequence[str] = solvers_lib.SOLVERS,
     strides: Sequence[str] = schedules.STRIDES,

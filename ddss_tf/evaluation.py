@@ -12,22 +12,23 @@ import tensorflow as tf
 
 from ddss_tf import card
 from ddss_tf import distribution
-from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import metrics
-from ddss_tf import reference as reference_lib
 from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import network as network_lib
+from ddss_tf.features import reference as reference_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.denoisers.denoiser import Denoiser, check_guidance
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
+from ddss_tf.features.network import check_shapes
 from ddss_tf.samplers import FixedSampler, Sampler
 from ddss_tf.schedules import NoiseSchedule
-from ddss_tf.searching import check_shapes, check_x0_bound
+from ddss_tf.searching import check_x0_bound
 
 _SPLITS = 10  # Of the Inception Score, as published.
 _LEAST_IMAGES = 4  # Of KID with an error, generated and real.
@@ -98,18 +99,18 @@ class Evaluator:
 
   def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
                dataset: dataset_lib.ImageDataset,
-               features: features_lib.FeatureNetwork,
+               features: network_lib.FeatureNetwork,
                heldout_features: (
-                   features_lib.FeatureNetwork
-                   | list[features_lib.FeatureNetwork] | None) = None,
+                   network_lib.FeatureNetwork
+                   | list[network_lib.FeatureNetwork] | None) = None,
                seed: int = 1234, batch_size: int = 250,
                jit_compile: bool = True):
     self._run = run
     self._denoiser = denoiser
     self._dataset = dataset
     self._networks = [
-        *features_lib.as_networks("features", features, several=False),
-        *features_lib.as_networks(
+        *network_lib.as_networks("features", features, several=False),
+        *network_lib.as_networks(
             "heldout_features", heldout_features, optional=True)]
     check_shapes(denoiser, dataset, *self._networks)
     if len(dataset.images) < _LEAST_IMAGES:
@@ -242,9 +243,9 @@ def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
     dataset: dataset_lib.ImageDataset | np.ndarray = gin.REQUIRED,
-    features: features_lib.FeatureNetwork = gin.REQUIRED,
-    heldout_features: (features_lib.FeatureNetwork
-                       | list[features_lib.FeatureNetwork] | None) = None,
+    features: network_lib.FeatureNetwork = gin.REQUIRED,
+    heldout_features: (network_lib.FeatureNetwork
+                       | list[network_lib.FeatureNetwork] | None) = None,
     baselines: Sequence[Sampler | Callable[[NoiseSchedule], Sampler]] = (),
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,

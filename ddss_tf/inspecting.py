@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.features import FeatureNetwork, as_networks
+from ddss_tf.features.network import FeatureNetwork, as_networks
 from ddss_tf.foreign import SavedModelNetwork
 from ddss_tf.schedules import ExplodingSchedule
 

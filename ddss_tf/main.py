@@ -78,7 +78,7 @@ def _build(stages) -> None:
   from ddss_tf import comparing
   from ddss_tf import evaluation
   from ddss_tf import exporting
-  from ddss_tf import features
+  from ddss_tf.features import load as features
   from ddss_tf import registry
   from ddss_tf import searching
   from ddss_tf import zoo

@@ -417,7 +417,7 @@ class Objective:
 
   Args:
     terms: a name out of `OBJECTIVES`, or weights by name. "elbo" stands alone.
-    networks: feature networks, see `features.FeatureNetwork`.
+    networks: feature networks, see `network.FeatureNetwork`.
     reals: float32 [R, D], features of the training set, for each network.
     image_shape: (H, W, C).
     network_weights: for each network; 1 if None.

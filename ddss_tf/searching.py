@@ -29,13 +29,14 @@ from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
-from ddss_tf import reference
 from ddss_tf import sampling
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.features import network as network_lib
+from ddss_tf.features import reference
 from ddss_tf.networks import precision
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
@@ -45,51 +46,9 @@ from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import (
     MAX_SEED, Interrupted, Terminated, UserError, check_positive, check_whole)
-from ddss_tf.features import FeatureNetwork, as_networks
+from ddss_tf.features.network import FeatureNetwork, as_networks
 from ddss_tf.samplers import KINDS, Sampler
 from ddss_tf.schedules import NoiseSchedule
-
-
-def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
-  """Checks that all parts speak of images of one shape.
-
-  Raises:
-    UserError: names the part that differs.
-  """
-  shape = denoiser.image_shape
-  others = [("data set", dataset.name, dataset.images.shape[1:])]
-  others += [("feature network", network.name, network.image_shape)
-             for network in networks if not network.accepts(shape)]
-  for kind, name, other in others:
-    if tuple(other) != shape:
-      raise UserError(f"{kind} {name!r} must have the image shape {shape} of "
-                      f"the denoiser {denoiser.name!r}. Received: {other}")
-
-
-def check_features(features: FeatureNetwork, dataset: ImageDataset,
-                   pool: np.ndarray) -> None:
-  """Checks that features of the data set can be what a search measures by.
-
-  Args:
-    features: the network.
-    dataset: the images.
-    pool: float32 [R, D], their features.
-
-  Raises:
-    UserError: features that are not finite, or the same for all images, whose
-      deviation is the unit of the search.
-  """
-  if not np.all(np.isfinite(pool)):
-    raise UserError(f"features {features.name!r} of {dataset.name!r} must be "
-                    "finite. Received: NaN or infinity")
-  spread = np.sum(np.var(pool, axis=0, dtype=np.float64))
-  size = np.sum(np.mean(pool, axis=0, dtype=np.float64) ** 2)
-  # Of the same image in batches of other sizes the last bits differ.
-  if spread <= (4 * np.finfo(np.float32).eps) ** 2 * size:
-    raise UserError(
-        f"features {features.name!r} of {dataset.name!r} must differ: a search "
-        f"measures by their deviation. Received: {len(pool)} images with the "
-        "same features")
 
 
 def check_x0_bound(root: str, x0_bound: str | None) -> None:
@@ -881,7 +840,7 @@ def search(
     sampling_batch_size = min(250, 4 * micro_batch_size)
   dataset = dataset_lib.as_dataset(dataset)
   networks = as_networks("search.features", features)
-  check_shapes(denoiser, dataset, *networks)
+  network_lib.check_shapes(denoiser, dataset, *networks)
   if len(dataset.images) < 2:
     raise UserError(f"data set {dataset.name!r} must have at least 2 images, "
                     "for the spread of their features. Received: "
@@ -957,7 +916,7 @@ def search(
       network, dataset, quantise=False, cache_dir=run.cache).pool
            for network in networks]
   for network, real in zip(networks, reals):
-    check_features(network, dataset, real)
+    network_lib.check_features(network, dataset, real)
   goal = objectives.Objective(
       terms, networks, reals, denoiser.image_shape, feature_weights)
 

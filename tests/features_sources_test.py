@@ -19,15 +19,15 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import families
-from ddss_tf import features as features_lib
-from ddss_tf import keras_models
 from ddss_tf import metrics
-from ddss_tf import preprocessing
-from ddss_tf import reference
 from ddss_tf import registry  # pylint: disable=unused-import
 from ddss_tf import sampling
-from ddss_tf import saved_models
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import hub as hub_lib
+from ddss_tf.features import keras_models
+from ddss_tf.features import load as features_lib
+from ddss_tf.features import preprocessing
+from ddss_tf.features import reference
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
@@ -409,7 +409,7 @@ def test_folder_is_that_of_tensorflow_hub(tmp_path, monkeypatch):
   monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
   theirs = resolver._module_dir(HANDLE)
   os.makedirs(theirs)
-  assert saved_models.hub_folder(HANDLE) == theirs
+  assert hub_lib.hub_folder(HANDLE) == theirs
 
 
 def test_keys_tell_protocols_and_files_apart(small, tmp_path):

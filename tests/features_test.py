@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import features as features_lib
-from ddss_tf import reference
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import load as features_lib
+from ddss_tf.features import network as network_lib
+from ddss_tf.features import reference
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
@@ -200,20 +201,20 @@ def test_code_in_a_file_is_refused(tmp_path):
 def test_layers():
   model = tiny_model()
   with pytest.raises(UserError) as error:
-    features_lib.FeatureNetwork(model, pool_layer="pol")
+    network_lib.FeatureNetwork(model, pool_layer="pol")
   text = one_line(error)
   assert "'pol'" in text and "flat, pool, logits" in text
   with pytest.raises(UserError) as error:
-    features_lib.FeatureNetwork(model, logits_layer=model.layers[0].name)
+    network_lib.FeatureNetwork(model, logits_layer=model.layers[0].name)
   assert "[?, 2, 3, 1]" in one_line(error)
-  flat = features_lib.FeatureNetwork(model, pool_layer="flat")
+  flat = network_lib.FeatureNetwork(model, pool_layer="flat")
   assert flat.num_features == 6
 
 
 def test_key_tells_networks_of_equal_weights_apart():
-  relu = features_lib.FeatureNetwork(tiny_model())
-  tanh = features_lib.FeatureNetwork(tiny_model("tanh"))
-  flat = features_lib.FeatureNetwork(tiny_model(), pool_layer="flat")
+  relu = network_lib.FeatureNetwork(tiny_model())
+  tanh = network_lib.FeatureNetwork(tiny_model("tanh"))
+  flat = network_lib.FeatureNetwork(tiny_model(), pool_layer="flat")
   assert relu.sha256 == tanh.sha256 == flat.sha256
   # What results record beside the hash of the weights.
   assert relu.protocol != flat.protocol
@@ -237,7 +238,7 @@ def test_a_reference_that_is_not_finite(some, tmp_path, caplog):
   images = keras.Input((16, 16, 1))
   pool = layers.Flatten(name="pool")(images)
   logits = layers.Lambda(lambda x: x[:, :2] / 0.0, name="logits")(pool)
-  network = features_lib.FeatureNetwork(keras.Model(images, logits))
+  network = network_lib.FeatureNetwork(keras.Model(images, logits))
   found = reference.reference(
       network, some, quantise=True, cache_dir=str(tmp_path))
   # It costs what depends on it, and no other.
@@ -272,9 +273,9 @@ def test_cache(cnn, some, tmp_path, monkeypatch):
   [file] = os.listdir(folder)
   path = os.path.join(folder, file)
   calls = []
-  original = features_lib.FeatureNetwork.__call__
+  original = network_lib.FeatureNetwork.__call__
   monkeypatch.setattr(
-      features_lib.FeatureNetwork, "__call__",
+      network_lib.FeatureNetwork, "__call__",
       lambda self, images: calls.append(1) or original(self, images))
 
   def assert_same(arrays):

@@ -17,9 +17,9 @@ import ddss_tf
 from ddss_tf import chain
 from ddss_tf import exporting
 from ddss_tf import families
-from ddss_tf import features as features_lib
 from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.features import network as network_lib
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -395,7 +395,7 @@ def test_inspecting_a_saved_model(tmp_path):
   pool = keras.layers.Flatten(name="pool")(
       keras.layers.Conv2D(4, 3, padding="same")(images))
   logits = keras.layers.Dense(2, name="logits")(pool)
-  network = features_lib.FeatureNetwork(keras.Model(images, logits))
+  network = network_lib.FeatureNetwork(keras.Model(images, logits))
   counted = inspecting.feature_bytes(network, (8, 8, 1))
   # The image clipped, the convolution and its bias.
   assert 2 * 4 * 8 * 8 * 4 <= counted < 3 * 4 * 8 * 8 * 4

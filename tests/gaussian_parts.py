@@ -6,8 +6,8 @@ import keras
 import numpy as np
 
 import ddss_tf
-from ddss_tf import features as features_lib
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import network as network_lib
 from ddss_tf.runs import fingerprint
 
 SHAPE = (4, 4, 1)
@@ -31,7 +31,7 @@ def make() -> dict:
       denoiser=ddss_tf.gaussian_denoiser(SHAPE, mean=0.3, std=0.25),
       dataset=dataset_lib.ImageDataset(
           "gaussian", images, None, fingerprint.arrays_sha256([images])),
-      features=features_lib.FeatureNetwork(model, "random"))
+      features=network_lib.FeatureNetwork(model, "random"))
 
 
 # A run of them by the command line, of seconds.

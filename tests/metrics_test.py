@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from ddss_tf import metrics
 from ddss_tf import objectives
-from ddss_tf import reference
+from ddss_tf.features import reference
 from ddss_tf.runs import records
 
 

@@ -13,12 +13,12 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import comparing
-from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import reporting
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import network as network_lib
 from ddss_tf.runs import records as records_lib
 from ddss_tf.errors import UserError
 import gaussian_parts
@@ -51,7 +51,7 @@ def network_with(pool=None, logits=None, **options):
           value, model.inputs[0])
       for name, value, fault in zip(
           ("bad_pool", "bad_logits"), model.outputs, (pool, logits))]
-  return features_lib.FeatureNetwork(
+  return network_lib.FeatureNetwork(
       keras.Model(model.inputs, outputs), "faulty",
       "pool" if pool is None else "bad_pool",
       "logits" if logits is None else "bad_logits")

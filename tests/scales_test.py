@@ -17,10 +17,11 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import card
-from ddss_tf import features as features_lib
 from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import load as features_lib
+from ddss_tf.features import network as network_lib
 from ddss_tf.runs import records
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.errors import UserError
@@ -291,7 +292,7 @@ def parts_of_scale(scale, offset=0.0):
   model = parts["features"].model
   pool, logits = model.outputs
   pool = keras.layers.Rescaling(scale, offset, name="scaled")(pool)
-  return {**parts, "features": features_lib.FeatureNetwork(
+  return {**parts, "features": network_lib.FeatureNetwork(
       keras.Model(model.inputs, [pool, logits]), "scaled", "scaled")}
 
 

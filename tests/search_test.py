@@ -23,7 +23,6 @@ from ddss_tf import chain
 from ddss_tf import elbo
 from ddss_tf import evaluation
 from ddss_tf import families
-from ddss_tf import features as features_lib
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
@@ -36,6 +35,7 @@ from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import rematerialise
+from ddss_tf.features import network as network_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
@@ -739,7 +739,7 @@ def test_a_search_never_ends_worse_than_it_starts(parts, tmp_path):
 
 def test_an_objective_is_the_weighted_sum_of_its_terms(parts):
   first = parts["features"]
-  other = features_lib.FeatureNetwork(
+  other = network_lib.FeatureNetwork(
       keras.models.clone_model(first.model), "other")
   rng = np.random.default_rng(0)
   real, images, teacher = (
@@ -1013,7 +1013,7 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
   elif where == "features":
     inputs = keras.Input(SHAPE)
     found, logits = features.model(inputs)
-    features = features_lib.FeatureNetwork(keras.Model(inputs, [
+    features = network_lib.FeatureNetwork(keras.Model(inputs, [
         keras.layers.Identity(name="pool")(poison(found)),
         keras.layers.Identity(name="logits")(logits)]), "poisoned")
   advance = searching.Search.advance
@@ -1351,7 +1351,7 @@ def test_several_held_out_networks_are_measured_in_one_pass(
         keras.Input(SHAPE), keras.layers.Flatten(),
         keras.layers.Dense(width, activation="tanh", name="pool"),
         keras.layers.Dense(3, name="logits")])
-    networks.append(features_lib.FeatureNetwork(model, f"of_{width}"))
+    networks.append(network_lib.FeatureNetwork(model, f"of_{width}"))
   calls = tf.Variable(0)
   plain = denoiser.compiled_eps(False)
 

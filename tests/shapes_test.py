@@ -19,11 +19,11 @@ from ddss_tf import card
 from ddss_tf import chain
 from ddss_tf import comparing
 from ddss_tf import diffusers_scheduler
-from ddss_tf import features as features_lib
 from ddss_tf import figures
-from ddss_tf import preprocessing
 from ddss_tf import sampling
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import network as network_lib
+from ddss_tf.features import preprocessing
 from ddss_tf.networks import unet
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -119,7 +119,7 @@ def parts_of(shape):
   return dict(
       denoiser=ddss_tf.gaussian_denoiser(shape, mean=0.3, std=0.25),
       dataset=dataset_lib.as_dataset(images.clip(-1, 1).astype(np.float32)),
-      features=features_lib.FeatureNetwork(keras.Model(
+      features=network_lib.FeatureNetwork(keras.Model(
           inputs, keras.layers.Dense(3, name="logits")(x)), "random"))
 
 
@@ -418,7 +418,7 @@ def test_ranges_of_colours_are_of_three_channels(value_range, channels):
   pool = keras.layers.Flatten(name="pool")(inputs)
   model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool))
   make = functools.partial(
-      features_lib.FeatureNetwork, model,
+      network_lib.FeatureNetwork, model,
       preprocessing=preprocessing.Preprocessing(value_range=value_range))
   if value_range in ("caffe", "torch") and channels != 3:
     with pytest.raises(UserError, match=f"3 channels. Received: one of "
@@ -435,7 +435,7 @@ def test_a_network_of_any_channels_takes_those_that_it_can():
       lambda x: tf.reduce_mean(x, axis=3), output_shape=(4, 4))(inputs)
   pool = keras.layers.Flatten(name="pool")(pool)
   model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool))
-  found = features_lib.FeatureNetwork(
+  found = network_lib.FeatureNetwork(
       model, preprocessing=preprocessing.Preprocessing(value_range="torch"))
   assert [c for c in range(1, 6) if found.accepts((4, 4, c))] == [3]
   with pytest.raises(UserError, match="must have the shape"):

@@ -23,15 +23,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import keras_models
-from ddss_tf import saved_models
+from ddss_tf.features import hub
+from ddss_tf.features import keras_models
 from ddss_tf.networks.frozen import frozen_variables
 
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder of the SavedModel.", required=True)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the weights.", 0)
 
-SIZE = saved_models.INCEPTION_SIZE
+SIZE = hub.INCEPTION_SIZE
 CLASSES = 1008
 # Features whose standard deviation over images is below this share of their
 # mean tell images apart badly.

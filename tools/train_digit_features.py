@@ -18,11 +18,13 @@ from keras import layers
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import features as features_lib
 from ddss_tf.datasets import load as data
+from ddss_tf.features import load as features_lib
+from ddss_tf.features import network as network_lib
 from ddss_tf.runs import fingerprint
 
-_ASSETS = os.path.join(os.path.dirname(__file__), "..", "ddss_tf", "assets")
+_ASSETS = os.path.join(os.path.dirname(__file__), "..", "ddss_tf", "features",
+                       "assets")
 _NUM_TRAIN = 9000
 _BATCH_SIZE = 64
 _MIN_ACCURACY = 0.98
@@ -148,7 +150,7 @@ def train(name: str, images: np.ndarray, labels: np.ndarray) -> keras.Model:
   return trained
 
 
-def accuracy(features: features_lib.FeatureNetwork, images: np.ndarray,
+def accuracy(features: network_lib.FeatureNetwork, images: np.ndarray,
              labels: np.ndarray) -> float:
   """Share of digits [N, 16, 16, 1] whose greatest logit is their label's."""
   predicted = np.argmax(features(images)["logits"], axis=1)
@@ -165,7 +167,7 @@ def main(argv):
   failed = False
   for name in _NETWORK.value:
     model = train(name, full.images[:_NUM_TRAIN], full.labels[:_NUM_TRAIN])
-    held_out = accuracy(features_lib.FeatureNetwork(model, name),
+    held_out = accuracy(network_lib.FeatureNetwork(model, name),
                         small.images[_NUM_TRAIN:], small.labels[_NUM_TRAIN:])
     print(f"{name}: held-out accuracy {held_out:.4f}", flush=True)
     if held_out < _MIN_ACCURACY:

@@ -1,26 +1,17 @@
 """Classifiers in SavedModels, and TF-Hub's cache of them."""
 
-import hashlib
-import os
-import tempfile
-import warnings
-
-from absl import logging
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import storage
+from ddss_tf.features import hub
 from ddss_tf.networks import files as network_files
 from ddss_tf.errors import UserError, shape_text
-
-INCEPTION_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
-INCEPTION_SIZE = 299
 
 
 class SavedModelNetwork:
   """A SavedModel with a dictionary of outputs, loaded once.
 
-  To `features.FeatureNetwork` it looks as `keras_models.KerasNetwork` does.
+  To `network.FeatureNetwork` it looks as `keras_models.KerasNetwork` does.
 
   Called as TensorFlow 2 calls it, or else through its signature
   "serving_default" (or "default", as TF-Hub's first format has it). A
@@ -69,7 +60,7 @@ class SavedModelNetwork:
         is of another shape or not finite.
     """
     # If any size does, it is one that no network is too deep for.
-    height, width = size or (n or INCEPTION_SIZE for n in self.input_shape[:2])
+    height, width = size or (n or hub.INCEPTION_SIZE for n in self.input_shape[:2])
     images = tf.stack([tf.fill([height, width, self.input_shape[2]], value)
                        for value in (-0.5, 0.5)])
     failures = []
@@ -131,47 +122,3 @@ def _entry_points(loaded):
       else:
         function = signature
       yield name, function, list(arguments.values())
-
-
-def _fetched(handle: str) -> str:
-  """Has tensorflow_hub download a handle into its cache."""
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Of pkg_resources, which it imports.
-    import tensorflow_hub  # pylint: disable=g-import-not-at-top
-  logging.info("fetching %s", handle)
-  return tensorflow_hub.resolve(handle)
-
-
-def hub_folder(handle: str) -> str:
-  """Where TF-Hub keeps the SavedModel of a handle, which it fetches if need be.
-
-  It is the folder named by the SHA-1 of the handle in $TFHUB_CACHE_DIR, or in
-  `tfhub_modules` of the system's folder for temporary files, as
-  tensorflow_hub 0.16 has it (`compressed_module_resolver.py`).
-
-  Raises:
-    UserError: it is not there and cannot be fetched; the line says how to get
-      it.
-  """
-  cache = storage.expanded(os.getenv("TFHUB_CACHE_DIR"))
-  if cache:
-    os.environ["TFHUB_CACHE_DIR"] = cache  # tensorflow_hub expands no "~".
-  else:
-    cache = os.path.join(tempfile.gettempdir(), "tfhub_modules")
-  folder = os.path.join(cache, hashlib.sha1(handle.encode()).hexdigest())
-  if not os.path.isdir(folder):
-    lock = folder + ".lock"
-    if os.path.exists(lock):
-      state = f"a download that has not ended, {lock}"
-    else:
-      try:
-        return _fetched(handle)
-      except Exception as error:  # No network, no package, no space.
-        state = ("no such folder, and it cannot be fetched: "
-                 f"{network_files.reason(error)}")
-    raise UserError(
-        f"{handle} must be in TF-Hub's cache, in the folder {folder} (cache: "
-        f"TFHUB_CACHE_DIR). Received: {state}. Download "
-        f"{handle}?tf-hub-format=compressed and unpack it there with tar -xzf, "
-        "or anywhere and set load_features.path to that folder")
-  return folder

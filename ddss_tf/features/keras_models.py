@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import preprocessing
+from ddss_tf.features import preprocessing
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.networks.frozen import frozen_variables

@@ -18,7 +18,7 @@ from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
-from ddss_tf.features import FeatureNetwork
+from ddss_tf.features.network import FeatureNetwork
 
 
 class Reference(NamedTuple):

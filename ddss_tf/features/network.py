@@ -1,0 +1,212 @@
+"""A feature network: images to features and logits."""
+
+import json
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf.features import hub
+from ddss_tf.features import keras_models
+from ddss_tf.runs import fingerprint
+from ddss_tf.datasets.dataset import ImageDataset
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import UserError, shape_text
+from ddss_tf.features.preprocessing import Preprocessing
+
+KEYS = ("pool", "logits")
+# 22 images of Inception's size at a time, 500 of 64x64 or smaller.
+_PIXELS_AT_A_TIME = 2_000_000
+
+
+class FeatureNetwork:
+  """A frozen classifier of which two layers are read.
+
+  Args:
+    model: with one input, images [B, H, W, C]: a Keras model, or a
+      `saved_models.SavedModelNetwork`.
+    name: what results call it.
+    pool_layer: the layer, or a SavedModel's output, whose values [B, D] are the
+      features.
+    logits_layer: the one whose values [B, classes] are the logits.
+    preprocessing: from images in [-1, 1] to what the model takes.
+    source: the protocol's first words.
+
+  Attributes:
+    model: what computes the pair of outputs.
+    num_features: D.
+    image_shape: (H, W, C) of the images it takes, None for any.
+    protocol: in words, what happens to images before the network.
+    batch_size: images at a time that leave room in a few GiB of memory.
+    key: hash of the weights, the architecture, the choice of layers and the
+      preprocessing: equal keys give equal features.
+    sha256: hash of the weights, which results record beside the protocol.
+    embedded: whether it is one of those that come with the package.
+
+  Raises:
+    UserError: there is no such layer, its output has another rank, or the
+      preprocessing does not fit the model.
+  """
+
+  def __init__(self, model, name: str = "features", pool_layer: str = "pool",
+               logits_layer: str = "logits",
+               preprocessing: Preprocessing = Preprocessing(),
+               source: str = "keras model"):
+    if isinstance(model, keras.Model):
+      model = keras_models.KerasNetwork(model, name)
+    self.name = name
+    self.protocol = (
+        f"{source}: images clipped to [-1, 1], {preprocessing}; features "
+        f"{pool_layer}, logits {logits_layer}")
+    self._preprocessing = preprocessing
+    self._input_shape = model.input_shape
+    if preprocessing.size is not None and not _fits(
+        preprocessing.size, self._input_shape[:2]):
+      raise UserError(
+          f"features {name!r} must have images resized to "
+          f"{self._input_shape[:2]}. Received: {preprocessing.size}")
+    if not preprocessing.takes_channels(self._input_shape[2]):
+      raise UserError(
+          f"value_range {preprocessing.value_range!r} of features {name!r} must "
+          "be of a network of 3 channels. Received: one of "
+          f"{self._input_shape[2]}")
+    self.image_shape = self._input_shape
+    if preprocessing.size is not None:
+      self.image_shape = (None, None, self._input_shape[2])
+    self._function, self.model, self.num_features = model.select(
+        pool_layer, logits_layer, preprocessing.size)
+    height, width = preprocessing.size or (
+        n or hub.INCEPTION_SIZE for n in self._input_shape[:2])
+    self.batch_size = int(np.clip(
+        _PIXELS_AT_A_TIME // (height * width), 1, 500))
+    # The weights alone would not tell a network from the same one with
+    # another activation, or from another layer of it.
+    parts = [model.weights_sha256, pool_layer, logits_layer, model.graph]
+    if preprocessing != Preprocessing():
+      parts.append(str(preprocessing))
+    self.key = fingerprint.text_sha256(json.dumps(parts))
+    self.sha256 = model.weights_sha256
+    self.embedded = False
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """How results name it: name, "sha256", "protocol".
+
+    And the `key`, for the weights do not tell an activation; what comes with
+    the package is known by its weights.
+    """
+    told = {"name": self.name, "sha256": self.sha256, "protocol": self.protocol}
+    return told if self.embedded else {**told, "key": self.key}
+
+  def accepts(self, image_shape) -> bool:
+    """Whether it takes images (H, W, C); None in it stands for any."""
+    return _fits(
+        self._preprocessing.output_shape(image_shape), self._input_shape
+        ) and self._preprocessing.takes_channels(image_shape[2])
+
+  def __call__(self, images) -> dict[str, tf.Tensor]:
+    """Features of a batch; differentiable with respect to the images.
+
+    Args:
+      images: float [B, H, W, C], meant in [-1, 1]. They are clipped to that
+        range, as samplers overshoot it and image files cannot.
+
+    Returns:
+      {"pool": float32 [B, num_features], "logits": float32 [B, classes]}.
+
+    Raises:
+      UserError: images of another shape.
+    """
+    images = tf.cast(tf.convert_to_tensor(images), tf.float32)
+    if images.shape.rank != 4 or not self.accepts(images.shape[1:]):
+      raise UserError(
+          f"images for the features {self.name!r} must have the shape "
+          f"{shape_text((None, *self.image_shape))}. "
+          f"Received: {shape_text(images.shape)}")
+    images = self._preprocessing(tf.clip_by_value(images, -1.0, 1.0))
+    return {key: tf.cast(value, tf.float32)
+            for key, value in zip(KEYS, self._function(images))}
+
+
+def as_networks(what: str, value, several: bool = True,
+                optional: bool = False) -> list[FeatureNetwork]:
+  """The feature networks of an argument that takes one or a list of them.
+
+  Args:
+    what: the argument's name, for the message.
+    value: a network; a list or tuple of them; None.
+    several: whether a list is allowed.
+    optional: whether None, or an empty list, is.
+
+  Returns:
+    The networks, in order.
+
+  Raises:
+    UserError: the argument is something else.
+  """
+  if optional and value is None:
+    return []
+  networks = [value]
+  if several and isinstance(value, (list, tuple)):
+    networks = list(value)
+  strangers = [each for each in networks
+               if not isinstance(each, FeatureNetwork)]
+  if strangers or not (networks or optional):
+    raise UserError(
+        f"{what} must be {'a' if several else 'one'} feature network, as "
+        f"load_features gives{', or a list of them' if several else ''}. "
+        f"Received: {_described(strangers[0] if strangers else value)}")
+  return networks
+
+
+def _described(value) -> str:
+  """What an argument is, in a few words."""
+  if isinstance(value, (list, tuple)) and value:
+    return f"a {type(value).__name__} of {len(value)}"
+  return repr(value)[:80]
+
+
+def _fits(sizes, expected) -> bool:
+  return tf.TensorShape(sizes).is_compatible_with(expected)
+
+
+def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
+  """Checks that all parts speak of images of one shape.
+
+  Raises:
+    UserError: names the part that differs.
+  """
+  shape = denoiser.image_shape
+  others = [("data set", dataset.name, dataset.images.shape[1:])]
+  others += [("feature network", network.name, network.image_shape)
+             for network in networks if not network.accepts(shape)]
+  for kind, name, other in others:
+    if tuple(other) != shape:
+      raise UserError(f"{kind} {name!r} must have the image shape {shape} of "
+                      f"the denoiser {denoiser.name!r}. Received: {other}")
+
+
+def check_features(features: FeatureNetwork, dataset: ImageDataset,
+                   pool: np.ndarray) -> None:
+  """Checks that features of the data set can be what a search measures by.
+
+  Args:
+    features: the network.
+    dataset: the images.
+    pool: float32 [R, D], their features.
+
+  Raises:
+    UserError: features that are not finite, or the same for all images, whose
+      deviation is the unit of the search.
+  """
+  if not np.all(np.isfinite(pool)):
+    raise UserError(f"features {features.name!r} of {dataset.name!r} must be "
+                    "finite. Received: NaN or infinity")
+  spread = np.sum(np.var(pool, axis=0, dtype=np.float64))
+  size = np.sum(np.mean(pool, axis=0, dtype=np.float64) ** 2)
+  # Of the same image in batches of other sizes the last bits differ.
+  if spread <= (4 * np.finfo(np.float32).eps) ** 2 * size:
+    raise UserError(
+        f"features {features.name!r} of {dataset.name!r} must differ: a search "
+        f"measures by their deviation. Received: {len(pool)} images with the "
+        "same features")
