@@ -20,10 +20,10 @@ def measure(batch_size: int) -> dict:
   # pylint: disable=g-import-not-at-top
   import ddss_tf
   from ddss_tf.datasets import load as data
-  from ddss_tf import families
+  from ddss_tf.samplers import families
   from ddss_tf.features import load as features_lib
   from ddss_tf import objectives
-  from ddss_tf import samplers
+  from ddss_tf.samplers import sampler as samplers
   from ddss_tf import searching
   denoiser = ddss_tf.load_denoiser("digits16-ddpm")
   dataset = data.load_dataset("ddss_digits", pad=2, downsample=2,

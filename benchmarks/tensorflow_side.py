@@ -15,10 +15,10 @@ from benchmarks import networks
 from benchmarks import records
 import ddss_tf
 from ddss_tf import exporting
-from ddss_tf import families
 from ddss_tf import objectives
-from ddss_tf import samplers
 from ddss_tf import searching
+from ddss_tf.samplers import families
+from ddss_tf.samplers import sampler as sampler_lib
 
 
 def timed(functions: dict, runs: int) -> dict[str, list[float]]:
@@ -92,7 +92,7 @@ def make_search(denoiser, batch_size: int, num_steps: int, *,
                            denoiser.image_shape),
       batch_size=batch_size, gradient_samples=batch_size,
       micro_batch_size=batch_size, num_search_steps=10, learning_rate=0.1,
-      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0, remat=remat,
+      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0, remat=remat,
       jit_compile=jit_compile)
 
 

@@ -24,20 +24,20 @@ import typing
 from ddss_tf.version import __version__
 
 _PUBLIC = {
-    "Coefficients": "coefficients",
+    "Coefficients": "samplers.coefficients",
     "Denoiser": "denoisers.denoiser",
     "FeatureNetwork": "features.network",
-    "FixedSampler": "samplers",
-    "GGDM": "families",
+    "FixedSampler": "samplers.sampler",
+    "GGDM": "samplers.families",
     "ImageDataset": "datasets.dataset",
-    "LearnedSampler": "families",
+    "LearnedSampler": "samplers.learned",
     "NoiseSchedule": "schedules",
-    "Sampler": "samplers",
-    "SamplerCard": "card",
-    "SolverSampler": "samplers",
+    "Sampler": "samplers.sampler",
+    "SamplerCard": "samplers.card",
+    "SolverSampler": "samplers.sampler",
     "UserError": "errors",
     "compare": "comparing",
-    "draw_noise": "chain",
+    "draw_noise": "samplers.chain",
     "evaluate": "evaluation",
     "export": "exporting",
     "gaussian_denoiser": "denoisers.gaussian",
@@ -45,14 +45,14 @@ _PUBLIC = {
     "load_dataset": "datasets.load",
     "load_denoiser": "loading",
     "load_features": "features.load",
-    "make_sampler": "families",
+    "make_sampler": "samplers.families",
     "make_schedule": "schedules",
     "on_schedule": "denoisers.clocks",
     "report": "reporting",
-    "run_chain": "chain",
+    "run_chain": "samplers.chain",
     "sample": "exporting",
     "search": "searching",
-    "solver_coefficients": "solvers",
+    "solver_coefficients": "samplers.solvers",
 }
 _MODULES = ("zoo",)
 
@@ -60,9 +60,6 @@ __all__ = sorted([*_PUBLIC, *_MODULES])
 
 if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf import zoo
-  from ddss_tf.card import SamplerCard
-  from ddss_tf.chain import draw_noise, run_chain
-  from ddss_tf.coefficients import Coefficients
   from ddss_tf.comparing import compare
   from ddss_tf.datasets.dataset import ImageDataset
   from ddss_tf.datasets.load import load_dataset
@@ -72,16 +69,20 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.errors import UserError
   from ddss_tf.evaluation import evaluate
   from ddss_tf.exporting import export, sample
-  from ddss_tf.families import GGDM, LearnedSampler, make_sampler
   from ddss_tf.features.load import load_features
   from ddss_tf.features.network import FeatureNetwork
   from ddss_tf.inspecting import inspect
   from ddss_tf.loading import load_denoiser
   from ddss_tf.reporting import report
-  from ddss_tf.samplers import FixedSampler, Sampler, SolverSampler
+  from ddss_tf.samplers.card import SamplerCard
+  from ddss_tf.samplers.chain import draw_noise, run_chain
+  from ddss_tf.samplers.coefficients import Coefficients
+  from ddss_tf.samplers.families import GGDM, make_sampler
+  from ddss_tf.samplers.learned import LearnedSampler
+  from ddss_tf.samplers.sampler import FixedSampler, Sampler, SolverSampler
+  from ddss_tf.samplers.solvers import solver_coefficients
   from ddss_tf.schedules import NoiseSchedule, make_schedule
   from ddss_tf.searching import search
-  from ddss_tf.solvers import solver_coefficients
 
 
 def __getattr__(name):

@@ -18,15 +18,11 @@ from absl import logging
 import gin
 import numpy as np
 
-from ddss_tf import card
 from ddss_tf import evaluation
-from ddss_tf import families as families_lib
 from ddss_tf import figures
 from ddss_tf import objectives as objectives_lib
-from ddss_tf import samplers as samplers_lib
 from ddss_tf import schedules
 from ddss_tf import searching
-from ddss_tf import solvers as solvers_lib
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -35,6 +31,11 @@ from ddss_tf.runs import fingerprint
 from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import families as families_lib
+from ddss_tf.samplers import labels
+from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.samplers import solvers as solvers_lib
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
@@ -173,7 +174,7 @@ def compare(
     strides: names out of `schedules.STRIDES`.
     families: names of learned families, smaller ones first.
     starts: "best", as above, or "default": each family is searched once, from
-      its own default start (`families.LearnedSampler.default_start`).
+      its own default start (`learned.LearnedSampler.default_start`).
     objectives: what is minimised, for a row of each family with each of them:
       a dict of labels to what `search.objective` takes. Then all searches start
       at DDPM, for the ELBO of a start without noise is infinite. None: one row,
@@ -304,7 +305,7 @@ def compare(
       sampler.label += f" ({_card_name(path)})"
     add(sampler, bound)
   if full_chain:
-    add(samplers_lib.full_chain(denoiser.schedule), more=())
+    add(sampler_lib.full_chain(denoiser.schedule), more=())
   bar.close()
   draw(run.root, records)
   return records
@@ -363,7 +364,7 @@ def draw(folder: str, records: list[dict],
 def _is_named(record, name):
   """Whether a row has this name, or has it with a stride."""
   label = record["sampler"]
-  return name in (label, samplers_lib.without_stride(label))
+  return name in (label, labels.without_stride(label))
 
 
 def _read_samples(path) -> dict[str, np.ndarray]:

@@ -10,9 +10,9 @@ import shutil
 
 from ddss_tf import diffusers_format
 from ddss_tf import storage
-from ddss_tf.card import SamplerCard
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
+from ddss_tf.samplers.card import SamplerCard
 
 MODULE = "scheduling_ddss.py"
 _CLASS = "DDSSScheduler"

@@ -9,8 +9,8 @@ from typing import Callable
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import chain
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import chain
+from ddss_tf.samplers.coefficients import Coefficients
 
 
 def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,

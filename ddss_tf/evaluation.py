@@ -10,11 +10,9 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import card
 from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import metrics
-from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -23,12 +21,14 @@ from ddss_tf.features import reference as reference_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser, check_guidance
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.features.network import check_shapes
-from ddss_tf.samplers import FixedSampler, Sampler
+from ddss_tf.samplers.chain import check_x0_bound
+from ddss_tf.samplers.sampler import FixedSampler, Sampler
 from ddss_tf.schedules import NoiseSchedule
-from ddss_tf.searching import check_x0_bound
 
 _SPLITS = 10  # Of the Inception Score, as published.
 _LEAST_IMAGES = 4  # Of KID with an error, generated and real.
@@ -133,10 +133,10 @@ class Evaluator:
     """All records in `metrics.json`."""
     return list(self._known)
 
-  def generator(self, x0_bound: str | None) -> sampling.Generator:
+  def generator(self, x0_bound: str | None) -> generator_lib.Generator:
     """The generator of images with a bound on x0_hat."""
     if x0_bound not in self._generators:
-      self._generators[x0_bound] = sampling.Generator(
+      self._generators[x0_bound] = generator_lib.Generator(
           self._denoiser, self._batch_size, self._jit_compile, x0_bound)
     return self._generators[x0_bound]
 

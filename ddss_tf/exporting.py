@@ -7,22 +7,22 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
 from ddss_tf import figures
 from ddss_tf import portable
-from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import precision
 from ddss_tf.runs import run_dir as run_dir_lib
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation import load_searched
+from ddss_tf.samplers.coefficients import Coefficients
 
 _PARITY_TOLERANCE = 1e-3
 
@@ -176,7 +176,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
 
 def _golden(denoiser, coefficients, x0_bound):
   """Inputs of from_noise by name, and the 4 images made of them in memory."""
-  seed, indices = sampling.seed_pair(0), tf.range(4)
+  seed, indices = generator_lib.seed_pair(0), tf.range(4)
   x_T, step_noise = chain.draw_noise(
       seed, indices, denoiser.image_shape, coefficients.num_steps)
   labels = denoiser.draw_labels(seed, indices)
@@ -264,7 +264,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   run.lock()
   found, x0_bound = load_searched(run, denoiser, sampler, force)
   run.keep_config()
-  generator = sampling.Generator(
+  generator = generator_lib.Generator(
       denoiser, min(batch_size, num_images), jit_compile, x0_bound)
   images = generator.images(
       found.coefficients(), num_images, seed, "sample", label)

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 import numpy as np
 from scipy import optimize
 
-from ddss_tf import samplers
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import records as records_lib
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import labels as labels_lib
+from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 _DPI = 120
@@ -30,9 +30,9 @@ _DPI = 120
 # differ in their markers, so that they survive a black-and-white print.
 _BLUE, _ORANGE, _VERMILION, _GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 _GROUPS = {
-    samplers.SEARCHED: (_VERMILION, "o"),
-    samplers.TRAINING_FREE: (_BLUE, "s"),
-    samplers.BASELINES: (_GREEN, "^"),
+    labels_lib.SEARCHED: (_VERMILION, "o"),
+    labels_lib.TRAINING_FREE: (_BLUE, "s"),
+    labels_lib.BASELINES: (_GREEN, "^"),
 }
 # Markers of held-out networks, by what to call them.
 _OPEN = {"open": {"mfc": "none"}, **{
@@ -187,7 +187,7 @@ def sample_rows_png(path: str, title: str,
   middles = _middles(height, len(titled))
   axis.set_yticks(middles, [name for name, *_ in titled], fontsize=9, **_PLAIN)
   for tick, (name, *_) in zip(axis.get_yticklabels(), titled):
-    tick.set_color(_GROUPS[samplers.group(name)][0])
+    tick.set_color(_GROUPS[labels_lib.group(name)][0])
   for y, (_, note, _) in zip(middles, titled):
     axis.annotate(
         note, (1, y), xycoords=axis.get_yaxis_transform(), xytext=(8, 0),
@@ -388,14 +388,14 @@ def _curves(records, position, value):
   """
   labels = {}
   for record in records:
-    series = samplers.without_stride(record["sampler"])
+    series = labels_lib.without_stride(record["sampler"])
     labels.setdefault((series, record["num_steps"]), set()).add(
         record["sampler"])
   ambiguous = {series for (series, _), found in labels.items()
                if len(found) > 1}
   groups = {}
   for record in records:
-    name = samplers.without_stride(record["sampler"])
+    name = labels_lib.without_stride(record["sampler"])
     name = record["sampler"] if name in ambiguous else name
     groups.setdefault(name, {}).setdefault(record["num_steps"], []).append(
         (position(record), value(record)))
@@ -415,11 +415,11 @@ def _best(curves):
   # A logarithm of 0 is none; FIDs have the unit of squared features.
   least = 1e-12 * max(y for points in curves.values() for _, y, *_ in points)
   for name, points in curves.items():
-    if name == samplers.FULL_CHAIN:
+    if name == labels_lib.FULL_CHAIN:
       continue  # What all are measured against.
     rank = (-len(points), float(np.mean(
         [math.log(max(y, least) or 1.0) for _, y, *_ in points])))
-    best.setdefault(samplers.group(name), []).append((rank, name))
+    best.setdefault(labels_lib.group(name), []).append((rank, name))
   return {min(found)[1] for found in best.values()}
 
 
@@ -471,11 +471,11 @@ def _draw_curves(axis, curves):
       axis.transAxes, axis.figure, x=16, units="points")
   for (name, points), height in zip(curves.items(), heights):
     strong = name in best
-    colour, marker = _GROUPS[samplers.group(name)]
+    colour, marker = _GROUPS[labels_lib.group(name)]
     xs, ys, lows, highs = zip(*points)
     style = dict(color=colour, zorder=3 if strong else 2,
                  alpha=1 if strong else _PALE)
-    if name == samplers.FULL_CHAIN and len(points) > 1:
+    if name == labels_lib.FULL_CHAIN and len(points) > 1:
       marker, style = "", dict(color=_TEXT, linestyle="--", zorder=1)
     axis.plot(xs, ys, marker=marker, linewidth=2.2 if strong else 1.2,
               markersize=6 if strong else 4.5, gid=name, **style)
@@ -515,7 +515,7 @@ def _explain(axis, curves, records, loc="left"):
       f"{first['dataset']}, {first['num_samples']} samples against "
       f"{first['num_real']} real images, features {first['features']['name']}",
       fontsize=9, loc=loc, pad=20, **_PLAIN)
-  groups = {samplers.group(name) for name in curves}
+  groups = {labels_lib.group(name) for name in curves}
   handles = [lines.Line2D([], [], color=colour, marker=marker, label=group)
              for group, (colour, marker) in _GROUPS.items() if group in groups]
   handles.append(lines.Line2D([], [], linestyle="none",
@@ -544,14 +544,14 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
   records = _with_fid(records)
   label = records_lib.fid_label(records[0]["num_samples"])
   steps = sorted({record["num_steps"] for record in records
-                  if record["sampler"] != samplers.FULL_CHAIN})
+                  if record["sampler"] != labels_lib.FULL_CHAIN})
   if len(steps) < 2:
     figure = _ranking(records, label)
   else:
     curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
-    if samplers.FULL_CHAIN in curves:  # Of no K: a line across all of them.
-      ((_, *y),) = curves[samplers.FULL_CHAIN]
-      curves[samplers.FULL_CHAIN] = [(steps[0], *y), (steps[-1], *y)]
+    if labels_lib.FULL_CHAIN in curves:  # Of no K: a line across all of them.
+      ((_, *y),) = curves[labels_lib.FULL_CHAIN]
+      curves[labels_lib.FULL_CHAIN] = [(steps[0], *y), (steps[-1], *y)]
     figure, axis = _curves_figure(curves)
     _log_axis(axis.xaxis, steps)
     axis.xaxis.set_major_locator(ticker.FixedLocator(steps))
@@ -592,7 +592,7 @@ def _ranking(records, label):
       y for found in (curves, *heldout.values())
       for points in found.values() for y in points[0][1:]])
   for row, name in enumerate(names):
-    colour, marker = _GROUPS[samplers.group(name)]
+    colour, marker = _GROUPS[labels_lib.group(name)]
     strong = name in best
     style = dict(color=colour, alpha=1 if strong else _PALE)
     _, y, low, high = curves[name][0]
@@ -612,7 +612,7 @@ def _ranking(records, label):
   axis.set_yticks(range(len(names)), names, fontsize=9, **_PLAIN)
   for tick, name in zip(axis.get_yticklabels(), names):
     if name in best:
-      tick.set(color=_GROUPS[samplers.group(name)][0], fontweight="bold")
+      tick.set(color=_GROUPS[labels_lib.group(name)][0], fontweight="bold")
   axis.set_ylim(len(names) - 0.5, -0.5)
   axis.grid(alpha=0.25)
   axis.spines[["top", "right", "left"]].set_visible(False)

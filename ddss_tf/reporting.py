@@ -17,16 +17,16 @@ import gin
 import jinja2
 import markupsafe
 
-from ddss_tf import card
 from ddss_tf import comparing
 from ddss_tf import distribution
 from ddss_tf import metrics
-from ddss_tf import samplers
 from ddss_tf import storage
 from ddss_tf import version as version_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import labels
 from ddss_tf.errors import UserError
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
@@ -247,7 +247,7 @@ def _of_first_seed(records):
   All of one seed, or the luckiest would be the best; and without the chain of
   all steps, whose K is nobody else's.
   """
-  return [r for r in records if r["sampler"] != samplers.FULL_CHAIN
+  return [r for r in records if r["sampler"] != labels.FULL_CHAIN
           and r["seed"] == records[0]["seed"]]
 
 
@@ -259,7 +259,7 @@ def _headlines(groups):
     best = {}
     for record in records:
       if record["num_steps"] == steps:
-        searched = samplers.group(record["sampler"]) == samplers.SEARCHED
+        searched = labels.group(record["sampler"]) == labels.SEARCHED
         if records_lib.rank(record) < records_lib.rank(best.get(searched, _NONE)):
           best[searched] = record
     if best:

@@ -22,14 +22,11 @@ import numpy as np
 from tensorboard.plugins.hparams import api as hparams
 import tensorflow as tf
 
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf import distribution
 from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
-from ddss_tf import sampling
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf import teacher as teacher_lib
@@ -42,24 +39,16 @@ from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.runs import signals
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import (
     MAX_SEED, Interrupted, Terminated, UserError, check_positive, check_whole)
 from ddss_tf.features.network import FeatureNetwork, as_networks
-from ddss_tf.samplers import KINDS, Sampler
+from ddss_tf.samplers.sampler import KINDS, Sampler
 from ddss_tf.schedules import NoiseSchedule
-
-
-def check_x0_bound(root: str, x0_bound: str | None) -> None:
-  """Checks a bound's name, before it is met inside the chain.
-
-  Raises:
-    UserError: unknown; in the name of the gin root.
-  """
-  if x0_bound not in (None, *chain.X0_BOUNDS):
-    raise UserError(f"{root}.x0_bound must be None, "
-                    f"{' or '.join(chain.X0_BOUNDS)}. Received: {x0_bound!r}")
 
 
 # The least value of each of a search's whole numbers.
@@ -95,7 +84,7 @@ def check_search(arguments: Mapping[str, Any]) -> None:
       raise UserError(f"search.{name} must be at most batch_size, {whole}. "
                       f"Received: {value}")
   x0_bound = values["x0_bound"]
-  check_x0_bound("search", x0_bound)
+  chain.check_x0_bound("search", x0_bound)
   multipliers = values["rate_multipliers"] or {}
   if not isinstance(multipliers, Mapping) or not set(multipliers) <= set(KINDS):
     raise UserError("search.rate_multipliers must be numbers by kind, for "
@@ -202,7 +191,7 @@ class Search:
         None if control is None else objective.control_moments(control))
     self._images = images
     self._seed = seed
-    self._pair = sampling.seed_pair(seed)
+    self._pair = generator_lib.seed_pair(seed)
     # Of the vector of all variables: entries of each, the kind of each entry.
     self._sizes = [int(np.prod(v.shape)) for v in self.variables]
     self._kind_of_entry = np.repeat(self.kinds, self._sizes)
@@ -675,7 +664,7 @@ class _Validation:
     self._seed = seed
     self._teacher = None if teacher is None else tf.constant(teacher)
     self._control = control
-    self.generator = sampling.Generator(
+    self.generator = generator_lib.Generator(
         denoiser, min(batch_size, num_samples), jit_compile, x0_bound)
     self._view = distribution.row_wise(objective.view)
     self._value = tf.function(objective.value, autograph=False)
@@ -687,7 +676,7 @@ class _Validation:
 
     def squares(coefficients, indices, x_0):
       first_noise, step_noise = chain.draw_noise(
-          sampling.seed_pair(seed), distribution.own_rows(indices),
+          generator_lib.seed_pair(seed), distribution.own_rows(indices),
           self._shape, coefficients.num_steps)
       return distribution.all_rows(elbo.squares(
           self._output, coefficients, distribution.own_rows(x_0), first_noise,
@@ -803,7 +792,7 @@ def search(
       go would be thrown off it first. It is measured on the control variate's
       images, and without one there is no such limit.
     rate_multipliers: factors on the rate by kind of variable
-      (`samplers.KINDS`), 1 for kinds left out.
+      (`sampler.KINDS`), 1 for kinds left out.
     seed: of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
     start_samples: images by which `init="auto"` chooses; see `starts.choose`.

@@ -7,12 +7,12 @@ from typing import Callable
 from absl import logging
 import numpy as np
 
-from ddss_tf import solvers
 from ddss_tf import storage
 from ddss_tf.runs import fingerprint
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
-from ddss_tf.samplers import Sampler
+from ddss_tf.samplers.coefficients import Coefficients
+from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.schedules import STRIDES
 
 _FIELDS = ("start", "samples", "sha256", "distance")

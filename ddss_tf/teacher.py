@@ -12,11 +12,11 @@ import zipfile
 import numpy as np
 
 from ddss_tf import distribution
-from ddss_tf import sampling
-from ddss_tf import solvers
 from ddss_tf import storage
 from ddss_tf.runs import fingerprint
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.samplers import solvers
+from ddss_tf.samplers.coefficients import Coefficients
 
 DEFAULT = {"solver": "dpm++3m", "stride": "logsnr", "num_steps": 25}
 
@@ -76,7 +76,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
         return found
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
       pass  # Damaged: made again.
-  generator = sampling.Generator(
+  generator = generator_lib.Generator(
       denoiser, min(batch_size, num_samples), jit_compile, x0_bound)
   view = distribution.row_wise(objective.view)
   found = np.concatenate([view(images).numpy() for images in generator.batches(

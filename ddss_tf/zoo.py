@@ -9,13 +9,13 @@ comes with the package. In every path here `~` is the home folder.
 import datetime
 import os
 
-from ddss_tf import card as card_lib
 from ddss_tf import storage
 from ddss_tf import version
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
-from ddss_tf.card import SamplerCard
+from ddss_tf.samplers import card as card_lib
 from ddss_tf.errors import UserError
+from ddss_tf.samplers.card import SamplerCard
 
 FOLDER = os.path.join(os.path.dirname(__file__), "assets", "samplers")
 _SUFFIX = ".json"

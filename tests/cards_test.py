@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf import card
 from ddss_tf import evaluation
 from ddss_tf import zoo
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
 from ddss_tf.errors import UserError
 
 STEPS = 3

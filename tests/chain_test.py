@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import chain
-from ddss_tf import coefficients as coefficients_lib
-from ddss_tf import samplers
-from ddss_tf import sampling
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.denoisers import gaussian
 from ddss_tf.denoisers import rematerialise
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import coefficients as coefficients_lib
+from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.networks.frozen import frozen_variables
 from ddss_tf.networks.unet import UNetConfig, build_unet
+from ddss_tf.samplers.coefficients import Coefficients
 
 SHAPE = (4, 4, 1)
 
@@ -32,7 +32,7 @@ def small():
       blocks_per_level=1, attention_levels=(1,), norm_groups=4)
   with frozen_variables():
     model = build_unet(config)
-  return denoiser_lib.Denoiser(model, samplers.NoiseSchedule.linear())
+  return denoiser_lib.Denoiser(model, sampler_lib.NoiseSchedule.linear())
 
 
 def random_coefficients(steps=3, seed=0):
@@ -115,8 +115,8 @@ def test_states_without_weight_are_not_read():
 
 def test_a_markovian_chain_costs_as_much_at_every_step():
   def operations(solver, steps):
-    c = samplers.SolverSampler(
-        samplers.NoiseSchedule.linear(), steps, solver).coefficients().numpy()
+    c = sampler_lib.SolverSampler(
+        sampler_lib.NoiseSchedule.linear(), steps, solver).coefficients().numpy()
     graph = tf.function(lambda x: chain.run_chain(
         lambda x, t: x, c, x)).get_concrete_function(
             tf.TensorSpec([2, *SHAPE])).graph
@@ -128,11 +128,11 @@ def test_a_markovian_chain_costs_as_much_at_every_step():
 
 def test_step_by_step_as_traced_as_one(monkeypatch):
   denoiser = gaussian.gaussian_denoiser(SHAPE)
-  coefficients = samplers.SolverSampler(
+  coefficients = sampler_lib.SolverSampler(
       denoiser.schedule, 6, "ddpm").coefficients()
-  one = sampling.Generator(denoiser, 4, False).images(coefficients, 5, 3)
-  monkeypatch.setattr(sampling, "_UNROLLED", 5)
-  long = sampling.Generator(denoiser, 4, False)
+  one = generator_lib.Generator(denoiser, 4, False).images(coefficients, 5, 3)
+  monkeypatch.setattr(generator_lib, "_UNROLLED", 5)
+  long = generator_lib.Generator(denoiser, 4, False)
   monkeypatch.setattr(long, "_sample", None)
   np.testing.assert_allclose(
       long.images(coefficients, 5, 3), one, rtol=1e-5, atol=1e-5)

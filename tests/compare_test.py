@@ -13,15 +13,15 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
 from ddss_tf import comparing
 from ddss_tf import evaluation
-from ddss_tf import sampling
 from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
+from ddss_tf.samplers import card
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
 
@@ -193,7 +193,7 @@ def test_samples_are_the_first_of_their_records(arguments, compared):
     solver, stride = record["sampler"].split()
     sampler = ddss_tf.SolverSampler(
         denoiser.schedule, 3, solver.lower(), stride)
-    expected = dataset_lib.to_uint8(sampling.Generator(denoiser, 8, False).images(
+    expected = dataset_lib.to_uint8(generator_lib.Generator(denoiser, 8, False).images(
         sampler.coefficients(), 8, record["seed"]))
     found = images[records_lib.sample_key(record)].astype(int)
     assert np.abs(found - expected).max() <= 1  # Rounded, another batch.

@@ -15,18 +15,18 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
-from ddss_tf import families
 from ddss_tf import inspecting
 from ddss_tf import objectives
-from ddss_tf import samplers
-from ddss_tf import sampling
 from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import families
+from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -64,7 +64,7 @@ def gaussian(mean):
 
 def images(denoiser, count=12, seed=5, batch_size=5, **options):
   sampler = families.make_sampler(denoiser.schedule, "ddpm", STEPS)
-  return sampling.Generator(denoiser, batch_size, False).images(
+  return generator_lib.Generator(denoiser, batch_size, False).images(
       sampler.coefficients(), count, seed, **options)
 
 
@@ -76,7 +76,7 @@ def test_images_of_a_class(label):
 
 def test_every_image_has_a_class_of_its_own():
   denoiser = make(null_label=NULL)
-  pair = sampling.seed_pair(5)
+  pair = generator_lib.seed_pair(5)
   labels = tf.function(denoiser.draw_labels)(pair, tf.range(3000)).numpy()
   # One at a time, or in another order, they are the same.
   np.testing.assert_array_equal(
@@ -174,7 +174,7 @@ def test_rematerialised_gradient_with_labels(parts):
         objectives.Objective("frechet", [parts["features"]], [real], SHAPE),
         batch_size=24, gradient_samples=24, micro_batch_size=8,
         num_search_steps=5, learning_rate=0.1, seed=0, remat=remat,
-        rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), jit_compile=False)
+        rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), jit_compile=False)
     results.append(search.loss_and_gradient(0))
   (loss, gradient), (plain_loss, plain_gradient) = results
   np.testing.assert_allclose(loss, plain_loss, rtol=1e-4)
@@ -212,7 +212,7 @@ def test_export_with_classes(parts, searched):
   run, sampler = searched
   denoiser = parts["denoiser"]
   served = tf.saved_model.load(ddss_tf.export(run, denoiser)).signatures
-  pair, indices = sampling.seed_pair(3), tf.range(7)
+  pair, indices = generator_lib.seed_pair(3), tf.range(7)
   x_T, noise = chain.draw_noise(pair, indices, SHAPE, STEPS)
   labels = tf.constant([0, 2, 3, 0, 0, 2, 1])
   expected = chain.run_chain(
@@ -221,7 +221,7 @@ def test_export_with_classes(parts, searched):
   found = served["from_noise"](x_T=x_T, step_noise=noise, labels=labels)
   np.testing.assert_allclose(
       found["images"], np.clip(expected, -1, 1), atol=1e-5)
-  generator = sampling.Generator(denoiser, 7, False)
+  generator = generator_lib.Generator(denoiser, 7, False)
 
   def nearly(a, b):  # Rounding to bytes may go either way.
     return np.abs(a.astype(int) - b).max() <= 1

@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import chain
-from ddss_tf import sampling
 from ddss_tf import schedules
 from ddss_tf.denoisers import conventions
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import generator as generator_lib
 
 MEAN, STD = 0.2, 0.5
 SHAPE = (2, 2, 1)
@@ -218,7 +218,7 @@ def test_digits_at_low_snr(kind, prediction, solver, whole):
   x_T, _ = chain.draw_noise([7, 0], tf.range(4), SHAPE, 5)
   expected = images_in_float64(
       schedule, ddss_tf.solver_coefficients(schedule, solver, 5, times), x_T)
-  generator = sampling.Generator(denoiser, 4, jit_compile=False)
+  generator = generator_lib.Generator(denoiser, 4, jit_compile=False)
   np.testing.assert_allclose(
       generator.images(coefficients, 4, 7), expected, atol=2e-6)
   # As a search runs it, in a graph with coefficients that can be learned.

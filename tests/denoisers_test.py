@@ -13,9 +13,9 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import diffusers_format
 from ddss_tf import inspecting
-from ddss_tf import sampling
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import unet
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -344,7 +344,7 @@ def test_schedules_of_zero_snr(tiny_folder, name, abar, kind):
   assert denoiser.schedule.betas[-1] == 1
   sampler = ddss_tf.make_sampler(
       denoiser.schedule, "ddim", 3, stride=[999, 500, 100])
-  images = sampling.Generator(denoiser, 2, jit_compile=False).images(
+  images = generator_lib.Generator(denoiser, 2, jit_compile=False).images(
       sampler.coefficients(), 2, 0)
   assert np.all(np.isfinite(images)) and np.abs(images).max() < 50
 

@@ -19,12 +19,12 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * 4)
 
 import ddss_tf  # pylint: disable=g-import-not-at-top
-from ddss_tf import card
 from ddss_tf import distribution
-from ddss_tf import families
-from ddss_tf import sampling
-from ddss_tf import solvers
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import families
+from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.samplers import solvers
 import gaussian_parts
 
 # One pass through a part of the population; two with a last micro-batch that is
@@ -121,7 +121,7 @@ def main(output, extent, *replicas):
                 jit_compile=not quick)) as images:
               results[f"{name}/images/{count}"] = images["images"]
       denoiser = parts["denoiser"]  # More steps than are traced as one.
-      results[f"long/images/{count}"] = sampling.Generator(
+      results[f"long/images/{count}"] = generator_lib.Generator(
           denoiser, 4, False).images(ddss_tf.SolverSampler(
               denoiser.schedule, 101, "ddpm").coefficients(), 5, 1)
       path = os.path.join(os.path.dirname(output), f"export{count}")

@@ -38,7 +38,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
   import numpy as np  # pylint: disable=g-import-not-at-top
   from PIL import Image  # pylint: disable=g-import-not-at-top
   import ddss_tf  # pylint: disable=g-import-not-at-top
-  from ddss_tf import card  # pylint: disable=g-import-not-at-top
+  from ddss_tf.samplers import card  # pylint: disable=g-import-not-at-top
 
   monkeypatch.chdir(tmp_path)
   serve, _, search = blocks("README.md")  # The other is PyTorch's.

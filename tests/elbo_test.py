@@ -5,10 +5,10 @@ import pytest
 import tensorflow as tf
 
 from ddss_tf import elbo
-from ddss_tf import families
-from ddss_tf import solvers
 from ddss_tf.denoisers import gaussian
 from ddss_tf.denoisers import rematerialise
+from ddss_tf.samplers import families
+from ddss_tf.samplers import solvers
 from ddss_tf.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()

@@ -18,10 +18,8 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import families
 from ddss_tf import metrics
 from ddss_tf import registry  # pylint: disable=unused-import
-from ddss_tf import sampling
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import hub as hub_lib
 from ddss_tf.features import keras_models
@@ -29,6 +27,8 @@ from ddss_tf.features import load as features_lib
 from ddss_tf.features import preprocessing
 from ddss_tf.features import reference
 from ddss_tf.runs import fingerprint
+from ddss_tf.samplers import families
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -650,7 +650,7 @@ def test_search_and_evaluate(folder, tmp_path):
                                 "key": parts["features"].key}
   expected = tf_gan_metrics(
       tf.saved_model.load(folder), images,
-      sampling.Generator(parts["denoiser"], 4, jit_compile=False).images(
+      generator_lib.Generator(parts["denoiser"], 4, jit_compile=False).images(
           sampler.coefficients(), 12, record["seed"]))
   for name, value in expected.items():
     np.testing.assert_allclose(record[name], value, rtol=1e-4, err_msg=name)

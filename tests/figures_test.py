@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ddss_tf import figures
-from ddss_tf import samplers
-from ddss_tf import solvers
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.samplers import labels
+from ddss_tf.samplers import solvers
 from ddss_tf.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
@@ -62,7 +62,7 @@ def test_points_of_fid_by_steps_are_the_records(drawn):
   # The best of each group, and no other, is strong.
   strong = {name for name, line in lines.items() if line.get_alpha() == 1}
   assert strong == {"DDIM", "UniPC-2 (bh2)", "GGDM+TIME"}
-  colours = {samplers.group(n): l.get_color() for n, l in lines.items()}
+  colours = {labels.group(n): l.get_color() for n, l in lines.items()}
   assert len(set(colours.values())) == 3
   # Each line has its name and last value beside it.
   assert sorted(t.get_text() for t in axis.texts) == sorted(
@@ -326,11 +326,11 @@ def test_names_are_no_mathematics(tmp_path):
 
 def test_group_of_a_label():
   groups = {
-      "DDPM linear": samplers.BASELINES, "DDIM given times": samplers.BASELINES,
-      "DDIM(eta=0.5) karras": samplers.BASELINES,
-      "DPM-Solver++(3M, exact) linspace_open": samplers.TRAINING_FREE,
-      "learned DDIM": samplers.SEARCHED, "DDIM+PRED": samplers.SEARCHED,
-      "GGDM, KID": samplers.SEARCHED}
-  assert {label: samplers.group(label) for label in groups} == groups
-  assert samplers.without_stride("DEIS-2 linspace_open") == "DEIS-2"
-  assert samplers.without_stride("mine, linear-ish") == "mine, linear-ish"
+      "DDPM linear": labels.BASELINES, "DDIM given times": labels.BASELINES,
+      "DDIM(eta=0.5) karras": labels.BASELINES,
+      "DPM-Solver++(3M, exact) linspace_open": labels.TRAINING_FREE,
+      "learned DDIM": labels.SEARCHED, "DDIM+PRED": labels.SEARCHED,
+      "GGDM, KID": labels.SEARCHED}
+  assert {label: labels.group(label) for label in groups} == groups
+  assert labels.without_stride("DEIS-2 linspace_open") == "DEIS-2"
+  assert labels.without_stride("mine, linear-ish") == "mine, linear-ish"

@@ -14,12 +14,12 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import chain
 from ddss_tf import exporting
-from ddss_tf import families
 from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.features import network as network_lib
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import families
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)

@@ -14,14 +14,14 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
-from ddss_tf import coefficients as coefficients_lib
-from ddss_tf import sampling
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import coefficients as coefficients_lib
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
 SCALES = np.array([0.5, 3.0, 1.7], np.float32)
@@ -45,10 +45,10 @@ def make_sampler(denoiser, family="ddpm+guidance", **options):
 def test_every_step_has_its_scale(denoiser):
   coefficients = make_sampler(denoiser).coefficients()._replace(
       guidance_scales=tf.constant(SCALES))
-  found = sampling.Generator(denoiser, 4, False).images(
+  found = generator_lib.Generator(denoiser, 4, False).images(
       coefficients, 4, 5, label=2)
   x_T, noise = chain.draw_noise(
-      sampling.seed_pair(5), tf.range(4), SHAPE, STEPS)
+      generator_lib.seed_pair(5), tf.range(4), SHAPE, STEPS)
   steps = iter(SCALES)
   # run_chain calls the network once a step, in order.
   expected = chain.run_chain(
@@ -65,7 +65,7 @@ def test_start(denoiser, scale):
       conditional_test.images, count=6, batch_size=6, label=0)
   sampler = make_sampler(denoiser, guidance_scale=scale)
   assert sampler.label == "DDPM+GUIDANCE"
-  found = sampling.Generator(denoiser, 6, False).images(
+  found = generator_lib.Generator(denoiser, 6, False).images(
       sampler.coefficients(), 6, 5, label=0)
   np.testing.assert_allclose(
       found, images(denoiser if scale is None else denoiser.guided(scale)),
@@ -129,7 +129,7 @@ def test_search_finds_the_scale(searched):
   # Only what all scales do together is determined: the mean of each class. It is
   # that of the best single scale, which is not the data's: three steps leave too
   # small a spread, and the means make up for it.
-  generator = sampling.Generator(parts["denoiser"], 500, False)
+  generator = generator_lib.Generator(parts["denoiser"], 500, False)
   features = parts["features"]
   goal = features(parts["dataset"].images)["pool"].numpy().mean(0)
   plain = sampler.coefficients().numpy()

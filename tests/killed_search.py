@@ -21,9 +21,9 @@ import time
 import ddss_tf
 from ddss_tf import evaluation  # pylint: disable=unused-import
 from ddss_tf import exporting  # pylint: disable=unused-import
-from ddss_tf import families
 from ddss_tf import figures  # pylint: disable=unused-import
-from ddss_tf import searching  # pylint: disable=unused-import
+from ddss_tf import searching
+from ddss_tf.samplers import families
 import gaussian_parts
 import numpy as np
 

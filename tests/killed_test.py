@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from ddss_tf import card
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
 from search_test import events
 import tensorflow as tf
 

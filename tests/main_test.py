@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf import card
 from ddss_tf import storage
+from ddss_tf.samplers import card
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "gin_configs", "demo.gin")

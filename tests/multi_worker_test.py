@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import card
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARAMS = ("make_strategy.name = 'multi_worker'", "search.num_search_steps = 20")

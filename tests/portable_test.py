@@ -14,13 +14,13 @@ import scipy.special
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf import portable
-from ddss_tf import sampling
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import unet
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import generator as generator_lib
 
 needs = {name: pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in modules),
@@ -55,7 +55,7 @@ def test_another_runtime_makes_our_images(name, run, gaussian_parts):
   received = {"onnx": portable._run_onnx, "tflite": portable._run_tflite}[name]
   for batch, seed in ((5, 1), (1, 2)):  # Of any size, not only the checked one.
     x_T, step_noise = chain.draw_noise(
-        sampling.seed_pair(seed), np.arange(batch), denoiser.image_shape, 3)
+        generator_lib.seed_pair(seed), np.arange(batch), denoiser.image_shape, 3)
     expected = np.clip(chain.run_chain(
         denoiser.eps, found.coefficients, x_T, step_noise, x0_bound="clip"),
                        -1, 1)
@@ -100,7 +100,7 @@ def check_classes(name, run, denoiser, classes, other):
   received = {"onnx": portable._run_onnx, "tflite": portable._run_tflite}[name]
   for batch, seed in ((len(classes), 1), (1, 2)):
     x_T, step_noise = chain.draw_noise(
-        sampling.seed_pair(seed), np.arange(batch), denoiser.image_shape,
+        generator_lib.seed_pair(seed), np.arange(batch), denoiser.image_shape,
         found.num_steps)
 
     def images(labels):

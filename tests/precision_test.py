@@ -8,11 +8,11 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf.denoisers import compiling
 from ddss_tf.networks import precision
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
 from ddss_tf.errors import UserError
 
 NAME = "digits16-ddpm"

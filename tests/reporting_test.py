@@ -11,15 +11,15 @@ import zlib
 import numpy as np
 import pytest
 
-from ddss_tf import card
 from ddss_tf import reporting
-from ddss_tf import samplers
 from ddss_tf import schedules
-from ddss_tf import solvers
 from ddss_tf import storage
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import labels as labels_lib
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 
 HOSTILE = '</td><script>alert("1")</script>&amp;{{ 7 * 7 }}$x'
@@ -229,7 +229,7 @@ def test_seeds_are_told_apart_and_the_luckiest_is_not_the_best(tmp_path):
       record(name, seed=seed, fid=fid) for name, seed, fid in (
           ("DDIM linear", 1234, 2.0), ("DDIM linear", 7, 0.1),
           ("PNDM linear", 1234, 1.0), ("PNDM linear", 7, 3.0))
-  ] + [record(samplers.FULL_CHAIN, 1000, fid=0.01)])
+  ] + [record(labels_lib.FULL_CHAIN, 1000, fid=0.01)])
   page = page_of(tmp_path)
   assert page.rows[0][:4] == ["sampler", "K", "seed", "FID-2k"]
   assert [row[2] for row in page.rows[1:6]] == [

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import card
-from ddss_tf import chain
-from ddss_tf import families
-from ddss_tf import samplers
-from ddss_tf import solvers
 from ddss_tf.denoisers import gaussian
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import families
+from ddss_tf.samplers import marginals
+from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 
@@ -25,7 +26,7 @@ DENOISER = gaussian.gaussian_denoiser(SHAPE, MEAN, STD)
 
 
 def ddim(steps, stride="linear", eta=0.0):
-  return samplers.SolverSampler(SCHEDULE, steps, "ddim", stride, eta)
+  return sampler_lib.SolverSampler(SCHEDULE, steps, "ddim", stride, eta)
 
 
 def gaussian_moments(times, eta):
@@ -133,7 +134,7 @@ LEARNED = [name + extra for name in families.LEARNED
     ("karras", 0.0, 10)])
 def test_real_families_start_at_ddim(family, stride, eta, steps):
   if family.startswith("vars"):
-    start = samplers.SolverSampler(SCHEDULE, steps, "ddpm", stride)
+    start = sampler_lib.SolverSampler(SCHEDULE, steps, "ddpm", stride)
     sampler = families.make_sampler(SCHEDULE, family, steps, stride=stride)
   else:
     start = ddim(steps, stride, eta)
@@ -148,7 +149,7 @@ def test_real_families_start_at_ddim(family, stride, eta, steps):
 def test_ggdm_holds_every_solver(family, solver):
   # On the strides they are used on; K = 10, and one K with odd ends.
   for steps, stride in ((10, "linspace_open"), (3, "logsnr")):
-    start = samplers.SolverSampler(SCHEDULE, steps, solver, stride)
+    start = sampler_lib.SolverSampler(SCHEDULE, steps, solver, stride)
     ggdm = families.make_sampler(
         SCHEDULE, family, steps, init=solver, stride=stride)
     # Without +pred x0_hat goes through Theorem 1, in float32 coefficients.
@@ -161,7 +162,7 @@ def test_ggdm_holds_every_solver(family, solver):
 @pytest.mark.parametrize("extra", ["+pred", "+time", "+pred+time"])
 def test_extras_leave_a_solver_where_it_is(extra):
   for solver in ("ddpm", "dpm++2m", "unipc3-bh1", "deis3"):
-    plain = samplers.SolverSampler(SCHEDULE, 6, solver, "quadratic")
+    plain = sampler_lib.SolverSampler(SCHEDULE, 6, solver, "quadratic")
     extended = families.make_sampler(
         SCHEDULE, solver + extra, 6, stride="quadratic")
     np.testing.assert_allclose(
@@ -253,7 +254,7 @@ def test_theorem_1_against_the_recursion():
       row = np.where(np.arange(steps + 1) == t + i, row, row
                      + factor * mu[t + i])
     a[t], v[t] = row[0], variance
-  got_a, got_v = families.marginals(weights, x0, noise, first_mean, first_std)
+  got_a, got_v = marginals.marginals(weights, x0, noise, first_mean, first_std)
   np.testing.assert_allclose(got_a.numpy()[::-1], a[1:], rtol=1e-5)
   np.testing.assert_allclose(got_v.numpy()[::-1], v[1:], rtol=1e-5)
 
@@ -266,7 +267,7 @@ def test_theorem_1_against_monte_carlo():
   for k in range(3):
     states.append(x0[k] * image + noise[k] * rng.normal(size=count)
                   + sum(weights[k, u] * states[u] for u in range(k + 1)))
-  a, v = families.marginals(weights, x0, noise, first_mean, first_std)
+  a, v = marginals.marginals(weights, x0, noise, first_mean, first_std)
   for k, state in enumerate(states):
     deviation = float(v[k]) ** 0.5
     np.testing.assert_allclose(
@@ -331,7 +332,7 @@ def test_marginals_are_those_the_family_claims(family):
     variance = np.cumsum(np.exp(logits) / np.exp(logits).sum())[:-1][::-1]
   else:
     variance = 1 - SCHEDULE.abar(c.times)
-  a, v = families.marginals(
+  a, v = marginals.marginals(
       c.state_weights, c.x0_weights, c.noise_scales,
       np.sqrt(1 - variance[0]), np.sqrt(variance[0]))
   np.testing.assert_allclose(a, np.sqrt(1 - variance), rtol=1e-4)

@@ -16,7 +16,6 @@ import scipy.special
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
 from ddss_tf import metrics
 from ddss_tf import objectives
 from ddss_tf.datasets import dataset as dataset_lib
@@ -24,6 +23,7 @@ from ddss_tf.features import load as features_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.runs import records
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
 from ddss_tf.errors import UserError
 import gaussian_parts
 

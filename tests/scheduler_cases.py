@@ -11,9 +11,9 @@ import sys
 import numpy as np
 
 import ddss_tf
-from ddss_tf import card
 from ddss_tf import diffusers_scheduler
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import card
+from ddss_tf.samplers.coefficients import Coefficients
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "testdata")
 _DIGITS, _TINY = "digits16-ddpm", "tiny_unet2d"

@@ -17,9 +17,9 @@ import pytest
 import scheduler_cases
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf import diffusers_scheduler
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURE = os.path.join(scheduler_cases.TESTDATA, "schedulers.npz")

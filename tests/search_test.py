@@ -18,19 +18,13 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf import elbo
 from ddss_tf import evaluation
-from ddss_tf import families
 from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import objectives
-from ddss_tf import samplers
-from ddss_tf import sampling
 from ddss_tf import schedules
 from ddss_tf import searching
-from ddss_tf import solvers
 from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
@@ -39,6 +33,12 @@ from ddss_tf.features import network as network_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import families
+from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import Terminated, UserError
 
 SHAPE = (4, 4, 1)
@@ -194,14 +194,14 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
       sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.3,
       pool_samples=256,
       validate_every=20, checkpoint_every=60, validation_samples=512))
-  generator = sampling.Generator(parts["denoiser"], 500, jit_compile=False)
+  generator = generator_lib.Generator(parts["denoiser"], 500, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
 
   def distance(c):
     pool = parts["features"](generator.images(c, 2000, 99))["pool"]
     return float(np.sum((pool.numpy().mean(0) - mean) ** 2))
 
-  start = samplers.SolverSampler(parts["denoiser"].schedule, 2).coefficients()
+  start = sampler_lib.SolverSampler(parts["denoiser"].schedule, 2).coefficients()
   assert distance(sampler.coefficients()) < 0.3 * distance(start)
 
 
@@ -213,7 +213,7 @@ def make_search(parts, **changes):
   values = {**dict(
       batch_size=64, gradient_samples=64, micro_batch_size=64,
       objective="kid_linear", num_search_steps=5, learning_rate=0.3,
-      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=3,
+      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=3,
       jit_compile=False), **changes}
   objective = objectives.Objective(
       values.pop("objective"), [parts["features"]], [real], SHAPE)
@@ -319,7 +319,7 @@ def test_the_gradient_of_the_bound(parts):
         elbo.negative_elbo(
             parts["denoiser"].eps, search.sampler.coefficients(),
             parts["dataset"].images[chosen[part]], *chain.draw_noise(
-                sampling.seed_pair(3), tf.constant(indices[part]), SHAPE, 4))
+                generator_lib.seed_pair(3), tf.constant(indices[part]), SHAPE, 4))
         for part in (slice(0, 3), slice(3, 6))]) / 2
   gradients = tape.gradient(expected, variables)
   np.testing.assert_allclose(loss, float(expected), rtol=1e-5)
@@ -343,7 +343,7 @@ def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
   ddss_tf.search(run_dir=str(tmp_path / "b"), **parts, **options(
       **changes, control_variate=False))
   start = options()["sampler"](parts["denoiser"].schedule).coefficients()
-  pool = parts["features"](sampling.Generator(
+  pool = parts["features"](generator_lib.Generator(
       parts["denoiser"], pool_samples, jit_compile=False).images(
           start, pool_samples, 0))["pool"].numpy().mean(0)
   real = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
@@ -507,7 +507,7 @@ def test_a_search_that_is_over_makes_nothing_again(
 
   before = contents()
   monkeypatch.setattr(searching.teacher_lib, "views", fail)
-  monkeypatch.setattr(sampling.Generator, "batches", fail)
+  monkeypatch.setattr(generator_lib.Generator, "batches", fail)
   monkeypatch.setattr(searching.Search, "measure_metric", fail)
   same_sampler(sampler, ddss_tf.search(run_dir=run, **parts, **options()))
   assert contents() == before
@@ -577,7 +577,7 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   config = card.read(os.path.join(run, "sampler.json")).search["config"]
   assert again[0]["start"] == {
       "init": config["init"], "stride": config["stride"]}
-  generator = sampling.Generator(parts["denoiser"], 64, jit_compile=False)
+  generator = generator_lib.Generator(parts["denoiser"], 64, jit_compile=False)
   mean = parts["features"](parts["dataset"].images)["pool"].numpy().mean(0)
 
   def distance(solver, stride):
@@ -934,7 +934,7 @@ def test_pictures_are_of_the_sampler_and_its_start(
   # Before and after are made of the same noise.
   before, after = (images for _, images in drawn["samples_png"][1])
   x_T, noise = chain.draw_noise(
-      sampling.seed_pair(1), tf.range(len(after)), SHAPE, 3)
+      generator_lib.seed_pair(1), tf.range(len(after)), SHAPE, 3)
   for coefficients, images in ((start, before), (best, after)):
     np.testing.assert_allclose(
         chain.run_chain(parts["denoiser"].eps, coefficients, x_T, noise),
@@ -1110,7 +1110,7 @@ def test_a_pool_is_used_up_before_it_comes_again(parts):
   search = searching.Search(
       parts["denoiser"], sampler, goal, batch_size=16, gradient_samples=4,
       micro_batch_size=4, num_search_steps=20, learning_rate=0.1,
-      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0,
+      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0,
       control=np.ones((83, 12), np.float32), jit_compile=False)
   steps = [search._indices(step) for step in range(15)]
   np.testing.assert_array_equal(np.concatenate(steps[:5]), np.arange(80))
@@ -1316,11 +1316,11 @@ def test_a_record_is_what_tf_gan_says_of_the_same_images(parts, tmp_path):
   There all images are of one class, and the Inception Score is 1.
   """
   denoiser, network = parts["denoiser"], parts["features"].model
-  sampler = samplers.SolverSampler(denoiser.schedule, 2, "ddpm")
+  sampler = sampler_lib.SolverSampler(denoiser.schedule, 2, "ddpm")
   record = evaluation.Evaluator(
       run_dir.RunDir(str(tmp_path)), **parts, batch_size=50,
       jit_compile=False).record(sampler, 100)
-  generated = sampling.Generator(denoiser, 50, jit_compile=False).images(
+  generated = generator_lib.Generator(denoiser, 50, jit_compile=False).images(
       sampler.coefficients(), 100, record["seed"])
   (real, _), (fake, logits) = [
       network(np.clip(np.round(127.5 * images + 127.5), 0, 255).astype(
@@ -1361,7 +1361,7 @@ def test_several_held_out_networks_are_measured_in_one_pass(
     return plain(x_t, t)
 
   monkeypatch.setattr(type(denoiser), "compiled_eps", lambda *args: counted)
-  sampler = samplers.SolverSampler(denoiser.schedule, 2, "ddpm")
+  sampler = sampler_lib.SolverSampler(denoiser.schedule, 2, "ddpm")
 
   def measure(folder, heldout, images=100):
     calls.assign(0)
@@ -1398,10 +1398,10 @@ def test_evaluation_with_an_unknown_bound(parts, finished):
 
 
 def test_image_i_is_the_same_in_any_batch(parts):
-  c = samplers.SolverSampler(
+  c = sampler_lib.SolverSampler(
       parts["denoiser"].schedule, 3, "ddpm").coefficients()
   whole, parted = (
-      sampling.Generator(parts["denoiser"], size, False).images(c, 50, 7)
+      generator_lib.Generator(parts["denoiser"], size, False).images(c, 50, 7)
       for size in (50, 13))
   np.testing.assert_allclose(whole, parted, atol=1e-6)
 
@@ -1447,7 +1447,7 @@ def test_sampling_to_files(parts, finished):
   run, sampler = finished
   path = ddss_tf.sample(
       run, parts["denoiser"], num_images=10, seed=4, jit_compile=False)
-  generator = sampling.Generator(parts["denoiser"], 10, jit_compile=False)
+  generator = generator_lib.Generator(parts["denoiser"], 10, jit_compile=False)
   with np.load(path) as arrays:
     np.testing.assert_array_equal(
         arrays["images"],

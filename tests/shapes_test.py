@@ -15,18 +15,18 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
 from ddss_tf import comparing
 from ddss_tf import diffusers_scheduler
 from ddss_tf import figures
-from ddss_tf import sampling
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import preprocessing
 from ddss_tf.networks import unet
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
 TORCH = os.environ.get("DDSS_TORCH_PYTHON")
@@ -150,7 +150,7 @@ def test_a_run_of_images_of_a_shape(shape, tmp_path):
   # The export is compared with the images in memory by itself; and here.
   served = tf.saved_model.load(ddss_tf.export(run, denoiser, also=EXPORTS))
   x_T, step_noise = chain.draw_noise(
-      sampling.seed_pair(3), tf.range(3), shape, 2)
+      generator_lib.seed_pair(3), tf.range(3), shape, 2)
   expected = np.clip(
       chain.run_chain(denoiser.eps, found, x_T, step_noise), -1, 1)
   np.testing.assert_allclose(
@@ -306,7 +306,7 @@ def test_learned_variances_in_every_export(channels, tmp_path):
   # written with images of `denoiser.eps`; here are those of the network alone.
   path = ddss_tf.export(run, denoiser, also=EXPORTS)
   x_T, step_noise = chain.draw_noise(
-      sampling.seed_pair(1), tf.range(3), shape, 2)
+      generator_lib.seed_pair(1), tf.range(3), shape, 2)
   np.testing.assert_allclose(
       tf.saved_model.load(path).signatures["from_noise"](
           x_T=x_T, step_noise=step_noise)["images"],

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from ddss_tf import families
 from ddss_tf import objectives
-from ddss_tf import samplers
 from ddss_tf import schedules
 from ddss_tf import searching
-from ddss_tf import solvers
+from ddss_tf.samplers import families
+from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 
 _T = 1000
@@ -81,7 +81,7 @@ def _walk(parts, options, gradients, seed, rate, spread):
           parts["denoiser"].image_shape),
       batch_size=4, gradient_samples=4, micro_batch_size=4,
       num_search_steps=len(gradients), learning_rate=rate,
-      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0)
+      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0)
   rng = np.random.default_rng(seed)
   size = len(search.metric.numpy())
   assume(size)

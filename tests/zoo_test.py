@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf import card
-from ddss_tf import chain
-from ddss_tf import sampling
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import generator as generator_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIN = os.path.join(ROOT, "gin_configs", "sample.gin")
@@ -50,7 +50,7 @@ def test_the_page_replays_a_card(family, num_steps, x0_bound, page_sample,
     card.write(path, card.SamplerCard(
         found.label, found.coefficients, {}, {}, x0_bound))
     x_T, noise = chain.draw_noise(
-        sampling.seed_pair(number), np.arange(3), (6, 6, 2),
+        generator_lib.seed_pair(number), np.arange(3), (6, 6, 2),
         found.coefficients.num_steps)
     expected = chain.run_chain(
         compiled, found.coefficients, x_T, noise, x0_bound=x0_bound)
@@ -112,7 +112,7 @@ def test_a_card_is_for_its_own_weights(main_in_process, tmp_path, capsys):
     images = arrays["images"].astype(int)
   denoiser = ddss_tf.gaussian_denoiser()
   x_T, noise = chain.draw_noise(
-      sampling.seed_pair(0), np.arange(2), denoiser.image_shape, 5)
+      generator_lib.seed_pair(0), np.arange(2), denoiser.image_shape, 5)
   expected = dataset_lib.to_uint8(chain.run_chain(
       denoiser.eps, zoo.load(NAME).coefficients, x_T, noise))
   assert np.max(np.abs(images - expected)) <= 1 and np.std(images) > 5

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = ("eps", "x0", "v", "score")

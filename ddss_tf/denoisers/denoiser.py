@@ -26,10 +26,10 @@ from ddss_tf.denoisers import rematerialise
 from ddss_tf.networks import files as network_files
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
-from ddss_tf.chain import EpsFn
-from ddss_tf.coefficients import Coefficients
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
-from ddss_tf.samplers import Sampler
+from ddss_tf.samplers.chain import EpsFn
+from ddss_tf.samplers.coefficients import Coefficients
+from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from ddss_tf.chain import EpsFn
+from ddss_tf.samplers.chain import EpsFn
 
 
 def rematerialise(eps_fn: EpsFn, jit_compile: bool = False) -> EpsFn:

@@ -10,52 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ddss_tf import chain
-from ddss_tf import solvers
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import chain
+from ddss_tf.samplers import labels
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
-from ddss_tf.schedules import NoiseSchedule, STRIDES
+from ddss_tf.samplers.coefficients import Coefficients
+from ddss_tf.schedules import NoiseSchedule
 
 KINDS = ("weights", "pred", "times", "noise_scales")
-
-LABELS = {
-    "ddpm": "DDPM", "ddim": "DDIM", "dpm++2m": "DPM-Solver++(2M)",
-    "dpm++3m": "DPM-Solver++(3M)", "dpm++3m-exact": "DPM-Solver++(3M, exact)",
-    "deis2": "DEIS-2", "deis3": "DEIS-3", "ab2": "AB-2", "ab3": "AB-3",
-    "ipndm": "iPNDM", "pndm": "PNDM", "unipc2-bh1": "UniPC-2 (bh1)",
-    "unipc2-bh2": "UniPC-2 (bh2)", "unipc3-bh1": "UniPC-3 (bh1)",
-    "unipc3-bh2": "UniPC-3 (bh2)", "ddim-learned": "learned DDIM",
-    "vars": "VARS", "rddim": "RDDIM", "ggdm": "GGDM",
-}
-_GIVEN_TIMES = "given times"
-FULL_CHAIN = "DDPM (full chain)"
-
-# What tables and pictures compare with each other.
-BASELINES = "DDPM and DDIM"
-TRAINING_FREE = "training-free solvers"
-SEARCHED = "searched"
-
-
-def without_stride(label: str) -> str:
-  """A label without its stride: what one solver is called at every K."""
-  for stride in (*STRIDES, _GIVEN_TIMES):
-    if label.endswith(f" {stride}"):
-      return label.removesuffix(f" {stride}")
-  return label
-
-
-def group(label: str) -> str:
-  """Which of the three groups a label belongs to.
-
-  What is neither DDPM or DDIM nor another solver by its name was searched.
-  """
-  name = without_stride(label)
-  if (name in (LABELS["ddpm"], LABELS["ddim"], FULL_CHAIN)
-      or name.startswith("DDIM(eta=")):
-    return BASELINES
-  if name in (LABELS[solver] for solver in solvers.SOLVERS):
-    return TRAINING_FREE
-  return SEARCHED
 
 
 class Sampler(keras.layers.Layer):
@@ -166,11 +128,11 @@ class SolverSampler(FixedSampler):
         schedule, solver, num_steps, stride, eta,
         lower_order_final=lower_order_final)
     if label is None:
-      label = LABELS[solver]
+      label = labels.LABELS[solver]
       if eta is not None and solver in ("ddim", "ddpm"):
         label = {0.0: "DDIM", 1.0: "DDPM"}.get(
             float(eta), f"DDIM(eta={eta:g})")
-      label += " " + (stride if isinstance(stride, str) else _GIVEN_TIMES)
+      label += " " + (stride if isinstance(stride, str) else labels.GIVEN_TIMES)
     super().__init__(schedule, values, label, **kwargs)
     self.solver = solver
     self.stride = stride
@@ -194,4 +156,4 @@ def full_chain(schedule: NoiseSchedule) -> SolverSampler:
     algorithm 2, with the variance of the posterior).
   """
   return SolverSampler(schedule, schedule.num_train_steps, "ddpm", "linspace",
-                       label=FULL_CHAIN)
+                       label=labels.FULL_CHAIN)

@@ -16,7 +16,8 @@ from typing import Callable
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.errors import UserError
+from ddss_tf.samplers.coefficients import Coefficients
 
 X0_BOUNDS = ("clip", "dynamic")
 _DYNAMIC_QUANTILE = 0.995
@@ -201,3 +202,14 @@ def _draw(seed, indices, image_shape, num_steps):
     return x_T, step_noise
 
   return tf.map_fn(one, indices, fn_output_signature=(tf.float32, tf.float32))
+
+
+def check_x0_bound(root: str, x0_bound: str | None) -> None:
+  """Checks a bound's name, before it is met inside the chain.
+
+  Raises:
+    UserError: unknown; in the name of the gin root.
+  """
+  if x0_bound not in (None, *X0_BOUNDS):
+    raise UserError(f"{root}.x0_bound must be None, "
+                    f"{' or '.join(X0_BOUNDS)}. Received: {x0_bound!r}")

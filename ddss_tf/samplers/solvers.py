@@ -20,7 +20,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 

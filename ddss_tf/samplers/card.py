@@ -10,13 +10,13 @@ import sys
 
 import numpy as np
 
-from ddss_tf import chain
 from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import chain
 from ddss_tf.errors import UserError
+from ddss_tf.samplers.coefficients import Coefficients
 
 _FORMAT = "ddss_tf.sampler"
 _VERSION = 1

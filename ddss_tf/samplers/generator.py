@@ -5,12 +5,12 @@ from typing import Iterator
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import chain
 from ddss_tf import distribution
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.runs import progress
-from ddss_tf.coefficients import Coefficients
+from ddss_tf.samplers import chain
 from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.samplers.coefficients import Coefficients
 
 
 # Longer chains run step by step: traced as one, they are a graph of so many

@@ -1,0 +1,1 @@
+"""Samplers: their coefficients, the chain, training-free solvers and learned families."""

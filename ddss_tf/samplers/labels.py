@@ -1,0 +1,42 @@
+"""What samplers are called in tables, and into which group they fall."""
+
+from ddss_tf.samplers import solvers
+from ddss_tf.schedules import STRIDES
+
+LABELS = {
+    "ddpm": "DDPM", "ddim": "DDIM", "dpm++2m": "DPM-Solver++(2M)",
+    "dpm++3m": "DPM-Solver++(3M)", "dpm++3m-exact": "DPM-Solver++(3M, exact)",
+    "deis2": "DEIS-2", "deis3": "DEIS-3", "ab2": "AB-2", "ab3": "AB-3",
+    "ipndm": "iPNDM", "pndm": "PNDM", "unipc2-bh1": "UniPC-2 (bh1)",
+    "unipc2-bh2": "UniPC-2 (bh2)", "unipc3-bh1": "UniPC-3 (bh1)",
+    "unipc3-bh2": "UniPC-3 (bh2)", "ddim-learned": "learned DDIM",
+    "vars": "VARS", "rddim": "RDDIM", "ggdm": "GGDM",
+}
+GIVEN_TIMES = "given times"
+FULL_CHAIN = "DDPM (full chain)"
+# What tables and pictures compare with each other.
+BASELINES = "DDPM and DDIM"
+TRAINING_FREE = "training-free solvers"
+SEARCHED = "searched"
+
+
+def without_stride(label: str) -> str:
+  """A label without its stride: what one solver is called at every K."""
+  for stride in (*STRIDES, GIVEN_TIMES):
+    if label.endswith(f" {stride}"):
+      return label.removesuffix(f" {stride}")
+  return label
+
+
+def group(label: str) -> str:
+  """Which of the three groups a label belongs to.
+
+  What is neither DDPM or DDIM nor another solver by its name was searched.
+  """
+  name = without_stride(label)
+  if (name in (LABELS["ddpm"], LABELS["ddim"], FULL_CHAIN)
+      or name.startswith("DDIM(eta=")):
+    return BASELINES
+  if name in (LABELS[solver] for solver in solvers.SOLVERS):
+    return TRAINING_FREE
+  return SEARCHED

@@ -1,0 +1,48 @@
+"""Theorem 1: the marginals of a GGDM, and the weights that keep them."""
+
+import tensorflow as tf
+
+# Least magnitude of the mean of a state, and least variance of one of VARS, by
+# which x0_hat and the posterior are divided.
+MEAN_FLOOR = 1e-6
+
+
+def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
+  """Theorem 1: the marginals q(x_k | x_0) = N(a_k x_0, v_k I) of a GGDM.
+
+  With M the strictly triangular matrix of the weights of earlier states, one
+  triangular solve replaces the paper's recursion (Watson et al. 2022, appendix
+  A.1): X = (I - M)^{-1} [mu_0 | diag(sigma)], a = X[:, 0], v = sum_j X[:, j]^2.
+
+  Args:
+    state_weights: [K, K]; row k makes state k + 1, the last row is not used.
+    x0_weights: [K], likewise.
+    noise_scales: [K], likewise.
+    first_mean: scalar, weight of x_0 in the noisiest state.
+    first_std: scalar, standard deviation of the noisiest state.
+
+  Returns:
+    a and v, float32 [K] each, noisiest state first; solved in float64.
+  """
+  state_weights, x0_weights, noise_scales, first_mean, first_std = (
+      tf.cast(value, tf.float64) for value in (
+          state_weights, x0_weights, noise_scales, first_mean, first_std))
+  num_steps = state_weights.shape[0]
+  # Row k of M belongs to state k, made by row k - 1 of the coefficients.
+  first_row = tf.zeros([1, num_steps], tf.float64)
+  lower = tf.concat([first_row, state_weights[:-1]], axis=0)
+  mean = tf.concat([tf.reshape(first_mean, [1]), x0_weights[:-1]], axis=0)
+  std = tf.concat([tf.reshape(first_std, [1]), noise_scales[:-1]], axis=0)
+  solution = tf.linalg.triangular_solve(
+      tf.eye(num_steps, dtype=tf.float64) - lower,
+      tf.concat([mean[:, None], tf.linalg.diag(std)], axis=1))
+  return (tf.cast(solution[:, 0], tf.float32),
+          tf.cast(tf.reduce_sum(solution[:, 1:] ** 2, axis=1), tf.float32))
+
+
+def x0_of_marginals(mean, variance):
+  """x0_hat = (x_t - sqrt(v) eps) / a, as its two coefficients."""
+  # A search may drive a mean through 0. No schedule comes near this floor.
+  mean = tf.where(mean < 0.0, tf.minimum(mean, -MEAN_FLOOR),
+                  tf.maximum(mean, MEAN_FLOOR))
+  return 1.0 / mean, -tf.sqrt(variance) / mean
