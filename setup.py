@@ -24,6 +24,7 @@ setuptools.setup(
     package_data={
         "ddss_tf": ["assets/*", "assets/*/*", "py.typed"],
         "ddss_tf.features": ["assets/*", "assets/*/*"],
+        "ddss_tf.formats": ["assets/*", "assets/*/*"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
         "ddss_tf.gin_configs": ["*.gin", "*/*.gin", "*/*/*.gin"],
     },

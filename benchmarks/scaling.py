@@ -15,9 +15,9 @@ import math
 import tensorflow as tf
 
 from ddss_tf import inspecting
-from ddss_tf import presets
 from ddss_tf import schedules
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import presets
 from ddss_tf.networks import unet
 from ddss_tf.features.load import load_features
 from ddss_tf.networks.frozen import frozen_variables

@@ -43,7 +43,7 @@ _PUBLIC = {
     "gaussian_denoiser": "denoisers.gaussian",
     "inspect": "inspecting",
     "load_dataset": "datasets.load",
-    "load_denoiser": "loading",
+    "load_denoiser": "formats.load",
     "load_features": "features.load",
     "make_sampler": "samplers.families",
     "make_schedule": "schedules",
@@ -71,8 +71,8 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.exporting import export, sample
   from ddss_tf.features.load import load_features
   from ddss_tf.features.network import FeatureNetwork
+  from ddss_tf.formats.load import load_denoiser
   from ddss_tf.inspecting import inspect
-  from ddss_tf.loading import load_denoiser
   from ddss_tf.reporting import report
   from ddss_tf.samplers.card import SamplerCard
   from ddss_tf.samplers.chain import draw_noise, run_chain

@@ -8,8 +8,8 @@ here), and `scheduler_config.json`, the coefficients.
 import os
 import shutil
 
-from ddss_tf import diffusers_format
 from ddss_tf import storage
+from ddss_tf.formats import diffusers
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.card import SamplerCard
@@ -46,7 +46,7 @@ def config(card: SamplerCard, denoiser: Denoiser,
                     f"denoiser with guidance_scale {denoiser.guidance_scale}, "
                     f"{denoiser.name!r}")
   names = {ours: theirs for theirs, ours
-           in diffusers_format.PREDICTIONS.items()}
+           in diffusers.PREDICTIONS.items()}
   other = denoiser.convention.non_default()
   if other.pop("prediction", "eps") not in names or other:
     raise UserError(
@@ -83,12 +83,12 @@ def write(folder: str, card: SamplerCard, denoiser: Denoiser,
   if os.path.exists(folder) and not (
       os.path.isdir(folder)
       and set(os.listdir(folder)) <= {
-          MODULE, diffusers_format.SCHEDULER, "__pycache__"}):
+          MODULE, diffusers.SCHEDULER, "__pycache__"}):
     raise UserError(
         f"folder of a scheduler must be new, or hold {MODULE} and "
-        f"{diffusers_format.SCHEDULER} only. Received: {folder!r}")
+        f"{diffusers.SCHEDULER} only. Received: {folder!r}")
   with storage.replacing_folder(folder) as temporary:
     shutil.copyfile(_TEMPLATE, os.path.join(temporary, MODULE))
     storage.write_json(
-        os.path.join(temporary, diffusers_format.SCHEDULER),
+        os.path.join(temporary, diffusers.SCHEDULER),
         config(card, denoiser, integer_timesteps))

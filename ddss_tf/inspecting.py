@@ -11,7 +11,7 @@ import tensorflow as tf
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.features.network import FeatureNetwork, as_networks
-from ddss_tf.foreign import SavedModelNetwork
+from ddss_tf.formats.saved_model import SavedModelNetwork
 from ddss_tf.schedules import ExplodingSchedule
 
 # Operations whose results are not kept for backpropagation, or are views.

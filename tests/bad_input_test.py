@@ -326,7 +326,7 @@ def bad_files(tmp_path):
   (tmp_path / "half").mkdir()
   own = tmp_path / "own"
   shutil.copytree(
-      os.path.join(ROOT, "ddss_tf", "assets", "digits16-ddpm"), own)
+      os.path.join(ROOT, "ddss_tf", "formats", "assets", "digits16-ddpm"), own)
   network = own / "network.keras"
   network.write_bytes(network.read_bytes()[:5000])
   # A Lambda in a denoiser of our own format.

@@ -15,10 +15,10 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import ddpm_format
-from ddss_tf import diffusers_format
-from ddss_tf import openai_format
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import ddpm as ddpm_lib
+from ddss_tf.formats import diffusers
+from ddss_tf.formats import openai as openai_lib
 from ddss_tf.errors import UserError
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -145,12 +145,12 @@ def test_ddpm_checkpoint_matches_the_original(ddpm, tmp_path, warnings):
 ])
 def test_published_ddpm_architectures(network, size, widths, attention):
   weights = numbered("ddpm_shapes.json", network)
-  config = ddpm_format.infer_config(weights)
+  config = ddpm_lib.infer_config(weights)
   assert config.image_size == size
   assert config.channels == widths
   assert config.attention_levels == (attention,)
   assert config.blocks_per_level == 2
-  model = ddpm_format.convert("here", weights)
+  model = ddpm_lib.convert("here", weights)
   numbers = list(weights)
 
   def source(place):
@@ -168,18 +168,18 @@ def test_ddpm_weights_without_average(ddpm, tmp_path, warnings):
   weights, _ = ddpm
   prefix = str(tmp_path / "model.ckpt-1")
   save_checkpoint(prefix, weights)
-  raw = ddpm_format.read_weights(prefix)
+  raw = ddpm_lib.read_weights(prefix)
   assert len(warnings) == 1 and "raw weights" in warnings[0]
   # One average is missing.
   state = training_state(weights)
   del state["model/conv_in/b/ExponentialMovingAverage"]
   save_checkpoint(prefix, state)
   assert "none of 1, among them model/conv_in/b" in refusal(
-      ddpm_format.read_weights, prefix)
+      ddpm_lib.read_weights, prefix)
   # Averages alone are a network.
   save_checkpoint(prefix, {f"{name}/ExponentialMovingAverage": value
                            for name, value in weights.items()})
-  averaged = ddpm_format.read_weights(prefix)
+  averaged = ddpm_lib.read_weights(prefix)
   assert len(warnings) == 1
   assert set(raw) == set(averaged) == set(weights)
   for name, value in weights.items():
@@ -194,7 +194,7 @@ def test_ddpm_weights_that_do_not_match(ddpm):
     changed = {**weights, **changes}
     for name in removed:
       del changed[name]
-    return refusal(ddpm_format.convert, "here", changed)
+    return refusal(ddpm_lib.convert, "here", changed)
 
   renamed = "model/up_0/block_1/conv2/W"
   text = message({"model/up_0/block_1/conv3/W": weights[renamed]}, renamed)
@@ -203,7 +203,7 @@ def test_ddpm_weights_that_do_not_match(ddpm):
       {}, "model/mid/attn_1/q/b")
   assert "model/label/W" in message({"model/label/W": np.zeros(3)})
   assert "model/conv_in/W" in message({}, "model/conv_in/W")
-  assert "model/down_0/block_0" in refusal(ddpm_format.convert, "here", {
+  assert "model/down_0/block_0" in refusal(ddpm_lib.convert, "here", {
       name: value for name, value in weights.items() if "down" not in name})
   name = "model/down_0/block_0/conv2/W"
   text = message({name: weights[name][..., :5]})
@@ -217,10 +217,10 @@ def test_ddpm_image_size_that_attention_does_not_tell(ddpm):
   weights, _ = ddpm
   none = {name: value for name, value in weights.items()
           if "attn" not in name or "mid" in name}
-  assert "image_size must be given" in refusal(ddpm_format.infer_config, none)
-  assert ddpm_format.infer_config(none, 64).image_size == 64
+  assert "image_size must be given" in refusal(ddpm_lib.infer_config, none)
+  assert ddpm_lib.infer_config(none, 64).image_size == 64
   both = weights | {"model/down_0/attn_0/q/b": np.zeros(32)}
-  assert "levels [0, 1]" in refusal(ddpm_format.infer_config, both)
+  assert "levels [0, 1]" in refusal(ddpm_lib.infer_config, both)
 
 
 def test_damaged_ddpm_checkpoints(ddpm, tmp_path):
@@ -322,13 +322,13 @@ def state_dict(openai, fake_torch, tmp_path):
 @pytest.mark.parametrize("name", OPENAI)
 def test_openai_network_matches_the_original(openai, name):
   weights, golden, card = openai[name]
-  model = openai_format.convert("here", weights, card)
+  model = openai_lib.convert("here", weights, card)
   # Of a learned variance, only the mean's channels are left.
   expected = golden["output"][..., :3]
   assert np.any(golden["t"] % 1)
   output = model([golden["x"], golden["t"]], training=False)
   np.testing.assert_allclose(output, expected, atol=1e-4)
-  np.testing.assert_allclose(openai_format.betas(card), golden["betas"])
+  np.testing.assert_allclose(openai_lib.betas(card), golden["betas"])
   assert not any(v.value.trainable for v in model.weights)
 
 
@@ -340,13 +340,13 @@ def test_published_openai_architectures(network, widths, attention, blocks):
   weights = numbered("openai_shapes.json", network)
   card = dict(image_size=32, num_heads=4, diffusion_steps=4000,
               rescale_timesteps=True)
-  config = openai_format.infer_config(weights, card)
+  config = openai_lib.infer_config(weights, card)
   assert config.channels == widths
   assert config.attention_levels == attention
   assert config.blocks_per_level == blocks
   assert config.scale_shift == (network == "cifar10")
   assert config.time_scale == 0.25
-  model = openai_format.convert("here", weights, card)
+  model = openai_lib.convert("here", weights, card)
   numbers = list(weights)
 
   def source(place):
@@ -370,7 +370,7 @@ def test_published_openai_architectures(network, widths, attention, blocks):
 def test_openai_times_are_differentiable(openai):
   weights, golden, card = openai["openai_learned_sigma"]
   assert card["rescale_timesteps"]
-  model = openai_format.convert("here", weights, card)
+  model = openai_lib.convert("here", weights, card)
   x = tf.constant(golden["x"][:1])
 
   def total(t):
@@ -413,7 +413,7 @@ def test_openai_file(state_dict, openai, tmp_path):
 def test_rescaled_times_survive_saving(openai, tmp_path):
   weights, golden, card = openai["openai_learned_sigma"]
   denoiser = denoiser_lib.Denoiser(
-      openai_format.convert("here", weights, card),
+      openai_lib.convert("here", weights, card),
       ddss_tf.make_schedule("cosine", 50))
   denoiser.save(str(tmp_path / "own"))
   np.testing.assert_allclose(
@@ -523,7 +523,7 @@ def test_openai_weights_that_do_not_match(openai):
     changed = {**weights, **changes}
     for name in removed:
       del changed[name]
-    return refusal(openai_format.convert, "here", changed, card)
+    return refusal(openai_lib.convert, "here", changed, card)
 
   renamed = "output_blocks.1.2.conv.weight"  # The upsampling.
   text = message({"output_blocks.1.3.conv.weight": weights[renamed]}, renamed)
@@ -549,7 +549,7 @@ def test_openai_variants_that_are_refused(openai):
   weights, _, card = openai["openai_plain"]
 
   def message(changed):
-    return refusal(openai_format.convert, "here", changed, card)
+    return refusal(openai_lib.convert, "here", changed, card)
 
   assert "label_emb.weight" in message(
       weights | {"label_emb.weight": np.zeros((1000, 127))})
@@ -574,7 +574,7 @@ def guided():
   fixtures = {}
   for name in GUIDED:
     weights, golden = read_fixture(name)
-    card = openai_format.read_card(
+    card = openai_lib.read_card(
         "nowhere.pt", json.loads(str(golden["card"])))
     fixtures[name] = weights, golden, card
   return fixtures
@@ -590,7 +590,7 @@ def distance(fixture, **changes):
   weights, golden, card = fixture
   card = {key: value for key, value in (card | changes).items()
           if value is not None}
-  output = run(openai_format.convert("here", weights, card), golden)
+  output = run(openai_lib.convert("here", weights, card), golden)
   return np.abs(output - golden["output"][..., :3]).max()
 
 
@@ -599,7 +599,7 @@ def test_guided_network_matches_the_original(guided, name):
   _, golden, card = guided[name]
   assert np.any(golden["t"] % 1)
   assert distance(guided[name]) < 1e-4
-  np.testing.assert_allclose(openai_format.betas(card), golden["betas"])
+  np.testing.assert_allclose(openai_lib.betas(card), golden["betas"])
 
 
 @pytest.mark.slow
@@ -616,12 +616,12 @@ def test_what_no_tensor_tells_matters(guided):
 
 def test_guided_architecture(guided):
   weights, _, card = guided["guided_half_width"]
-  config = openai_format.infer_config(weights, card)
+  config = openai_lib.infer_config(weights, card)
   assert config.channels == (32, 64)
   assert (config.time_features, config.num_classes) == (64, 5)
   assert not config.residual_down_levels
   weights, _, card = guided["guided_new_order"]
-  config = openai_format.infer_config(weights, card)
+  config = openai_lib.infer_config(weights, card)
   assert config.channels == (32, 64, 32)
   assert config.attention_levels == (0, 2)
   assert config.residual_down_levels == (0, 1)
@@ -672,7 +672,7 @@ def test_heads_by_number_or_by_width(state_dict):
   def read(changes, **given):
     with open(state_dict + ".json", "w") as f:
       json.dump(card | changes, f)
-    card_read = openai_format.read_card(state_dict, given)
+    card_read = openai_lib.read_card(state_dict, given)
     return card_read.get("num_heads"), card_read.get("num_head_channels")
 
   assert read(dict(num_head_channels=16)) == (None, 16)
@@ -688,7 +688,7 @@ def test_guided_weights_that_do_not_match(guided):
     changed = {**weights, **changes}
     for name in removed:
       del changed[name]
-    return refusal(openai_format.convert, "here", changed, card)
+    return refusal(openai_lib.convert, "here", changed, card)
 
   name = "input_blocks.2.0.out_layers.3.bias"  # Of the first downsampling.
   assert f"Missing: {name}. Unused: none" in message({}, name)
@@ -709,8 +709,8 @@ def write_folder(folder, name, suffix=".safetensors", **changes):
   for file in ("config", "scheduler"):
     values = json.loads(str(golden[file]))
     values.update(changes if file == "config" else {})
-    place = dict(config=diffusers_format.CONFIG,
-                 scheduler=diffusers_format.SCHEDULER)[file]
+    place = dict(config=diffusers.CONFIG,
+                 scheduler=diffusers.SCHEDULER)[file]
     with open(os.path.join(folder, place), "w") as f:
       json.dump(values, f)
   path = os.path.join(folder, "diffusion_pytorch_model" + suffix)
@@ -781,9 +781,9 @@ def test_switches_are_part_of_what_a_network_is(tmp_path):
   others = [load(**changes) for changes in (
       dict(act_fn="silu"), dict(downsample_padding=0), dict(freq_shift=0.5),
       dict(norm_eps=1e-4), dict(flip_sin_to_cos=False))]
-  with open(tmp_path / diffusers_format.SCHEDULER) as f:
+  with open(tmp_path / diffusers.SCHEDULER) as f:
     scheduler = json.load(f)
-  with open(tmp_path / diffusers_format.SCHEDULER, "w") as f:
+  with open(tmp_path / diffusers.SCHEDULER, "w") as f:
     json.dump(scheduler | {"beta_end": 0.019}, f)
   others.append(ddss_tf.load_denoiser(str(tmp_path)))
   assert len({d.sha256 for d in [plain, *others]}) == 7
@@ -867,7 +867,7 @@ def test_real_pickled_diffusers_weights(tmp_path):
 def test_single_diffusers_file(tmp_path):
   _, golden = write_folder(str(tmp_path), "diffusers_relu")
   path = str(tmp_path / "averaged.safetensors")
-  os.rename(tmp_path / diffusers_format.WEIGHTS, path)
+  os.rename(tmp_path / diffusers.WEIGHTS, path)
   denoiser = ddss_tf.load_denoiser(path)
   assert denoiser.name == "averaged"
   np.testing.assert_allclose(
@@ -876,7 +876,7 @@ def test_single_diffusers_file(tmp_path):
       ddss_tf.load_denoiser, path, num_heads=2)
   message = refusal(ddss_tf.load_denoiser, str(tmp_path))
   assert "diffusion_pytorch_model.safetensors or" in message
-  for name in (diffusers_format.SCHEDULER, diffusers_format.CONFIG):
+  for name in (diffusers.SCHEDULER, diffusers.CONFIG):
     os.remove(tmp_path / name)
     message = refusal(ddss_tf.load_denoiser, path)
     assert f"must hold {name} beside the weights" in message

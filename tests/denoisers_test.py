@@ -11,9 +11,9 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import diffusers_format
 from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import diffusers
 from ddss_tf.networks import unet
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
@@ -116,21 +116,21 @@ def test_saved_pipeline(tiny_folder, tmp_path):
   pipeline = tmp_path / "pipeline"
   shutil.copytree(tiny_folder, pipeline / "unet")
   (pipeline / "scheduler").mkdir()
-  shutil.move(pipeline / "unet" / diffusers_format.SCHEDULER,
+  shutil.move(pipeline / "unet" / diffusers.SCHEDULER,
               pipeline / "scheduler")
   index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.30.0",
            "scheduler": ["diffusers", "DDPMScheduler"],
            "unet": ["diffusers", "UNet2DModel"], "feature_extractor": [None] * 2}
   path = pipeline / "model_index.json"
   path.write_text(json.dumps(index))
-  for part in ("", "unet", "unet/" + diffusers_format.WEIGHTS):
+  for part in ("", "unet", "unet/" + diffusers.WEIGHTS):
     cache = str(tmp_path / ("cache" + part.replace("/", "_")))
     # The second time from the cache.
     for _ in range(2):
       denoiser = ddss_tf.load_denoiser(str(pipeline / part), cache_dir=cache)
       assert denoiser.key == alone.key
   # Another scheduler is no copy of this one.
-  scheduler = pipeline / "scheduler" / diffusers_format.SCHEDULER
+  scheduler = pipeline / "scheduler" / diffusers.SCHEDULER
   text = scheduler.read_text()
   scheduler.write_text(text.replace("v_prediction", "epsilon"))
   assert ddss_tf.load_denoiser(
@@ -148,7 +148,7 @@ def test_saved_pipeline(tiny_folder, tmp_path):
 
 
 def test_a_type_that_numpy_has_not(tiny_folder):
-  path = os.path.join(tiny_folder, diffusers_format.WEIGHTS)
+  path = os.path.join(tiny_folder, diffusers.WEIGHTS)
   header = json.dumps({"conv_in.bias": {
       "dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
   with open(path, "wb") as f:
@@ -159,7 +159,7 @@ def test_a_type_that_numpy_has_not(tiny_folder):
 
 def test_old_names_of_attention(tiny_folder):
   expected = ddss_tf.load_denoiser(tiny_folder).sha256
-  path = os.path.join(tiny_folder, diffusers_format.WEIGHTS)
+  path = os.path.join(tiny_folder, diffusers.WEIGHTS)
   tensors = safetensors.numpy.load_file(path)
   for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
                    ("to_out.0", "proj_attn")):
@@ -365,7 +365,7 @@ def test_damaged_files(tiny_folder, tmp_path):
   refused(tmp_path / "nowhere", "nowhere", "digits16-ddpm")
   (tmp_path / "empty").mkdir()
   refused(tmp_path / "empty", "denoiser.json", "config.json")
-  weights = os.path.join(tiny_folder, diffusers_format.WEIGHTS)
+  weights = os.path.join(tiny_folder, diffusers.WEIGHTS)
   with open(weights, "rb") as f:
     whole = f.read()
   with open(weights, "wb") as f:
@@ -376,7 +376,7 @@ def test_damaged_files(tiny_folder, tmp_path):
   safetensors.numpy.save_file(tensors, weights)
   refused(tiny_folder, "conv_in.bias", "NaN")
   os.remove(weights)
-  refused(tiny_folder, diffusers_format.WEIGHTS)
+  refused(tiny_folder, diffusers.WEIGHTS)
   with open(os.path.join(tiny_folder, "config.json"), "w") as f:
     f.write("{")
   refused(tiny_folder, "not JSON")

@@ -10,9 +10,9 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import edm_format
 from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import edm
 from ddss_tf.networks import edm_unet
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
@@ -40,8 +40,8 @@ def write(folder, name, suffix=".npz", changes=None, **words):
 def network(folder, name):
   """(model, its inputs from the golden file, the golden file)."""
   path, golden = write(folder, name)
-  config, _ = edm_format.read_card(path)
-  model = edm_format.convert(path, edm_format.read_weights(path), config)
+  config, _ = edm.read_card(path)
+  model = edm.convert(path, edm.read_weights(path), config)
   inputs = [golden["x"], golden["sigma"]]
   return model, inputs + [golden["labels"]] * bool(config.label_dim), golden
 
@@ -142,7 +142,7 @@ def test_preconditioning_in_float64(kind):
       atol=2e-6)
 
 
-@pytest.mark.parametrize("suffix", edm_format.SUFFIXES)
+@pytest.mark.parametrize("suffix", edm.SUFFIXES)
 @pytest.mark.parametrize("name", UNCONDITIONAL)
 def test_denoiser_is_in_preserving_form(name, suffix, tmp_path):
   path, golden = write(tmp_path, name, suffix)
@@ -239,13 +239,13 @@ def test_published_networks(name, tmp_path):
   path = str(tmp_path / "net.npz")
   with open(path + ".json", "w") as f:
     json.dump(published["card"], f)
-  config, _ = edm_format.read_card(path)
+  config, _ = edm.read_card(path)
   taps = np.outer(config.resample_filter, config.resample_filter)
   np.savez(path, **{
       key: (taps[None, None] / taps.sum() if key.endswith("resample_filter")
             else np.full(shape, i, np.float32))
       for i, (key, shape) in enumerate(published["shapes"].items())})
-  model = edm_format.convert(path, edm_format.read_weights(path), config)
+  model = edm.convert(path, edm.read_weights(path), config)
   first = [float(np.ravel(v)[0]) for v in model.get_weights()]
   assert len(set(first)) == len(first)
   assert model.inputs[2].name == "labels"
@@ -311,7 +311,7 @@ def test_files_that_are_refused(tmp_path):
        "taps")):
     path, _ = write(tmp_path, "edm_song", changes=changes)
     assert words in refusal(ddss_tf.load_denoiser, path)
-  for suffix in edm_format.SUFFIXES:
+  for suffix in edm.SUFFIXES:
     path, _ = write(tmp_path, "edm_song", suffix)
     with open(path, "r+b") as f:
       f.truncate(os.path.getsize(path) // 2)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf import diffusers_format
-from ddss_tf import loading
+from ddss_tf.formats import cache as cache_lib
+from ddss_tf.formats import diffusers
+from ddss_tf.formats import load as loading
 from ddss_tf.errors import UserError
 
 # Fixtures are found by their names.
@@ -81,7 +82,7 @@ def test_second_load_converts_nothing(folder, cache, conversions, tmp_path):
 
 def test_other_content_is_converted(folder, cache, conversions):
   ddss_tf.load_denoiser(folder, cache_dir=cache)
-  path = os.path.join(folder, diffusers_format.SCHEDULER)
+  path = os.path.join(folder, diffusers.SCHEDULER)
   with open(path) as f:
     scheduler = json.load(f)
   with open(path, "w") as f:
@@ -90,7 +91,7 @@ def test_other_content_is_converted(folder, cache, conversions):
   assert len(conversions) == len(entries(cache)) == 2
   np.testing.assert_allclose(changed.schedule.betas[-1], 0.019)
   # Nothing is taken for a truncated file.
-  path = os.path.join(folder, diffusers_format.WEIGHTS)
+  path = os.path.join(folder, diffusers.WEIGHTS)
   with open(path, "r+b") as f:
     f.truncate(os.path.getsize(path) - 1)
   with pytest.raises(UserError, match="not a complete safetensors file"):
@@ -123,7 +124,7 @@ def test_cache_that_cannot_be_written(folder, tmp_path, warnings):
 def test_where_the_cache_is(folder, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
   monkeypatch.delenv("DDSS_TF_CACHE")
-  assert loading.default_cache_dir() == str(tmp_path / "xdg" / "ddss_tf")
+  assert cache_lib.default_cache_dir() == str(tmp_path / "xdg" / "ddss_tf")
   monkeypatch.setenv("DDSS_TF_CACHE", str(tmp_path / "own"))
   ddss_tf.load_denoiser(folder)
   assert len(entries(tmp_path / "own")) == 1

@@ -16,13 +16,13 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import ddpm_format
-from ddss_tf import diffusers_format
-from ddss_tf import edm_format
-from ddss_tf import openai_format
-from ddss_tf import presets
-from ddss_tf import weights_format
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import ddpm
+from ddss_tf.formats import diffusers
+from ddss_tf.formats import edm
+from ddss_tf.formats import keras_weights
+from ddss_tf.formats import openai
+from ddss_tf.formats import presets
 from ddss_tf.networks import edm_unet
 from ddss_tf.networks import unet
 
@@ -105,7 +105,7 @@ def test_names_are_those_of_keras(build, tmp_path):
   model = randomise(build())
   path = str(tmp_path / "net.weights.h5")
   model.save_weights(path)
-  names = weights_format.dataset_names(model)
+  names = keras_weights.dataset_names(model)
   stored = []
   with h5py.File(path) as file:
     file.visititems(lambda name, place: stored.append(name) if isinstance(
@@ -222,17 +222,17 @@ def test_presets_are_the_published_networks():
       time_features=config.time_features and by * config.time_features,
       time_width=config.time_width and by * config.time_width)
   for name, network in (("ddpm-cifar10-32", "cifar10"), ("ddpm-256", "lsun")):
-    assert presets.PRESETS[name] == wider(ddpm_format.infer_config(
+    assert presets.PRESETS[name] == wider(ddpm.infer_config(
         checkpoints_test.numbered("ddpm_shapes.json", network)), 4), name
   card = dict(num_heads=4, diffusion_steps=4000, rescale_timesteps=True)
   for name, network, size in (("improved-cifar10", "cifar10", 32),
                               ("improved-imagenet64", "imagenet64", 64)):
-    assert presets.PRESETS[name] == wider(openai_format.infer_config(
+    assert presets.PRESETS[name] == wider(openai.infer_config(
         checkpoints_test.numbered("openai_shapes.json", network),
         card | {"image_size": size}), 4), name
   card = dict(num_head_channels=64, diffusion_steps=1000, image_size=64,
               rescale_timesteps=False, use_new_attention_order=True)
-  guided = openai_format.infer_config(
+  guided = openai.infer_config(
       checkpoints_test.numbered("guided_shapes.json", "imagenet64"), card)
   assert presets.PRESETS["guided-imagenet64"] == wider(guided, 6)
 
@@ -248,11 +248,11 @@ def test_diffusers_words_of_a_preset(tmp_path):
       mid_block_scale_factor=1, norm_eps=1e-6, norm_num_groups=32,
       out_channels=3, sample_size=32, time_embedding_type="positional",
       up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"])
-  for name, words in ((diffusers_format.CONFIG, config),
-                      (diffusers_format.SCHEDULER, {})):
+  for name, words in ((diffusers.CONFIG, config),
+                      (diffusers.SCHEDULER, {})):
     with open(tmp_path / name, "w") as f:
       json.dump(words, f)
-  assert diffusers_format.read_config(str(tmp_path))[0] == (
+  assert diffusers.read_config(str(tmp_path))[0] == (
       presets.PRESETS["ddpm-cifar10-32"])
 
 
@@ -271,8 +271,8 @@ def test_edm_words_of_presets(tmp_path):
       json.dump(card, f)
     config, schedule = presets.read(name)
     assert (config, schedule.card()) == (
-        edm_format.read_config(path)[0],
-        edm_format.read_config(path)[1].card())
+        edm.read_config(path)[0],
+        edm.read_config(path)[1].card())
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def _match(folder: str) -> None:
   """Converts the networks and compares their outputs."""
   import safetensors.numpy  # pylint: disable=g-import-not-at-top
   import ddss_tf  # pylint: disable=g-import-not-at-top
-  from ddss_tf import openai_format  # pylint: disable=g-import-not-at-top
+  from ddss_tf.formats import openai as openai_format  # pylint: disable=g-import-not-at-top
 
   def compare(name, model):
     with np.load(os.path.join(folder, name + ".npz")) as golden:

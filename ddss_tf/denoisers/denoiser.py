@@ -14,15 +14,15 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import checkpoints
 from ddss_tf import errors
-from ddss_tf import foreign
 from ddss_tf import schedules
 from ddss_tf import storage
 from ddss_tf.denoisers import compiling
 from ddss_tf.denoisers import conventions
 from ddss_tf.denoisers import inputs as inputs_lib
 from ddss_tf.denoisers import rematerialise
+from ddss_tf.formats import cards
+from ddss_tf.formats import saved_model
 from ddss_tf.networks import files as network_files
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
@@ -412,7 +412,7 @@ class Denoiser:
     Raises:
       UserError: the network is a SavedModel, which is a format itself.
     """
-    if isinstance(self.model, foreign.SavedModelNetwork):
+    if isinstance(self.model, saved_model.SavedModelNetwork):
       raise UserError(
           f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
           " a SavedModel: copy its folder and its card, which load_denoiser "
@@ -450,7 +450,7 @@ class Denoiser:
     """
     folder = storage.expanded(folder)
     card_path = os.path.join(folder, CARD)
-    card = checkpoints.read_json_object(card_path)
+    card = cards.read_json_object(card_path)
     try:
       for key, value in (("format", _FORMAT), ("version", _VERSION)):
         if card[key] != value:
@@ -460,7 +460,7 @@ class Denoiser:
         raise ValueError(f"name must be a word. Received: {name!r}")
       sha256 = card["sha256"]
       schedule = schedules.from_card(card)
-      convention = {key: card[key] for key in foreign.CONVENTION_KEYS
+      convention = {key: card[key] for key in cards.CONVENTION_KEYS
                     if key in card}
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f"{card_path} is damaged: "

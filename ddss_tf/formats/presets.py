@@ -12,9 +12,9 @@ import dataclasses
 import os
 import typing
 
-from ddss_tf import checkpoints
-from ddss_tf import edm_format
 from ddss_tf import storage
+from ddss_tf.formats import cards
+from ddss_tf.formats import edm
 from ddss_tf.errors import UserError
 from ddss_tf.networks.edm_unet import EDMConfig
 from ddss_tf.networks.unet import UNetConfig
@@ -91,14 +91,14 @@ def read(preset: str) -> tuple[UNetConfig | EDMConfig,
   """
   if isinstance(preset, str) and preset in PRESETS:
     config = PRESETS[preset]
-    return config, (edm_format.sigmas() if isinstance(config, EDMConfig)
+    return config, (edm.sigmas() if isinstance(config, EDMConfig)
                     else None)
   preset = storage.expanded(preset)
   if not isinstance(preset, str) or not os.path.isfile(preset):
     raise UserError(f"preset must be {WANTED}. Received: {preset!r}")
-  words = checkpoints.read_json_object(preset)
+  words = cards.read_json_object(preset)
   if "class_name" in words:
-    return edm_format.read_config(preset)
+    return edm.read_config(preset)
   types = typing.get_type_hints(UNetConfig)
   unknown = sorted(set(words) - set(types))
   if unknown:
@@ -123,6 +123,6 @@ def _typed(source, key, value, kind):
     kind = int
   elif key == "image_size":  # Or a pair of them.
     kind = tuple if isinstance(value, list) else int
-  return checkpoints.json_value(
+  return cards.json_value(
       source, key, value, typing.get_origin(kind) or kind,
       0 if key in _FROM_0 else 1)

@@ -4,69 +4,18 @@ A reader knows its format's names and layouts. That no tensor is left over, no
 variable left unfilled, and no weight NaN, is checked here for all of them.
 """
 
-import math
 from typing import Callable, Iterable, Mapping
 
 import keras
 import numpy as np
 
 from ddss_tf import errors
-from ddss_tf import storage
 from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
 from ddss_tf.networks.frozen import frozen_variables
 
 # Of a variable: where its value comes from, and how it is laid out there.
 Relayout = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray]
-
-# More of anything is a slip; a network of 10**9 blocks would be built all day.
-_LARGEST = 2**16
-
-
-def read_json_object(path: str) -> dict:
-  """Reads a JSON file that holds an object.
-
-  Raises:
-    UserError: not JSON, or not an object.
-  """
-  try:
-    values = storage.read_json(path)
-  except ValueError as error:
-    raise UserError(f"{path} is not JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{path} must be a JSON object")
-  return values
-
-
-def json_value(source: str, key: str, value, kind: type, least: int = 1):
-  """A value of a JSON file as a field of an architecture.
-
-  Args:
-    source: the file, for the message.
-    key: likewise.
-    value: as JSON has it.
-    kind: int; float; bool; str; or tuple, of whole numbers.
-    least: whether numbers are positive, 1, or may be 0.
-
-  Raises:
-    UserError: of another kind, or out of range.
-  """
-  # type(), because True is an int.
-  whole = lambda n: type(n) is int and least <= n <= _LARGEST
-  if kind is tuple and isinstance(value, list) and all(map(whole, value)):
-    return tuple(value)
-  if kind is float and type(value) in (int, float) and (
-      math.isfinite(value) and (value > 0 or value == least == 0)):
-    return float(value)
-  if kind is int and whole(value) or (
-      kind in (bool, str) and type(value) is kind):
-    return value
-  whole_numbers = f"from {least} to {_LARGEST}"
-  words = {int: f"a whole number {whole_numbers}",
-           float: "a number, at least 0" if least == 0 else "a positive number",
-           bool: "true or false", str: "a word",
-           tuple: f"a list of whole numbers {whole_numbers}"}[kind]
-  raise UserError(f"{source}: {key} must be {words}. Received: {value!r}")
 
 
 def read_state_dict(path: str) -> dict[str, np.ndarray]:

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import checkpoints
 from ddss_tf import errors
+from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError
 from ddss_tf.networks.unet import UNetConfig
 
@@ -90,7 +90,7 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
   except Exception as error:
     raise UserError(f"{prefix} is not a complete TensorFlow checkpoint: "
                     f"{errors.one_line(error)}") from error
-  return checkpoints.finite_float32(prefix, weights)
+  return tensors.finite_float32(prefix, weights)
 
 
 def infer_config(weights: Mapping[str, np.ndarray],
@@ -208,8 +208,8 @@ def convert(prefix: str, weights: Mapping[str, np.ndarray],
   """
   config = infer_config(weights, image_size)
   levels = len(config.channels)
-  return checkpoints.build_frozen(
+  return tensors.build_frozen(
       prefix, config,
-      lambda variables: checkpoints.matched(
+      lambda variables: tensors.matched(
           weights, variables, lambda path: _source_name(path, levels),
           _relayout))

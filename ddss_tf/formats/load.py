@@ -6,24 +6,22 @@ see `load_denoiser`. SavedModels and Keras files are programs, used as they are.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 
-from absl import logging
 import gin
 
-from ddss_tf import checkpoints
-from ddss_tf import ddpm_format
-from ddss_tf import diffusers_format
-from ddss_tf import edm_format
-from ddss_tf import errors
-from ddss_tf import foreign
-from ddss_tf import openai_format
 from ddss_tf import storage
-from ddss_tf import version
-from ddss_tf import weights_format
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import cache as cache_lib
+from ddss_tf.formats import cards
+from ddss_tf.formats import ddpm
+from ddss_tf.formats import diffusers
+from ddss_tf.formats import edm
+from ddss_tf.formats import keras_weights
+from ddss_tf.formats import openai
+from ddss_tf.formats import saved_model
+from ddss_tf.formats import tensors
 from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers.denoiser import Denoiser
@@ -33,27 +31,9 @@ from ddss_tf.networks.unet import UNetConfig
 from ddss_tf.schedules import NoiseSchedule
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
-# Counts changes to what is kept: copies of another revision are not taken.
-_CACHE_REVISION = 4
 _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
                 "use_new_attention_order", "diffusion_steps", "noise_schedule",
                 "rescale_timesteps")
-
-
-def default_cache_dir() -> str:
-  """$DDSS_TF_CACHE ("": none), or ddss_tf in $XDG_CACHE_HOME or ~/.cache.
-
-  "" where nobody knows the home folder.
-  """
-  folder = os.environ.get("DDSS_TF_CACHE")
-  if folder is None:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.path.join(base, "ddss_tf")
-  try:
-    return storage.expanded(folder)
-  except UserError as error:
-    logging.warning("converted networks are not kept: %s", error)
-    return ""
 
 
 @gin.register
@@ -160,14 +140,14 @@ def load_denoiser(
       "signature": signature, "num_classes": num_classes, "preset": preset,
   }
   if image_size is not None:
-    arguments["image_size"] = diffusers_format.side_or_sides(image_size)
+    arguments["image_size"] = diffusers.side_or_sides(image_size)
     if arguments["image_size"] is None:
       raise UserError("image_size must be a whole number, or (height, width). "
                       f"Received: {image_size!r}")
   denoiser = _load(
       storage.expanded(path), {key: value for key, value in arguments.items()
              if value is not None},
-      default_cache_dir() if cache_dir is None else storage.expanded(cache_dir))
+      cache_lib.default_cache_dir() if cache_dir is None else storage.expanded(cache_dir))
   if dtype_policy is not None:
     denoiser = denoiser.with_policy(dtype_policy)
   if null_label is None and guidance_scale is None:
@@ -186,34 +166,34 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
   if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
     _check_given(path, given, ())
     return Denoiser.load(folder)
-  if foreign.is_keras_file(path) or foreign.is_saved_model(path):
-    _check_given(path, given, foreign.CARD_KEYS)
+  if saved_model.is_keras_file(path) or saved_model.is_saved_model(path):
+    _check_given(path, given, cards.CARD_KEYS)
     return _load_foreign(path, given)
   convert, allowed = _converter(path)
   _check_given(path, given, allowed)
-  if weights_format.is_weights(path):
+  if keras_weights.is_weights(path):
     # For the key of the cache: what a preset's name or file stands for.
-    given = weights_format.read_card(path, given)
+    given = keras_weights.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
-  for suffix in (openai_format.SUFFIX, weights_format.SUFFIX,
-                 *diffusers_format.SUFFIXES, *edm_format.SUFFIXES):
+  for suffix in (openai.SUFFIX, keras_weights.SUFFIX,
+                 *diffusers.SUFFIXES, *edm.SUFFIXES):
     name = name.removesuffix(suffix)
-  denoiser = _cached(cache_dir, path, given, convert)
+  denoiser = cache_lib.cached(cache_dir, path, given, convert)
   denoiser.name = name
   return denoiser
 
 
 def _converter(path: str):
   """The function that reads a checkpoint, and what may be told of it."""
-  if edm_format.is_edm(path):
+  if edm.is_edm(path):
     return _convert_edm, ("schedule",)
-  if weights_format.is_weights(path):
-    return _convert_weights, weights_format.CARD_KEYS
-  if path.endswith(openai_format.SUFFIX) and os.path.isfile(path):
+  if keras_weights.is_weights(path):
+    return _convert_weights, keras_weights.CARD_KEYS
+  if path.endswith(openai.SUFFIX) and os.path.isfile(path):
     return _convert_openai, _OPENAI_KEYS
-  if diffusers_format.is_diffusers(path):
+  if diffusers.is_diffusers(path):
     return _convert_diffusers, ("image_size",)
-  if ddpm_format.find_prefix(path) is not None:
+  if ddpm.find_prefix(path) is not None:
     return _convert_ddpm, ("image_size",)
   if not os.path.isdir(path):
     raise UserError(
@@ -225,7 +205,7 @@ def _converter(path: str):
         f"Received: {path!r}")
   raise UserError(
       f"denoiser folder must hold {denoiser_lib.CARD} (ours), "
-      f"{diffusers_format.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
+      f"{diffusers.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
       f"checkpoint (*.index). Received: {path!r} with "
       f"{sorted(os.listdir(path))}")
 
@@ -245,121 +225,57 @@ def embedded_denoisers() -> list[str]:
       if os.path.exists(os.path.join(_ASSETS, name, denoiser_lib.CARD)))
 
 
-def _cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
-  """Takes a converted checkpoint from the cache, or converts it and keeps it.
-
-  Args:
-    cache_dir: "" for none.
-    path: of the checkpoint.
-    given: arguments of the conversion.
-    convert: from both to a `Denoiser`.
-
-  Raises:
-    UserError: see `load_denoiser`. A copy that is damaged, or cannot be
-      written, is warned of only.
-  """
-  if not cache_dir:
-    return convert(path, given)
-  folder = os.path.join(cache_dir, "denoisers", _cache_key(path, given))
-  if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
-    try:
-      return Denoiser.load(folder)
-    except UserError as error:
-      logging.warning("%s; it is converted again", error)
-  denoiser = convert(path, given)
-  try:
-    denoiser.save(folder)
-  except OSError as error:
-    logging.warning("the converted network cannot be kept: %s",
-                    errors.one_line(error))
-  return denoiser
-
-
-def _cache_key(path: str, given: dict) -> str:
-  """Hash of all that a conversion depends on."""
-
-  def plain(value):
-    # Architectures show all their fields.
-    return value.card() if isinstance(value, NoiseSchedule) else repr(value)
-
-  digest = hashlib.sha256(json.dumps(
-      [version.__version__, _CACHE_REVISION, given], sort_keys=True,
-      default=plain).encode())
-  for file in _files(path):
-    with open(file, "rb") as f:
-      content = hashlib.file_digest(f, "sha256").hexdigest()
-    # Of a single file the name means nothing, of several it says which is what.
-    name = os.path.basename(file).removeprefix(os.path.basename(path))
-    digest.update(f"{name}\0{content}\0".encode())
-  return digest.hexdigest()
-
-
-def _files(path: str) -> list[str]:
-  """The files that make a checkpoint."""
-  prefix = None if os.path.isfile(path) else ddpm_format.find_prefix(path)
-  if prefix is not None:
-    folder, start = os.path.split(os.path.abspath(prefix))
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if name.startswith((f"{start}.index", f"{start}.data-"))]
-  path = diffusers_format.find_network(path)
-  files = [path, path + ".json"] if os.path.isfile(path) else [
-      os.path.join(path, name)
-      for name in (diffusers_format.WEIGHTS, diffusers_format.PICKLED_WEIGHTS)]
-  files += diffusers_format.config_files(path)
-  return [file for file in files if os.path.exists(file)]
-
-
 def _convert_diffusers(path: str, given: dict) -> Denoiser:
   """Reads a diffusers folder, or a weights file in it, into our U-Net."""
-  path = diffusers_format.find_network(path)
-  config, betas, prediction = diffusers_format.read_config(
+  path = diffusers.find_network(path)
+  config, betas, prediction = diffusers.read_config(
       path, given.get("image_size"))
-  weights = diffusers_format.without_variance(
-      path, diffusers_format.read_weights(path))
-  model = checkpoints.build_frozen(
+  weights = diffusers.without_variance(
+      path, diffusers.read_weights(path))
+  model = tensors.build_frozen(
       path, config,
-      lambda variables: diffusers_format.to_keras(weights, variables))
+      lambda variables: diffusers.to_keras(weights, variables))
   return _converted("diffusers", model, config, NoiseSchedule(betas),
                     prediction)
 
 
 def _convert_ddpm(path: str, given: dict) -> Denoiser:
   """Reads a checkpoint of the original DDPM; all use one process."""
-  prefix = ddpm_format.find_prefix(path)
-  weights = ddpm_format.read_weights(prefix)
+  prefix = ddpm.find_prefix(path)
+  weights = ddpm.read_weights(prefix)
   image_size = given.get("image_size")
-  model = ddpm_format.convert(prefix, weights, image_size)
+  model = ddpm.convert(prefix, weights, image_size)
   return _converted(
-      "DDPM", model, ddpm_format.infer_config(weights, image_size),
+      "DDPM", model, ddpm.infer_config(weights, image_size),
       NoiseSchedule.linear())
 
 
 def _convert_openai(path: str, given: dict) -> Denoiser:
   """Reads a state dict of improved-diffusion or guided-diffusion."""
   # The card first: its faults are cheaper to find.
-  card = openai_format.read_card(path, given)
-  betas = openai_format.betas(card)
-  weights = checkpoints.read_state_dict(path)
-  model = openai_format.convert(path, weights, card)
+  card = openai.read_card(path, given)
+  betas = openai.betas(card)
+  weights = tensors.read_state_dict(path)
+  model = openai.convert(path, weights, card)
   # The order of attention's channels is in the weights by now.
   return _converted(
       "improved- or guided-diffusion", model,
-      openai_format.infer_config(weights, card), NoiseSchedule(betas),
+      openai.infer_config(weights, card), NoiseSchedule(betas),
       "x0" if card["predict_xstart"] else "eps")
 
 
 def _convert_edm(path: str, given: dict) -> Denoiser:
   """Reads weights of EDM, whose network is of a variance-exploding process."""
-  config, schedule = edm_format.read_card(path)
+  config, schedule = edm.read_card(path)
   if "schedule" in given:
-    schedule = edm_format.read_schedule(path, given["schedule"])
-  model = edm_format.convert(path, edm_format.read_weights(path), config)
+    schedule = edm.read_schedule(path, given["schedule"])
+  model = edm.convert(path, edm.read_weights(path), config)
   return _converted("EDM", model, config, schedule)
 
 
 def _convert_weights(path: str, card: dict) -> Denoiser:
-  """Reads weights of Keras; see `weights_format.read_card` for the card."""
-  model = weights_format.convert(path, card["config"])
+  """Reads weights of Keras; see `keras_weights.read_card` for the card."""
+  model = keras_weights.convert(path, card["config"])
   try:
     return _converted(
         "weights of Keras", model, card["config"], card["schedule"],
@@ -408,11 +324,11 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
 
 def _load_foreign(path: str, given: dict) -> Denoiser:
   """Reads a SavedModel or a Keras file, and tries it."""
-  card = foreign.read_card(path, given)
+  card = cards.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
   told = dict(card["convention"])
-  if foreign.is_keras_file(path):
-    name = name.removesuffix(foreign.KERAS_SUFFIX)
+  if saved_model.is_keras_file(path):
+    name = name.removesuffix(saved_model.KERAS_SUFFIX)
     if card["signature"] is not None:
       raise UserError("signature must not be given for a Keras file. Received: "
                       f"{card['signature']!r}")
@@ -421,7 +337,7 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     # The hash of a SavedModel is of its graph, too.
     told["architecture"] = fingerprint.text_sha256(model.to_json())
   else:
-    model = foreign.SavedModelNetwork(
+    model = saved_model.SavedModelNetwork(
         path, card["signature"], card["image_shape"], card["num_classes"])
     sha256 = model.sha256
   sha256 = _told_sha256(
@@ -433,7 +349,7 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
         image_shape=card["image_shape"], sha256=sha256, **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
-  if not foreign.check(denoiser, path):
+  if not saved_model.check(denoiser, path):
     denoiser.continuous_time = False
   return denoiser
 

@@ -25,8 +25,9 @@ from typing import Mapping
 import keras
 import numpy as np
 
-from ddss_tf import checkpoints
 from ddss_tf import schedules
+from ddss_tf.formats import cards
+from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError
 from ddss_tf.networks.unet import UNetConfig
 
@@ -71,7 +72,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   source = path + ".json"
   card = {}
   if os.path.exists(source):
-    card = checkpoints.read_json_object(source)
+    card = cards.read_json_object(source)
   known = {**_NEEDED, **_OPTIONAL, **dict.fromkeys(_CHECKED, _FLAG)}
   unknown = sorted(set(card) - set(known))
   if unknown:
@@ -126,7 +127,7 @@ def infer_config(weights: Mapping[str, np.ndarray],
   """The architecture that names, shapes and card tell.
 
   Args:
-    weights: as `checkpoints.read_state_dict` gives them.
+    weights: as `tensors.read_state_dict` gives them.
     card: as `read_card` gives it.
 
   Raises:
@@ -295,7 +296,7 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
 
   Args:
     source: what the weights were read from, for messages.
-    weights: as `checkpoints.read_state_dict` gives them.
+    weights: as `tensors.read_state_dict` gives them.
     card: as `read_card` gives it.
 
   Returns:
@@ -307,14 +308,14 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     UserError: see `infer_config`; weights and architecture do not match.
   """
   config = infer_config(weights, card)
-  return checkpoints.build_frozen(
+  return tensors.build_frozen(
       source, config, lambda variables: _to_keras(
           weights, config, variables,
           bool(card.get("use_new_attention_order"))))
 
 
 def _to_keras(weights, config, variables, new_attention_order):
-  """Renames and re-lays weights, see `checkpoints.matched`."""
+  """Renames and re-lays weights, see `tensors.matched`."""
   learned_sigma = weights["out.2.weight"].shape[0] == 2 * config.in_channels
 
   def relayout(path, value, shape):
@@ -334,9 +335,9 @@ def _to_keras(weights, config, variables, new_attention_order):
             f"{2 * config.in_channels} outputs, as out.2.weight has. "
             f"Received: shape {value.shape}")
       value = value[:config.in_channels]
-    return checkpoints.torch_layout(path, value, shape)
+    return tensors.torch_layout(path, value, shape)
 
-  return checkpoints.matched(
+  return tensors.matched(
       weights, variables, lambda path: _source_name(path, config), relayout)
 
 

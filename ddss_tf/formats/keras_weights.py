@@ -21,12 +21,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import checkpoints
-from ddss_tf import edm_format
 from ddss_tf import errors
-from ddss_tf import foreign
-from ddss_tf import presets
 from ddss_tf import storage
+from ddss_tf.formats import cards
+from ddss_tf.formats import edm
+from ddss_tf.formats import presets
+from ddss_tf.formats import tensors
 from ddss_tf.networks import edm_unet
 from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
@@ -34,7 +34,7 @@ from ddss_tf.networks.edm_unet import EDMConfig
 
 SUFFIX = ".weights.h5"
 CARD_KEYS = ("preset", "prediction", "schedule", "null_label",
-             *foreign.CONVENTION_KEYS)
+             *cards.CONVENTION_KEYS)
 
 
 def is_weights(path: str) -> bool:
@@ -52,14 +52,14 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
 
   Returns:
     "config", the architecture; "schedule", a `NoiseSchedule`; "prediction",
-    "null_label" and "convention" as of `foreign.read_card`.
+    "null_label" and "convention" as of `cards.read_card`.
 
   Raises:
     UserError: keys that are missing, unknown, not of such a network, or of a
       value that is none.
   """
   source = path + ".json"
-  card = foreign.merged_card(path, given, CARD_KEYS)
+  card = cards.merged_card(path, given, CARD_KEYS)
   if "preset" not in card:
     raise UserError(
         f"preset must be given, by {source} or as an argument, for a {SUFFIX} "
@@ -70,14 +70,14 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     preset = os.path.join(os.path.dirname(path), storage.expanded(preset))
   config, schedule = presets.read(preset)
   if not isinstance(config, EDMConfig):
-    return {"config": config, **foreign.parsed_card(path, card)}
+    return {"config": config, **cards.parsed_card(path, card)}
   others = sorted(set(card) - {"schedule"})
   if others:
     raise UserError(
         f"{path}: {', '.join(others)} must not be given for a network of EDM, "
         f"which has its own. Received: {others[0]}={card[others[0]]!r}")
   if "schedule" in card:
-    schedule = edm_format.read_schedule(path, card["schedule"])
+    schedule = edm.read_schedule(path, card["schedule"])
   return {"config": config, "schedule": schedule, "prediction": "eps",
           "null_label": None, "convention": {}}
 
@@ -96,7 +96,7 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
     UserError: it cannot be built; the file is truncated; its arrays are not
       those of the network, one for one, or not finite; with their names.
   """
-  model = checkpoints.frozen(
+  model = tensors.frozen(
       path, edm_unet.build_edm if isinstance(config, EDMConfig)
       else unet.build_unet, config)
   names = dataset_names(model)
@@ -104,7 +104,7 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
   try:
     with h5py.File(path, "r") as file:
       # Shapes are compared before an array is read: a damaged one may be huge.
-      matched = checkpoints.matched(
+      matched = tensors.matched(
           _datasets(path, file), variables, names.get,
           lambda variable, dataset, shape: dataset)
       arrays = {names[variable]: _array(dataset)
@@ -114,8 +114,8 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
   except Exception as error:  # HDF5 raises many kinds for a damaged file.
     raise UserError(f"{path} is not a complete file of Keras weights: "
                     f"{errors.one_line(error)}") from error
-  arrays = checkpoints.finite_float32(path, arrays)
-  checkpoints.fill(
+  arrays = tensors.finite_float32(path, arrays)
+  tensors.fill(
       model, {variable: arrays[name] for variable, name in names.items()})
   return model
 

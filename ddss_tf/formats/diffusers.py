@@ -14,9 +14,10 @@ import re
 import numpy as np
 import safetensors.numpy
 
-from ddss_tf import checkpoints
 from ddss_tf import errors
 from ddss_tf import schedules
+from ddss_tf.formats import cards
+from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError
 from ddss_tf.networks.unet import UNetConfig
 
@@ -95,7 +96,7 @@ def find_network(path: str) -> str:
   if not os.path.exists(os.path.join(path, _PIPELINE)):
     return path
   index = os.path.join(path, _PIPELINE)
-  parts = {name for name, value in checkpoints.read_json_object(index).items()
+  parts = {name for name, value in cards.read_json_object(index).items()
            if isinstance(value, list) and value != [None, None]}
   if parts != {_UNET, _SCHEDULER_FOLDER}:
     raise UserError(f"{index} must be of a pipeline of {_UNET} and "
@@ -126,7 +127,7 @@ def _read_json(path: str) -> dict:
                 if os.path.isdir(folder) else f"no folder {folder!r}")
     raise UserError(f"a diffusers folder must hold {name} beside the weights. "
                     f"Received: {received}")
-  return checkpoints.read_json_object(path)
+  return cards.read_json_object(path)
 
 
 def _choice(source, config, key, known, default=None):
@@ -373,13 +374,13 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
           f"Received: {path!r} with {sorted(os.listdir(path))}")
     path = os.path.join(path, found[0])
   if path.endswith(".bin"):
-    return checkpoints.read_state_dict(path)
+    return tensors.read_state_dict(path)
   try:
     weights = safetensors.numpy.load_file(path)
   except Exception as error:  # It knows types that NumPy does not.
     raise UserError(f"{path} is not a complete safetensors file of floats: "
                     f"{errors.one_line(error)}") from error
-  return checkpoints.finite_float32(path, weights)
+  return tensors.finite_float32(path, weights)
 
 
 def without_variance(
@@ -482,5 +483,5 @@ def to_keras(
         name = old_name if old_name in weights else name
     return name
 
-  return checkpoints.matched(
-      weights, variables, source_name, checkpoints.torch_layout)
+  return tensors.matched(
+      weights, variables, source_name, tensors.torch_layout)

@@ -18,10 +18,10 @@ import keras
 import numpy as np
 import safetensors.numpy
 
-from ddss_tf import checkpoints
 from ddss_tf import errors
-from ddss_tf import foreign
 from ddss_tf import schedules
+from ddss_tf.formats import cards
+from ddss_tf.formats import tensors
 from ddss_tf.networks import edm_unet
 from ddss_tf.errors import UserError
 from ddss_tf.networks.edm_unet import EDMConfig
@@ -107,7 +107,7 @@ def read_config(
   Raises:
     UserError: a network that is not implemented.
   """
-  card = checkpoints.read_json_object(source)
+  card = cards.read_json_object(source)
   if set(card) != {"class_name", "init_kwargs"} or not isinstance(
       card["init_kwargs"], dict):
     raise UserError(f"{source} must have the keys class_name and init_kwargs. "
@@ -143,7 +143,7 @@ def read_config(
           "M": "timesteps"}
   values = dict(_DEFAULTS.get(model, {}))
   for key, value in words.items():
-    values[ours.get(key, key)] = checkpoints.json_value(
+    values[ours.get(key, key)] = cards.json_value(
         source, key, value, types[key],
         0 if key in ("label_dim", "label_dropout") else 1)
   missing = [key for key in ("img_resolution", "img_channels")
@@ -178,12 +178,12 @@ def sigmas(low: float = 0.0,
 
 
 def read_schedule(path: str, value) -> schedules.ExplodingSchedule:
-  """Other sigmas than its own for a network; see `foreign.read_schedule`.
+  """Other sigmas than its own for a network; see `cards.read_schedule`.
 
   Raises:
     UserError: a schedule that is not of sigmas, or none.
   """
-  schedule = foreign.read_schedule(path, value)
+  schedule = cards.read_schedule(path, value)
   if not isinstance(schedule, schedules.ExplodingSchedule):
     raise UserError(f"{path}: schedule must be of sigmas, 'geometric' or "
                     f"'sigmas'. Received: {value!r}")
@@ -214,7 +214,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   weights = {name.removeprefix("model."): value
              for name, value in weights.items()}
   weights.pop("map_augment.weight", None)
-  return checkpoints.finite_float32(path, weights)
+  return tensors.finite_float32(path, weights)
 
 
 def convert(source: str, weights: Mapping[str, np.ndarray],
@@ -233,7 +233,7 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     UserError: it cannot be built, or weights and architecture do not match,
       resampling filters among them.
   """
-  model = checkpoints.frozen(source, edm_unet.build_edm, config)
+  model = tensors.frozen(source, edm_unet.build_edm, config)
   size = config.image_size
   out = ("out_norm", "out_conv")
   if config.architecture == "SongUNet":
@@ -259,8 +259,8 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     elif value.shape != expected.shape or not np.allclose(value, expected):
       raise UserError(f"{source}: {key} must be that of the taps "
                       f"{taps.tolist()}. Received: {value.tolist()}")
-  values = checkpoints.matched(
+  values = tensors.matched(
       learned, [(v.path, tuple(v.shape)) for v in model.weights], source_name,
-      checkpoints.torch_layout)
-  checkpoints.fill(model, values)
+      tensors.torch_layout)
+  tensors.fill(model, values)
   return model

@@ -1,0 +1,100 @@
+"""Converted models, kept between processes."""
+
+import hashlib
+import json
+import os
+
+from absl import logging
+
+from ddss_tf import errors
+from ddss_tf import storage
+from ddss_tf import version
+from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import ddpm
+from ddss_tf.formats import diffusers
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import UserError
+from ddss_tf.schedules import NoiseSchedule
+
+# Counts changes to what is kept: copies of another revision are not taken.
+_CACHE_REVISION = 4
+
+
+def default_cache_dir() -> str:
+  """$DDSS_TF_CACHE ("": none), or ddss_tf in $XDG_CACHE_HOME or ~/.cache.
+
+  "" where nobody knows the home folder.
+  """
+  folder = os.environ.get("DDSS_TF_CACHE")
+  if folder is None:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.path.join(base, "ddss_tf")
+  try:
+    return storage.expanded(folder)
+  except UserError as error:
+    logging.warning("converted networks are not kept: %s", error)
+    return ""
+
+
+def cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
+  """Takes a converted checkpoint from the cache, or converts it and keeps it.
+
+  Args:
+    cache_dir: "" for none.
+    path: of the checkpoint.
+    given: arguments of the conversion.
+    convert: from both to a `Denoiser`.
+
+  Raises:
+    UserError: see `load_denoiser`. A copy that is damaged, or cannot be
+      written, is warned of only.
+  """
+  if not cache_dir:
+    return convert(path, given)
+  folder = os.path.join(cache_dir, "denoisers", _cache_key(path, given))
+  if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
+    try:
+      return Denoiser.load(folder)
+    except UserError as error:
+      logging.warning("%s; it is converted again", error)
+  denoiser = convert(path, given)
+  try:
+    denoiser.save(folder)
+  except OSError as error:
+    logging.warning("the converted network cannot be kept: %s",
+                    errors.one_line(error))
+  return denoiser
+
+
+def _cache_key(path: str, given: dict) -> str:
+  """Hash of all that a conversion depends on."""
+
+  def plain(value):
+    # Architectures show all their fields.
+    return value.card() if isinstance(value, NoiseSchedule) else repr(value)
+
+  digest = hashlib.sha256(json.dumps(
+      [version.__version__, _CACHE_REVISION, given], sort_keys=True,
+      default=plain).encode())
+  for file in _files(path):
+    with open(file, "rb") as f:
+      content = hashlib.file_digest(f, "sha256").hexdigest()
+    # Of a single file the name means nothing, of several it says which is what.
+    name = os.path.basename(file).removeprefix(os.path.basename(path))
+    digest.update(f"{name}\0{content}\0".encode())
+  return digest.hexdigest()
+
+
+def _files(path: str) -> list[str]:
+  """The files that make a checkpoint."""
+  prefix = None if os.path.isfile(path) else ddpm.find_prefix(path)
+  if prefix is not None:
+    folder, start = os.path.split(os.path.abspath(prefix))
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if name.startswith((f"{start}.index", f"{start}.data-"))]
+  path = diffusers.find_network(path)
+  files = [path, path + ".json"] if os.path.isfile(path) else [
+      os.path.join(path, name)
+      for name in (diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS)]
+  files += diffusers.config_files(path)
+  return [file for file in files if os.path.exists(file)]
