@@ -22,7 +22,7 @@ def measure(batch_size: int) -> dict:
   from ddss_tf.datasets import load as data
   from ddss_tf.samplers import families
   from ddss_tf.features import load as features_lib
-  from ddss_tf import objectives
+  from ddss_tf.objectives import objective as objectives
   from ddss_tf.samplers import sampler as samplers
   from ddss_tf import searching
   denoiser = ddss_tf.load_denoiser("digits16-ddpm")

@@ -15,8 +15,8 @@ from benchmarks import networks
 from benchmarks import records
 import ddss_tf
 from ddss_tf import exporting
-from ddss_tf import objectives
 from ddss_tf import searching
+from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import sampler as sampler_lib
 
@@ -87,7 +87,7 @@ def make_search(denoiser, batch_size: int, num_steps: int, *,
   return searching.Search(
       denoiser,
       families.make_sampler(denoiser.schedule, "ggdm+pred+time", num_steps),
-      objectives.Objective("kid_linear", [features],
+      objective_lib.Objective("kid_linear", [features],
                            [features(real)["pool"].numpy()],
                            denoiser.image_shape),
       batch_size=batch_size, gradient_samples=batch_size,

@@ -20,13 +20,13 @@ import numpy as np
 
 from ddss_tf import evaluation
 from ddss_tf import figures
-from ddss_tf import objectives as objectives_lib
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
+from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
@@ -87,7 +87,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
       raise UserError("compare.objectives must be labelled by what can name a "
                       f"folder. Received: {label!r}")
     try:
-      objectives_lib.weights_of_terms(objective)
+      objective_lib.weights_of_terms(objective)
     except (TypeError, ValueError) as error:
       raise UserError(f"compare.objectives[{label!r}]: {error}") from error
   # Strides are tried on a quarter of their samples.

@@ -23,18 +23,19 @@ from tensorboard.plugins.hparams import api as hparams
 import tensorflow as tf
 
 from ddss_tf import distribution
-from ddss_tf import elbo
 from ddss_tf import figures
 from ddss_tf import metrics
-from ddss_tf import objectives
 from ddss_tf import starts
 from ddss_tf import storage
-from ddss_tf import teacher as teacher_lib
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference
 from ddss_tf.networks import precision
+from ddss_tf.objectives import distances
+from ddss_tf.objectives import elbo
+from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.objectives import teacher as teacher_lib
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -102,19 +103,19 @@ def check_search(arguments: Mapping[str, Any]) -> None:
     raise UserError("search.teacher must be options by name. "
                     f"Received: {values['teacher']!r}")
   try:
-    terms = objectives.weights_of_terms(values["objective"])
+    terms = objective_lib.weights_of_terms(values["objective"])
   except (TypeError, ValueError) as error:
     raise UserError(f"search: {error}") from error
-  pooled = objectives.uses(terms, objectives.MATCHING) or (
-      values["control_variate"] and objectives.uses(terms, objectives.MOMENTS))
+  pooled = objective_lib.uses(terms, objective_lib.MATCHING) or (
+      values["control_variate"] and objective_lib.uses(terms, distances.MOMENTS))
   if pooled and values["pool_samples"] < whole:
     raise UserError("search.pool_samples must be at least batch_size, "
                     f"{whole}. Received: {values['pool_samples']}")
-  if objectives.ELBO in terms and part % micro:
+  if objective_lib.ELBO in terms and part % micro:
     raise UserError("search.micro_batch_size must divide gradient_samples, "
                     f"{part}, for the objective 'elbo', a mean over "
                     f"micro-batches. Received: {micro}")
-  if objectives.ELBO in terms and x0_bound is not None:
+  if objective_lib.ELBO in terms and x0_bound is not None:
     raise UserError("search.x0_bound must be None for the objective 'elbo', "
                     f"whose states are not sampled. Received: {x0_bound!r}")
 
@@ -149,7 +150,7 @@ class Search:
   Args:
     denoiser: the frozen model.
     sampler: the family whose variables are learned.
-    objective: what is minimised, an `objectives.Objective`.
+    objective: what is minimised, an `objective.Objective`.
     batch_size: images per step, which is the population of the objective.
     gradient_samples: how many of them the gradient passes through.
     micro_batch_size: images per chain. Where it does not divide both, the last
@@ -164,7 +165,7 @@ class Search:
       the seed, for an objective that uses them; then the samples of all steps
       are among these.
     control: float32 [M, width], a control variate's views of the same samples,
-      see `objectives.Control`, or None.
+      see `distances.Control`, or None.
     images: float32 [R, H, W, C], the training set, for the ELBO.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
@@ -642,7 +643,7 @@ class _Validation:
   """The objective of a sampler's images on fixed noise.
 
   Args:
-    objective: an `objectives.Objective`.
+    objective: an `objective.Objective`.
     denoiser: the frozen model.
     images: float32 [R, H, W, C], the training set; the ELBO takes a fixed draw.
     num_samples: how many.
@@ -771,7 +772,7 @@ def search(
     sampling_batch_size: images per chain without gradient, of the validation,
       the starts and the pools; None: four times `micro_batch_size`, for they
       need less memory, but not above 250.
-    objective: what is minimised, out of `objectives.OBJECTIVES`: a name, or
+    objective: what is minimised, out of `objective.OBJECTIVES`: a name, or
       weights by name. The best step is chosen by the same on the validation
       images.
     feature_weights: weights of the networks in it; 1 each if None.
@@ -779,7 +780,7 @@ def search(
       left out keep `teacher.DEFAULT`.
     control_variate: whether the start's images from the same noise correct the
       moments of the population, for objectives made of moments
-      (`objectives.MOMENTS`): more precise, for the price of `pool_samples`
+      (`distances.MOMENTS`): more precise, for the price of `pool_samples`
       images before the first step.
     pool_samples: how many images the teacher and the control variate make
       beforehand; the steps take their samples from these in turn. Validation
@@ -853,16 +854,16 @@ def search(
   denoiser_lib.check_times(denoiser, sampler)
   denoiser_lib.check_guidance(denoiser, sampler.coefficients())
 
-  terms = objectives.weights_of_terms(objective)
-  if objectives.ELBO in terms and denoiser.num_classes is not None:
+  terms = objective_lib.weights_of_terms(objective)
+  if objective_lib.ELBO in terms and denoiser.num_classes is not None:
     raise UserError("objective 'elbo' needs an unconditional denoiser: images "
                     f"come without their classes. Received: {denoiser.name!r}")
   teacher = {**teacher_lib.DEFAULT, **(teacher or {})}
-  uses_teacher = objectives.uses(terms, objectives.MATCHING)
-  control_variate = control_variate and objectives.uses(
-      terms, objectives.MOMENTS)
+  uses_teacher = objective_lib.uses(terms, objective_lib.MATCHING)
+  control_variate = control_variate and objective_lib.uses(
+      terms, distances.MOMENTS)
   try:
-    objectives.weights_of_networks(feature_weights, networks)
+    objective_lib.weights_of_networks(feature_weights, networks)
   except (TypeError, ValueError) as error:
     raise UserError(f"search: {error}") from error
   try:
@@ -888,7 +889,7 @@ def search(
       "rate_multipliers": multipliers,
       "seed": seed, "validation_samples": validation_samples,
       "validate_every": validate_every}
-  if objectives.ELBO in terms:  # To which alone it makes a difference.
+  if objective_lib.ELBO in terms:  # To which alone it makes a difference.
     identity["micro_batch_size"] = micro_batch_size
 
   run = run_dir_lib.RunDir(run_dir, cache_dir)
@@ -906,7 +907,7 @@ def search(
            for network in networks]
   for network, real in zip(networks, reals):
     network_lib.check_features(network, dataset, real)
-  goal = objectives.Objective(
+  goal = objective_lib.Objective(
       terms, networks, reals, denoiser.image_shape, feature_weights)
 
   make_views = functools.partial(

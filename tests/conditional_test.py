@@ -16,10 +16,10 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import inspecting
-from ddss_tf import objectives
 from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
@@ -171,7 +171,7 @@ def test_rematerialised_gradient_with_labels(parts):
     search = searching.Search(
         parts["denoiser"], families.make_sampler(
             parts["denoiser"].schedule, "ggdm+pred+time", STEPS, init="ddpm"),
-        objectives.Objective("frechet", [parts["features"]], [real], SHAPE),
+        objective_lib.Objective("frechet", [parts["features"]], [real], SHAPE),
         batch_size=24, gradient_samples=24, micro_batch_size=8,
         num_search_steps=5, learning_rate=0.1, seed=0, remat=remat,
         rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), jit_compile=False)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import elbo
 from ddss_tf.denoisers import gaussian
 from ddss_tf.denoisers import rematerialise
+from ddss_tf.objectives import elbo
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
 from ddss_tf.schedules import NoiseSchedule

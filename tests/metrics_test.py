@@ -7,8 +7,8 @@ import scipy.special
 import tensorflow as tf
 
 from ddss_tf import metrics
-from ddss_tf import objectives
 from ddss_tf.features import reference
+from ddss_tf.objectives import distances
 from ddss_tf.runs import records
 
 
@@ -28,7 +28,7 @@ def test_linear_kid_against_the_double_sum(sets):
   fake_real = np.mean([a @ b for a in generated for b in real])
   mean = real.mean(0)
   np.testing.assert_allclose(
-      objectives.kid_linear(generated, mean.astype(np.float32)),
+      distances.kid_linear(generated, mean.astype(np.float32)),
       fake_fake - 2 * fake_real + mean @ mean, rtol=1e-4)
 
 
@@ -37,7 +37,7 @@ def test_linear_kid_is_unbiased_and_goes_below_zero():
   offset = 0.2
   sets = (offset + rng.normal(size=(4000, 8, 3))).astype(np.float32)
   values = tf.map_fn(
-      tf.function(lambda each: objectives.kid_linear(each, tf.zeros(3))),
+      tf.function(lambda each: distances.kid_linear(each, tf.zeros(3))),
       sets).numpy()
   # |E f - m|^2 = 3 offset^2; its standard error here is about 0.005.
   np.testing.assert_allclose(np.mean(values), 3 * offset**2, atol=0.02)
@@ -53,7 +53,7 @@ def test_linear_kid_gradient_in_graph_mode(sets):
   def gradient(features):
     with tf.GradientTape() as tape:
       tape.watch(features)
-      loss = objectives.kid_linear(features, mean)
+      loss = distances.kid_linear(features, mean)
     return tape.gradient(loss, features)
 
   total = generated[:20].sum(0)
@@ -224,9 +224,9 @@ def test_metrics_tell_shifted_and_collapsed_from_equal():
   spread = 3 * (equal - equal.mean(0)) + mean
   mean = tf.constant(mean, tf.float32)
   # (An unbiased estimate of 0: minus the variance over N, on average 0.)
-  distance = objectives.kid_linear(spread.astype(np.float32), mean)
+  distance = distances.kid_linear(spread.astype(np.float32), mean)
   assert abs(float(distance)) < 0.2
-  assert float(objectives.kid_linear(shifted.astype(np.float32), mean)) > 3
+  assert float(distances.kid_linear(shifted.astype(np.float32), mean)) > 3
 
 
 @pytest.mark.parametrize("rows", [0, 7, 9])
@@ -275,7 +275,7 @@ def test_kernel_kid_loss_against_the_double_sum(sets, name):
                              for j, b in enumerate(x) if i != j])
   expected = (pairs(real) + pairs(generated)
               - 2 * np.mean([[kernel(a, b) for b in real] for a in generated]))
-  objective = objectives.make_distance(name, real.astype(np.float32))
+  objective = distances.make_distance(name, real.astype(np.float32))
   np.testing.assert_allclose(
       objective(generated.astype(np.float32)), expected, rtol=1e-4, atol=1e-6)
 
@@ -285,7 +285,7 @@ def test_cubic_kid_loss_is_the_metric_of_tfgan(sets):
   real, generated = sets[0][:200], sets[1]
   value, _ = metrics.kid(real, generated, block_size=200)
   real, generated = dealt(real, generated)
-  parts = [float(objectives.make_distance("kid_cubic", real[i:i + 100])(
+  parts = [float(distances.make_distance("kid_cubic", real[i:i + 100])(
       generated[i:i + 100])) for i in (0, 100)]
   np.testing.assert_allclose(np.mean(parts), value, rtol=1e-3)
 
@@ -294,7 +294,7 @@ def smoothed_fid(real, generated):
   """FID of features with white noise, as the loss has it; by SciPy."""
   covariances = [np.cov(x.astype(float), rowvar=False) for x in
                  (real, generated)]
-  noise = objectives.SMOOTHING * np.linalg.eigvalsh(covariances[0]).max()
+  noise = distances.SMOOTHING * np.linalg.eigvalsh(covariances[0]).max()
   c, s = (x + noise * np.eye(len(x)) for x in covariances)
   return np.sum((real.mean(0) - generated.mean(0)) ** 2) + np.trace(
       c + s - 2 * scipy.linalg.sqrtm(c @ s).real)
@@ -302,7 +302,7 @@ def smoothed_fid(real, generated):
 
 def test_frechet_loss_is_the_smoothed_metric(sets):
   real, generated = sets
-  objective = objectives.make_distance("frechet", real)
+  objective = distances.make_distance("frechet", real)
   np.testing.assert_allclose(
       objective(generated), smoothed_fid(real, generated), rtol=2e-3)
   np.testing.assert_allclose(
@@ -318,7 +318,7 @@ def test_a_frechet_loss_is_least_at_the_real_spread(name):
   unit -= unit.mean(0)
   unit @= np.linalg.inv(np.linalg.cholesky(np.cov(unit.T))).T
   real = (unit * deviations).astype(np.float32)
-  loss = objectives.make_distance(name, real)
+  loss = distances.make_distance(name, real)
   scales = tf.ones([len(deviations)])
   with tf.GradientTape() as tape:
     tape.watch(scales)
@@ -344,7 +344,7 @@ def test_frechet_loss_of_dependent_features(sets):
   features = tf.constant(generated)
   with tf.GradientTape() as tape:
     tape.watch(features)
-    value = objectives.make_distance("frechet", real)(features)
+    value = distances.make_distance("frechet", real)(features)
   gradient = tape.gradient(value, features)
   np.testing.assert_allclose(
       value, smoothed_fid(real, generated), rtol=5e-3)
@@ -353,7 +353,7 @@ def test_frechet_loss_of_dependent_features(sets):
 
 def test_frechet_loss_of_what_is_not_finite(sets):
   real, generated = sets
-  loss = objectives.make_distance("frechet", real)
+  loss = distances.make_distance("frechet", real)
   for fault in (np.nan, np.inf):
     broken = generated.copy()
     broken[3, 1] = fault
@@ -362,13 +362,13 @@ def test_frechet_loss_of_what_is_not_finite(sets):
 
 def test_frechet_along_axes(sets):
   real, generated = sets
-  objective = objectives.make_distance("frechet_axes", real)
+  objective = distances.make_distance("frechet_axes", real)
   # The distances of the marginals along the real principal axes; the mean's
   # part is the unbiased one.
   _, axes = np.linalg.eigh(np.cov(real.astype(float).T))
   spread = np.sum((np.std(generated.astype(float) @ axes, axis=0, ddof=1)
                    - np.std(real.astype(float) @ axes, axis=0, ddof=1)) ** 2)
-  mean = objectives.kid_linear(generated, real.mean(0))
+  mean = distances.kid_linear(generated, real.mean(0))
   np.testing.assert_allclose(objective(generated), mean + spread, rtol=1e-4)
   # A lower bound of the full distance, and equal to it on common axes.
   assert float(objective(generated)) < metrics.fid(real, generated)
@@ -391,10 +391,10 @@ def known_moments(control, real_mean):
           for v in (own.mean(0), own.T @ own / len(own))]
 
 
-@pytest.mark.parametrize("name", objectives.MOMENTS)
+@pytest.mark.parametrize("name", distances.MOMENTS)
 def test_a_control_variate_sharpens_a_distance(sets, name):
   real = sets[0]
-  objective = objectives.make_distance(name, real)
+  objective = distances.make_distance(name, real)
   features, control = correlated(200_000)
   truth = float(objective(features))
   moments = known_moments(control, real.mean(0))
@@ -403,7 +403,7 @@ def test_a_control_variate_sharpens_a_distance(sets, name):
     part = features[i:i + 100]
     plain.append(float(objective(part)))
     sharp.append(float(objective(
-        part, objectives.Control(tf.constant(control[i:i + 100]), *moments))))
+        part, distances.Control(tf.constant(control[i:i + 100]), *moments))))
   # f - c = -0.1 common + 0.1 noise: a fiftieth of the variance of f.
   assert np.std(sharp) < 0.3 * np.std(plain)
   error = np.std(sharp) / len(sharp) ** 0.5
@@ -411,7 +411,7 @@ def test_a_control_variate_sharpens_a_distance(sets, name):
       np.mean(sharp), truth, atol=5 * error + 2e-3 * truth)
 
 
-@pytest.mark.parametrize("name", objectives.MOMENTS)
+@pytest.mark.parametrize("name", distances.MOMENTS)
 def test_a_control_variate_corrects_moments(sets, name):
   # Against the distance of the corrected moments, by NumPy.
   real = sets[0]
@@ -433,19 +433,19 @@ def test_a_control_variate_corrects_moments(sets, name):
         (deviations - np.sqrt(values)) ** 2)
   else:
     real_covariance = np.cov(real.astype(float).T)
-    noise = objectives.SMOOTHING * np.linalg.eigvalsh(real_covariance).max()
+    noise = distances.SMOOTHING * np.linalg.eigvalsh(real_covariance).max()
     expected = metrics.fid(*(
         metrics.Moments(m, c + noise * np.eye(6)) for m, c in (
             (mean, covariance), (np.zeros(6), real_covariance))))
-  got = objectives.make_distance(name, real)(features, objectives.Control(
+  got = distances.make_distance(name, real)(features, distances.Control(
       tf.constant(control), *known_moments(many, real.mean(0))))
   np.testing.assert_allclose(got, expected, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", objectives.DISTANCES)
+@pytest.mark.parametrize("name", distances.DISTANCES)
 def test_distances_agree_on_what_is_worse(sets, name):
   real, _ = sets
-  objective = objectives.make_distance(name, real)
+  objective = distances.make_distance(name, real)
   rng = np.random.default_rng(0)
   shift = rng.normal(size=6).astype(np.float32)
   same, near, far = (

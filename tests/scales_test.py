@@ -17,10 +17,10 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import metrics
-from ddss_tf import objectives
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import load as features_lib
 from ddss_tf.features import network as network_lib
+from ddss_tf.objectives import distances
 from ddss_tf.runs import records
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
@@ -159,7 +159,7 @@ def test_kid_is_right(mean, scale):
 
 
 def expected_distance(name, real, generated):
-  """A distance of `objectives.DISTANCES`, in float64."""
+  """A distance of `distances.DISTANCES`, in float64."""
   real, x = real.astype(np.float64), generated.astype(np.float64)
   if name == "kid_cubic":
     return distance(cubic, real, x)
@@ -178,19 +178,19 @@ def expected_distance(name, real, generated):
   if name == "frechet_axes":
     along = np.diag(axes.T @ own @ axes)
     return means + np.sum((np.sqrt(along) - np.sqrt(values)) ** 2)
-  noise = objectives.SMOOTHING * values.max() * np.eye(len(mean))
+  noise = distances.SMOOTHING * values.max() * np.eye(len(mean))
   return metrics.fid(metrics.Moments(mean, own + noise),
                      metrics.Moments(0 * mean, known + noise))
 
 
-@pytest.mark.parametrize("name", objectives.DISTANCES)
+@pytest.mark.parametrize("name", distances.DISTANCES)
 @pytest.mark.parametrize("mean,scale", [*MEANS_AND_SCALES, (0.0, 1e-4)])
 def test_an_objective_is_right(name, mean, scale):
   real, generated = shifted_pair(mean, scale)
   features = tf.constant(generated)
   with tf.GradientTape() as tape:
     tape.watch(features)
-    value = objectives.make_distance(name, real)(features)
+    value = distances.make_distance(name, real)(features)
   expected = expected_distance(name, real, generated)
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   gradient = tape.gradient(value, features).numpy()
@@ -204,7 +204,7 @@ def test_an_objective_is_right(name, mean, scale):
       slope, (ends[1] - ends[0]) / 2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", objectives.MOMENTS)
+@pytest.mark.parametrize("name", distances.MOMENTS)
 def test_a_control_variate_of_features_with_a_large_mean(name):
   """All counted from somewhere else is the same distance."""
   rng = np.random.default_rng(0)
@@ -217,8 +217,8 @@ def test_a_control_variate_of_features_with_a_large_mean(name):
       np.full(6, 0.5), 1.21 * np.eye(6) + 0.25))
 
   def value(offset):
-    return float(objectives.make_distance(name, real + offset)(
-        tf.constant(features + offset), objectives.Control(
+    return float(distances.make_distance(name, real + offset)(
+        tf.constant(features + offset), distances.Control(
             tf.constant(control + offset), mean, second)))
 
   # 4096 has 12 bits, so that the sums keep 11 of those behind the point.
@@ -230,8 +230,8 @@ def test_what_was_right_is_unchanged_to_the_last_bit(digits):
   """Features of the digits are counted from nothing, as they ever were."""
   network = features_lib.load_features("digits_cnn")
   real = network(digits.images[:200])["pool"].numpy()
-  for name in objectives.DISTANCES:
-    assert objectives._centre(name, real) is None
+  for name in distances.DISTANCES:
+    assert distances._centre(name, real) is None
 
 
 @pytest.mark.parametrize("logits,expected", [

@@ -18,11 +18,9 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import elbo
 from ddss_tf import evaluation
 from ddss_tf import figures
 from ddss_tf import metrics
-from ddss_tf import objectives
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import starts
@@ -30,6 +28,9 @@ from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import rematerialise
 from ddss_tf.features import network as network_lib
+from ddss_tf.objectives import distances as distances_lib
+from ddss_tf.objectives import elbo
+from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
@@ -215,7 +216,7 @@ def make_search(parts, **changes):
       objective="kid_linear", num_search_steps=5, learning_rate=0.3,
       rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=3,
       jit_compile=False), **changes}
-  objective = objectives.Objective(
+  objective = objective_lib.Objective(
       values.pop("objective"), [parts["features"]], [real], SHAPE)
   teacher = None
   if objective.uses_teacher:
@@ -232,13 +233,13 @@ def make_search(parts, **changes):
 
 @pytest.mark.parametrize("objective", [
     pytest.param(name, marks=[] if name == "kid_linear" else [
-        pytest.mark.slow]) for name in objectives.DISTANCES] + [
+        pytest.mark.slow]) for name in distances_lib.DISTANCES] + [
             pytest.param({"kid_linear": 1.0, "teacher_pixels": 5.0,
                           "teacher_features": 2.0}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "control", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_passes_give_the_gradient_of_one(parts, objective, control):
-  if control and objective not in objectives.MOMENTS:
+  if control and objective not in distances_lib.MOMENTS:
     pytest.skip("no moments")
   make = functools.partial(make_search, parts, objective=objective,
                            control=control)
@@ -584,7 +585,7 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
     c = solvers.solver_coefficients(
         parts["denoiser"].schedule, solver, 3, stride).numpy()
     pool = parts["features"](generator.images(c, 64, 1))["pool"]
-    return float(objectives.kid_linear(pool, mean))
+    return float(distances_lib.kid_linear(pool, mean))
 
   for entry in (ranking[0], ranking[40], ranking[-1]):
     np.testing.assert_allclose(
@@ -746,7 +747,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(parts):
       (0.3 + size * rng.normal(size=(60, *SHAPE))).astype(np.float32)
       for size in (0.25, 0.4, 0.1))
   reals = [network(real)["pool"].numpy() for network in (first, other)]
-  objective = objectives.Objective(
+  objective = objective_lib.Objective(
       {"kid_linear": 2.0, "frechet_axes": 1.0, "teacher_features": 3.0,
        "teacher_pixels": 4.0}, [first, other], reals, SHAPE, [1.0, 0.5])
   expected = 4 * np.mean((images - teacher) ** 2)
@@ -755,7 +756,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(parts):
     target = network(teacher)["pool"].numpy()
     for name, factor in (("kid_linear", 2.0), ("frechet_axes", 1.0)):
       expected += weight * factor * float(
-          objectives.make_distance(name, values)(pool))
+          distances_lib.make_distance(name, values)(pool))
     expected += 3 * weight * np.mean(
         np.sum((pool - target) ** 2, axis=1)) / values.var(axis=0).sum()
   view = objective.view(images)
@@ -770,7 +771,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(parts):
     ({"elbo": 1.0, "kid_linear": 1.0}, "stands alone")])
 def test_bad_objectives(parts, terms, message):
   with pytest.raises(ValueError, match=message):
-    objectives.Objective(terms, [parts["features"]],
+    objective_lib.Objective(terms, [parts["features"]],
                          [np.eye(12, dtype=np.float32)], SHAPE)
 
 
@@ -1104,7 +1105,7 @@ def test_a_kind_with_rate_0_is_held(parts, tmp_path):
 
 def test_a_pool_is_used_up_before_it_comes_again(parts):
   sampler = options()["sampler"](parts["denoiser"].schedule)
-  goal = objectives.Objective(
+  goal = objective_lib.Objective(
       {"kid_linear": 1.0}, [parts["features"]],
       [np.ones((9, 12), np.float32)], SHAPE, None)
   search = searching.Search(

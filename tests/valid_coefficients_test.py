@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from ddss_tf import objectives
 from ddss_tf import schedules
 from ddss_tf import searching
+from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
@@ -76,7 +76,7 @@ def _walk(parts, options, gradients, seed, rate, spread):
     assume(False)  # Not a start of this family, or not a stride for this K.
   assume(sampler.variables_by_kind)  # One step of some has nothing to learn.
   search = searching.Search(
-      parts["denoiser"], sampler, objectives.Objective(
+      parts["denoiser"], sampler, objective_lib.Objective(
           "kid_linear", [parts["features"]], [np.eye(12, dtype=np.float32)],
           parts["denoiser"].image_shape),
       batch_size=4, gradient_samples=4, micro_batch_size=4,

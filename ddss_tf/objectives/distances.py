@@ -1,14 +1,4 @@
-"""What a search minimises.
-
-  distances   of generated from real features: `DISTANCES`. Functions of one
-              population, none of them a mean over its parts; see
-              `searching.Search` for how a large population is pulled back.
-  matching    a many-step teacher from the same noise: `MATCHING`, past the
-              paper. Means over samples.
-  elbo        the variational bound, see `elbo.py`.
-
-`Objective` adds them up, over several feature networks.
-"""
+"""Distances between generated and real features."""
 
 import functools
 from typing import NamedTuple
@@ -17,13 +7,10 @@ import numpy as np
 import scipy.spatial.distance
 import tensorflow as tf
 
-from ddss_tf.errors import UserError, check_positive
+from ddss_tf.errors import UserError
 
 DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
-MATCHING = ("teacher_pixels", "teacher_features")
 MOMENTS = ("kid_linear", "frechet_axes", "frechet")  # Distances of moments.
-ELBO = "elbo"
-OBJECTIVES = (*DISTANCES, *MATCHING, ELBO)
 # White noise of the smoothed Frechet distance, as a share of the largest
 # variance of the real features along an axis.
 SMOOTHING = 1e-3
@@ -358,168 +345,3 @@ def _distance(name, real, centre=None):
   real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (
       len(real) * (len(real) - 1.0))
   return lambda features: kid(features, real, kernel, real_term)
-
-
-def weights_of_terms(terms) -> dict[str, float]:
-  """The weights by name of a name out of `OBJECTIVES`, or of weights by name.
-
-  Raises:
-    ValueError: unknown or no terms, weights that are not positive, or "elbo"
-      among others.
-  """
-  terms = {terms: 1.0} if isinstance(terms, str) else dict(terms)
-  for name in terms:
-    if name not in OBJECTIVES:
-      raise ValueError(f"objective must be out of {', '.join(OBJECTIVES)}. "
-                       f"Received: {name!r}")
-  if not terms:
-    raise ValueError("objective must have terms. Received: {}")
-  for name, weight in terms.items():
-    check_positive(f"the weight of the objective {name!r}", weight)
-  if ELBO in terms and len(terms) > 1:
-    raise ValueError(f"objective 'elbo' stands alone. Received: {terms}")
-  return terms
-
-
-def weights_of_networks(weights, networks) -> list[float]:
-  """The weights of feature networks, 1 each for None.
-
-  Raises:
-    ValueError: more or fewer weights than networks, or one that is not
-      positive.
-  """
-  weights = [1.0] * len(networks) if weights is None else list(weights)
-  if len(weights) != len(networks):
-    raise ValueError("feature_weights must be one for each of the "
-                     f"{len(networks)} networks. Received: {weights}")
-  for weight in weights:
-    check_positive("each of the feature_weights", weight)
-  return weights
-
-
-def uses(terms, kind: tuple[str, ...]) -> bool:
-  """Whether any of the terms is of a kind, such as `MATCHING`."""
-  return any(name in kind for name in terms)
-
-
-class Objective:
-  """A weighted sum of distances and matching terms, of one population.
-
-  A population is seen as its `view`: the features of every network side by
-  side, then the pixels if a term asks for them. A distance is taken in each
-  network's features and summed with the networks' weights.
-
-  teacher_pixels is the mean squared difference of pixels to the images of the
-  teacher from the same noise; teacher_features that of features, relative to
-  their variance in the data. Both are unbiased, but not for a distance between
-  distributions: where the teacher cannot be matched they are lowest at its
-  conditional mean, which is too smooth.
-
-  Args:
-    terms: a name out of `OBJECTIVES`, or weights by name. "elbo" stands alone.
-    networks: feature networks, see `network.FeatureNetwork`.
-    reals: float32 [R, D], features of the training set, for each network.
-    image_shape: (H, W, C).
-    network_weights: for each network; 1 if None.
-
-  Attributes:
-    terms: weights by name.
-    width: of a view.
-    uses_teacher: whether `value` needs the teacher's view.
-    is_elbo: whether it is the bound, which is no function of a view.
-    uses_control: whether a control variate helps any of the terms.
-
-  Raises:
-    ValueError: unknown or no terms, weights that do not fit, or "elbo" among
-      others.
-  """
-
-  def __init__(self, terms, networks, reals, image_shape,
-               network_weights=None):
-    self.terms = weights_of_terms(terms)
-    self.is_elbo = ELBO in self.terms
-    self.uses_teacher = uses(self.terms, MATCHING)
-    self._networks = networks
-    self._weights = weights_of_networks(network_weights, networks)
-    self._sizes = [real.shape[1] for real in reals]
-    self._variances = [float(np.sum(np.var(real, axis=0, dtype=np.float64)))
-                       for real in reals]
-    self._distances = {
-        name: [make_distance(name, real) for real in reals]
-        for name in self.terms if name in DISTANCES}
-    self._means = [real.mean(axis=0, dtype=np.float64) for real in reals]
-    self.uses_control = uses(self.terms, MOMENTS)
-    self._pixels = "teacher_pixels" in self.terms
-    self.width = sum(self._sizes)
-    if self._pixels:
-      self.width += int(np.prod(image_shape))
-
-  @property
-  def feature_std(self) -> float:
-    """Root of the total variance of the first network's real features."""
-    return self._variances[0] ** 0.5
-
-  @property
-  def feature_width(self) -> int:
-    """D of the first network, whose features open every view."""
-    return self._sizes[0]
-
-  def view(self, images: tf.Tensor) -> tf.Tensor:
-    """What the terms see of images [N, H, W, C]: float32 [N, width]."""
-    parts = [network(images)["pool"] for network in self._networks]
-    if self._pixels:
-      parts.append(tf.reshape(images, [-1, np.prod(images.shape[1:])]))
-    return tf.concat(parts, axis=1)
-
-  def control_moments(self, views: np.ndarray):
-    """What `value` needs to know of a control variate.
-
-    Args:
-      views: float32 [M, width], of many of its samples.
-
-    Returns:
-      For each network, mean and second moment as in `Control`.
-    """
-    moments, start = [], 0
-    for size, mean in zip(self._sizes, self._means):
-      own = views[:, start:start + size] - mean
-      moments.append((tf.constant(own.mean(axis=0), tf.float32),
-                      tf.constant(own.T @ own / len(own), tf.float32)))
-      start += size
-    return moments
-
-  def value(self, view: tf.Tensor, teacher: tf.Tensor | None = None,
-            control=None):
-    """The objective of a population, a float32 scalar.
-
-    Args:
-      view: [N, width].
-      teacher: [N, width], of the teacher's images from the same noise; only
-        used if `uses_teacher`.
-      control: None, or a pair of a control variate's views of the same noise,
-        [N, width], and its `control_moments`.
-    """
-    total = sum(self._sizes)
-    pools = tf.split(view[:, :total], self._sizes, axis=1)
-    loss = tf.zeros([])
-    controls = [None] * len(pools)
-    if control is not None:
-      rows = tf.split(control[0][:, :total], self._sizes, axis=1)
-      controls = [Control(own, *moments)
-                  for own, moments in zip(rows, control[1])]
-    for name, distances in self._distances.items():
-      for pool, weight, distance, known in zip(
-          pools, self._weights, distances, controls):
-        values = (pool, known) if name in MOMENTS else (pool,)
-        loss += self.terms[name] * weight * distance(*values)
-    if "teacher_features" in self.terms:
-      targets = tf.split(teacher[:, :total], self._sizes, axis=1)
-      for pool, target, weight, variance in zip(
-          pools, targets, self._weights, self._variances):
-        squares = tf.reduce_sum((pool - target) ** 2, axis=1)
-        loss += self.terms["teacher_features"] * weight * (
-            tf.reduce_mean(squares) / variance)
-    if self._pixels:
-      loss += self.terms["teacher_pixels"] * tf.reduce_mean(
-          (view[:, total:] - teacher[:, total:]) ** 2)
-    return loss

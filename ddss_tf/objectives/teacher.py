@@ -2,7 +2,7 @@
 
 Past the paper, which needs no teacher. Both start at the same noise, so every
 image has a target of its own and the gradient has little noise; what a few
-steps cannot reach comes out too smooth (see `objectives.Objective`).
+steps cannot reach comes out too smooth (see `objective.Objective`).
 """
 
 import json
