@@ -25,6 +25,7 @@ setuptools.setup(
         "ddss_tf": ["assets/*", "assets/*/*", "py.typed"],
         "ddss_tf.features": ["assets/*", "assets/*/*"],
         "ddss_tf.formats": ["assets/*", "assets/*/*"],
+        "ddss_tf.reporting": ["assets/*", "assets/*/*"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
         "ddss_tf.gin_configs": ["*.gin", "*/*.gin", "*/*/*.gin"],
     },

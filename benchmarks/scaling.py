@@ -14,11 +14,11 @@ import math
 
 import tensorflow as tf
 
-from ddss_tf import inspecting
 from ddss_tf import schedules
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import presets
 from ddss_tf.networks import unet
+from ddss_tf.reporting import inspection
 from ddss_tf.features.load import load_features
 from ddss_tf.networks.frozen import frozen_variables
 
@@ -91,7 +91,7 @@ def network_cost(config: unet.UNetConfig) -> Cost:
   return Cost(
       flops(denoiser.eps, tf.TensorSpec((1, *denoiser.image_shape)),
             tf.TensorSpec((1,))),
-      inspecting.activation_bytes(denoiser))
+      inspection.activation_bytes(denoiser))
 
 
 def inception_cost() -> Cost:
@@ -99,7 +99,7 @@ def inception_cost() -> Cost:
   features = load_features("keras:InceptionV3", weights=None)
   shape = (_INCEPTION_SIZE, _INCEPTION_SIZE, 3)
   return Cost(flops(lambda x: features(x)["pool"], tf.TensorSpec((1, *shape))),
-              inspecting.feature_bytes(features, shape))
+              inspection.feature_bytes(features, shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def step(network: Cost, inception: Cost, num_steps: int, state_bytes: int,
   messages = 2 * math.ceil(math.log2(replicas)) if replicas > 1 else 0
   return Step(
       chains, passes, operations / (device.flops * utilisation),
-      chains * (max(inspecting.HELD_SHARE * network.bytes, inception.bytes)
+      chains * (max(inspection.HELD_SHARE * network.bytes, inception.bytes)
                 + 2 * num_steps * state_bytes) / 2**30,
       sent / bandwidth + messages * device.latency, sent)
 

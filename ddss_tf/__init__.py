@@ -41,14 +41,14 @@ _PUBLIC = {
     "evaluate": "evaluation",
     "export": "exporting",
     "gaussian_denoiser": "denoisers.gaussian",
-    "inspect": "inspecting",
+    "inspect": "reporting.inspection",
     "load_dataset": "datasets.load",
     "load_denoiser": "formats.load",
     "load_features": "features.load",
     "make_sampler": "samplers.families",
     "make_schedule": "schedules",
     "on_schedule": "denoisers.clocks",
-    "report": "reporting",
+    "report": "reporting.report",
     "run_chain": "samplers.chain",
     "sample": "exporting",
     "search": "searching",
@@ -72,8 +72,8 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.features.load import load_features
   from ddss_tf.features.network import FeatureNetwork
   from ddss_tf.formats.load import load_denoiser
-  from ddss_tf.inspecting import inspect
-  from ddss_tf.reporting import report
+  from ddss_tf.reporting.inspection import inspect
+  from ddss_tf.reporting.report import report
   from ddss_tf.samplers.card import SamplerCard
   from ddss_tf.samplers.chain import draw_noise, run_chain
   from ddss_tf.samplers.coefficients import Coefficients

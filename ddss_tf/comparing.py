@@ -11,15 +11,12 @@ import functools
 import itertools
 import os
 from typing import Any, Mapping, Sequence
-import zipfile
-import zlib
 
 from absl import logging
 import gin
 import numpy as np
 
 from ddss_tf import evaluation
-from ddss_tf import figures
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import storage
@@ -27,13 +24,13 @@ from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.reporting import comparison
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import families as families_lib
-from ddss_tf.samplers import labels
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers as solvers_lib
 from ddss_tf.datasets.dataset import ImageDataset
@@ -218,7 +215,7 @@ def compare(
   bar = progress.bar(
       len(num_steps) * (len(solvers) + len(families) * len(objectives or [0]))
       + len(cards) + full_chain, "table", "row")
-  images = _read_samples(run.path(run_dir_lib.SAMPLES_NPZ))
+  images = comparison.read_samples(run.path(run_dir_lib.SAMPLES_NPZ))
 
   def add(sampler, x0_bound=None, search=None, more=more_seeds):
     record = evaluator.timed_record(sampler, num_samples, x0_bound)
@@ -307,77 +304,8 @@ def compare(
   if full_chain:
     add(sampler_lib.full_chain(denoiser.schedule), more=())
   bar.close()
-  draw(run.root, records)
+  comparison.draw(run.root, records)
   return records
-
-
-def draw(folder: str, records: list[dict],
-         shown: list[str] | None = None) -> list[str]:
-  """Draws a comparison from what it left, without any measurement.
-
-  FID against K and against time, and a picture for each K of the first samples
-  of all rows. Rows without a time or without samples are left out of those, and
-  rows without an FID of the first two.
-
-  Args:
-    folder: of the comparison, with its `samples.npz` if there is one.
-    records: of its `metrics.json`, comparable ones.
-    shown: names of the rows whose samples are drawn, as in the table, with or
-      without the stride; None: all.
-
-  Returns:
-    Names of the files.
-
-  Raises:
-    UserError: `samples.npz` is damaged, or there is no row of a name.
-  """
-  if shown is not None and not isinstance(shown, (list, tuple)):
-    raise UserError(f"shown must be a list. Received: {shown!r}")
-  for name in shown or []:
-    if not any(_is_named(record, name) for record in records):
-      raise UserError("shown must be rows of the comparison, among them "
-                      f"{records[0]['sampler']!r}. Received: {name!r}")
-  path = functools.partial(os.path.join, folder)
-  names = []
-  ranked = [record for record in records if record["fid"] is not None]
-  if ranked:
-    figures.fid_by_steps_png(path(run_dir_lib.FID_BY_STEPS), records)
-    names.append(run_dir_lib.FID_BY_STEPS)
-  timed = [record for record in ranked if record.get("timing")]
-  if timed:
-    figures.quality_by_time_png(path(run_dir_lib.QUALITY_BY_TIME), timed)
-    names.append(run_dir_lib.QUALITY_BY_TIME)
-  images = _read_samples(path(run_dir_lib.SAMPLES_NPZ))
-  label = records_lib.fid_label(records[0]["num_samples"])
-  for steps in sorted({record["num_steps"] for record in records}):
-    rows = [(record["sampler"], f"{label} {records_lib.text(record['fid'])}",
-             images[records_lib.sample_key(record)]) for record in records
-            if record["num_steps"] == steps and records_lib.sample_key(record) in images
-            and (shown is None
-                 or any(_is_named(record, name) for name in shown))]
-    if rows:
-      names.append(f"samples_k{steps}.png")
-      figures.sample_rows_png(path(names[-1]), f"K = {steps}", rows)
-  return names
-
-
-def _is_named(record, name):
-  """Whether a row has this name, or has it with a stride."""
-  label = record["sampler"]
-  return name in (label, labels.without_stride(label))
-
-
-def _read_samples(path) -> dict[str, np.ndarray]:
-  """uint8 [N, H, W, C] by `sample_key`; none if there is no such file."""
-  if not os.path.exists(path):
-    return {}
-  try:
-    with np.load(path) as arrays:
-      return dict(arrays)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile,
-          zlib.error) as error:
-    raise UserError(f"{path} is damaged: {error}. Delete it to sample anew"
-                    ) from error
 
 
 def _write_samples(path, images):

@@ -11,13 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import distribution
-from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference as reference_lib
+from ddss_tf.reporting import grids
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -423,4 +423,4 @@ def _draw(run, evaluator, samplers, records, seed):
         f"{records_lib.fid_label(records[i]['num_samples'])} "
         + records_lib.text(records[i]["fid"]),
         evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
-  figures.samples_png(run.path(run_dir_lib.SAMPLES_PNG), titled)
+  grids.samples_png(run.path(run_dir_lib.SAMPLES_PNG), titled)

@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
-from ddss_tf import figures
 from ddss_tf import portable
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.networks import precision
+from ddss_tf.reporting import grids
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
@@ -277,7 +277,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   with storage.replacing(path) as temporary:
     with open(temporary, "wb") as f:
       np.savez_compressed(f, images=images)
-  figures.samples_png(
+  grids.samples_png(
       run.path("generated.png"),
       [(f"{found.label}, K = {found.num_steps}, seed {seed}",
         images[:64])])

@@ -13,8 +13,8 @@ from ddss_tf.evaluation import evaluate
 from ddss_tf.exporting import export, sample
 from ddss_tf.features.load import load_features
 from ddss_tf.formats.load import load_denoiser
-from ddss_tf.inspecting import inspect
-from ddss_tf.reporting import report
+from ddss_tf.reporting.inspection import inspect
+from ddss_tf.reporting.report import report
 from ddss_tf.samplers.families import make_sampler
 from ddss_tf.schedules import make_schedule
 from ddss_tf.searching import search

@@ -23,7 +23,6 @@ from tensorboard.plugins.hparams import api as hparams
 import tensorflow as tf
 
 from ddss_tf import distribution
-from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import starts
 from ddss_tf import storage
@@ -36,6 +35,8 @@ from ddss_tf.objectives import distances
 from ddss_tf.objectives import elbo
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.objectives import teacher as teacher_lib
+from ddss_tf.reporting import grids
+from ddss_tf.reporting import sampler as sampler_figures
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -1104,13 +1105,13 @@ def _draw(run, sampler, first, generator, seed, step):
     step: of the best coefficients.
   """
   best, label = sampler.coefficients().numpy(), sampler.label
-  figures.coefficients_png(
+  sampler_figures.coefficients_png(
       run.path(run_dir_lib.COEFFICIENTS), best, label, first, sampler.schedule)
   image, states, x0_hats = generator.path(best, seed)
-  figures.path_png(run.path(run_dir_lib.PATH), states, x0_hats, image, best.times, label)
+  sampler_figures.path_png(run.path(run_dir_lib.PATH), states, x0_hats, image, best.times, label)
   # As many as the generator makes at a time, in a square of at most 8 x 8.
   side = min(8, max(1, int(generator.batch_size ** 0.5)))
-  figures.samples_png(run.path(run_dir_lib.BEFORE_AFTER), [
+  grids.samples_png(run.path(run_dir_lib.BEFORE_AFTER), [
       (title, generator.images(coefficients, side * side, seed))
       for title, coefficients in (
           (f"before the search, K = {sampler.num_steps}", first),
@@ -1150,5 +1151,5 @@ def _summarise_state(sampler, generator, seed, step, value):
       values = values[np.tril_indices(coefficients.num_steps)]
     tf.summary.histogram(f"coefficients/{name}", values, step=step)
   images = generator.images(coefficients, 64, seed + 1)
-  grid = figures.image_grid(images, columns=8)
+  grid = grids.image_grid(images, columns=8)
   tf.summary.image("samples", grid[None], step=step)

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import reporting_test
 
-from ddss_tf import reporting
+from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -97,8 +97,8 @@ def pages(tmp_path_factory):
   # The measured one, which is in the repository.
   table = tmp_path_factory.mktemp("table") / "digits16"
   shutil.copytree(os.path.join(ROOT, "results", "digits16"), table)
-  return {"run": reporting.report(str(run)),
-          "comparison": reporting.report(str(table))}
+  return {"run": report_lib.report(str(run)),
+          "comparison": report_lib.report(str(table))}
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -13,10 +13,10 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import comparing
 from ddss_tf import evaluation
 from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.reporting import comparison
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
@@ -212,21 +212,21 @@ def test_pictures_are_drawn_again_from_the_files(
   with open(os.path.join(run, "metrics.json")) as f:
     kept = {r["sampler"]: r for r in json.load(f)}
   again = [kept[r["sampler"]] for r in records]
-  assert comparing.draw(str(tmp_path), again) == names
+  assert comparison.draw(str(tmp_path), again) == names
   assert [(tmp_path / name).read_bytes() for name in names] == before
 
   # Some rows' samples, by name, and the other pictures as they were.
   label = records[1]["sampler"]
-  assert comparing.draw(str(tmp_path), again[1:2]) == names
+  assert comparison.draw(str(tmp_path), again[1:2]) == names
   of_one = (tmp_path / names[2]).read_bytes()
   assert of_one != before[2]
   for shown in ([label], [label.split()[0]]):
-    assert comparing.draw(str(tmp_path), again, shown) == names
+    assert comparison.draw(str(tmp_path), again, shown) == names
     assert [(tmp_path / name).read_bytes() for name in names] == [
         *before[:2], of_one]
   for shown, word in ((["DPM"], "'DPM'"), (label, "list")):
     with pytest.raises(UserError, match=word):
-      comparing.draw(str(tmp_path), again, shown)
+      comparison.draw(str(tmp_path), again, shown)
 
 
 def test_a_record_without_time_is_timed(arguments, compared, tmp_path,

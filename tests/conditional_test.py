@@ -15,11 +15,11 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import inspecting
 from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.reporting import inspection
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
@@ -123,7 +123,7 @@ def test_guidance_is_part_of_what_a_denoiser_is(tmp_path):
   again = ddss_tf.load_denoiser(str(tmp_path), guidance_scale=3.0)
   assert again.key == other.key
   assert ("classes      4, label 1 stands for none, guidance 3: 2 calls a step"
-          in inspecting.inspect(denoiser=again))
+          in inspection.inspect(denoiser=again))
   with pytest.raises(UserError, match="null_label must be one.*are 4.*9"):
     ddss_tf.load_denoiser(str(tmp_path), null_label=9)
   path = tmp_path / denoiser_lib.CARD

@@ -11,10 +11,10 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import diffusers
 from ddss_tf.networks import unet
+from ddss_tf.reporting import inspection
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
@@ -265,7 +265,7 @@ def test_save_and_load_with_classes(conditional, noise, tmp_path):
   assert again.num_classes == 3
   np.testing.assert_array_equal(
       again.eps(*noise, [0, 1, 2]), conditional.eps(*noise, [0, 1, 2]))
-  assert "classes      3" in inspecting.inspect(denoiser=again)
+  assert "classes      3" in inspection.inspect(denoiser=again)
   edit(tmp_path, "denoiser.json", num_classes=None)
   refused(tmp_path, "damaged", "num_classes")
 

@@ -10,10 +10,10 @@ import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import edm
 from ddss_tf.networks import edm_unet
+from ddss_tf.reporting import inspection
 
 DATA = os.path.join(os.path.dirname(__file__), "testdata")
 NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve",
@@ -324,10 +324,10 @@ def test_files_that_are_refused(tmp_path):
 def test_inspecting(tmp_path, name):
   path, _ = write(tmp_path, name)
   denoiser = ddss_tf.load_denoiser(path)
-  text = inspecting.inspect(denoiser=denoiser)
+  text = inspection.inspect(denoiser=denoiser)
   for words in ("EDMBlock", "process = ve, time_input = sigma",
                 "to 80, alpha_bar_T = 0.000156", denoiser.sha256,
                 f"{denoiser.model.count_params():,} in"):
     assert words in text, text
   # One activation alone: 8x8 pixels, 16 or 32 channels, float32.
-  assert inspecting.activation_bytes(denoiser) > 50 * 8 * 8 * 16 * 4
+  assert inspection.activation_bytes(denoiser) > 50 * 8 * 8 * 16 * 4

@@ -7,8 +7,11 @@ import matplotlib.text
 import numpy as np
 import pytest
 
-from ddss_tf import figures
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.reporting import comparison
+from ddss_tf.reporting import grids
+from ddss_tf.reporting import sampler as sampler_figures
+from ddss_tf.reporting import style
 from ddss_tf.samplers import labels
 from ddss_tf.samplers import solvers
 from ddss_tf.schedules import NoiseSchedule
@@ -27,7 +30,7 @@ def record(sampler, num_steps, fid, **changes):
 def drawn(monkeypatch):
   """The figures that are saved, by name of the file."""
   saved = {}
-  monkeypatch.setattr(figures, "_save",
+  monkeypatch.setattr(style, "save_figure",
                       lambda figure, path: saved.update({path: figure}))
   return saved
 
@@ -49,7 +52,7 @@ def test_points_of_fid_by_steps_are_the_records(drawn):
       record(name if name in ("GGDM+TIME", "learned DDIM")
              else f"{name} {stride}", steps, fids[name][i])
       for i, (steps, stride) in enumerate(strides.items()) for name in fids]
-  figures.fid_by_steps_png("a", records)
+  comparison.fid_by_steps_png("a", records)
   (axis,) = drawn["a"].axes
   assert axis.get_yscale() == "log"
   assert [t.get_text() for t in axis.get_xticklabels()] == ["5", "10", "20"]
@@ -73,7 +76,7 @@ def test_several_seeds_are_a_band(drawn):
   records = [record("GGDM", steps, fid, seed=seed)
              for steps, values in ((5, (3.0, 4.0, 8.0)), (10, (1.0, 2.0, 3.0)))
              for seed, fid in enumerate(values)]
-  figures.fid_by_steps_png("a", records)
+  comparison.fid_by_steps_png("a", records)
   (axis,) = drawn["a"].axes
   np.testing.assert_array_equal(
       lines_of(axis)["GGDM"].get_xydata(), [[5, 5], [10, 2]])
@@ -84,7 +87,7 @@ def test_several_seeds_are_a_band(drawn):
 def test_one_k_is_a_ranking(drawn):
   fids = {"DDIM linear": 9.0, "DDIM quadratic": 12.0, "PNDM linear": 4.0,
           "GGDM": 2.0, "VARS": 10.0}
-  figures.fid_by_steps_png("a", [record(n, 5, f) for n, f in fids.items()])
+  comparison.fid_by_steps_png("a", [record(n, 5, f) for n, f in fids.items()])
   (axis,) = drawn["a"].axes
   # Strides of one solver side by side are samplers of their own.
   ordered = ["GGDM", "PNDM", "DDIM linear", "VARS", "DDIM quadratic"]
@@ -101,7 +104,7 @@ def test_one_k_is_a_ranking(drawn):
 def test_the_full_chain_is_a_line_across(drawn):
   few = [record("DDIM", 5, 9.0), record("GGDM", 5, 2.0)]
   full = record("DDPM (full chain)", 1000, 0.5)
-  figures.fid_by_steps_png("a", [
+  comparison.fid_by_steps_png("a", [
       *few, record("DDIM", 10, 4.0), record("GGDM", 10, 1.0), full])
   (axis,) = drawn["a"].axes
   assert [t.get_text() for t in axis.get_xticklabels()] == ["5", "10"]
@@ -110,7 +113,7 @@ def test_the_full_chain_is_a_line_across(drawn):
   assert line.get_linestyle() == "--"
   # It is no rival of DDIM, which is the best of its group.
   assert lines_of(axis)["DDIM"].get_alpha() == 1
-  figures.fid_by_steps_png("b", [*few, full])
+  comparison.fid_by_steps_png("b", [*few, full])
   (axis,) = drawn["b"].axes
   assert [t.get_text() for t in axis.get_yticklabels()] == [
       "DDPM (full chain)", "GGDM", "DDIM"]
@@ -120,7 +123,7 @@ def test_the_full_chain_is_a_line_across(drawn):
 
 def test_a_ranking_shows_every_held_out_network(drawn):
   networks = [{"name": "one"}, {"name": "$x$"}]
-  figures.fid_by_steps_png("a", [
+  comparison.fid_by_steps_png("a", [
       record(name, 5, fid, features_heldout=networks,
              fid_heldout=[2 * fid, 3 * fid])
       for name, fid in (("DDIM linear", 9.0), ("GGDM", 2.0))])
@@ -143,7 +146,7 @@ def test_a_ranking_shows_every_held_out_network(drawn):
 def test_quality_by_time_is_at_the_measured_times(drawn):
   timing = lambda s: {"seconds_per_image": s, "device": "2 CPU cores",
                       "batch_size": 8}
-  figures.quality_by_time_png("a", [
+  comparison.quality_by_time_png("a", [
       record("DDIM linear", 5, 9.0, timing=timing(0.01)),
       record("DDIM trailing", 10, 4.0, timing=timing(0.021)),
       record("GGDM", 5, 2.0, timing=timing(0.012))])
@@ -160,7 +163,7 @@ def test_quality_by_time_is_at_the_measured_times(drawn):
     {"device": "1 CPU core"}, {"batch_size": 250}])
 def test_times_of_another_device_are_not_drawn_beside(drawn, other):
   timing = {"seconds_per_image": 0.01, "device": "2 CPU cores", "batch_size": 8}
-  figures.quality_by_time_png("a", [
+  comparison.quality_by_time_png("a", [
       record("DDPM", 5, 20.0, timing={**timing, **other}),
       record("DDIM", 5, 9.0, timing=timing),
       record("GGDM", 5, 2.0, timing=timing)])
@@ -173,7 +176,7 @@ def test_times_of_another_device_are_not_drawn_beside(drawn, other):
 @pytest.mark.parametrize("count", [2, 25])
 def test_names_do_not_overlap(drawn, count):
   rng = np.random.default_rng(0)
-  figures.fid_by_steps_png("a", [
+  comparison.fid_by_steps_png("a", [
       record(f"sampler {i}", steps, 2.0 + 0.1 * rng.random())
       for i in range(count) for steps in (5, 10)])
   figure = drawn["a"]
@@ -200,12 +203,12 @@ def test_names_do_not_overlap(drawn, count):
 @pytest.mark.parametrize("all_steps", [(5,), (5, 10)])
 def test_long_names_are_not_cut(drawn, all_steps):
   longest = "GGDM+PRED+TIME, LINEAR KID + TEACHER'S FEATURES"
-  figures.fid_by_steps_png("a", [
+  comparison.fid_by_steps_png("a", [
       record(name, steps, fid) for name, fid in (
           (longest, 2.0), ("GGDM+PRED+TIME, ELBO", 50.0), ("DDIM", 9.0))
       for steps in all_steps])
   images = np.zeros((2, 4, 4, 1), np.uint8)
-  figures.sample_rows_png("b", "K = 5", [(longest, "FID-10k 12.34", images)])
+  grids.sample_rows_png("b", "K = 5", [(longest, "FID-10k 12.34", images)])
   for figure in drawn.values():
     (axis,) = figure.axes
     renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
@@ -219,10 +222,10 @@ def test_long_names_are_not_cut(drawn, all_steps):
 
 def test_names_that_have_room_stay_where_they_belong():
   np.testing.assert_allclose(
-      figures._spread(np.array([0.9, 0.1, 0.5]), 0.1), [0.9, 0.1, 0.5])
+      comparison._spread(np.array([0.9, 0.1, 0.5]), 0.1), [0.9, 0.1, 0.5])
   # Two that overlap part evenly; the edge holds the lowest.
   np.testing.assert_allclose(
-      figures._spread(np.array([0.52, 0.5, -1.0]), 0.1), [0.56, 0.46, 0.0])
+      comparison._spread(np.array([0.52, 0.5, -1.0]), 0.1), [0.56, 0.46, 0.0])
 
 
 def coefficients(num_steps, name, stride):
@@ -232,7 +235,7 @@ def coefficients(num_steps, name, stride):
 def test_coefficients_beside_their_start(drawn):
   found, start = (coefficients(4, "unipc3-bh2", "linspace"),
                   coefficients(4, "ddpm", "linear"))
-  figures.coefficients_png("a", found, "GGDM", start, SCHEDULE)
+  sampler_figures.coefficients_png("a", found, "GGDM", start, SCHEDULE)
   found, start = found.numpy(), start.numpy()
   axes = {axis.get_title(): axis for axis in drawn["a"].axes}
   for title, states, x0 in (
@@ -269,7 +272,7 @@ def test_path_shows_every_state_and_ends_in_the_image(drawn, num_steps):
   states, x0_hats = rng.uniform(-1.3, 1.3, (2, num_steps, 5, 6, 1))
   image = rng.uniform(-1, 1, (5, 6, 1))
   times = np.linspace(999, 0, num_steps)
-  figures.path_png("a", states, x0_hats, image, times, "GGDM")
+  sampler_figures.path_png("a", states, x0_hats, image, times, "GGDM")
   shown, names = [], []
   for axis in drawn["a"].axes:
     grid = np.asarray(axis.images[0].get_array())
@@ -295,7 +298,7 @@ def test_rows_of_samples(drawn):
       0, 256, (3, 4, 5, 6, 3)).astype(np.uint8)
   rows = [("DDIM linear", "FID 2.00", images[0]),
           ("PNDM linear", "FID 1.50", images[1]), ("GGDM", "", images[2])]
-  figures.sample_rows_png("a", "K = 5", rows)
+  grids.sample_rows_png("a", "K = 5", rows)
   (axis,) = drawn["a"].axes
   grid = np.asarray(axis.images[0].get_array())
   for row in range(3):
@@ -312,13 +315,13 @@ def test_rows_of_samples(drawn):
 def test_names_are_no_mathematics(tmp_path):
   name = r"50$ and $\frac{1$"
   path = str(tmp_path / "a.png")
-  figures.fid_by_steps_png(path, [record(name, 5, 1.0, dataset=name)])
-  figures.fid_by_steps_png(
+  comparison.fid_by_steps_png(path, [record(name, 5, 1.0, dataset=name)])
+  comparison.fid_by_steps_png(
       path, [record(name, steps, 1.0) for steps in (5, 10)])
-  figures.sample_rows_png(path, name, [(name, name, np.zeros((2, 4, 4, 1)))])
-  figures.samples_png(path, [(name, np.zeros((2, 4, 4, 1)))])
+  grids.sample_rows_png(path, name, [(name, name, np.zeros((2, 4, 4, 1)))])
+  grids.samples_png(path, [(name, np.zeros((2, 4, 4, 1)))])
   found = coefficients(2, "ddim", "linear")
-  figures.coefficients_png(path, found, name, found, SCHEDULE)
+  sampler_figures.coefficients_png(path, found, name, found, SCHEDULE)
   with open(path, "rb") as f:
     assert f.read(8) == b"\x89PNG\r\n\x1a\n"
   assert os.listdir(tmp_path) == ["a.png"]

@@ -15,9 +15,9 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import exporting
-from ddss_tf import inspecting
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.features import network as network_lib
+from ddss_tf.reporting import inspection
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import families
 from ddss_tf.errors import UserError
@@ -383,7 +383,7 @@ def test_inspecting_a_saved_model(tmp_path):
   model.export(folder, verbose=False)
   denoiser = ddss_tf.load_denoiser(
       folder, prediction="v", schedule=schedule, time_scale=0.01)
-  text = inspecting.inspect(denoiser=denoiser)
+  text = inspection.inspect(denoiser=denoiser)
   for words in ("prediction   v\n", "8 x 8 x 1",
                 f"{model.count_params():,} in 8", denoiser.sha256,
                 "1 SavedModelNetwork", "time_scale = 0.01",
@@ -396,11 +396,11 @@ def test_inspecting_a_saved_model(tmp_path):
       keras.layers.Conv2D(4, 3, padding="same")(images))
   logits = keras.layers.Dense(2, name="logits")(pool)
   network = network_lib.FeatureNetwork(keras.Model(images, logits))
-  counted = inspecting.feature_bytes(network, (8, 8, 1))
+  counted = inspection.feature_bytes(network, (8, 8, 1))
   # The image clipped, the convolution and its bias.
   assert 2 * 4 * 8 * 8 * 4 <= counted < 3 * 4 * 8 * 8 * 4
   before, after = (
-      float(re.search("about (.*) GiB", inspecting.inspect(
+      float(re.search("about (.*) GiB", inspection.inspect(
           denoiser=denoiser, features=features,
           micro_batch_size=2**20)).group(1)) for features in (
               None, [network] * 50))
@@ -409,7 +409,7 @@ def test_inspecting_a_saved_model(tmp_path):
       after, 0.7 + state + 2**20 * 50 * counted / 2**30, atol=0.01)
   assert before < after
   # As much as of the same network in the open, but for what is not kept.
-  ratio = inspecting.activation_bytes(denoiser) / inspecting.activation_bytes(
+  ratio = inspection.activation_bytes(denoiser) / inspection.activation_bytes(
       plain)
   assert 0.5 < ratio < 1.2
 
@@ -420,7 +420,7 @@ def test_inspecting_rounded_times():
   scaled = keras.layers.Rescaling(1.0)(t)
   denoiser = ddss_tf.Denoiser(
       keras.Model([x, t], exact.model([x, scaled])), exact.schedule, "score")
-  text = inspecting.inspect(denoiser=denoiser)
+  text = inspection.inspect(denoiser=denoiser)
   assert "prediction   score" in text
   assert "whole steps" in text and "no +time" in text
 
@@ -477,7 +477,7 @@ def test_labels_of_a_saved_model(tmp_path):
     assert denoiser.num_classes == CLASSES
     np.testing.assert_allclose(
         denoiser.network(x, t, LABELS), wanted, rtol=1e-6)
-  assert "classes      3" in inspecting.inspect(denoiser=denoiser)
+  assert "classes      3" in inspection.inspect(denoiser=denoiser)
   refused(folder, "with two inputs", **TOLD)
   other = ddss_tf.load_denoiser(folder, **dict(WITH_LABELS, null_label=1))
   assert other.sha256 == denoiser.sha256

@@ -21,8 +21,8 @@ import time
 import ddss_tf
 from ddss_tf import evaluation  # pylint: disable=unused-import
 from ddss_tf import exporting  # pylint: disable=unused-import
-from ddss_tf import figures  # pylint: disable=unused-import
 from ddss_tf import searching
+from ddss_tf.reporting import comparison  # pylint: disable=unused-import
 from ddss_tf.samplers import families
 import gaussian_parts
 import numpy as np

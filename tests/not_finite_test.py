@@ -12,13 +12,12 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import comparing
-from ddss_tf import figures
 from ddss_tf import metrics
-from ddss_tf import reporting
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
+from ddss_tf.reporting import comparison
+from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import records as records_lib
 from ddss_tf.errors import UserError
 import gaussian_parts
@@ -108,7 +107,7 @@ def test_a_held_out_network_costs_its_own_distance(gaussian_parts, tmp_path):
 
 
 def reporting_text(folder):
-  with open(reporting.report(str(folder)), encoding="utf-8") as f:
+  with open(report_lib.report(str(folder)), encoding="utf-8") as f:
     return f.read()
 
 
@@ -193,7 +192,7 @@ def test_tables_reports_and_figures_of_them(records, tmp_path):
       assert row[name] == ("" if each[name] is None else str(each[name]))
   text = records_lib.table(records)
   assert "nan" not in text.lower() and "None" not in text
-  names = comparing.draw(str(tmp_path), records)
+  names = comparison.draw(str(tmp_path), records)
   known = [each["fid"] for each in records if each["fid"] is not None]
   assert ("fid_by_steps.png" in names) == bool(known)
   page = reporting_text(tmp_path)
@@ -215,8 +214,8 @@ def test_the_ranking_has_them_last():
 
 def test_curves_leave_them_out(tmp_path):
   for records in ROWS[:4]:
-    figures.fid_by_steps_png(str(tmp_path / "a.png"), records)
-    figures.quality_by_time_png(str(tmp_path / "b.png"), records)
+    comparison.fid_by_steps_png(str(tmp_path / "a.png"), records)
+    comparison.quality_by_time_png(str(tmp_path / "b.png"), records)
 
 
 def test_a_comparison_with_strides_that_fail(gaussian_parts, tmp_path):

@@ -11,9 +11,9 @@ import zlib
 import numpy as np
 import pytest
 
-from ddss_tf import reporting
 from ddss_tf import schedules
 from ddss_tf import storage
+from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -129,11 +129,11 @@ def test_a_column_for_every_held_out_network(tmp_path):
   records[1]["fid_heldout"].pop()
   storage.write_json(str(tmp_path / "metrics.json"), records)
   with pytest.raises(UserError, match="metrics.json is damaged.*fid_heldout"):
-    reporting.report(str(tmp_path))
+    report_lib.report(str(tmp_path))
 
 
 def page_of(folder):
-  with open(reporting.report(str(folder)), encoding="utf-8") as f:
+  with open(report_lib.report(str(folder)), encoding="utf-8") as f:
     return Page(f.read())
 
 
@@ -308,10 +308,10 @@ def test_damaged_files(tmp_path, name, content, message):
     content = json.dumps([record("DDIM linear", fid="<b>")])
   (tmp_path / name).write_text(content)
   with pytest.raises(UserError, match=message):
-    reporting.report(str(tmp_path))
+    report_lib.report(str(tmp_path))
   assert not (tmp_path / "report.html").exists()
 
 
 def test_an_empty_folder(tmp_path):
   with pytest.raises(UserError, match="run_dir must hold metrics.json or"):
-    reporting.report(str(tmp_path))
+    report_lib.report(str(tmp_path))

@@ -19,7 +19,6 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import evaluation
-from ddss_tf import figures
 from ddss_tf import metrics
 from ddss_tf import schedules
 from ddss_tf import searching
@@ -31,6 +30,7 @@ from ddss_tf.features import network as network_lib
 from ddss_tf.objectives import distances as distances_lib
 from ddss_tf.objectives import elbo
 from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.reporting import comparison
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
@@ -919,8 +919,8 @@ def test_pictures_are_of_the_sampler_and_its_start(
     parts, tmp_path, monkeypatch):
   drawn = {}
   for name in ("coefficients_png", "path_png", "samples_png"):
-    inner = getattr(figures, name)
-    monkeypatch.setattr(figures, name, lambda *args, _inner=inner, _name=name: (
+    inner = getattr(comparison, name)
+    monkeypatch.setattr(comparison, name, lambda *args, _inner=inner, _name=name: (
         drawn.update({_name: args}), _inner(*args)))
   run = str(tmp_path)
   searched = options(num_search_steps=2)

@@ -17,11 +17,12 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import comparing
 from ddss_tf import diffusers_scheduler
-from ddss_tf import figures
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import preprocessing
 from ddss_tf.networks import unet
+from ddss_tf.reporting import grids
+from ddss_tf.reporting import sampler as sampler_figures
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
@@ -44,7 +45,7 @@ def noise(*shape):
 @pytest.mark.parametrize("height,width", [(4, 4), (8, 12), (5, 3), (1, 6)])
 def test_every_channel_is_in_a_grid(channels, height, width):
   images = noise(5, height, width, channels)
-  grid = figures.image_grid(images, columns=3)
+  grid = grids.image_grid(images, columns=3)
   if channels in (1, 3):
     assert grid.shape == (2 * height + 2, 3 * width + 4, channels)
     panels = [(0, images)]
@@ -82,11 +83,11 @@ def shown(monkeypatch):
 def test_every_picture_of_images(shape, shown, tmp_path):
   images = noise(9, *shape)
   states = images[:4] / np.float32(127.5) - 1
-  figures.samples_png(str(tmp_path / "samples.png"), [
+  grids.samples_png(str(tmp_path / "samples.png"), [
       ("a", images), ("b", images[::-1])], columns=3)
-  figures.sample_rows_png(str(tmp_path / "rows.png"), "K", [
+  grids.sample_rows_png(str(tmp_path / "rows.png"), "K", [
       ("DDIM linear", "1", images), ("GGDM", "2", images)])
-  figures.path_png(str(tmp_path / "path.png"), states, states[::-1], states[0],
+  sampler_figures.path_png(str(tmp_path / "path.png"), states, states[::-1], states[0],
                    np.arange(4)[::-1], "GGDM")
   for name in ("samples", "rows", "path"):
     content = (tmp_path / f"{name}.png").read_bytes()

@@ -17,11 +17,11 @@ import gin
 import jinja2
 import markupsafe
 
-from ddss_tf import comparing
 from ddss_tf import distribution
 from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf import version as version_lib
+from ddss_tf.reporting import comparison
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -63,7 +63,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
 
   Args:
     run_dir: folder of the run or the comparison.
-    shown: of a comparison: rows whose samples are drawn, see `comparing.draw`.
+    shown: of a comparison: rows whose samples are drawn, see `comparison.draw`.
 
   Returns:
     Path of the page.
@@ -83,7 +83,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
         f"comparison. Received: {run_dir!r}")
   names = []
   if groups and len(groups[0]) > 1:
-    names = comparing.draw(run.root, groups[0], shown)
+    names = comparison.draw(run.root, groups[0], shown)
   names += [run_dir_lib.SAMPLES_PNG, "generated.png"]
   environment = jinja2.Environment(
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
