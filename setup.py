@@ -22,10 +22,11 @@ setuptools.setup(
     # Installed, gin_configs/demo.gin is found in the package.
     package_dir={"ddss_tf.gin_configs": "gin_configs"},
     package_data={
-        "ddss_tf": ["assets/*", "assets/*/*", "py.typed"],
+        "ddss_tf": ["assets/*/*", "py.typed"],
         "ddss_tf.features": ["assets/*", "assets/*/*"],
         "ddss_tf.formats": ["assets/*", "assets/*/*"],
         "ddss_tf.reporting": ["assets/*", "assets/*/*"],
+        "ddss_tf.exporting": ["assets/*", "assets/*/*"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
         "ddss_tf.gin_configs": ["*.gin", "*/*.gin", "*/*/*.gin"],
     },

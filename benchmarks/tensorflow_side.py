@@ -14,8 +14,8 @@ import tensorflow as tf
 from benchmarks import networks
 from benchmarks import records
 import ddss_tf
-from ddss_tf import exporting
 from ddss_tf import searching
+from ddss_tf.exporting import export as export_lib
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import sampler as sampler_lib
@@ -129,7 +129,7 @@ def sample(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
   served = {}
   for jit in (True, False):
     with tempfile.TemporaryDirectory() as exported:
-      module = exporting.SamplerModule(
+      module = export_lib.SamplerModule(
           denoiser, coefficients, jit_compile=jit)
       tf.saved_model.save(module, exported, signatures=module.endpoints)
       served[jit] = tf.saved_model.load(exported)

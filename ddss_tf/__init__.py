@@ -39,7 +39,7 @@ _PUBLIC = {
     "compare": "comparing",
     "draw_noise": "samplers.chain",
     "evaluate": "evaluation",
-    "export": "exporting",
+    "export": "exporting.export",
     "gaussian_denoiser": "denoisers.gaussian",
     "inspect": "reporting.inspection",
     "load_dataset": "datasets.load",
@@ -50,7 +50,7 @@ _PUBLIC = {
     "on_schedule": "denoisers.clocks",
     "report": "reporting.report",
     "run_chain": "samplers.chain",
-    "sample": "exporting",
+    "sample": "exporting.sample",
     "search": "searching",
     "solver_coefficients": "samplers.solvers",
 }
@@ -68,7 +68,8 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.denoisers.gaussian import gaussian_denoiser
   from ddss_tf.errors import UserError
   from ddss_tf.evaluation import evaluate
-  from ddss_tf.exporting import export, sample
+  from ddss_tf.exporting.export import export
+  from ddss_tf.exporting.sample import sample
   from ddss_tf.features.load import load_features
   from ddss_tf.features.network import FeatureNetwork
   from ddss_tf.formats.load import load_denoiser

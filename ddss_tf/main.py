@@ -77,7 +77,7 @@ def _build(stages) -> None:
   # pylint: disable=g-import-not-at-top
   from ddss_tf import comparing
   from ddss_tf import evaluation
-  from ddss_tf import exporting
+  from ddss_tf.exporting import export as exporting
   from ddss_tf.features import load as features
   from ddss_tf import registry
   from ddss_tf import searching

@@ -10,7 +10,8 @@ from ddss_tf.denoisers.clocks import on_schedule
 from ddss_tf.denoisers.gaussian import gaussian_denoiser
 from ddss_tf.distribution import make_strategy
 from ddss_tf.evaluation import evaluate
-from ddss_tf.exporting import export, sample
+from ddss_tf.exporting.export import export
+from ddss_tf.exporting.sample import sample
 from ddss_tf.features.load import load_features
 from ddss_tf.formats.load import load_denoiser
 from ddss_tf.reporting.inspection import inspect

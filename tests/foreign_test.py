@@ -14,8 +14,8 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import exporting
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.exporting import export as export_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.reporting import inspection
 from ddss_tf.samplers import chain
@@ -254,7 +254,7 @@ def test_a_saved_model_is_exported_with_its_sampler(exact, tmp_path):
       write(tmp_path / "net", exact.eps), **TOLD)
   coefficients = ddss_tf.make_sampler(
       denoiser.schedule, "ddim", 4).coefficients().numpy()
-  module = exporting.SamplerModule(denoiser, coefficients)
+  module = export_lib.SamplerModule(denoiser, coefficients)
   path = str(tmp_path / "export")
   tf.saved_model.save(module, path, signatures={
       "from_noise": module.endpoints["from_noise"]})

@@ -20,8 +20,8 @@ import time
 # TensorFlow has not started yet.
 import ddss_tf
 from ddss_tf import evaluation  # pylint: disable=unused-import
-from ddss_tf import exporting  # pylint: disable=unused-import
 from ddss_tf import searching
+from ddss_tf.exporting import export as export_lib  # pylint: disable=unused-import
 from ddss_tf.reporting import comparison  # pylint: disable=unused-import
 from ddss_tf.samplers import families
 import gaussian_parts

@@ -14,8 +14,8 @@ import scipy.special
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import portable
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.exporting import portable
 from ddss_tf.networks import unet
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card

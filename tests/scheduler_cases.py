@@ -11,7 +11,7 @@ import sys
 import numpy as np
 
 import ddss_tf
-from ddss_tf import diffusers_scheduler
+from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.samplers import card
 from ddss_tf.samplers.coefficients import Coefficients
 

@@ -17,7 +17,7 @@ import pytest
 import scheduler_cases
 
 import ddss_tf
-from ddss_tf import diffusers_scheduler
+from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 

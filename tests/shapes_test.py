@@ -16,8 +16,8 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import comparing
-from ddss_tf import diffusers_scheduler
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import preprocessing
 from ddss_tf.networks import unet

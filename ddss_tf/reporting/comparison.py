@@ -22,7 +22,6 @@ from ddss_tf.reporting import grids
 from ddss_tf.reporting import style as style_lib
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
-from ddss_tf.samplers import labels
 from ddss_tf.samplers import labels as labels_lib
 from ddss_tf.errors import UserError
 
@@ -378,7 +377,7 @@ def draw(folder: str, records: list[dict],
 def _is_named(record, name):
   """Whether a row has this name, or has it with a stride."""
   label = record["sampler"]
-  return name in (label, labels.without_stride(label))
+  return name in (label, labels_lib.without_stride(label))
 
 
 def read_samples(path) -> dict[str, np.ndarray]:

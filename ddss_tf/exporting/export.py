@@ -1,26 +1,24 @@
 """A sampler with its network as a SavedModel and more, and images as files."""
 
-from typing import Any, Mapping, Sequence
+from typing import Sequence
 
-from absl import logging
 import gin
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import diffusers_scheduler
 from ddss_tf import distribution
-from ddss_tf import portable
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.exporting import diffusers_scheduler
+from ddss_tf.exporting import portable
 from ddss_tf.networks import precision
-from ddss_tf.reporting import grids
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser
-from ddss_tf.errors import MAX_SEED, UserError, check_whole
+from ddss_tf.errors import UserError
 from ddss_tf.evaluation import load_searched
 from ddss_tf.samplers.coefficients import Coefficients
 
@@ -211,74 +209,3 @@ def _check(path, inputs, expected):
     raise UserError(
         f"exported images must equal those in memory to {_PARITY_TOLERANCE:g}. "
         f"Received: a difference of {difference:g}")
-
-
-def check_sample(arguments: Mapping[str, Any]) -> None:
-  """Checks the numbers that `sample` is given.
-
-  Args:
-    arguments: of `sample`, by name; the parts are not looked at.
-
-  Raises:
-    UserError: one is out of range.
-  """
-  for name in ("num_images", "batch_size"):
-    check_whole(f"sample.{name}", arguments[name], 1)
-  check_whole("sample.seed", arguments["seed"], 0, most=MAX_SEED)
-  check_whole("sample.label", arguments["label"], 0, optional=True)
-
-
-@gin.configurable(denylist=["run_dir"])
-@run_dir_lib.releasing_locks
-def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
-           num_images: int = 64, seed: int = 0, batch_size: int = 250,
-           jit_compile: bool = True, label: int | None = None,
-           sampler: str | None = None, force: bool = False) -> str:
-  """Writes images of the searched sampler: `generated.npz` and `.png`.
-
-  Args:
-    run_dir: folder of the run, with `sampler.json`.
-    denoiser: the frozen model.
-    num_images: how many; the grid shows the first 64.
-    seed: of their noise.
-    batch_size: images per call.
-    jit_compile: compile the network with XLA.
-    label: the class of all images of a class-conditional denoiser; None: each
-      has its own, drawn.
-    sampler: path of a card, or its name in the zoo, instead of the sampler in
-      the run directory.
-    force: take a card that was found for other weights.
-
-  Returns:
-    Path of the npz file, with `images`, uint8 [N, H, W, C].
-
-  Raises:
-    UserError: there is no sampler, it is for another model, num_images < 1, or
-      a label that the denoiser does not have.
-  """
-  check_sample(locals())
-  if label is not None and not 0 <= label < (denoiser.num_classes or 0):
-    raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
-                    f" classes of {denoiser.name!r}. Received: {label}")
-  run = run_dir_lib.RunDir(run_dir)
-  run.lock()
-  found, x0_bound = load_searched(run, denoiser, sampler, force)
-  run.keep_config()
-  generator = generator_lib.Generator(
-      denoiser, min(batch_size, num_images), jit_compile, x0_bound)
-  images = generator.images(
-      found.coefficients(), num_images, seed, "sample", label)
-  broken = np.sum(~np.all(np.isfinite(images), axis=(1, 2, 3)))
-  if broken:
-    logging.warning("%d of %d images have NaN or infinity, for which there is no "
-                    "byte: their pixels mean nothing", broken, num_images)
-  images = dataset_lib.to_uint8(images)
-  path = run.path("generated.npz")
-  with storage.replacing(path) as temporary:
-    with open(temporary, "wb") as f:
-      np.savez_compressed(f, images=images)
-  grids.samples_png(
-      run.path("generated.png"),
-      [(f"{found.label}, K = {found.num_steps}, seed {seed}",
-        images[:64])])
-  return path

@@ -1,7 +1,7 @@
 """A found sampler as a scheduler of diffusers, for people who use PyTorch.
 
 What is written is a folder of two files: `scheduling_ddss.py`, a class that
-needs PyTorch and diffusers only (`assets/diffusers_scheduler`, never imported
+needs PyTorch and diffusers only (`assets/scheduling_ddss.py`, never imported
 here), and `scheduler_config.json`, the coefficients.
 """
 
@@ -17,7 +17,7 @@ from ddss_tf.samplers.card import SamplerCard
 MODULE = "scheduling_ddss.py"
 _CLASS = "DDSSScheduler"
 _TEMPLATE = os.path.join(
-    os.path.dirname(__file__), "assets", "diffusers_scheduler", MODULE)
+    os.path.dirname(__file__), "assets", MODULE)
 
 
 def config(card: SamplerCard, denoiser: Denoiser,

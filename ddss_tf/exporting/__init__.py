@@ -1,0 +1,1 @@
+"""Samplers on their way out: SavedModels, images, other formats."""
