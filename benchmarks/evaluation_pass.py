@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from benchmarks import records
 import ddss_tf
-from ddss_tf import evaluation
 from ddss_tf import metrics
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import evaluator as evaluator_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 
 SAMPLES, BATCH, NUM_STEPS = 4000, 250, 5
@@ -35,7 +35,7 @@ def measure() -> dict:
               for name in ("digits_cnn", "digits_resnet")]
   sampler = ddss_tf.SolverSampler(denoiser.schedule, NUM_STEPS, "dpm++2m")
   with tempfile.TemporaryDirectory() as folder:
-    evaluator = evaluation.Evaluator(
+    evaluator = evaluator_lib.Evaluator(
         run_dir_lib.RunDir(folder), denoiser, dataset, *networks,
         batch_size=BATCH)
     evaluator.record(sampler, 2 * BATCH)  # Compiles all there is.

@@ -36,9 +36,9 @@ _PUBLIC = {
     "SamplerCard": "samplers.card",
     "SolverSampler": "samplers.sampler",
     "UserError": "errors",
-    "compare": "comparing",
+    "compare": "evaluation.compare",
     "draw_noise": "samplers.chain",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "gaussian_denoiser": "denoisers.gaussian",
     "inspect": "reporting.inspection",
@@ -60,14 +60,14 @@ __all__ = sorted([*_PUBLIC, *_MODULES])
 
 if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf import zoo
-  from ddss_tf.comparing import compare
   from ddss_tf.datasets.dataset import ImageDataset
   from ddss_tf.datasets.load import load_dataset
   from ddss_tf.denoisers.clocks import on_schedule
   from ddss_tf.denoisers.denoiser import Denoiser
   from ddss_tf.denoisers.gaussian import gaussian_denoiser
   from ddss_tf.errors import UserError
-  from ddss_tf.evaluation import evaluate
+  from ddss_tf.evaluation.compare import compare
+  from ddss_tf.evaluation.evaluate import evaluate
   from ddss_tf.exporting.export import export
   from ddss_tf.exporting.sample import sample
   from ddss_tf.features.load import load_features

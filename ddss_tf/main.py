@@ -75,8 +75,8 @@ def _build(stages) -> None:
   for hours. What is large is a `gin.singleton`, and so built once.
   """
   # pylint: disable=g-import-not-at-top
-  from ddss_tf import comparing
-  from ddss_tf import evaluation
+  from ddss_tf.evaluation import compare as comparing
+  from ddss_tf.evaluation import evaluate as evaluation
   from ddss_tf.exporting import export as exporting
   from ddss_tf.features import load as features
   from ddss_tf import registry
@@ -202,7 +202,7 @@ def _run():
     import gin
     import tensorflow as tf
     from ddss_tf import distribution
-    from ddss_tf import evaluation
+    from ddss_tf.evaluation import evaluate as evaluation
     from ddss_tf import registry  # pylint: disable=unused-import
     # pylint: enable=g-import-not-at-top
   configuration.parse(_GIN_FILE.value, params)

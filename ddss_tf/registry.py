@@ -4,12 +4,12 @@ The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
 `export`, `inspect` and `report`; `make_strategy` is bound for all of them.
 """
 
-from ddss_tf.comparing import compare
 from ddss_tf.datasets.load import load_dataset
 from ddss_tf.denoisers.clocks import on_schedule
 from ddss_tf.denoisers.gaussian import gaussian_denoiser
 from ddss_tf.distribution import make_strategy
-from ddss_tf.evaluation import evaluate
+from ddss_tf.evaluation.compare import compare
+from ddss_tf.evaluation.evaluate import evaluate
 from ddss_tf.exporting.export import export
 from ddss_tf.exporting.sample import sample
 from ddss_tf.features.load import load_features

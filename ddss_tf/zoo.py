@@ -9,13 +9,18 @@ comes with the package. In every path here `~` is the home folder.
 import datetime
 import os
 
+from absl import logging
+
 from ddss_tf import storage
 from ddss_tf import version
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
 from ddss_tf.samplers import card as card_lib
+from ddss_tf.denoisers.denoiser import Denoiser, check_guidance
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.card import SamplerCard
+from ddss_tf.samplers.sampler import FixedSampler
 
 FOLDER = os.path.join(os.path.dirname(__file__), "assets", "samplers")
 _SUFFIX = ".json"
@@ -134,3 +139,43 @@ def table(folder: str | None = None) -> str:
   return "\n".join("  ".join(
       cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
                    for row in (head, *rows))
+
+
+def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
+                  sampler: str | None = None, force: bool = False
+                  ) -> tuple[FixedSampler, str | None]:
+  """The sampler of a run directory or of a card, and its x0_bound.
+
+  Args:
+    run: the run directory.
+    denoiser: what it is to be used with.
+    sampler: path of a card, or its name in the zoo; None: what a search left in
+      the run directory.
+    force: take a card that was found for other weights or another guidance.
+
+  Returns:
+    The sampler, and the bound on x0_hat it was found with.
+
+  Raises:
+    UserError: there is none, it was found for another model, or its times are
+      not in this one's range.
+  """
+  path = run.path(run_dir_lib.SAMPLER) if sampler is None else find(sampler)
+  found = card.read(path)
+  mine = denoiser.identity
+  for name in sorted({*found.denoiser, *mine} - {"name"}):
+    known, own = found.denoiser.get(name), mine.get(name)
+    if known == own:
+      continue
+    difference = (
+        f"{path} was found for the denoiser {found.denoiser.get('name')!r} "
+        f"with {name} {known}. Received: {denoiser.name!r} with {own}")
+    if not force:
+      raise UserError(f"{difference}. Use its own, or bind force = True")
+    logging.warning("%s", difference)
+  try:
+    check_guidance(denoiser, found.coefficients)
+    fixed = FixedSampler(denoiser.schedule, found.coefficients, found.label)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  return fixed, found.x0_bound

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf import evaluation
 from ddss_tf import zoo
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
@@ -211,7 +210,7 @@ def test_cards_that_do_not_fit_the_model(denoiser, sound, tmp_path):
   def check(words, **coefficients):
     path = write(tmp_path, sound, **coefficients)
     with pytest.raises(UserError, match=words) as refused:
-      evaluation.load_searched(run, denoiser, path)
+      zoo.load_searched(run, denoiser, path)
     assert path in str(refused.value) and "\n" not in str(refused.value)
 
   check("times must not exceed 1000.*1001", times=[1001.0, 10.0, 0.0])
@@ -219,7 +218,7 @@ def test_cards_that_do_not_fit_the_model(denoiser, sound, tmp_path):
   # With a model that they fit they are fine.
   path = write(tmp_path, sound, guidance_scales=[1.0] * STEPS)
   guided = conditional_test.make(null_label=conditional_test.NULL)
-  found, _ = evaluation.load_searched(run, guided, path, force=True)
+  found, _ = zoo.load_searched(run, guided, path, force=True)
   assert found.num_steps == STEPS
 
 

@@ -13,9 +13,10 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import evaluation
 from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import evaluate as evaluate_lib
+from ddss_tf.evaluation import evaluator as evaluator_lib
 from ddss_tf.reporting import comparison
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
@@ -90,7 +91,7 @@ def test_every_held_out_network_has_its_columns(compared, tmp_path):
   for line, record in zip(lines, several, strict=True):
     assert [cell.strip() for cell in line.split("|")][4:7] == [
         f"{fid:.2f}" for fid in record["fid_heldout"]]
-  evaluation._summarise(str(tmp_path / "events"), [*several, *records])
+  evaluate_lib._summarise(str(tmp_path / "events"), [*several, *records])
   (path,) = (tmp_path / "events").iterdir()
   scalars = {
       value.tag: float(tf.make_ndarray(value.tensor))
@@ -208,7 +209,7 @@ def test_pictures_are_drawn_again_from_the_files(
   before = [(tmp_path / name).read_bytes() for name in names]
   for name in names:
     (tmp_path / name).unlink()
-  monkeypatch.setattr(evaluation, "Evaluator", None)
+  monkeypatch.setattr(evaluator_lib, "Evaluator", None)
   with open(os.path.join(run, "metrics.json")) as f:
     kept = {r["sampler"]: r for r in json.load(f)}
   again = [kept[r["sampler"]] for r in records]
@@ -235,11 +236,11 @@ def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
   old = [{**r, "timing": None} for r in records]
   with open(tmp_path / "metrics.json", "w") as f:
     json.dump(old, f)
-  evaluator = evaluation.Evaluator(
+  evaluator = evaluator_lib.Evaluator(
       run_dir.RunDir(str(tmp_path), os.path.join(run, "cache")),
       arguments["denoiser"], arguments["dataset"], arguments["features"],
       arguments["heldout_features"], batch_size=100, jit_compile=False)
-  monkeypatch.setattr(evaluation, "_measure", None)
+  monkeypatch.setattr(evaluator_lib, "_measure", None)
   solver, stride = records[1]["sampler"].split()
   sampler = ddss_tf.SolverSampler(
       arguments["denoiser"].schedule, 3, solver.lower(), stride)
@@ -253,9 +254,9 @@ def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
 def test_called_again_it_measures_nothing(
     arguments, compared, monkeypatch, capsys):
   run, records = compared
-  monkeypatch.setattr(evaluation, "_measure", None)
+  monkeypatch.setattr(evaluator_lib, "_measure", None)
   monkeypatch.setattr(searching.Search, "advance", None)
-  monkeypatch.setattr(evaluation.Evaluator, "images", None)
+  monkeypatch.setattr(evaluator_lib.Evaluator, "images", None)
   assert ddss_tf.compare(run, **arguments) == records
   # The bar counted the rows before there were any.
   assert re.search(rf"table: 100%.* {len(records)}/{len(records)} ",

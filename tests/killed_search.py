@@ -19,8 +19,8 @@ import time
 # Imported once: every attempt is a process forked from this one, in which
 # TensorFlow has not started yet.
 import ddss_tf
-from ddss_tf import evaluation  # pylint: disable=unused-import
 from ddss_tf import searching
+from ddss_tf.evaluation import evaluate as evaluate_lib  # pylint: disable=unused-import
 from ddss_tf.exporting import export as export_lib  # pylint: disable=unused-import
 from ddss_tf.reporting import comparison  # pylint: disable=unused-import
 from ddss_tf.samplers import families

@@ -18,7 +18,6 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import evaluation
 from ddss_tf import metrics
 from ddss_tf import schedules
 from ddss_tf import searching
@@ -26,6 +25,7 @@ from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import rematerialise
+from ddss_tf.evaluation import evaluator as evaluator_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.objectives import distances as distances_lib
 from ddss_tf.objectives import elbo
@@ -1299,7 +1299,7 @@ def test_evaluation(parts, finished, monkeypatch):
     assert json.load(f) == records
   assert os.path.getsize(os.path.join(run, "samples.png")) > 2000
   # Another call measures nothing again, and says the same.
-  monkeypatch.setattr(evaluation, "_measure", None)
+  monkeypatch.setattr(evaluator_lib, "_measure", None)
   assert evaluate(parts, run) == records
   # Other conditions do not take those rows.
   with pytest.raises(TypeError):
@@ -1318,7 +1318,7 @@ def test_a_record_is_what_tf_gan_says_of_the_same_images(parts, tmp_path):
   """
   denoiser, network = parts["denoiser"], parts["features"].model
   sampler = sampler_lib.SolverSampler(denoiser.schedule, 2, "ddpm")
-  record = evaluation.Evaluator(
+  record = evaluator_lib.Evaluator(
       run_dir.RunDir(str(tmp_path)), **parts, batch_size=50,
       jit_compile=False).record(sampler, 100)
   generated = generator_lib.Generator(denoiser, 50, jit_compile=False).images(
@@ -1367,7 +1367,7 @@ def test_several_held_out_networks_are_measured_in_one_pass(
   def measure(folder, heldout, images=100):
     calls.assign(0)
     run = run_dir.RunDir(str(tmp_path / folder), str(tmp_path / "cache"))
-    record = evaluation.Evaluator(
+    record = evaluator_lib.Evaluator(
         run, **parts, heldout_features=heldout, batch_size=50,
         jit_compile=False).record(sampler, 100)
     assert int(calls) == sampler.num_steps * images // 50

@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import comparing
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import compare as compare_lib
 from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import preprocessing
@@ -162,7 +162,7 @@ def test_a_run_of_images_of_a_shape(shape, tmp_path):
     assert file["images"].shape == (5, *shape)
     assert file["images"].dtype == np.uint8 and np.std(file["images"]) > 1
   images = {records_lib.sample_key(r): noise(8, *shape) for r in records}
-  comparing._write_samples(os.path.join(run, run_dir_lib.SAMPLES_NPZ), images)
+  compare_lib._write_samples(os.path.join(run, run_dir_lib.SAMPLES_NPZ), images)
   with open(ddss_tf.report(run), encoding="utf-8") as f:
     page = f.read()
   for name in ("samples.png", "generated.png", "path.png", "before_after.png",

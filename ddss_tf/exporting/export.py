@@ -19,8 +19,8 @@ from ddss_tf.samplers import chain
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.evaluation import load_searched
 from ddss_tf.samplers.coefficients import Coefficients
+from ddss_tf.zoo import load_searched
 
 _PARITY_TOLERANCE = 1e-3
 

@@ -13,7 +13,7 @@ from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
-from ddss_tf.evaluation import load_searched
+from ddss_tf.zoo import load_searched
 
 
 def check_sample(arguments: Mapping[str, Any]) -> None:

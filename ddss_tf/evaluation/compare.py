@@ -16,16 +16,16 @@ from absl import logging
 import gin
 import numpy as np
 
-from ddss_tf import evaluation
 from ddss_tf import schedules
 from ddss_tf import searching
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import evaluator as evaluator_lib
+from ddss_tf.evaluation import lineage
 from ddss_tf.features import network as network_lib
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.reporting import comparison
-from ddss_tf.runs import fingerprint
 from ddss_tf.runs import progress
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -38,18 +38,6 @@ from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 
 _SHOWN = 8  # Images of each row.
-# What a family can take over from a smaller one that was searched before.
-_CONTAINS = {
-    "rddim": ("ddim-learned", "vars"),
-    "ggdm": ("ddim-learned", "vars", "rddim"),
-    "ggdm+pred": ("ddim-learned", "vars", "rddim", "ggdm"),
-    "ggdm+time": ("ddim-learned", "vars", "rddim", "ggdm"),
-    "ggdm+pred+time": ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred",
-                       "ggdm+time"),
-}
-_MULTISTEP = ("ggdm", "ggdm+pred", "ggdm+time", "ggdm+pred+time")
-FAMILIES = ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred", "ggdm+time",
-            "ggdm+pred+time")
 
 
 def check_compare(arguments: Mapping[str, Any]) -> None:
@@ -129,7 +117,7 @@ def compare(
     num_steps: Sequence[int] = gin.REQUIRED,
     solvers: Sequence[str] = solvers_lib.SOLVERS,
     strides: Sequence[str] = schedules.STRIDES,
-    families: Sequence[str] = FAMILIES,
+    families: Sequence[str] = lineage.FAMILIES,
     starts: str = "best",
     objectives: Mapping[str, str | Mapping[str, float]] | None = None,
     cards: Sequence[str] = (),
@@ -165,7 +153,7 @@ def compare(
     dataset: its training set, and the reference.
     features: the network of the searches' loss, and of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, or a list of them;
-      see `evaluation.evaluate`.
+      see `evaluate.evaluate`.
     num_steps: the K, a list.
     solvers: names out of `solvers.SOLVERS`.
     strides: names out of `schedules.STRIDES`.
@@ -177,7 +165,7 @@ def compare(
       at DDPM, for the ELBO of a start without noise is infinite. None: one row,
       with the binding of `search`.
     cards: samplers that were found before, measured as they are: paths of
-      their cards, or names in the zoo; see `evaluation.load_searched`.
+      their cards, or names in the zoo; see `zoo.load_searched`.
     full_chain: also measure DDPM with all training steps, with the first seed
       only (hundreds of calls an image: a reference for small models, or for few
       samples).
@@ -202,7 +190,7 @@ def compare(
   run = run_dir_lib.RunDir(run_dir)
   run.lock()
   make_evaluator = functools.partial(
-      evaluation.Evaluator, denoiser=denoiser, dataset=dataset,
+      evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,
       features=features, heldout_features=heldout_features,
       batch_size=batch_size, jit_compile=jit_compile)
   evaluator = make_evaluator(run, seed=seed)
@@ -239,20 +227,20 @@ def compare(
   for steps in num_steps:
     make = functools.partial(
         families_lib.make_sampler, denoiser.schedule, num_steps=steps)
-    ranked = [_best_strides(functools.partial(make, family=solver), strides,
+    ranked = [lineage.best_strides(functools.partial(make, family=solver), strides,
                             stride_evaluator, stride_samples)
               for solver in solvers]
     for sampler, *_ in ranked:
       add(sampler)
 
     # Where searches may start, besides their default.
-    simple = [_as_start(sampler) for sampler, *_ in ranked
+    simple = [lineage.as_start(sampler) for sampler, *_ in ranked
               if sampler.solver in ("ddpm", "ddim")]
     best, *others = sorted(
         itertools.chain(*ranked),
         key=lambda s: records_lib.rank(stride_evaluator.record(s, stride_samples))
         ) or [None]
-    other = next((s for s in others if _apart(best, s)), None)
+    other = next((s for s in others if lineage.told_apart(best, s)), None)
     ends = {}  # Of each family, the folders of its searches.
 
     def searched(folder, family, candidates, **changes):
@@ -263,7 +251,7 @@ def compare(
               init="auto"),
           start_candidates=candidates, cache_dir=run.cache,
           jit_compile=jit_compile, **changes)
-      return evaluation.load_searched(run_dir_lib.RunDir(folder), denoiser)
+      return zoo.load_searched(run_dir_lib.RunDir(folder), denoiser)
 
     for family in families:
       folder = run.path(f"k{steps}", family)
@@ -275,19 +263,19 @@ def compare(
         add(sampler, bound, _search_of(path))
       if objectives:
         continue
-      inside = [name for name in _CONTAINS.get(family, ()) if name in ends]
+      inside = [name for name in lineage._CONTAINS.get(family, ()) if name in ends]
       # Those inside another one of them have been started from already.
       inside = [name for name in inside if not any(
-          name in _CONTAINS.get(other, ()) for other in inside)]
+          name in lineage._CONTAINS.get(other, ()) for other in inside)]
       candidates = [{}, *simple, *(
           {"init": os.path.join(path, run_dir_lib.SAMPLER)}
           for name in inside for path in ends[name])]
       rounds = {folder: [{}] if starts == "default" else candidates}
-      if starts == "best" and family in _MULTISTEP and not set(inside) & set(_MULTISTEP):
+      if starts == "best" and family in lineage.MULTISTEP and not set(inside) & set(lineage.MULTISTEP):
         if best:
-          rounds[folder] = [*candidates, _as_start(best)]
+          rounds[folder] = [*candidates, lineage.as_start(best)]
         if other:
-          rounds[f"{folder}-{other.stride}"] = [_as_start(other)]
+          rounds[f"{folder}-{other.stride}"] = [lineage.as_start(other)]
       found = {path: searched(path, family, candidates)
                for path, candidates in rounds.items()}
       ends[family] = list(found)
@@ -296,7 +284,7 @@ def compare(
               found[path][0], stride_samples, found[path][1])))
       add(*found[path], _search_of(path))
   for path in cards:
-    sampler, bound = evaluation.load_searched(run, denoiser, path)
+    sampler, bound = zoo.load_searched(run, denoiser, path)
     if any((row["sampler"], row["num_steps"])
            == (sampler.label, sampler.num_steps) for row in records):
       sampler.label += f" ({_card_name(path)})"
@@ -321,42 +309,6 @@ def _card_name(path):
       os.path.splitext(name)[0])
 
 
-def _as_start(sampler):
-  """The options of a family that starts at this solver."""
-  return {"init": sampler.solver, "stride": sampler.stride}
-
-
 def _search_of(folder):
   """How the sampler of a folder was searched."""
   return card.read(os.path.join(folder, run_dir_lib.SAMPLER)).search
-
-
-def _best_strides(make, strides, evaluator, num_samples):
-  """Samplers on the best strides: the best two, and one with other times."""
-  candidates = {}
-  for stride in strides:
-    try:
-      sampler = make(stride=stride)
-    except UserError:
-      continue  # Not a stride for this K.
-    # Strides of several names may be the same times: the first name counts.
-    candidates.setdefault(fingerprint.coefficients_sha256(
-        sampler.coefficients().numpy()), sampler)
-  candidates = list(candidates.values())
-  if not candidates:
-    raise UserError(f"none of the strides {', '.join(strides)} fits")
-  if len(candidates) == 1:
-    return candidates
-  candidates.sort(
-      key=lambda s: records_lib.rank(evaluator.record(s, num_samples // 4)))
-  kept = candidates[:2]
-  if not _apart(*kept):
-    kept += [s for s in candidates[2:] if _apart(kept[0], s)][:1]
-  return sorted(
-      kept, key=lambda s: records_lib.rank(evaluator.record(s, num_samples)))
-
-
-def _apart(sampler, other):
-  """Whether their times differ by more than half a step somewhere."""
-  times, others = (s.coefficients().numpy().times for s in (sampler, other))
-  return np.max(np.abs(times - others)) > np.max(times) / (2 * len(times))

@@ -1,0 +1,1 @@
+"""Measuring samplers, one or many."""

@@ -1,0 +1,149 @@
+"""The comparison: FID, KID and IS of samplers, side by side."""
+
+import os
+import shutil
+from typing import Any, Callable, Mapping, Sequence
+
+from absl import logging
+import gin
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf import distribution
+from ddss_tf import zoo
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import evaluator as evaluator_lib
+from ddss_tf.features import network as network_lib
+from ddss_tf.reporting import grids
+from ddss_tf.runs import records as records_lib
+from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import MAX_SEED, check_whole
+from ddss_tf.evaluation.evaluator import Evaluator
+from ddss_tf.samplers.chain import check_x0_bound
+from ddss_tf.samplers.sampler import Sampler
+from ddss_tf.schedules import NoiseSchedule
+
+
+def check_evaluate(arguments: Mapping[str, Any]) -> None:
+  """Checks all that can be said of an evaluation before anything is loaded.
+
+  Args:
+    arguments: of `evaluate`, by name; the parts are not looked at.
+
+  Raises:
+    UserError: one is out of range.
+  """
+  check_whole("evaluate.num_samples", arguments["num_samples"], evaluator_lib.LEAST_IMAGES)
+  check_whole("evaluate.batch_size", arguments["batch_size"], 1)
+  check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
+  check_x0_bound("evaluate", arguments["x0_bound"])
+
+
+@gin.configurable(denylist=["run_dir"])
+@run_dir_lib.releasing_locks
+def evaluate(
+    run_dir: str,
+    denoiser: Denoiser = gin.REQUIRED,
+    dataset: dataset_lib.ImageDataset | np.ndarray = gin.REQUIRED,
+    features: network_lib.FeatureNetwork = gin.REQUIRED,
+    heldout_features: (network_lib.FeatureNetwork
+                       | list[network_lib.FeatureNetwork] | None) = None,
+    baselines: Sequence[Sampler | Callable[[NoiseSchedule], Sampler]] = (),
+    num_samples: int = gin.REQUIRED,
+    seed: int = 1234,
+    batch_size: int = 250,
+    x0_bound: str | None = None,
+    cache_dir: str | None = None,
+    jit_compile: bool = True,
+    sampler: str | None = None,
+    force: bool = False,
+) -> list[dict]:
+  """Evaluates the searched sampler beside baselines, on the same noise.
+
+  Writes `metrics.json` after each row (see `Evaluator`), `samples.png`, and
+  TensorBoard scalars.
+
+  Args:
+    run_dir: folder of the run, with `sampler.json` if there was a search.
+    denoiser: the frozen model.
+    dataset: the real images, all of them the reference; a data set, or float32
+      [N, H, W, C] in [-1, 1].
+    features: the network of FID, KID and IS.
+    heldout_features: an unrelated network for `fid_heldout`, which shows gains
+      that merely flatter the first; or a list of networks, all measured in one
+      pass over the samples. Then a record has lists of as many
+      `features_heldout` and `fid_heldout`.
+    baselines: functions from a noise schedule to a sampler.
+    num_samples: generated images of each sampler.
+    seed: of their noise.
+    batch_size: images per call.
+    x0_bound: see `chain.bound_x0`; of the baselines. The searched sampler keeps
+      the one it was searched with.
+    cache_dir: folder of the real images' features, which runs may share;
+      run_dir/cache if None.
+    jit_compile: compile the network with XLA.
+    sampler: a card instead of the searched sampler, see `load_searched`.
+    force: take a card that was found for other weights.
+
+  Returns:
+    The records of this call, baselines first, the searched one last.
+
+  Raises:
+    UserError: parts that do not fit together, no sampler to evaluate, or too
+      few samples for a metric.
+  """
+  check_evaluate(locals())
+  dataset = dataset_lib.as_dataset(dataset)
+  run = run_dir_lib.RunDir(run_dir, cache_dir)
+  run.lock()
+  # Each with its bound on x0_hat.
+  samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
+  if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not samplers:
+    samplers.append(zoo.load_searched(run, denoiser, sampler, force))
+  evaluator = Evaluator(
+      run, denoiser, dataset, features, heldout_features, seed,
+      min(batch_size, num_samples), jit_compile)
+  run.keep_config()
+  records = []
+  for row, bound in samplers:
+    records.append(evaluator.record(row, num_samples, bound))
+    logging.info("%s: %s", row.label, records[-1])
+
+  if distribution.is_chief():
+    _summarise(run.path("tensorboard", "evaluate"), evaluator.known)
+  _draw(run, evaluator, samplers, records, seed)
+  return records
+
+
+def _summarise(folder, records):
+  """Writes all records to TensorBoard, in place of what is there."""
+  shutil.rmtree(folder, ignore_errors=True)
+  with tf.summary.create_file_writer(folder).as_default():
+    for record in records:
+      values = {name: record.get(name)
+                for name in ("fid", "kid", "inception_score")}
+      for label, value in records_lib.heldout_fids(record).items():
+        network = label.removeprefix(records_lib.HELDOUT).replace(" ", "/", 1)
+        values[f"fid_heldout{network}"] = value
+      for name, value in values.items():
+        if value is not None:
+          tf.summary.scalar(f"{name}/{record['sampler']}", value,
+                            step=record["num_samples"])
+
+
+def _draw(run, evaluator, samplers, records, seed):
+  """`samples.png`: best baseline beside the searched sampler, same noise."""
+  chosen = [len(samplers) - 1]
+  if len(samplers) > 1:
+    chosen.insert(0, min(range(len(samplers) - 1),
+                         key=lambda i: records_lib.rank(records[i])))
+  titled = []
+  for i in chosen:
+    sampler, bound = samplers[i]
+    titled.append((
+        f"{sampler.label}, K = {sampler.num_steps}\n"
+        f"{records_lib.fid_label(records[i]['num_samples'])} "
+        + records_lib.text(records[i]["fid"]),
+        evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
+  grids.samples_png(run.path(run_dir_lib.SAMPLES_PNG), titled)
