@@ -24,7 +24,7 @@ def measure(batch_size: int) -> dict:
   from ddss_tf.features import load as features_lib
   from ddss_tf.objectives import objective as objectives
   from ddss_tf.samplers import sampler as samplers
-  from ddss_tf import searching
+  from ddss_tf.searching import search as searching
   denoiser = ddss_tf.load_denoiser("digits16-ddpm")
   dataset = data.load_dataset("ddss_digits", pad=2, downsample=2,
                               max_images=1000)

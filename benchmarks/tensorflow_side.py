@@ -14,11 +14,11 @@ import tensorflow as tf
 from benchmarks import networks
 from benchmarks import records
 import ddss_tf
-from ddss_tf import searching
 from ddss_tf.exporting import export as export_lib
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.searching import search as search_lib
 
 
 def timed(functions: dict, runs: int) -> dict[str, list[float]]:
@@ -79,12 +79,12 @@ def forward(folder: str, batch_size: int, runs: int) -> dict:
 
 def make_search(denoiser, batch_size: int, num_steps: int, *,
                 remat: bool = True,
-                jit_compile: bool = True) -> searching.Search:
+                jit_compile: bool = True) -> search_lib.Search:
   """A search of GGDM+PRED+TIME by the linear KID of mean pixels."""
   features = _Means()
   real = tf.random.stateless_uniform(
       [1000, *denoiser.image_shape], [0, 2], -1.0, 1.0)
-  return searching.Search(
+  return search_lib.Search(
       denoiser,
       families.make_sampler(denoiser.schedule, "ggdm+pred+time", num_steps),
       objective_lib.Objective("kid_linear", [features],

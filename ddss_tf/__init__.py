@@ -51,7 +51,7 @@ _PUBLIC = {
     "report": "reporting.report",
     "run_chain": "samplers.chain",
     "sample": "exporting.sample",
-    "search": "searching",
+    "search": "searching.search",
     "solver_coefficients": "samplers.solvers",
 }
 _MODULES = ("zoo",)
@@ -83,7 +83,7 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.samplers.sampler import FixedSampler, Sampler, SolverSampler
   from ddss_tf.samplers.solvers import solver_coefficients
   from ddss_tf.schedules import NoiseSchedule, make_schedule
-  from ddss_tf.searching import search
+  from ddss_tf.searching.search import search
 
 
 def __getattr__(name):

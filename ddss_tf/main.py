@@ -80,7 +80,7 @@ def _build(stages) -> None:
   from ddss_tf.exporting import export as exporting
   from ddss_tf.features import load as features
   from ddss_tf import registry
-  from ddss_tf import searching
+  from ddss_tf.searching import search as searching
   from ddss_tf import zoo
   # pylint: enable=g-import-not-at-top
   checks = {

@@ -18,7 +18,7 @@ from ddss_tf.reporting.inspection import inspect
 from ddss_tf.reporting.report import report
 from ddss_tf.samplers.families import make_sampler
 from ddss_tf.schedules import make_schedule
-from ddss_tf.searching import search
+from ddss_tf.searching.search import search
 
 __all__ = [
     "compare", "evaluate", "export", "gaussian_denoiser", "inspect",

@@ -15,7 +15,6 @@ from ddss_tf import storage
 from ddss_tf import version
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
-from ddss_tf.samplers import card
 from ddss_tf.samplers import card as card_lib
 from ddss_tf.denoisers.denoiser import Denoiser, check_guidance
 from ddss_tf.errors import UserError
@@ -161,7 +160,7 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
       not in this one's range.
   """
   path = run.path(run_dir_lib.SAMPLER) if sampler is None else find(sampler)
-  found = card.read(path)
+  found = card_lib.read(path)
   mine = denoiser.identity
   for name in sorted({*found.denoiser, *mine} - {"name"}):
     known, own = found.denoiser.get(name), mine.get(name)

@@ -15,7 +15,6 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import searching
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.objectives import objective as objective_lib
@@ -27,6 +26,7 @@ from ddss_tf.samplers import chain
 from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
 
 SHAPE = (4, 4, 1)
@@ -168,7 +168,7 @@ def test_rematerialised_gradient_with_labels(parts):
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   results = []
   for remat in (True, False):
-    search = searching.Search(
+    search = search_lib.Search(
         parts["denoiser"], families.make_sampler(
             parts["denoiser"].schedule, "ggdm+pred+time", STEPS, init="ddpm"),
         objective_lib.Objective("frechet", [parts["features"]], [real], SHAPE),

@@ -19,11 +19,11 @@ import time
 # Imported once: every attempt is a process forked from this one, in which
 # TensorFlow has not started yet.
 import ddss_tf
-from ddss_tf import searching
 from ddss_tf.evaluation import evaluate as evaluate_lib  # pylint: disable=unused-import
 from ddss_tf.exporting import export as export_lib  # pylint: disable=unused-import
 from ddss_tf.reporting import comparison  # pylint: disable=unused-import
 from ddss_tf.samplers import families
+from ddss_tf.searching import search as search_lib
 import gaussian_parts
 import numpy as np
 
@@ -54,13 +54,13 @@ def fork(run):
   if child:
     os.close(told)
     return child, steps
-  advance = searching.Search.advance
+  advance = search_lib.Search.advance
 
   def noted(self):
     os.write(told, b".")
     return advance(self)
 
-  searching.Search.advance = noted
+  search_lib.Search.advance = noted
   try:
     work(run)
     os._exit(0)

@@ -132,7 +132,7 @@ def test_killed_search_equals_uninterrupted(killed, tfds_dir, tmp_path):
 @pytest.mark.slow
 def test_a_terminated_command_says_so(main_in_process, tmp_path, tfds_dir,
                                       monkeypatch, capsys):
-  from ddss_tf import searching  # pylint: disable=g-import-not-at-top
+  from ddss_tf.searching import search as searching  # pylint: disable=g-import-not-at-top
   advance = searching.Search.advance
 
   def terminated(self):

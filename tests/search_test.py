@@ -20,8 +20,6 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf import metrics
 from ddss_tf import schedules
-from ddss_tf import searching
-from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import rematerialise
@@ -40,6 +38,8 @@ from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
+from ddss_tf.searching import search as search_lib
+from ddss_tf.searching import starts
 from ddss_tf.errors import Terminated, UserError
 
 SHAPE = (4, 4, 1)
@@ -92,7 +92,7 @@ def events(run, files="*.search"):
 
 def interrupted(run, parts, monkeypatch, at, how, expected):
   """Runs a search that is interrupted before step `at`."""
-  advance = searching.Search.advance
+  advance = search_lib.Search.advance
 
   def broken(self):
     if int(self.step) == at:
@@ -100,7 +100,7 @@ def interrupted(run, parts, monkeypatch, at, how, expected):
     return advance(self)
 
   with monkeypatch.context() as patch:
-    patch.setattr(searching.Search, "advance", broken)
+    patch.setattr(search_lib.Search, "advance", broken)
     with pytest.raises(expected) as caught:
       ddss_tf.search(run_dir=run, **parts, **options())
   return caught.value
@@ -226,7 +226,7 @@ def make_search(parts, **changes):
   if values.pop("control", False):
     control = 0.2 + np.random.default_rng(1).normal(
         size=(100, objective.width)).astype(np.float32)
-  return searching.Search(
+  return search_lib.Search(
       parts["denoiser"], sampler, objective, teacher=teacher, control=control,
       images=parts["dataset"].images, **values)
 
@@ -334,9 +334,9 @@ def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
   # At the start both are the same images: what is left is the distance of all
   # of the pool, whichever samples the step has.
   pool_samples, losses = 320, []
-  original = searching.Search.loss_and_gradient
+  original = search_lib.Search.loss_and_gradient
   monkeypatch.setattr(
-      searching.Search, "loss_and_gradient", lambda self, step: (
+      search_lib.Search, "loss_and_gradient", lambda self, step: (
           losses.append([original(self, i)[0] for i in range(3)]),
           original(self, step))[1])
   changes = dict(num_search_steps=1, pool_samples=pool_samples)
@@ -507,9 +507,9 @@ def test_a_search_that_is_over_makes_nothing_again(
     raise AssertionError("made again")
 
   before = contents()
-  monkeypatch.setattr(searching.teacher_lib, "views", fail)
+  monkeypatch.setattr(search_lib.teacher_lib, "views", fail)
   monkeypatch.setattr(generator_lib.Generator, "batches", fail)
-  monkeypatch.setattr(searching.Search, "measure_metric", fail)
+  monkeypatch.setattr(search_lib.Search, "measure_metric", fail)
   same_sampler(sampler, ddss_tf.search(run_dir=run, **parts, **options()))
   assert contents() == before
 
@@ -518,8 +518,8 @@ def test_a_worse_validation_takes_the_search_back(
     parts, tmp_path, monkeypatch):
   values = iter([4.0, 3.0, 5.0, np.nan, 2.0, 7.0])
   validated, begun, metrics_of = [], {}, []
-  advance = searching.Search.advance
-  measure = searching.Search.measure_metric
+  advance = search_lib.Search.advance
+  measure = search_lib.Search.measure_metric
 
   def value_of(self, coefficients):
     validated.append(coefficients)
@@ -533,9 +533,9 @@ def test_a_worse_validation_takes_the_search_back(
     metrics_of.append(self.step)
     return measure(self)
 
-  monkeypatch.setattr(searching._Validation, "__call__", value_of)
-  monkeypatch.setattr(searching.Search, "advance", noting)
-  monkeypatch.setattr(searching.Search, "measure_metric", measuring)
+  monkeypatch.setattr(search_lib._Validation, "__call__", value_of)
+  monkeypatch.setattr(search_lib.Search, "advance", noting)
+  monkeypatch.setattr(search_lib.Search, "measure_metric", measuring)
   sampler = ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       num_search_steps=20, learning_rate=0.1, rate_of_distance=1e9))
   assert metrics_of == [0, 8, 12]
@@ -621,7 +621,7 @@ def test_nothing_is_ranked_for_a_search_that_is_refused(
     raise AssertionError("dear")
 
   # Neither what is known of the real images nor a ranking comes first.
-  monkeypatch.setattr(searching.reference, "reference", dear)
+  monkeypatch.setattr(search_lib.reference, "reference", dear)
   for changes, message in (
       (dict(family="ggdm"), r"another sampler: .*, or one of \d+ others"),
       (dict(start_candidates=[{"init": "ddim", "stride": "linear"}]),
@@ -963,7 +963,7 @@ def test_pictures_are_of_the_sampler_and_its_start(
 
 
 def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
-  init = searching.Search.__init__
+  init = search_lib.Search.__init__
 
   def poisoned(self, *args, **kwargs):
     init(self, *args, **kwargs)
@@ -979,7 +979,7 @@ def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
 
     self.loss_and_gradient = compute
 
-  monkeypatch.setattr(searching.Search, "__init__", poisoned)
+  monkeypatch.setattr(search_lib.Search, "__init__", poisoned)
   with pytest.raises(UserError, match=(
       r"at step 6: 2 steps.*not finite, this one in the gradient of \w+; the "
       r"last good checkpoint is .*ckpt-4\b")):
@@ -1017,7 +1017,7 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
     features = network_lib.FeatureNetwork(keras.Model(inputs, [
         keras.layers.Identity(name="pool")(poison(found)),
         keras.layers.Identity(name="logits")(logits)]), "poisoned")
-  advance = searching.Search.advance
+  advance = search_lib.Search.advance
   skipped = []
 
   def refuse(coefficients):
@@ -1044,7 +1044,7 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
     skipped.append(self.skipped)
     return result
 
-  monkeypatch.setattr(searching.Search, "advance", broken)
+  monkeypatch.setattr(search_lib.Search, "advance", broken)
   sampler = ddss_tf.search(
       run_dir=str(tmp_path), **options(),
       **{**parts, "denoiser": denoiser, "features": features})
@@ -1059,7 +1059,7 @@ def test_a_sampler_that_was_searched_starts_anew(
   _, expected = finished
   sampler = options()["sampler"](parts["denoiser"].schedule)
   searched = options(sampler=sampler)
-  advance = searching.Search.advance
+  advance = search_lib.Search.advance
 
   def broken(self):
     if self.step == 10:
@@ -1068,7 +1068,7 @@ def test_a_sampler_that_was_searched_starts_anew(
 
   run = str(tmp_path / "run")
   with monkeypatch.context() as patch:
-    patch.setattr(searching.Search, "advance", broken)
+    patch.setattr(search_lib.Search, "advance", broken)
     with pytest.raises(KeyboardInterrupt):
       ddss_tf.search(run_dir=run, **parts, **searched)
   # From its checkpoint; and, the third time, from the beginning.
@@ -1108,7 +1108,7 @@ def test_a_pool_is_used_up_before_it_comes_again(parts):
   goal = objective_lib.Objective(
       {"kid_linear": 1.0}, [parts["features"]],
       [np.ones((9, 12), np.float32)], SHAPE, None)
-  search = searching.Search(
+  search = search_lib.Search(
       parts["denoiser"], sampler, goal, batch_size=16, gradient_samples=4,
       micro_batch_size=4, num_search_steps=20, learning_rate=0.1,
       rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0,
@@ -1127,7 +1127,7 @@ def test_a_pool_is_used_up_before_it_comes_again(parts):
 @pytest.mark.slow
 def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
   """For as long as it works; of other processes, not of this one."""
-  advance = searching.Search.advance
+  advance = search_lib.Search.advance
   path = str(tmp_path / ".lock")
 
   def locked():
@@ -1144,7 +1144,7 @@ def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
     seen.append(locked())
     return advance(self)
 
-  monkeypatch.setattr(searching.Search, "advance", watched)
+  monkeypatch.setattr(search_lib.Search, "advance", watched)
   searched = options(num_search_steps=1, validate_every=1)
   ddss_tf.search(run_dir=str(tmp_path), **parts, **searched)
   assert seen == [True] and not locked()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from ddss_tf import schedules
-from ddss_tf import searching
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
+from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
 
 _T = 1000
@@ -75,7 +75,7 @@ def _walk(parts, options, gradients, seed, rate, spread):
   except UserError:
     assume(False)  # Not a start of this family, or not a stride for this K.
   assume(sampler.variables_by_kind)  # One step of some has nothing to learn.
-  search = searching.Search(
+  search = search_lib.Search(
       parts["denoiser"], sampler, objective_lib.Objective(
           "kid_linear", [parts["features"]], [np.eye(12, dtype=np.float32)],
           parts["denoiser"].image_shape),

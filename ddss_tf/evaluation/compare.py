@@ -17,7 +17,6 @@ import gin
 import numpy as np
 
 from ddss_tf import schedules
-from ddss_tf import searching
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -33,6 +32,7 @@ from ddss_tf.samplers import card
 from ddss_tf.samplers import families as families_lib
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers as solvers_lib
+from ddss_tf.searching import search as search_lib
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
@@ -244,7 +244,7 @@ def compare(
     ends = {}  # Of each family, the folders of its searches.
 
     def searched(folder, family, candidates, **changes):
-      searching.search(
+      search_lib.search(
           run_dir=folder, denoiser=denoiser, dataset=dataset,
           features=features, sampler=functools.partial(
               families_lib.make_sampler, family=family, num_steps=steps,

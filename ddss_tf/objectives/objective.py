@@ -2,7 +2,7 @@
 
   distances   of generated from real features: `DISTANCES`. Functions of one
               population, none of them a mean over its parts; see
-              `searching.Search` for how a large population is pulled back.
+              `search.Search` for how a large population is pulled back.
   matching    a many-step teacher from the same noise: `MATCHING`, past the
               paper. Means over samples.
   elbo        the variational bound, see `elbo.py`.

@@ -24,7 +24,6 @@ import tensorflow as tf
 
 from ddss_tf import distribution
 from ddss_tf import metrics
-from ddss_tf import starts
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
@@ -44,6 +43,7 @@ from ddss_tf.runs import signals
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.searching import starts
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import (
