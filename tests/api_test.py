@@ -15,8 +15,8 @@ import pytest
 import ddss_tf
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_public_names_have_documentation():

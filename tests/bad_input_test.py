@@ -17,8 +17,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def snapshot(folder) -> dict[str, str]:

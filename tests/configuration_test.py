@@ -8,8 +8,8 @@ import pytest
 
 from ddss_tf import main
 import gaussian_parts
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(name="small", scope="module")

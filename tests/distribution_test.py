@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from ddss_tf import distribution
 from ddss_tf.errors import UserError
+from project import SUPPORT
 
-FOLDER = os.path.dirname(os.path.abspath(__file__))
+FOLDER = SUPPORT
 SEARCHES = ("one_pass", "two_passes", "elbo", "elbo_in_parts")
 
 

@@ -6,8 +6,8 @@ import re
 import shlex
 
 import pytest
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = sorted(
     os.path.relpath(page, ROOT)
     for page in glob.glob(os.path.join(ROOT, "docs", "**", "*.md"),

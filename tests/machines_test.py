@@ -19,8 +19,8 @@ from ddss_tf import distribution
 from ddss_tf.runs import run_dir
 from ddss_tf.errors import UserError
 import gaussian_parts
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(name="small", scope="module")

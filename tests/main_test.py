@@ -17,8 +17,8 @@ import pytest
 import ddss_tf
 from ddss_tf import storage
 from ddss_tf.samplers import card
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "gin_configs", "demo.gin")
 DIGITS = os.path.join(ROOT, "gin_configs", "digits.gin")
 TINY = [

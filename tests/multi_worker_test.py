@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARAMS = ("make_strategy.name = 'multi_worker'", "search.num_search_steps = 20")
 
 

@@ -13,8 +13,8 @@ import checkpoints_test
 import ddss_tf
 from ddss_tf.denoisers import gaussian
 import stand_in_data
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
 CELLS = sorted(name for name in os.listdir(RECIPES)
                if re.search(r"_k\d+\.gin$", name))

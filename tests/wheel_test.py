@@ -10,8 +10,8 @@ import venv
 import zipfile
 
 import pytest
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not os.path.exists(os.path.join(ROOT, ".git")),

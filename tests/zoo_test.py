@@ -16,8 +16,8 @@ from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import generator as generator_lib
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIN = os.path.join(ROOT, "gin_configs", "sample.gin")
 DIGITS = "--gin_param=load_denoiser.path = 'digits16-ddpm'"
 NAME = "digits16-ddpm-k5-ggdm+pred+time"

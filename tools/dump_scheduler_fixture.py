@@ -1,6 +1,6 @@
 """Runs samplers as schedulers of diffusers, in its DDPMPipeline, for the tests.
 
-  python -m tests.scheduler_cases FOLDER                          # TensorFlow
+  python tests/support/scheduler_cases.py FOLDER                        # TensorFlow
   python tools/dump_scheduler_fixture.py FOLDER FIXTURE MODEL...  # PyTorch
 
 A MODEL is a folder of a `UNet2DModel` with its weights. FOLDER has, in a folder

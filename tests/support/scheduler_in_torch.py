@@ -1,6 +1,6 @@
 """Checks of the written scheduler in PyTorch: rounds, faults, whole pipelines.
 
-  python tests/scheduler_in_torch.py SCHEDULER MODEL PIPELINE
+  python tests/support/scheduler_in_torch.py SCHEDULER MODEL PIPELINE
 
 with torch and diffusers, but without ddss_tf: `scheduler_test.py` calls it.
 SCHEDULER is a folder as written, of 5 steps; MODEL one of a `UNet2DModel` that

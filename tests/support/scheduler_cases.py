@@ -1,6 +1,6 @@
 """Samplers that are written as schedulers of diffusers, for its test.
 
-  python -m tests.scheduler_cases FOLDER
+  python tests/support/scheduler_cases.py FOLDER
 
 writes them, for `tools/dump_scheduler_fixture.py`.
 """
@@ -14,8 +14,8 @@ import ddss_tf
 from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.samplers import card
 from ddss_tf.samplers.coefficients import Coefficients
+from project import TESTDATA
 
-TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "testdata")
 _DIGITS, _TINY = "digits16-ddpm", "tiny_unet2d"
 
 

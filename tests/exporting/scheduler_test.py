@@ -20,8 +20,8 @@ import ddss_tf
 from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
+from project import ROOT, SUPPORT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURE = os.path.join(scheduler_cases.TESTDATA, "schedulers.npz")
 TORCH = os.environ.get("DDSS_TORCH_PYTHON")
 
@@ -132,7 +132,7 @@ def test_the_class_in_pytorch(cases, tmp_path):
   sampler, denoiser, _ = cases["tiny_v_None_k5"]
   diffusers_scheduler.write(str(tmp_path / "scheduler"), sampler, denoiser)
   subprocess.run(
-      [TORCH, os.path.join(os.path.dirname(__file__), "scheduler_in_torch.py"),
+      [TORCH, os.path.join(SUPPORT, "scheduler_in_torch.py"),
        str(tmp_path / "scheduler"),
        os.path.join(scheduler_cases.TESTDATA, "tiny_unet2d"),
        str(tmp_path / "pipeline")], check=True)

@@ -25,12 +25,12 @@ from ddss_tf.formats import openai
 from ddss_tf.formats import presets
 from ddss_tf.networks import edm_unet
 from ddss_tf.networks import unet
+from project import ROOT
 
 # Fixtures are found by their names.
 cache = loading_test.cache
 conversions = loading_test.conversions
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Fields of `UNetConfig`, with what a layer of each kind needs.
 TINY = dict(image_size=4, in_channels=1, out_channels=1, channels=[4, 8],
             blocks_per_level=1, norm_groups=2, attention_levels=[1])

@@ -18,6 +18,7 @@ from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.networks.frozen import frozen_variables
 from ddss_tf.networks.unet import UNetConfig, build_unet
 from ddss_tf.samplers.coefficients import Coefficients
+from project import ROOT
 
 SHAPE = (4, 4, 1)
 
@@ -203,7 +204,7 @@ print(len(glob.glob(sys.argv[1] + "/*before_optimizations.txt")))
 
 def test_xla_compiles_once_for_all_steps_and_values(tmp_path):
   dump = str(tmp_path / "dump")
-  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  root = ROOT
   result = subprocess.run(
       [sys.executable, "-c", _COMPILED, dump], capture_output=True, text=True,
       env=os.environ | {"XLA_FLAGS": f"--xla_dump_to={dump}",

@@ -30,8 +30,8 @@ from ddss_tf.runs import fingerprint
 from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 WIDTH, CLASSES = 12, 7
 

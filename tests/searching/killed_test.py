@@ -12,8 +12,9 @@ from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from search_test import events
 import tensorflow as tf
+from project import SUPPORT
 
-FOLDER = os.path.dirname(os.path.abspath(__file__))
+FOLDER = SUPPORT
 
 
 def scalars(run):

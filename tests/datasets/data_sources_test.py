@@ -18,8 +18,9 @@ from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.datasets import load as data
 from ddss_tf.errors import UserError
 import stand_in_data
+from project import ROOT
 
-GIN = pathlib.Path(__file__).parents[1] / "gin_configs"
+GIN = pathlib.Path(ROOT) / "gin_configs"
 INCLUDES = sorted(path.name for path in (GIN / "datasets").glob("*.gin"))
 random_bytes = stand_in_data.random_bytes
 

@@ -14,8 +14,9 @@ from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import edm
 from ddss_tf.networks import edm_unet
 from ddss_tf.reporting import inspection
+from project import TESTDATA
 
-DATA = os.path.join(os.path.dirname(__file__), "testdata")
+DATA = TESTDATA
 NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve",
             "edm_ncsnpp"]
 UNCONDITIONAL = ["edm_song", "edm_dhariwal_ve", "edm_ncsnpp"]

@@ -17,8 +17,9 @@ from ddss_tf.networks import unet
 from ddss_tf.reporting import inspection
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
+from project import TESTDATA
 
-DATA = os.path.join(os.path.dirname(__file__), "testdata")
+DATA = TESTDATA
 
 
 @pytest.fixture(scope="module")

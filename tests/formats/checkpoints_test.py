@@ -20,8 +20,9 @@ from ddss_tf.formats import ddpm as ddpm_lib
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import openai as openai_lib
 from ddss_tf.errors import UserError
+from project import TESTDATA
 
-DATA = os.path.join(os.path.dirname(__file__), "testdata")
+DATA = TESTDATA
 OPENAI = ["openai_learned_sigma", "openai_plain"]
 GUIDED = ["guided_new_order", "guided_old_order", "guided_half_width",
           "openai_class_cond"]

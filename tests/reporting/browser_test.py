@@ -11,8 +11,8 @@ import reporting_test
 
 from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from project import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIDTHS = (1280, 390)  # A screen and a telephone.
 BROWSER = next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome"))), None)

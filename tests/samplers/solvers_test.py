@@ -10,9 +10,10 @@ from ddss_tf import schedules
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import solvers
 from ddss_tf.schedules import NoiseSchedule
+from project import TESTDATA
 
 FIXTURE = np.load(os.path.join(
-    os.path.dirname(__file__), "testdata", "solvers.npz"))
+    TESTDATA, "solvers.npz"))
 CASES = sorted({key.split("/")[0] for key in FIXTURE if "/" in key})
 
 
