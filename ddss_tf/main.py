@@ -75,17 +75,18 @@ def _build(stages) -> None:
   for hours. What is large is a `gin.singleton`, and so built once.
   """
   # pylint: disable=g-import-not-at-top
-  from ddss_tf.evaluation import compare as comparing
-  from ddss_tf.evaluation import evaluate as evaluation
-  from ddss_tf.exporting import export as exporting
-  from ddss_tf.features import load as features
   from ddss_tf import registry
-  from ddss_tf.searching import search as searching
   from ddss_tf import zoo
+  from ddss_tf.evaluation import compare as compare_lib
+  from ddss_tf.evaluation import evaluate as evaluate_lib
+  from ddss_tf.exporting import sample as sample_lib
+  from ddss_tf.features import network as network_lib
+  from ddss_tf.searching import search as search_lib
   # pylint: enable=g-import-not-at-top
   checks = {
-      "compare": comparing.check_compare, "evaluate": evaluation.check_evaluate,
-      "sample": exporting.check_sample, "search": searching.check_search}
+      "compare": compare_lib.check_compare,
+      "evaluate": evaluate_lib.check_evaluate,
+      "sample": sample_lib.check_sample, "search": search_lib.check_search}
   for stage in stages:
     name = stage.__name__
     arguments = _bound_arguments(stage)
@@ -97,15 +98,15 @@ def _build(stages) -> None:
           ("denoiser", "sampler", "features", "dataset")))
       for objective in (arguments["objectives"] or {
           "": search["objective"]}).values():
-        searching.check_search({**search, "objective": objective})
+        search_lib.check_search({**search, "objective": objective})
     denoiser = arguments.get("denoiser")
     if "dataset" in arguments:
-      networks = features.as_networks(
+      networks = network_lib.as_networks(
           f"{name}.features", arguments["features"], several=name == "search")
-      networks += features.as_networks(
+      networks += network_lib.as_networks(
           f"{name}.heldout_features", arguments.get("heldout_features"),
           optional=True)
-      searching.check_shapes(denoiser, arguments["dataset"], *networks)
+      network_lib.check_shapes(denoiser, arguments["dataset"], *networks)
     factories = list(arguments.get("baselines") or [])
     if name == "search":
       factories.append(arguments["sampler"])
@@ -160,8 +161,8 @@ def _main(argv):
 def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
-  if "ddss_tf.progress" in sys.modules:
-    sys.modules["ddss_tf.progress"].close_all()
+  if "ddss_tf.runs.progress" in sys.modules:
+    sys.modules["ddss_tf.runs.progress"].close_all()
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
   if os.environ.get("TF_CONFIG"):
     # TensorFlow would wait for workers that are gone, or that wait for us.
@@ -202,8 +203,8 @@ def _run():
     import gin
     import tensorflow as tf
     from ddss_tf import distribution
-    from ddss_tf.evaluation import evaluate as evaluation
     from ddss_tf import registry  # pylint: disable=unused-import
+    from ddss_tf.runs import records as records_lib
     # pylint: enable=g-import-not-at-top
   configuration.parse(_GIN_FILE.value, params)
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
@@ -221,7 +222,7 @@ def _run():
       return
   records = results.get("evaluate") or results.get("compare")
   if records:
-    print(f"\n{evaluation.table(records)}\n")
+    print(f"\n{records_lib.table(records)}\n")
     print(f"{records[0]['num_samples']} samples a row against "
           f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
           f"seed {records[0]['seed']}; features "
