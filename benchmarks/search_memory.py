@@ -23,23 +23,23 @@ def measure(batch_size: int) -> dict:
   from ddss_tf.samplers import families
   from ddss_tf.features import load as features_lib
   from ddss_tf.objectives import objective as objectives
-  from ddss_tf.samplers import sampler as samplers
-  from ddss_tf.searching import search as searching
+  from ddss_tf.searching import options as options_lib
+  from ddss_tf.searching import search as search_lib
   denoiser = ddss_tf.load_denoiser("digits16-ddpm")
   dataset = data.load_dataset("ddss_digits", pad=2, downsample=2,
                               max_images=1000)
   features = features_lib.load_features("digits_cnn")
-  search = searching.Search(
+  search = search_lib.assemble(
       denoiser,
       families.make_sampler(denoiser.schedule, "ggdm+pred+time", NUM_STEPS),
       objectives.Objective(
           "kid_linear", [features],
           [features(dataset.images)["pool"].numpy()], denoiser.image_shape),
-      batch_size=batch_size, gradient_samples=batch_size,
-      micro_batch_size=MICRO_BATCH, num_search_steps=1, learning_rate=0.1,
-      rate_multipliers=dict.fromkeys(samplers.KINDS, 1.0), seed=0)
+      options_lib.SearchOptions(
+          batch_size=batch_size, micro_batch_size=MICRO_BATCH,
+          num_search_steps=1))
   before = records.peak_gib()
-  search.loss_and_gradient(0)
+  search.gradient(0)
   return {"gib": records.peak_gib(), "before": before}
 
 

@@ -17,7 +17,8 @@ import ddss_tf
 from ddss_tf.exporting import export as export_lib
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
-from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.searching import loop
+from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search as search_lib
 
 
@@ -79,21 +80,20 @@ def forward(folder: str, batch_size: int, runs: int) -> dict:
 
 def make_search(denoiser, batch_size: int, num_steps: int, *,
                 remat: bool = True,
-                jit_compile: bool = True) -> search_lib.Search:
+                jit_compile: bool = True) -> loop.Search:
   """A search of GGDM+PRED+TIME by the linear KID of mean pixels."""
   features = _Means()
   real = tf.random.stateless_uniform(
       [1000, *denoiser.image_shape], [0, 2], -1.0, 1.0)
-  return search_lib.Search(
+  return search_lib.assemble(
       denoiser,
       families.make_sampler(denoiser.schedule, "ggdm+pred+time", num_steps),
       objective_lib.Objective("kid_linear", [features],
                            [features(real)["pool"].numpy()],
                            denoiser.image_shape),
-      batch_size=batch_size, gradient_samples=batch_size,
-      micro_batch_size=batch_size, num_search_steps=10, learning_rate=0.1,
-      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0, remat=remat,
-      jit_compile=jit_compile)
+      options_lib.SearchOptions(
+          batch_size=batch_size, num_search_steps=10, jit_compile=jit_compile),
+      remat=remat)
 
 
 def step(folder: str, batch_size: int, num_steps: int, runs: int,
@@ -105,11 +105,11 @@ def step(folder: str, batch_size: int, num_steps: int, runs: int,
   search = make_search(denoiser, batch_size, num_steps, remat=not keep,
                        jit_compile=not graph)
   start = time.perf_counter()
-  search.loss_and_gradient(0)
+  search.gradient(0)
   set_up = time.perf_counter() - start
-  search.loss_and_gradient(1)
+  search.gradient(1)
   gib = records.peak_gib()
-  functions = {"step": lambda: search.loss_and_gradient(2)}
+  functions = {"step": lambda: search.gradient(2)}
   for jit in (True, False):
     kind = "xla" if jit else "graph"
     call = denoiser.compiled_eps(jit)

@@ -81,12 +81,12 @@ def _build(stages) -> None:
   from ddss_tf.evaluation import evaluate as evaluate_lib
   from ddss_tf.exporting import sample as sample_lib
   from ddss_tf.features import network as network_lib
-  from ddss_tf.searching import search as search_lib
+  from ddss_tf.searching import options as options_lib
   # pylint: enable=g-import-not-at-top
   checks = {
       "compare": compare_lib.check_compare,
       "evaluate": evaluate_lib.check_evaluate,
-      "sample": sample_lib.check_sample, "search": search_lib.check_search}
+      "sample": sample_lib.check_sample, "search": options_lib.check_search}
   for stage in stages:
     name = stage.__name__
     arguments = _bound_arguments(stage)
@@ -98,7 +98,7 @@ def _build(stages) -> None:
           ("denoiser", "sampler", "features", "dataset")))
       for objective in (arguments["objectives"] or {
           "": search["objective"]}).values():
-        search_lib.check_search({**search, "objective": objective})
+        options_lib.check_search({**search, "objective": objective})
     denoiser = arguments.get("denoiser")
     if "dataset" in arguments:
       networks = network_lib.as_networks(

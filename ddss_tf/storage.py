@@ -135,3 +135,14 @@ def expanded(path):
     raise UserError(f"the home folder of {path.split(os.sep)[0]} must be known "
                     f"(HOME, or the user's entry). Received: {path!r}")
   return found
+
+
+def exists(path: str) -> bool:
+  """Whether there is a file or a folder."""
+  return os.path.exists(path)
+
+
+def read_text(path: str) -> str:
+  """The content of a text file in UTF-8."""
+  with open(path, encoding="utf-8") as f:
+    return f.read()

@@ -132,14 +132,14 @@ def test_killed_search_equals_uninterrupted(killed, tfds_dir, tmp_path):
 @pytest.mark.slow
 def test_a_terminated_command_says_so(main_in_process, tmp_path, tfds_dir,
                                       monkeypatch, capsys):
-  from ddss_tf.searching import search as searching  # pylint: disable=g-import-not-at-top
-  advance = searching.Search.advance
+  from ddss_tf.searching import loop  # pylint: disable=g-import-not-at-top
+  advance = loop.Search.advance
 
   def terminated(self):
     os.kill(os.getpid(), signal.SIGTERM)
     return advance(self)
 
-  monkeypatch.setattr(searching.Search, "advance", terminated)
+  monkeypatch.setattr(loop.Search, "advance", terminated)
   monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
   with pytest.raises(SystemExit) as ended:
     main_in_process(command(f"--gin_file={DEMO}", f"--run_dir={tmp_path}",

@@ -25,7 +25,7 @@ from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
-from ddss_tf.samplers import sampler as sampler_lib
+from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
 
@@ -168,14 +168,15 @@ def test_rematerialised_gradient_with_labels(parts):
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   results = []
   for remat in (True, False):
-    search = search_lib.Search(
+    search = search_lib.assemble(
         parts["denoiser"], families.make_sampler(
             parts["denoiser"].schedule, "ggdm+pred+time", STEPS, init="ddpm"),
         objective_lib.Objective("frechet", [parts["features"]], [real], SHAPE),
-        batch_size=24, gradient_samples=24, micro_batch_size=8,
-        num_search_steps=5, learning_rate=0.1, seed=0, remat=remat,
-        rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), jit_compile=False)
-    results.append(search.loss_and_gradient(0))
+        options_lib.SearchOptions(
+            objective="frechet", batch_size=24, micro_batch_size=8,
+            num_search_steps=5, control_variate=False, jit_compile=False),
+        remat=remat)
+    results.append(search.gradient(0))
   (loss, gradient), (plain_loss, plain_gradient) = results
   np.testing.assert_allclose(loss, plain_loss, rtol=1e-4)
   assert np.all(gradient != 0)

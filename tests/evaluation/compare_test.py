@@ -22,7 +22,7 @@ from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir
 from ddss_tf.samplers import card
 from ddss_tf.samplers import generator as generator_lib
-from ddss_tf.searching import search as search_lib
+from ddss_tf.searching import loop
 from ddss_tf.errors import UserError
 
 
@@ -255,7 +255,7 @@ def test_called_again_it_measures_nothing(
     arguments, compared, monkeypatch, capsys):
   run, records = compared
   monkeypatch.setattr(evaluator_lib, "_measure", None)
-  monkeypatch.setattr(search_lib.Search, "advance", None)
+  monkeypatch.setattr(loop.Search, "advance", None)
   monkeypatch.setattr(evaluator_lib.Evaluator, "images", None)
   assert ddss_tf.compare(run, **arguments) == records
   # The bar counted the rows before there were any.

@@ -8,8 +8,8 @@ import pytest
 from ddss_tf import schedules
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
-from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
+from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
 
@@ -75,26 +75,25 @@ def _walk(parts, options, gradients, seed, rate, spread):
   except UserError:
     assume(False)  # Not a start of this family, or not a stride for this K.
   assume(sampler.variables_by_kind)  # One step of some has nothing to learn.
-  search = search_lib.Search(
+  search = search_lib.assemble(
       parts["denoiser"], sampler, objective_lib.Objective(
           "kid_linear", [parts["features"]], [np.eye(12, dtype=np.float32)],
           parts["denoiser"].image_shape),
-      batch_size=4, gradient_samples=4, micro_batch_size=4,
-      num_search_steps=len(gradients), learning_rate=rate,
-      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0)
+      options_lib.SearchOptions(
+          batch_size=4, num_search_steps=len(gradients), learning_rate=rate))
   rng = np.random.default_rng(seed)
-  size = len(search.metric.numpy())
+  size = len(search.optimizer.metric.value.numpy())
   assume(size)
   # Of directions that mix the variables, over decades.
   mixed, _ = np.linalg.qr(rng.normal(size=(size, size)))
   scales = 10.0 ** rng.uniform(-spread, spread / 2, size)
-  search.metric.assign(np.eye(size))
-  search.preconditioner.assign(
+  search.optimizer.metric.value.assign(np.eye(size))
+  search.optimizer.metric.inverse.assign(
       scales[:, None] * (mixed * scales) @ mixed.T * scales)
   _check(sampler)
   for kind, magnitude, sign in gradients:
     gradient = _gradient(rng, kind, magnitude, sign, size)
-    search.loss_and_gradient = lambda step, g=gradient: (0.0, g)
+    search.gradient = lambda step, g=gradient: (0.0, g)
     search.advance()
     _check(sampler)
   return len(gradients)

@@ -38,8 +38,15 @@ from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
+from ddss_tf.searching import loop
+from ddss_tf.searching import options as options_lib
+from ddss_tf.searching import optimizer as optimizer_lib
+from ddss_tf.searching import parts as parts_lib
+from ddss_tf.searching import pools
+from ddss_tf.searching import population
 from ddss_tf.searching import search as search_lib
 from ddss_tf.searching import starts
+from ddss_tf.searching import validation
 from ddss_tf.errors import Terminated, UserError
 
 SHAPE = (4, 4, 1)
@@ -92,7 +99,7 @@ def events(run, files="*.search"):
 
 def interrupted(run, parts, monkeypatch, at, how, expected):
   """Runs a search that is interrupted before step `at`."""
-  advance = search_lib.Search.advance
+  advance = loop.Search.advance
 
   def broken(self):
     if int(self.step) == at:
@@ -100,7 +107,7 @@ def interrupted(run, parts, monkeypatch, at, how, expected):
     return advance(self)
 
   with monkeypatch.context() as patch:
-    patch.setattr(search_lib.Search, "advance", broken)
+    patch.setattr(loop.Search, "advance", broken)
     with pytest.raises(expected) as caught:
       ddss_tf.search(run_dir=run, **parts, **options())
   return caught.value
@@ -214,8 +221,7 @@ def make_search(parts, **changes):
   values = {**dict(
       batch_size=64, gradient_samples=64, micro_batch_size=64,
       objective="kid_linear", num_search_steps=5, learning_rate=0.3,
-      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=3,
-      jit_compile=False), **changes}
+      seed=3, jit_compile=False), **changes}
   objective = objective_lib.Objective(
       values.pop("objective"), [parts["features"]], [real], SHAPE)
   teacher = None
@@ -226,9 +232,10 @@ def make_search(parts, **changes):
   if values.pop("control", False):
     control = 0.2 + np.random.default_rng(1).normal(
         size=(100, objective.width)).astype(np.float32)
-  return search_lib.Search(
-      parts["denoiser"], sampler, objective, teacher=teacher, control=control,
-      images=parts["dataset"].images, **values)
+  return search_lib.assemble(
+      parts["denoiser"], sampler, objective,
+      options_lib.SearchOptions(objective=objective.terms, **values),
+      teacher=teacher, control=control, images=parts["dataset"].images)
 
 
 @pytest.mark.parametrize("objective", [
@@ -243,11 +250,11 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
     pytest.skip("no moments")
   make = functools.partial(make_search, parts, objective=objective,
                            control=control)
-  loss, gradient = make().loss_and_gradient(1)
+  loss, gradient = make().gradient(1)
   # The last micro-batch of 7 has one sample of the 64.
   for size in (1, 7, 32):
     two = make(micro_batch_size=size)
-    two_loss, two_gradient = two.loss_and_gradient(1)
+    two_loss, two_gradient = two.gradient(1)
     np.testing.assert_allclose(two_loss, loss, rtol=1e-4, atol=1e-5)
     error = np.linalg.norm(two_gradient - gradient)
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
@@ -258,8 +265,8 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
 def test_a_part_in_one_chain_gives_the_gradient_of_two_passes(parts, control):
   make = functools.partial(make_search, parts, objective="frechet",
                            control=control, gradient_samples=16)
-  loss, gradient = make(micro_batch_size=16).loss_and_gradient(1)
-  two_loss, two_gradient = make(micro_batch_size=8).loss_and_gradient(1)
+  loss, gradient = make(micro_batch_size=16).gradient(1)
+  two_loss, two_gradient = make(micro_batch_size=8).gradient(1)
   np.testing.assert_allclose(two_loss, loss, rtol=1e-4, atol=1e-5)
   error = np.linalg.norm(two_gradient - gradient)
   assert error < 1e-5 * np.linalg.norm(gradient)
@@ -301,7 +308,7 @@ def test_nothing_is_computed_twice(parts, monkeypatch, changes, calls, embedded)
       self, count_images(images)))
   search = make_search(parts, **changes)
   seen.assign([0, 0])
-  search.loss_and_gradient(1)
+  search.gradient(1)
   assert seen.numpy().tolist() == [calls, embedded]
 
 
@@ -310,11 +317,11 @@ def test_the_gradient_of_the_bound(parts):
   search = make_search(
       parts, objective="elbo", gradient_samples=6, micro_batch_size=3)
   step = 2
-  loss, gradient = search.loss_and_gradient(step)
+  loss, gradient = search.gradient(step)
   indices = step * 64 + np.arange(6)
   chosen = np.random.default_rng([3, step]).integers(
       len(parts["dataset"].images), size=6)
-  variables = [v.value for v in search.variables]
+  variables = [v.value for v in search.optimizer.variables.optimizer.variables.variables]
   with tf.GradientTape() as tape:
     expected = tf.add_n([
         elbo.negative_elbo(
@@ -334,9 +341,9 @@ def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
   # At the start both are the same images: what is left is the distance of all
   # of the pool, whichever samples the step has.
   pool_samples, losses = 320, []
-  original = search_lib.Search.loss_and_gradient
+  original = population.PopulationGradient.__call__
   monkeypatch.setattr(
-      search_lib.Search, "loss_and_gradient", lambda self, step: (
+      population.PopulationGradient, "__call__", lambda self, step: (
           losses.append([original(self, i)[0] for i in range(3)]),
           original(self, step))[1])
   changes = dict(num_search_steps=1, pool_samples=pool_samples)
@@ -354,22 +361,22 @@ def test_the_start_is_the_control_variate(parts, tmp_path, monkeypatch):
 
 
 def test_a_part_of_the_population_estimates_its_gradient(parts):
-  _, whole = make_search(parts).loss_and_gradient(0)
+  _, whole = make_search(parts).gradient(0)
   # The parts of one population average to the whole: unbiased over which part.
   part = make_search(parts, gradient_samples=16, micro_batch_size=16)
-  pool = [part._population(tf.constant(np.arange(i, i + 16)))
+  pool = [part.gradient.views(tf.constant(np.arange(i, i + 16)))
           for i in range(0, 64, 16)]
   nothing = tf.zeros([64, pool[0].shape[1]])
-  _, cotangents = part._differentiate(
+  _, cotangents = part.gradient.differentiate(
       tf.concat(pool, axis=0), nothing, None)
   estimates = [
-      4 * part._pull_back([
+      4 * part.gradient.pull_back([
           (tf.constant(np.arange(i, i + 16)), cotangents[i:i + 16])]).numpy()
       for i in range(0, 64, 16)]
   np.testing.assert_allclose(np.mean(estimates, axis=0), whole, rtol=1e-3,
                              atol=1e-4 * np.abs(whole).max())
   np.testing.assert_allclose(
-      part.loss_and_gradient(0)[1], estimates[0], rtol=1e-4, atol=1e-5)
+      part.gradient(0)[1], estimates[0], rtol=1e-4, atol=1e-5)
 
 
 def test_chains_of_any_size(parts, tmp_path):
@@ -394,33 +401,35 @@ def test_the_metric_is_that_of_the_features(parts, family, init):
   # By finite differences, on other images than those it was measured on.
   search = make_search(parts, family=family, init=init, batch_size=256,
                        gradient_samples=256, micro_batch_size=256)
-  search.measure_metric()
-  inverse, measured = search.preconditioner.numpy(), search.metric.numpy()
+  search.optimizer.begin(0)
+  inverse, measured = (
+      search.optimizer.metric.inverse.numpy(),
+      search.optimizer.metric.value.numpy())
   indices = tf.constant(np.arange(5000, 5256))
   real = parts["features"](parts["dataset"].images)["pool"].numpy()
   std = np.sqrt(real.var(axis=0).sum())
   moves, position = [], 0
-  for number, variable in enumerate(search.variables):
+  for number, variable in enumerate(search.optimizer.variables.variables):
     before = variable.numpy()
     for index in np.ndindex(before.shape):
       # A difference that is small, but not beside rounding, in any unit.
       step = 0.02 * np.sqrt(inverse[position, position] / len(inverse))
       # Noise scales are 0 at the least, where this solver has them.
-      bound = init == "dpm++3m" and search.kinds[number] == "noise_scales"
+      bound = init == "dpm++3m" and search.optimizer.variables.kinds[number] == "noise_scales"
       ends = (0.1, 0) if bound else (1, -1)
       views = []
       for end in ends:
         moved = np.array(before)
         moved[index] += end * step
         variable.assign(moved)
-        views.append(search._population(indices).numpy().astype(np.float64))
+        views.append(search.gradient.views(indices).numpy().astype(np.float64))
       moves.append((views[0] - views[1]) / ((ends[0] - ends[1]) * step * std))
       position += 1
     variable.assign(before)
   moves = np.stack(moves)  # [n, N, D]
   metric = np.einsum("ind,jnd->ij", moves, moves) / moves.shape[1]
-  alone = np.repeat([v.constraint is not None for v in search.variables],
-                    [int(np.prod(v.shape)) for v in search.variables])
+  alone = np.repeat([v.constraint is not None for v in search.optimizer.variables.optimizer.variables.variables],
+                    [int(np.prod(v.shape)) for v in search.optimizer.variables.optimizer.variables.variables])
   np.testing.assert_array_equal(inverse[alone][:, ~alone], 0)
   np.testing.assert_allclose(inverse, inverse.T, rtol=1e-9)
   effects = np.diag(inverse)[alone] * np.diag(metric)[alone]
@@ -452,7 +461,7 @@ def test_a_step_turns_with_the_variables(parts):
   # Without times, of which the first is at its bound.
   searches = [make_search(parts, family="ggdm+pred", num_search_steps=count,
                           learning_rate=1e-3) for _ in range(2)]
-  size = len(searches[0].metric.numpy())
+  size = len(searches[0].optimizer.metric.value.numpy())
   turn, _ = np.linalg.qr(rng.normal(size=(size, size)))
   turns = np.eye(size), turn
   root = rng.normal(size=(size, size)) + 2 * np.sqrt(size) * np.eye(size)
@@ -460,13 +469,13 @@ def test_a_step_turns_with_the_variables(parts):
   gradients = rng.normal(size=(count, size))
   moved = []
   for search, turn in zip(searches, turns):
-    search.metric.assign(turn @ metric @ turn.T)
-    search.preconditioner.assign(turn @ np.linalg.inv(metric) @ turn.T)
+    search.optimizer.metric.value.assign(turn @ metric @ turn.T)
+    search.optimizer.metric.inverse.assign(turn @ np.linalg.inv(metric) @ turn.T)
     flat = lambda s=search: np.concatenate(
-        [np.ravel(v.numpy()).astype(np.float64) for v in s.variables])
+        [np.ravel(v.numpy()).astype(np.float64) for v in s.optimizer.variables.variables])
     before = flat()
     for gradient in gradients:
-      search.loss_and_gradient = lambda step, g=turn @ gradient: (0.0, g)
+      search.gradient = lambda step, g=turn @ gradient: (0.0, g)
       assert search.advance()[2]
     moved.append(turn.T @ (flat() - before))
   assert np.linalg.norm(moved[0]) > 1e-4
@@ -477,18 +486,18 @@ def test_a_step_has_the_effect_of_the_rate(parts):
   # Where all gradients agree; with one in ten steps to warm up, then a cosine.
   rng = np.random.default_rng(0)
   search = make_search(parts, num_search_steps=20, learning_rate=1e-2)
-  size = len(search.metric.numpy())
+  size = len(search.optimizer.metric.value.numpy())
   root = rng.normal(size=(size, size)) + 2 * np.sqrt(size) * np.eye(size)
   metric = root @ root.T
-  search.metric.assign(metric)
-  search.preconditioner.assign(np.linalg.inv(metric))
+  search.optimizer.metric.value.assign(metric)
+  search.optimizer.metric.inverse.assign(np.linalg.inv(metric))
   gradient = rng.normal(size=size)
-  search.loss_and_gradient = lambda step: (0.0, gradient)
+  search.gradient = lambda step: (0.0, gradient)
   for step in range(20):
-    before = [v.numpy().astype(np.float64) for v in search.variables]
+    before = [v.numpy().astype(np.float64) for v in search.optimizer.variables.optimizer.variables.variables]
     assert search.advance()[2]
     move = np.concatenate(
-        [np.ravel(v.numpy() - b) for v, b in zip(search.variables, before)])
+        [np.ravel(v.numpy() - b) for v, b in zip(search.optimizer.variables.variables, before)])
     rate = (0.005 * (step + 0.5) if step < 2 else
             0.005 * (1 + np.cos(np.pi * (step - 1.5) / 18)))
     np.testing.assert_allclose(
@@ -507,9 +516,9 @@ def test_a_search_that_is_over_makes_nothing_again(
     raise AssertionError("made again")
 
   before = contents()
-  monkeypatch.setattr(search_lib.teacher_lib, "views", fail)
+  monkeypatch.setattr(pools, "views", fail)
   monkeypatch.setattr(generator_lib.Generator, "batches", fail)
-  monkeypatch.setattr(search_lib.Search, "measure_metric", fail)
+  monkeypatch.setattr(optimizer_lib.MetricAdam, "begin", fail)
   same_sampler(sampler, ddss_tf.search(run_dir=run, **parts, **options()))
   assert contents() == before
 
@@ -518,8 +527,8 @@ def test_a_worse_validation_takes_the_search_back(
     parts, tmp_path, monkeypatch):
   values = iter([4.0, 3.0, 5.0, np.nan, 2.0, 7.0])
   validated, begun, metrics_of = [], {}, []
-  advance = search_lib.Search.advance
-  measure = search_lib.Search.measure_metric
+  advance = loop.Search.advance
+  measure = optimizer_lib.MetricAdam.begin
 
   def value_of(self, coefficients):
     validated.append(coefficients)
@@ -529,13 +538,13 @@ def test_a_worse_validation_takes_the_search_back(
     begun[self.step] = self.rate, self.sampler.coefficients().numpy()
     return advance(self)
 
-  def measuring(self):
-    metrics_of.append(self.step)
-    return measure(self)
+  def measuring(self, step):
+    metrics_of.append(step)
+    return measure(self, step)
 
-  monkeypatch.setattr(search_lib._Validation, "__call__", value_of)
-  monkeypatch.setattr(search_lib.Search, "advance", noting)
-  monkeypatch.setattr(search_lib.Search, "measure_metric", measuring)
+  monkeypatch.setattr(validation.Validation, "__call__", value_of)
+  monkeypatch.setattr(loop.Search, "advance", noting)
+  monkeypatch.setattr(optimizer_lib.MetricAdam, "begin", measuring)
   sampler = ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
       num_search_steps=20, learning_rate=0.1, rate_of_distance=1e9))
   assert metrics_of == [0, 8, 12]
@@ -621,7 +630,7 @@ def test_nothing_is_ranked_for_a_search_that_is_refused(
     raise AssertionError("dear")
 
   # Neither what is known of the real images nor a ranking comes first.
-  monkeypatch.setattr(search_lib.reference, "reference", dear)
+  monkeypatch.setattr(parts_lib.reference, "reference", dear)
   for changes, message in (
       (dict(family="ggdm"), r"another sampler: .*, or one of \d+ others"),
       (dict(start_candidates=[{"init": "ddim", "stride": "linear"}]),
@@ -963,11 +972,11 @@ def test_pictures_are_of_the_sampler_and_its_start(
 
 
 def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
-  init = search_lib.Search.__init__
+  init = loop.Search.__init__
 
   def poisoned(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    inner = self.loss_and_gradient
+    inner = self.gradient
 
     def compute(step):
       loss, gradient = inner(step)
@@ -977,9 +986,9 @@ def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
         gradient[-1] = np.inf
       return loss, gradient
 
-    self.loss_and_gradient = compute
+    self.gradient = compute
 
-  monkeypatch.setattr(search_lib.Search, "__init__", poisoned)
+  monkeypatch.setattr(loop.Search, "__init__", poisoned)
   with pytest.raises(UserError, match=(
       r"at step 6: 2 steps.*not finite, this one in the gradient of \w+; the "
       r"last good checkpoint is .*ckpt-4\b")):
@@ -1017,7 +1026,7 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
     features = network_lib.FeatureNetwork(keras.Model(inputs, [
         keras.layers.Identity(name="pool")(poison(found)),
         keras.layers.Identity(name="logits")(logits)]), "poisoned")
-  advance = search_lib.Search.advance
+  advance = loop.Search.advance
   skipped = []
 
   def refuse(coefficients):
@@ -1025,7 +1034,7 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
 
   def state(search):
     return [np.array(v) for v in (
-        *search.variables, *search.moments)]
+        *search.optimizer.variables.variables, *search.optimizer.moments)]
 
   def broken(self):
     if self.step not in (2, 5):
@@ -1038,13 +1047,13 @@ def test_faults_change_nothing(parts, tmp_path, monkeypatch, where, value):
         factor.assign(value)
       result = advance(self)
     factor.assign(1.0)
-    assert not result[2] and self.not_finite
+    assert not result[2] and self.fault
     for one, other in zip(state(self), before):
       np.testing.assert_array_equal(one, other)
     skipped.append(self.skipped)
     return result
 
-  monkeypatch.setattr(search_lib.Search, "advance", broken)
+  monkeypatch.setattr(loop.Search, "advance", broken)
   sampler = ddss_tf.search(
       run_dir=str(tmp_path), **options(),
       **{**parts, "denoiser": denoiser, "features": features})
@@ -1059,7 +1068,7 @@ def test_a_sampler_that_was_searched_starts_anew(
   _, expected = finished
   sampler = options()["sampler"](parts["denoiser"].schedule)
   searched = options(sampler=sampler)
-  advance = search_lib.Search.advance
+  advance = loop.Search.advance
 
   def broken(self):
     if self.step == 10:
@@ -1068,7 +1077,7 @@ def test_a_sampler_that_was_searched_starts_anew(
 
   run = str(tmp_path / "run")
   with monkeypatch.context() as patch:
-    patch.setattr(search_lib.Search, "advance", broken)
+    patch.setattr(loop.Search, "advance", broken)
     with pytest.raises(KeyboardInterrupt):
       ddss_tf.search(run_dir=run, **parts, **searched)
   # From its checkpoint; and, the third time, from the beginning.
@@ -1104,16 +1113,12 @@ def test_a_kind_with_rate_0_is_held(parts, tmp_path):
 
 
 def test_a_pool_is_used_up_before_it_comes_again(parts):
-  sampler = options()["sampler"](parts["denoiser"].schedule)
   goal = objective_lib.Objective(
       {"kid_linear": 1.0}, [parts["features"]],
       [np.ones((9, 12), np.float32)], SHAPE, None)
-  search = search_lib.Search(
-      parts["denoiser"], sampler, goal, batch_size=16, gradient_samples=4,
-      micro_batch_size=4, num_search_steps=20, learning_rate=0.1,
-      rate_multipliers=dict.fromkeys(sampler_lib.KINDS, 1.0), seed=0,
-      control=np.ones((83, 12), np.float32), jit_compile=False)
-  steps = [search._indices(step) for step in range(15)]
+  pool = pools.Pool(
+      goal, 16, 0, control=np.ones((83, 12), np.float32))
+  steps = [pool.indices(step) for step in range(15)]
   np.testing.assert_array_equal(np.concatenate(steps[:5]), np.arange(80))
   for first in (0, 5, 10):
     used = np.concatenate(steps[first:first + 5])
@@ -1127,7 +1132,7 @@ def test_a_pool_is_used_up_before_it_comes_again(parts):
 @pytest.mark.slow
 def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
   """For as long as it works; of other processes, not of this one."""
-  advance = search_lib.Search.advance
+  advance = loop.Search.advance
   path = str(tmp_path / ".lock")
 
   def locked():
@@ -1144,7 +1149,7 @@ def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
     seen.append(locked())
     return advance(self)
 
-  monkeypatch.setattr(search_lib.Search, "advance", watched)
+  monkeypatch.setattr(loop.Search, "advance", watched)
   searched = options(num_search_steps=1, validate_every=1)
   ddss_tf.search(run_dir=str(tmp_path), **parts, **searched)
   assert seen == [True] and not locked()

@@ -23,7 +23,7 @@ from ddss_tf.evaluation import evaluate as evaluate_lib  # pylint: disable=unuse
 from ddss_tf.exporting import export as export_lib  # pylint: disable=unused-import
 from ddss_tf.reporting import comparison  # pylint: disable=unused-import
 from ddss_tf.samplers import families
-from ddss_tf.searching import search as search_lib
+from ddss_tf.searching import loop
 import gaussian_parts
 import numpy as np
 
@@ -54,13 +54,13 @@ def fork(run):
   if child:
     os.close(told)
     return child, steps
-  advance = search_lib.Search.advance
+  advance = loop.Search.advance
 
   def noted(self):
     os.write(told, b".")
     return advance(self)
 
-  search_lib.Search.advance = noted
+  loop.Search.advance = noted
   try:
     work(run)
     os._exit(0)

@@ -1,0 +1,152 @@
+"""The algorithm: steps along a gradient, validations, and ways back.
+
+`run` is the search. What else happens on the way, such as checkpoints and
+TensorBoard, is in hooks.
+"""
+
+import time
+from typing import Callable, Iterable, NamedTuple
+
+from absl import logging
+import numpy as np
+import tensorflow as tf
+
+from ddss_tf.samplers.sampler import Sampler
+from ddss_tf.searching.optimizer import MetricAdam, StepResult
+from ddss_tf.searching.validation import BestSoFar
+
+Gradient = Callable[[int], tuple[float, np.ndarray]]
+
+
+class Search:
+  """The state of one search: all that its checkpoint holds.
+
+  Args:
+    sampler: the family whose variables are learned.
+    gradient: from a step to the loss and its gradient [n], a
+      `PopulationGradient` or a `BoundGradient`.
+    optimizer: makes steps of gradients.
+    best: the best variables by validation.
+    num_search_steps: steps in all.
+
+  Attributes:
+    checkpoint: the state, as TensorFlow saves it.
+    fault: what was not finite in the last step that was skipped.
+  """
+
+  def __init__(self, sampler: Sampler, gradient: Gradient,
+               optimizer: MetricAdam, best: BestSoFar, num_search_steps: int):
+    self.sampler, self.gradient = sampler, gradient
+    self.optimizer, self.best = optimizer, best
+    self.num_search_steps = num_search_steps
+    self.fault = ""
+    self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
+    self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
+    self.checkpoint = tf.train.Checkpoint(
+        variables=optimizer.variables.values, step=self._step,
+        skipped=self._skipped, **optimizer.state, **best.state)
+
+  @property
+  def step(self) -> int:
+    """How many steps have been made, skipped ones too."""
+    return int(self._step.numpy())
+
+  @property
+  def skipped(self) -> int:
+    """How many of them were not taken, because a value was not finite."""
+    return int(self._skipped.numpy())
+
+  @property
+  def is_over(self) -> bool:
+    """Whether no step is left."""
+    return self.step >= self.num_search_steps
+
+  @property
+  def rate(self) -> float:
+    """The learning rate of the next step."""
+    return self.optimizer.rate(self.step)
+
+  def advance(self) -> StepResult:
+    """Makes one step."""
+    step = self.step
+    result = self.optimizer.apply(step, *self.gradient(step))
+    if not result.taken:
+      self.fault = result.fault
+      self._skipped.assign_add(1)
+    self._step.assign_add(1)
+    return result
+
+  def judge(self, value: float) -> bool:
+    """Remembers the best variables, or goes back to them with half the rate.
+
+    Returns:
+      Whether it went back.
+    """
+    back = self.best.judge(value, self.step)
+    if back:
+      self.best.restore()
+      self.optimizer.go_back()
+    return back
+
+
+class Event(NamedTuple):
+  """A step as hooks see it: its result, and the seconds that it took."""
+  result: StepResult
+  seconds: float
+
+
+class Hook:
+  """What happens beside the search; every method does nothing here."""
+
+  def begin(self, state: Search) -> None:
+    """Before the first step of a search that is new."""
+
+  def after_step(self, state: Search, event: Event) -> None:
+    """After every step."""
+
+  def after_validation(self, state: Search, value: float) -> None:
+    """After a validation, the first of which comes before the first step."""
+
+  def end_step(self, state: Search) -> None:
+    """After a step, its validation and what follows from it."""
+
+
+def run(state: Search, validate: Callable[[], float], hooks: Iterable[Hook],
+        validate_every: int) -> None:
+  """Searches until no step is left.
+
+  A validation that is worse than the best one takes the search back to the best
+  variables, with half the rate.
+
+  Args:
+    state: where the search stands.
+    validate: gives the value of the sampler as it is.
+    hooks: called in their order.
+    validate_every: steps between validations; the last step has one.
+  """
+  def tell(event: str, *arguments) -> None:
+    for hook in hooks:
+      getattr(hook, event)(state, *arguments)
+
+  def judged() -> bool:
+    value = validate()
+    tell("after_validation", value)
+    back = state.judge(value)
+    logging.info(
+        "step %d: validation %.4f%s", state.step, value,
+        f", back to {state.best.value:.4f} at step {state.best.step} with half "
+        "the rate" if back else "")
+    return back
+
+  if state.step == 0:
+    tell("begin")
+    judged()
+    state.optimizer.begin(0)
+  while not state.is_over:
+    began = time.monotonic()
+    result = state.advance()
+    tell("after_step", Event(result, time.monotonic() - began))
+    if state.step % validate_every == 0 or state.is_over:
+      if judged() and not state.is_over:
+        state.optimizer.begin(state.step)
+    tell("end_step")

@@ -1,0 +1,119 @@
+"""What a user gives a search, checked."""
+
+import functools
+import math
+
+from absl import logging
+
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.features import network as network_lib
+from ddss_tf.features import reference
+from ddss_tf.networks import precision
+from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.objectives import teacher as teacher_lib
+from ddss_tf.searching import starts
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import UserError
+from ddss_tf.features.network import as_networks
+from ddss_tf.samplers.sampler import Sampler
+from ddss_tf.searching.options import SearchOptions
+
+
+class SearchParts:
+  """What a search is made of, checked against each other.
+
+  Raises:
+    UserError: they do not fit together.
+
+  Attributes:
+    denoiser, dataset, networks: what the user gave.
+    make_sampler: what the user gave as the sampler.
+    sampler: the sampler, at the start that is known.
+    options: `SearchOptions`.
+    teacher: coefficients of the teacher, NumPy, or None.
+    reals: float32 [R, D], the real images' features by each network, once
+      `objective` was called.
+  """
+
+  def __init__(self, denoiser: Denoiser, sampler, features, dataset,
+               options: SearchOptions):
+    self.denoiser, self.options = denoiser, options
+    self.dataset = dataset_lib.as_dataset(dataset)
+    self.networks = as_networks("search.features", features)
+    network_lib.check_shapes(denoiser, self.dataset, *self.networks)
+    if len(self.dataset.images) < 2:
+      raise UserError(
+          f"data set {self.dataset.name!r} must have at least 2 images, for "
+          f"the spread of their features. Received: {len(self.dataset.images)}")
+    self._check_denoiser()
+    self.make_sampler, self.sampler = sampler, (
+        sampler if isinstance(sampler, Sampler)
+        else sampler(denoiser.schedule))
+    self._check_sampler()
+    try:
+      objective_lib.weights_of_networks(options.feature_weights, self.networks)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"search: {error}") from error
+    self.reals = None
+    self.teacher = self._teacher() if options.uses_teacher else None
+
+  def _check_denoiser(self):
+    name = self.denoiser.name
+    if self.options.is_elbo and self.denoiser.num_classes is not None:
+      raise UserError("objective 'elbo' needs an unconditional denoiser: "
+                      f"images come without their classes. Received: {name!r}")
+    if self.denoiser.dtype_policy == precision.FLOAT16:
+      logging.warning(
+          "denoiser %r computes in float16, whose gradients are 0 below 6e-8 "
+          "and whose times beyond 512 are halves: a search may stand still. In "
+          "float32 or bfloat16 it would not", name)
+
+  def _check_sampler(self):
+    sampler = self.sampler
+    if self.make_sampler is sampler and self.starts_by_ranking:
+      raise UserError("search.sampler must be a function from a schedule to a "
+                      "sampler where init is 'auto'. Received: a sampler")
+    if not sum(math.prod(variable.shape) for variables
+               in sampler.variables_by_kind.values() for variable in variables):
+      raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
+                      "a learned family, such as ggdm+pred+time")
+    sampler.reset()  # An object may have been searched before.
+    denoiser_lib.check_times(self.denoiser, sampler)
+    denoiser_lib.check_guidance(self.denoiser, sampler.coefficients())
+
+  def _teacher(self):
+    try:
+      return teacher_lib.coefficients(
+          self.denoiser.schedule, **self.options.teacher)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"search.teacher: {error}") from error
+
+  @property
+  def starts_by_ranking(self) -> bool:
+    """Whether the search chooses its start."""
+    return getattr(self.sampler, "init", None) == "auto"
+
+  def candidates(self) -> list[tuple[dict, Sampler]]:
+    """The options and samplers that the search may start at."""
+    if not self.starts_by_ranking:
+      return [({}, self.sampler)]
+    return starts.possible(
+        functools.partial(self.make_sampler, self.denoiser.schedule),
+        self.options.start_candidates)
+
+  def setting(self) -> dict:
+    """What decides the value of a sampler, as JSON."""
+    return self.options.setting(self.denoiser, self.dataset, self.networks)
+
+  def objective(self, cache: str) -> objective_lib.Objective:
+    """The objective, against the real images' features."""
+    reals = [reference.reference(
+        network, self.dataset, quantise=False, cache_dir=cache).pool
+             for network in self.networks]
+    for network, real in zip(self.networks, reals):
+      network_lib.check_features(network, self.dataset, real)
+    self.reals = reals
+    return objective_lib.Objective(
+        self.options.objective, self.networks, reals, self.denoiser.image_shape,
+        self.options.feature_weights)
