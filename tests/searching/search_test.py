@@ -321,7 +321,7 @@ def test_the_gradient_of_the_bound(parts):
   indices = step * 64 + np.arange(6)
   chosen = np.random.default_rng([3, step]).integers(
       len(parts["dataset"].images), size=6)
-  variables = [v.value for v in search.optimizer.variables.optimizer.variables.variables]
+  variables = [v.value for v in search.optimizer.variables.variables]
   with tf.GradientTape() as tape:
     expected = tf.add_n([
         elbo.negative_elbo(
@@ -428,8 +428,8 @@ def test_the_metric_is_that_of_the_features(parts, family, init):
     variable.assign(before)
   moves = np.stack(moves)  # [n, N, D]
   metric = np.einsum("ind,jnd->ij", moves, moves) / moves.shape[1]
-  alone = np.repeat([v.constraint is not None for v in search.optimizer.variables.optimizer.variables.variables],
-                    [int(np.prod(v.shape)) for v in search.optimizer.variables.optimizer.variables.variables])
+  alone = np.repeat([v.constraint is not None for v in search.optimizer.variables.variables],
+                    [int(np.prod(v.shape)) for v in search.optimizer.variables.variables])
   np.testing.assert_array_equal(inverse[alone][:, ~alone], 0)
   np.testing.assert_allclose(inverse, inverse.T, rtol=1e-9)
   effects = np.diag(inverse)[alone] * np.diag(metric)[alone]
@@ -494,7 +494,7 @@ def test_a_step_has_the_effect_of_the_rate(parts):
   gradient = rng.normal(size=size)
   search.gradient = lambda step: (0.0, gradient)
   for step in range(20):
-    before = [v.numpy().astype(np.float64) for v in search.optimizer.variables.optimizer.variables.variables]
+    before = [v.numpy().astype(np.float64) for v in search.optimizer.variables.variables]
     assert search.advance()[2]
     move = np.concatenate(
         [np.ravel(v.numpy() - b) for v, b in zip(search.optimizer.variables.variables, before)])
