@@ -9,7 +9,6 @@ from typing import Iterator
 
 import numpy as np
 
-from ddss_tf import distribution
 from ddss_tf.errors import UserError
 
 
@@ -27,6 +26,8 @@ def replacing(path: str) -> Iterator[str]:
   Yields:
     A path with the same ending, in the same folder.
   """
+  # Imported late: it needs TensorFlow, which takes seconds to import.
+  from ddss_tf import distribution  # pylint: disable=g-import-not-at-top
   folder, name = os.path.split(os.path.abspath(path))
   if not distribution.is_chief():
     with tempfile.TemporaryDirectory() as nowhere:

@@ -204,7 +204,7 @@ def test_embedded_digits_need_no_home(home, tmp_path):
     environment["HOME"] = str(tmp_path / "a file")
     (tmp_path / "a file").write_text("")
   run = subprocess.run(
-      [sys.executable, "-c", "from ddss_tf import data; print(data.load_dataset"
+      [sys.executable, "-c", "from ddss_tf.datasets import load as data; print(data.load_dataset"
        "('ddss_digits', pad=2, downsample=2).sha256)"],
       env=environment, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr[-2000:]
@@ -247,7 +247,7 @@ def test_fuzzed_files_are_read_or_refused_by_name(tmp_path):
     write(tmp_path, {f"{i:03}/{i:03}-{name}": mutated(FILES[name][0], rng)})
   script = """
 import os, sys
-from ddss_tf import data
+from ddss_tf.datasets import load as data
 from ddss_tf.errors import UserError
 root, read, refused = sys.argv[1], 0, 0
 for folder in sorted(os.listdir(root)):
