@@ -80,3 +80,19 @@ def gaussian_config(tmp_path_factory):
   """A gin file of a run of the Gaussian parts, of seconds."""
   import gaussian_parts as parts  # pylint: disable=g-import-not-at-top
   return parts.save(str(tmp_path_factory.mktemp("parts")))
+
+
+@pytest.fixture(scope="session")
+def parts(gaussian_parts):
+  """The same, by the name of what `ddss_tf.search` takes."""
+  return gaussian_parts
+
+
+@pytest.fixture(scope="session")
+def finished(gaussian_parts, tmp_path_factory):
+  """The run directory of an uninterrupted search, and its sampler."""
+  import ddss_tf  # pylint: disable=g-import-not-at-top
+  import small_searches  # pylint: disable=g-import-not-at-top
+  run = str(tmp_path_factory.mktemp("finished"))
+  return run, ddss_tf.search(
+      run_dir=run, **gaussian_parts, **small_searches.options())

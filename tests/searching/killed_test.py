@@ -10,7 +10,7 @@ import pytest
 
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
-from search_test import events
+from small_searches import events
 import tensorflow as tf
 from project import SUPPORT
 

@@ -1,0 +1,131 @@
+"""Searches that were killed, terminated or damaged, and go on."""
+
+import glob
+import json
+import os
+import signal
+
+import pytest
+
+import ddss_tf
+from ddss_tf.samplers import generator as generator_lib
+from ddss_tf.searching import loop
+from ddss_tf.searching import optimizer as optimizer_lib
+from ddss_tf.searching import pools
+from ddss_tf.errors import Terminated, UserError
+from small_searches import die, events, interrupted, options, same_sampler
+
+
+def test_killed_and_resumed_is_uninterrupted(
+    parts, finished, tmp_path, monkeypatch):
+  run = str(tmp_path)
+  for at in (2, 7, 10):  # Before the first checkpoint, then between two.
+    interrupted(run, parts, monkeypatch, at, die, KeyboardInterrupt)
+  same_sampler(finished[1], ddss_tf.search(run_dir=run, **parts, **options()))
+  # Nothing lost, nothing doubled.
+  assert events(run) == events(finished[0])
+  with open(os.path.join(run, "checkpoints", "ckpt-12.json")) as f:
+    assert json.load(f)["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_terminated_and_resumed_is_uninterrupted(
+    parts, finished, tmp_path, monkeypatch):
+  run = str(tmp_path)
+  error = interrupted(
+      run, parts, monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM),
+      Terminated)
+  assert "after step 6 of 12" in str(error) and "ckpt-6" in str(error)
+  assert os.path.exists(os.path.join(run, "checkpoints", "ckpt-6.index"))
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  same_sampler(finished[1], ddss_tf.search(run_dir=run, **parts, **options()))
+  assert events(run) == events(finished[0])
+
+
+@pytest.mark.parametrize("damage", [
+    "truncated", *(pytest.param(damage, marks=pytest.mark.slow)
+                   for damage in ("flipped", "list"))])
+def test_a_damaged_checkpoint_falls_back(
+    parts, finished, tmp_path, monkeypatch, caplog, damage):
+  run = str(tmp_path)
+  interrupted(run, parts, monkeypatch, 10, die, KeyboardInterrupt)
+  folder = tmp_path / "checkpoints"
+  if damage == "list":
+    (folder / "checkpoint").write_text("nonsense {")
+  else:
+    (data_file,) = folder.glob("ckpt-8.data-*")
+    content = bytearray(data_file.read_bytes())
+    if damage == "truncated":
+      content = content[:len(content) // 2]
+    else:
+      content[len(content) // 2] ^= 255
+    data_file.write_bytes(content)
+  same_sampler(finished[1], ddss_tf.search(run_dir=run, **parts, **options()))
+  assert events(run) == events(finished[0])
+  assert (folder / "ckpt-8.index.damaged").exists() == (damage != "list")
+  assert ("ckpt-8 is damaged" in caplog.text) == (damage != "list")
+
+
+def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
+  interrupted(str(tmp_path), parts, monkeypatch, 10, die, KeyboardInterrupt)
+  indices = sorted((tmp_path / "checkpoints").glob("*.index"))
+  for path in indices:
+    path.write_bytes(b"nonsense")
+  with pytest.raises(UserError, match="must be readable.*ckpt-8, .*ckpt-4"):
+    ddss_tf.search(run_dir=str(tmp_path), **parts, **options())
+  assert sorted((tmp_path / "checkpoints").glob("*.index")) == indices
+
+
+@pytest.mark.slow
+def test_a_first_checkpoint_that_was_not_finished(
+    parts, finished, tmp_path, monkeypatch):
+  interrupted(str(tmp_path), parts, monkeypatch, 6, die, KeyboardInterrupt)
+  # As SIGKILL leaves it before TensorFlow writes its list.
+  (tmp_path / "checkpoints" / "checkpoint").unlink()
+  (tmp_path / "checkpoints" / "ckpt-4.index").write_bytes(b"half")
+  same_sampler(finished[1], ddss_tf.search(
+      run_dir=str(tmp_path), **parts, **options()))
+  assert events(str(tmp_path)) == events(finished[0])
+
+
+def test_a_search_that_is_over_makes_nothing_again(
+    parts, finished, monkeypatch):
+  run, sampler = finished
+
+  def contents():
+    return {path: open(path, "rb").read() for path in glob.glob(
+        os.path.join(run, "**"), recursive=True) if os.path.isfile(path)}
+
+  def fail(*args, **kwargs):
+    raise AssertionError("made again")
+
+  before = contents()
+  monkeypatch.setattr(pools, "views", fail)
+  monkeypatch.setattr(generator_lib.Generator, "batches", fail)
+  monkeypatch.setattr(optimizer_lib.MetricAdam, "begin", fail)
+  same_sampler(sampler, ddss_tf.search(run_dir=run, **parts, **options()))
+  assert contents() == before
+
+
+@pytest.mark.slow
+def test_a_sampler_that_was_searched_starts_anew(
+    parts, finished, tmp_path, monkeypatch):
+  """An object may be given twice, as in a notebook after an interruption."""
+  _, expected = finished
+  sampler = options()["sampler"](parts["denoiser"].schedule)
+  searched = options(sampler=sampler)
+  advance = loop.Search.advance
+
+  def broken(self):
+    if self.step == 10:
+      die()
+    return advance(self)
+
+  run = str(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Search, "advance", broken)
+    with pytest.raises(KeyboardInterrupt):
+      ddss_tf.search(run_dir=run, **parts, **searched)
+  # From its checkpoint; and, the third time, from the beginning.
+  for folder in (run, str(tmp_path / "other")):
+    same_sampler(ddss_tf.search(run_dir=folder, **parts, **searched), expected)
