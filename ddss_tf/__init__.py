@@ -48,6 +48,7 @@ _PUBLIC = {
     "make_sampler": "samplers.families",
     "make_schedule": "schedules",
     "on_schedule": "denoisers.clocks",
+    "register_family": "samplers.families",
     "report": "reporting.report",
     "run_chain": "samplers.chain",
     "sample": "exporting.sample",
@@ -78,7 +79,7 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.samplers.card import SamplerCard
   from ddss_tf.samplers.chain import draw_noise, run_chain
   from ddss_tf.samplers.coefficients import Coefficients
-  from ddss_tf.samplers.families import GGDM, make_sampler
+  from ddss_tf.samplers.families import GGDM, make_sampler, register_family
   from ddss_tf.samplers.learned import LearnedSampler
   from ddss_tf.samplers.sampler import FixedSampler, Sampler, SolverSampler
   from ddss_tf.samplers.solvers import solver_coefficients

@@ -51,7 +51,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   """
   for what, known in (("solvers", solvers_lib.SOLVERS),
                       ("strides", schedules.STRIDES),
-                      ("families", families_lib.FAMILIES)):
+                      ("families", families_lib.family_names())):
     for name in _listed(what, arguments, "list of names"):
       if name not in known:
         raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
@@ -117,7 +117,7 @@ def compare(
     num_steps: Sequence[int] = gin.REQUIRED,
     solvers: Sequence[str] = solvers_lib.SOLVERS,
     strides: Sequence[str] = schedules.STRIDES,
-    families: Sequence[str] = lineage.FAMILIES,
+    families: Sequence[str] = families_lib.COMPARED,
     starts: str = "best",
     objectives: Mapping[str, str | Mapping[str, float]] | None = None,
     cards: Sequence[str] = (),
@@ -263,15 +263,16 @@ def compare(
         add(sampler, bound, _search_of(path))
       if objectives:
         continue
-      inside = [name for name in lineage._CONTAINS.get(family, ()) if name in ends]
+      inside = [name for name in families_lib.contained(family) if name in ends]
       # Those inside another one of them have been started from already.
       inside = [name for name in inside if not any(
-          name in lineage._CONTAINS.get(other, ()) for other in inside)]
+          name in families_lib.contained(other) for other in inside)]
       candidates = [{}, *simple, *(
           {"init": os.path.join(path, run_dir_lib.SAMPLER)}
           for name in inside for path in ends[name])]
       rounds = {folder: [{}] if starts == "default" else candidates}
-      if starts == "best" and family in lineage.MULTISTEP and not set(inside) & set(lineage.MULTISTEP):
+      if (starts == "best" and families_lib.is_multistep(family)
+          and not any(map(families_lib.is_multistep, inside))):
         if best:
           rounds[folder] = [*candidates, lineage.as_start(best)]
         if other:

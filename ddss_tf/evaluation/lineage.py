@@ -6,19 +6,6 @@ from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.errors import UserError
 
-# What a family can take over from a smaller one that was searched before.
-_CONTAINS = {
-    "rddim": ("ddim-learned", "vars"),
-    "ggdm": ("ddim-learned", "vars", "rddim"),
-    "ggdm+pred": ("ddim-learned", "vars", "rddim", "ggdm"),
-    "ggdm+time": ("ddim-learned", "vars", "rddim", "ggdm"),
-    "ggdm+pred+time": ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred",
-                       "ggdm+time"),
-}
-MULTISTEP = ("ggdm", "ggdm+pred", "ggdm+time", "ggdm+pred+time")
-FAMILIES = ("ddim-learned", "vars", "rddim", "ggdm", "ggdm+pred", "ggdm+time",
-            "ggdm+pred+time")
-
 
 def as_start(sampler):
   """The options of a family that starts at this solver."""

@@ -18,16 +18,22 @@ where it publishes no formula the docstring says "our choice".
 Each contains the ones above it, except that only ggdm holds the solvers that
 use earlier states. With +pred it holds all of them exactly.
 
-To add a family, subclass `LearnedSampler`, create its variables with `_learn`,
-write `_rows`, and give it a name in `LEARNED`.
+To add a family, subclass `LearnedSampler`, create its variables in
+`_create_rows`, map them to rows in `_rows`, and give it a row of the table:
+`register_family`.
 """
+
+import functools
+from typing import Callable, NamedTuple
 
 import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.samplers import labels
 from ddss_tf.samplers import learned
 from ddss_tf.samplers import marginals as marginals_lib
+from ddss_tf.samplers import parameterisations
 from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.coefficients import Coefficients
@@ -39,8 +45,9 @@ from ddss_tf.schedules import NoiseSchedule
 class LearnedDDIM(LearnedSampler):
   """DDIM with one learned noise scale a step (Watson et al. 2022).
 
-  "paper": sigma = sqrt(1 - abar_s) sigmoid(v). "real": sigma is its start plus
-  an offset, kept inside [0, 0.999 sqrt(1 - abar_s)]; our choice.
+  "paper": sigma = sqrt(1 - abar_s) sigmoid(v), as published, without a number on
+  the slides. "real": sigma is its start plus an offset, kept inside
+  [0, 0.999 sqrt(1 - abar_s)]; our choice.
   """
 
   def _create_rows(self):
@@ -52,26 +59,19 @@ class LearnedDDIM(LearnedSampler):
     self._abar_t, self._abar_s = abar[:-1], abar[1:]
     most = np.sqrt(1 - self._abar_s)
     noise = self._start.noise_scales[:-1]
-    if self._real:
-      self._noise = self._learn(
-          "noise_scales", "noise_scales", np.zeros(self.num_steps - 1),
-          constraint=learned.Interval(
-              -noise, np.maximum(0.999 * most - noise, 0.0)))
-    else:
-      self._noise = self._learn(
-          "noise_scales", "noise_scales", learned.logit(noise / most))
+    self._noise = self._form.bounded(
+        self._learn, "noise_scales", "noise_scales", noise,
+        most=np.maximum(0.999 * most, noise), scale=most)
 
   def _rows(self):
     start = self._start.numpy()
     most = np.sqrt(1 - self._abar_s).astype(np.float32)
-    if self._real:
-      sigma = learned.at_least_0(start.noise_scales[:-1] + self._noise.value)
-    else:
-      sigma = most * tf.sigmoid(self._noise.value)
-    # Short of all, where a square root has no gradient; or where it started.
+    # A little less than all noise, because the square root below has no gradient
+    # at 0; but not less than where it started.
     first = start.noise_scales[:-1]
-    sigma = tf.minimum(sigma, np.maximum(0.9999 * most, first))
-    # most^2 - sigma^2, whose difference float32 may not have: from the start's.
+    sigma = tf.minimum(self._noise(), np.maximum(0.9999 * most, first))
+    # most^2 - sigma^2 is computed from that of the start. Float32 may not have
+    # the difference of such squares.
     left = (1 - self._abar_s - self._start.noise_scales[:-1].astype(float)**2)
     direction = tf.sqrt(
         left.astype(np.float32) + (first - sigma) * (first + sigma))
@@ -101,11 +101,11 @@ class VARS(LearnedSampler):
       raise ValueError(f"vars is a DDPM. Received: eta={self._eta}")
     abar = self.schedule.abar(self._start.times)
     self._vars = self._learn(
-        "noise_scales", "variances", learned.cumulative_logits((1 - abar)[::-1]))
+        "noise_scales", "variances", parameterisations.cumulative_logits((1 - abar)[::-1]))
 
   def _marginals(self):
     """1 - abar and abar of the K states, noisiest first."""
-    variances, rest = learned.cumulative(self._vars.value)
+    variances, rest = parameterisations.cumulative(self._vars.value)
     return tf.maximum(variances, marginals_lib.MEAN_FLOOR)[::-1], rest[::-1]
 
   def _rows(self):
@@ -135,7 +135,8 @@ class GGDM(LearnedSampler):
   GDDIM. With `markov`, only the last state: RDDIM. Without +PRED the mean and
   deviation of the noisiest state, which Theorem 1 needs, are learned too.
 
-  In "paper" weights and noise scales are sigmoids of their variables (the
+  The rows are those of equations 13 and 14 of the slides, with `markov` of 10
+  and 11. In "paper" weights and noise scales are sigmoids of their variables (the
   sigmoid is our choice). In "real" any start is exact, and the last row may be
   free as well, so that the image is a mixture of x0_hat and all states.
 
@@ -158,7 +159,7 @@ class GGDM(LearnedSampler):
                      parameterisation=parameterisation, **kwargs)
 
   def default_start(self):
-    if self.markov or self.parameterisation == "paper":
+    if self.markov or self._form.starts:
       return super().default_start()
     return next(start for most, *start in learned.BEST_STARTS
                 if self.num_steps <= most)
@@ -179,32 +180,28 @@ class GGDM(LearnedSampler):
     self._entries = self._entries[self._entries[:, 0] < rows]
     state = start.state_weights[tuple(self._entries.T)]
     x0, noise = start.x0_weights[:rows], start.noise_scales[:-1]
-    if self._real:
-      self._state = self._learn("weights", "state_weights", np.zeros(
-          len(self._entries)))
-      self._x0 = self._learn("weights", "x0_weights", np.zeros(rows))
-      self._noise = self._learn(
-          "noise_scales", "noise_scales", np.zeros(steps - 1),
-          constraint=learned.Interval(-noise, np.inf))
-    else:
-      self._state = self._learn("weights", "state_weights", learned.logit(state))
-      self._x0 = self._learn("weights", "x0_weights", learned.logit(x0))
-      self._noise = self._learn("noise_scales", "noise_scales", learned.logit(noise))
+    weight = functools.partial(self._form.weight, self._learn, "weights")
+    self._state = weight("state_weights", state)
+    self._x0 = weight("x0_weights", x0)
+    self._noise = self._form.bounded(
+        self._learn, "noise_scales", "noise_scales", noise)
+    # The weights that are not learned: those of the last row.
+    self._fixed = np.array(start.state_weights, np.float32)
+    self._fixed[tuple(self._entries.T)] = 0.0
+    self._fixed_x0 = np.array(start.x0_weights[rows:], np.float32)
     if self.pred:
       return
-    # x0_hat = p x + q eps of the noisiest state is mean 1/p, deviation -q/p.
+    # x0_hat = p x + q eps of the noisiest state means that this state has the
+    # mean 1/p and the deviation -q/p.
     mean = 1 / start.x0_from_state[0]
     std = -start.x0_from_eps[0] * mean
-    if self._real:
+    if self._form.exact:
       self._check_marginals(mean, std)
-      self._first_mean = self._learn("weights", "first_mean", 0.0)
-      # Never 0: the marginal variances of all states would lose their root.
-      self._first_std = self._learn(
-          "weights", "first_std", 0.0, constraint=learned.Interval(1e-2 - std, np.inf))
-    else:
-      self._first_mean = self._learn("weights", "first_mean", learned.logit(mean))
-      self._first_std = self._learn("weights", "first_std", learned.logit(std))
-    self._first = mean, std
+    self._first_mean = weight("first_mean", mean)
+    # A deviation of 0 would be fatal: the marginal variances of all states would
+    # lose their root.
+    self._first_std = self._form.bounded(
+        self._learn, "weights", "first_std", std, least=1e-2)
 
   def _check_marginals(self, mean, std):
     """Without +PRED a start must have the x0_hat that Theorem 1 implies."""
@@ -216,41 +213,145 @@ class GGDM(LearnedSampler):
                          "sampler whose x0_hat is not that of its marginals")
 
   def _rows(self):
-    start, shape = self._start.numpy(), (self.num_steps,) * 2
-    if self._real:
-      state_weights = start.state_weights + tf.scatter_nd(
-          self._entries, self._state.value, shape)
-      rows = self._x0.shape[0]
-      x0_weights = tf.concat([start.x0_weights[:rows] + self._x0.value,
-                              start.x0_weights[rows:]], axis=0)
-      noise = learned.at_least_0(start.noise_scales[:-1] + self._noise.value)
-    else:
-      state_weights = tf.scatter_nd(
-          self._entries, tf.sigmoid(self._state.value), shape)
-      x0_weights = tf.concat([tf.sigmoid(self._x0.value), [1.0]], axis=0)
-      noise = tf.sigmoid(self._noise.value)
-    return state_weights, x0_weights, tf.concat([noise, [0.0]], axis=0)
+    state_weights = self._fixed + tf.scatter_nd(
+        self._entries, self._state(), self._fixed.shape)
+    x0_weights = tf.concat([self._x0(), self._fixed_x0], axis=0)
+    return state_weights, x0_weights, tf.concat([self._noise(), [0.0]], axis=0)
 
   def _implied_x0(self, state_weights, x0_weights, noise_scales):
-    mean, std = self._first
-    if self._real:
-      mean = np.float32(mean) + self._first_mean.value
-      std = np.float32(std) + self._first_std.value
-    else:
-      mean = tf.sigmoid(self._first_mean.value)
-      std = tf.sigmoid(self._first_std.value)
     return marginals_lib.x0_of_marginals(*marginals_lib.marginals(
-        state_weights, x0_weights, noise_scales, mean, std))
+        state_weights, x0_weights, noise_scales, self._first_mean(),
+        self._first_std()))
 
 
-LEARNED = ("ddim-learned", "vars", "rddim", "ggdm")
+class Family(NamedTuple):
+  """A learned family.
+
+  Attributes:
+    name: what gin and the command line call it.
+    label: what tables and pictures call it.
+    make: the class, or what else makes a `LearnedSampler` of (schedule,
+      num_steps, family, **options).
+    contains: names of the families whose samplers it can start at.
+    multistep: whether it holds the solvers that use earlier states.
+  """
+  name: str
+  label: str
+  make: Callable[..., LearnedSampler]
+  contains: tuple[str, ...] = ()
+  multistep: bool = False
+
+
+# All learned families by name, smaller ones first.
+LEARNED = {}
 _EXTRAS = tuple(pred + time + guidance for guidance in ("", "+guidance")
                 for pred, time in (("", ""), ("+pred", ""), ("", "+time"),
                                    ("+pred", "+time")))
-FAMILIES = (*solvers.SOLVERS,
-            *(name + extra for name in LEARNED for extra in _EXTRAS),
-            *(name + extra for name in solvers.SOLVERS
-              for extra in _EXTRAS[1:]))
+
+
+def register_family(name: str, *, label: str, contains: tuple[str, ...] = (),
+                    multistep: bool = False) -> Callable:
+  """Gives a learned family its row: `make_sampler` and `compare` then know it.
+
+    @ddss_tf.register_family("mine", label="MINE", contains=("ddim-learned",))
+    class Mine(ddss_tf.LearnedSampler):
+      ...
+
+  Args:
+    name: what gin and the command line call it.
+    label: what tables and pictures call it.
+    contains: names of the families whose samplers it can start at.
+    multistep: whether it holds the solvers that use earlier states.
+
+  Returns:
+    A decorator of the class, or of what else makes a `LearnedSampler` of
+    (schedule, num_steps, family, **options).
+
+  Raises:
+    ValueError: the name is taken, has a "+", or a family that it contains is
+      not known.
+  """
+  if name in solvers.SOLVERS or "+" in name or not name:
+    raise ValueError(
+        f"a family's name must be new, without +. Received: {name!r}")
+  unknown = set(contains) - set(LEARNED)
+  if unknown:
+    raise ValueError("a family must contain families that are known, out of "
+                     f"{', '.join(LEARNED)}. Received: {sorted(unknown)}")
+
+  def register(make):
+    known = LEARNED.get(name)
+    if known is not None and _where(known.make) != _where(make):
+      raise ValueError(f"a family's name must be new. Received: {name!r}, which "
+                       f"is {'.'.join(_where(known.make))}")
+    LEARNED[name] = Family(name, label, make, tuple(contains), multistep)
+    labels.LABELS[name] = label
+    return make
+
+  return register
+
+
+def _where(make) -> tuple[str, str]:
+  """Where a class or function was defined; one that is imported again is the same."""
+  return make.__module__, make.__qualname__
+
+
+def _rddim(schedule, num_steps, family, **options):
+  return GGDM(schedule, num_steps, family, markov=True, **options)
+
+
+def _ggdm(schedule, num_steps, family, **options):
+  return GGDM(schedule, num_steps, family, markov=False, **options)
+
+
+register_family("ddim-learned", label="learned DDIM")(LearnedDDIM)
+register_family("vars", label="VARS")(VARS)
+register_family(
+    "rddim", label="RDDIM", contains=("ddim-learned", "vars"))(_rddim)
+register_family("ggdm", label="GGDM", multistep=True,
+                contains=("ddim-learned", "vars", "rddim"))(_ggdm)
+
+
+def split_name(family: str) -> tuple[str, tuple[str, ...]]:
+  """A name without its extras, and these: "ggdm+pred" is "ggdm", ("pred",)."""
+  base, extras = family, ()
+  for extra in ("guidance", "time", "pred"):
+    if base.endswith(f"+{extra}"):
+      base, extras = base.removesuffix(f"+{extra}"), (extra, *extras)
+  return base, extras
+
+
+def family_names() -> tuple[str, ...]:
+  """All that `make_sampler` takes: solvers, learned families, and their extras."""
+  return (*solvers.SOLVERS,
+          *(name + extra for name in LEARNED for extra in _EXTRAS),
+          *(name + extra for name in solvers.SOLVERS for extra in _EXTRAS[1:]))
+
+
+def contained(family: str) -> tuple[str, ...]:
+  """The families whose samplers a family can start at, smaller ones first.
+
+  Those of its row, and itself with fewer extras. A family that contains none
+  starts at solvers only.
+  """
+  base, extras = split_name(family)
+  if base not in LEARNED or not LEARNED[base].contains:
+    return ()
+  fewer = [name for name in (base + extra for extra in _EXTRAS)
+           if name != family and set(split_name(name)[1]) <= set(extras)]
+  return (*LEARNED[base].contains, *fewer)
+
+
+def is_multistep(family: str) -> bool:
+  """Whether a family holds the solvers that use earlier states."""
+  base, _ = split_name(family)
+  return base in LEARNED and LEARNED[base].multistep
+
+
+# What `compare` searches: each family, the multistep one with its extras too.
+COMPARED = tuple(
+    name + extra for name in LEARNED
+    for extra in (_EXTRAS[:4] if LEARNED[name].multistep else ("",)))
 
 
 @gin.configurable
@@ -260,10 +361,10 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
 
   Args:
     schedule: the forward process of the denoiser.
-    family: one of `FAMILIES`: a solver of `solvers.SOLVERS`, such as "ddpm",
-      "ddim", "dpm++2m", "unipc2-bh2"; one of `LEARNED`: "ddim-learned", "vars",
-      "rddim", "ggdm"; either with "+pred", "+time", "+guidance", or several in
-      this order.
+    family: a solver of `solvers.SOLVERS`, such as "ddpm", "ddim", "dpm++2m",
+      "unipc2-bh2"; a learned family: "ddim-learned", "vars", "rddim", "ggdm", or
+      one that was registered (`register_family`); either with "+pred", "+time",
+      "+guidance", or several in this order.
     num_steps: K, from 1 to T.
     **options: of the family's class, `SolverSampler` for a plain solver, else
       `LearnedSampler` and its subclass: `stride`, one of `schedules.STRIDES` or
@@ -277,7 +378,7 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
   Raises:
     UserError: unknown family, or options that it does not accept.
   """
-  if family not in FAMILIES:
+  if family not in family_names():
     raise UserError(
         f"sampler family must be one of {', '.join(solvers.SOLVERS)}, "
         f"{', '.join(LEARNED)}, or one of these with +pred, +time, +guidance "
@@ -285,20 +386,13 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
   if isinstance(num_steps, bool) or not isinstance(num_steps, int):
     raise UserError(
         f"num_steps must be a whole number. Received: {num_steps!r}")
-  base, extras = family, {}
-  for extra in ("guidance", "time", "pred"):
-    extras[extra] = base.endswith(f"+{extra}")
-    base = base.removesuffix(f"+{extra}")
+  base, extras = split_name(family)
+  learned_parts = {extra: extra in extras
+                   for extra in ("pred", "time", "guidance")}
+  make = LEARNED[base].make if base in LEARNED else Retimed
   try:
     if family in solvers.SOLVERS:
       return SolverSampler(schedule, num_steps, solver=family, **options)
-    if base == "ddim-learned":
-      return LearnedDDIM(schedule, num_steps, base, **extras, **options)
-    if base == "vars":
-      return VARS(schedule, num_steps, base, **extras, **options)
-    if base in ("rddim", "ggdm"):
-      return GGDM(schedule, num_steps, base, markov=base == "rddim", **extras,
-                  **options)
-    return Retimed(schedule, num_steps, base, **extras, **options)
+    return make(schedule, num_steps, base, **learned_parts, **options)
   except (TypeError, ValueError) as error:
     raise UserError(f"sampler {family!r}: {error}") from error

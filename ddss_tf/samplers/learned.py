@@ -1,26 +1,18 @@
 """What learned samplers share: variables, starts, constraints."""
 
-import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
 from ddss_tf.runs import fingerprint
 from ddss_tf.samplers import card
-from ddss_tf.samplers import marginals as marginals_lib
 from ddss_tf.samplers import solvers
 from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.samplers.labels import LABELS
+from ddss_tf.samplers.parameterisations import FORMS
 from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.schedules import NoiseSchedule
 
-PARAMETERISATIONS = ("real", "paper")
-# A sigmoid reaches neither 0 nor 1: starts closer than this are moved here.
-_SIGMOID_FLOOR = 1e-3
-# The first increment of the times, as a part of T: a stride that starts at
-# step 0 has an increment of 0, which no softmax expresses.
-_TIME_FLOOR = 1e-4
-_LEAST_ABAR = 1e-12  # Of VARS and +PRED in their cumulative form.
 _MOST_MATCHED = 1000  # Steps of a matched stride.
 # Where GGDM starts: the largest K, and the solver and stride that were best up
 # to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
@@ -40,84 +32,13 @@ BEST_STARTS = (
 _BEST_DDIM = "ddim", "matched_trailing"
 
 
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class Interval(keras.constraints.Constraint):
-  """Keeps a variable inside [lower, upper], elementwise."""
-
-  def __init__(self, lower, upper):
-    self.lower = np.asarray(lower, np.float32)
-    self.upper = np.asarray(upper, np.float32)
-
-  def __call__(self, value):
-    return keras.ops.clip(value, self.lower, self.upper)
-
-  def get_config(self):
-    return {"lower": self.lower.tolist(), "upper": self.upper.tolist()}
-
-
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class _Decreasing(keras.constraints.Constraint):
-  """Keeps start + value inside [0, 1] and in decreasing order.
-
-  An entry that would overtake those before it stops at the least of them: the
-  later times are the ones that less depends on.
-  """
-
-  def __init__(self, start):
-    self.start = np.asarray(start, np.float32)
-
-  def __call__(self, value):
-    value = keras.ops.clip(self.start + value, 0.0, 1.0)
-    earlier = keras.ops.tril(keras.ops.ones((len(self.start),) * 2)) > 0
-    ordered = keras.ops.min(
-        keras.ops.where(earlier, value[None, :], 1.0), axis=1)
-    return ordered - self.start
-
-  def get_config(self):
-    return {"start": self.start.tolist()}
-
-
-def logit(p):
-  p = np.clip(p, _SIGMOID_FLOOR, 1 - _SIGMOID_FLOOR)
-  return np.log(p) - np.log1p(-p)
-
-
-def cumulative_logits(values):
-  """Variables v for which cumsum(softmax([v; 1])) starts with `values`."""
-  increments = np.diff(np.concatenate([[0.0], values, [1.0]]))
-  return np.log(increments[:-1]) - np.log(increments[-1]) + 1.0
-
-
-def cumulative(v):
-  """cumsum(softmax([v; 1])) without its last entry, which is 1; and 1 minus it.
-
-  The second is a sum of its own: at the end of a cosine schedule it is 2e-9,
-  which a difference from 1 in float32 is not.
-  """
-  increments = tf.nn.softmax(tf.concat([v, [1.0]], axis=0))
-  values = tf.cumsum(increments)[:-1]
-  rest = tf.cumsum(increments, exclusive=True, reverse=True)[:-1]
-  # x0_hat is divided by the root of it.
-  return values, tf.maximum(rest, _LEAST_ABAR)
-
-
 class LearnedSampler(Sampler):
   """Base of the learned families: a start, and what may leave it.
 
-  parameterisation="paper", the published constraints, started at DDIM or DDPM:
-    +PRED: s = cumsum(softmax([v; 1])), x0_hat = (x_t - sqrt(s_t) eps) /
-    sqrt(1 - s_t). +TIME: tau = T cumsum(softmax([w; 1])). Starts of 0 are
-    moved to a floor of 1e-3 in weights and of 1e-4 T in the first time.
-
-  parameterisation="real", our choice, past the paper:
-    every coefficient is its start plus an offset, so the search begins with the
-    images of the start, to float precision, and weights may leave [0, 1] as
-    those of multistep solvers do. +PRED offsets both coefficients of x0_hat.
-    +TIME adds (T - 1) w to the times, which are kept inside [0, T - 1] and in
-    order. Noise scales stay at 0 or above. +GUIDANCE offsets one scale a step.
-
-  Without +PRED the map from state and eps to x0_hat follows from the rows by
-  Theorem 1 (`marginals`).
+  A family creates the variables of its rows in `_create_rows`, through a form
+  of `parameterisations.py`: the paper's constraints, or ours. +PRED and +TIME
+  are the form's. +GUIDANCE offsets one scale a step. Without +PRED the map from
+  state and eps to x0_hat follows from the rows by Theorem 1 (`marginals`).
 
   Args:
     schedule: the forward process of the denoiser.
@@ -150,9 +71,9 @@ class LearnedSampler(Sampler):
                eta: float | None = None, label: str | None = None,
                guidance: bool = False, guidance_scale: float | None = None,
                **kwargs):
-    if parameterisation not in PARAMETERISATIONS:
+    if parameterisation not in FORMS:
       raise ValueError(
-          f"parameterisation must be one of {', '.join(PARAMETERISATIONS)}. "
+          f"parameterisation must be one of {', '.join(FORMS)}. "
           f"Received: {parameterisation!r}")
     if label is None:
       label = LABELS[family] + ("+PRED" if pred else "") + (
@@ -163,34 +84,37 @@ class LearnedSampler(Sampler):
     self.time = time
     self.guidance = guidance
     self.parameterisation = parameterisation
+    self._form = FORMS[parameterisation]
     self.init = init
     self._stride = stride
     self._eta = eta
-    if init is None or isinstance(init, str) and init == "auto":
+    if init is None or self.chooses_start:
       default_init, default_stride = self.default_start()
       init = default_init
       stride = default_stride if stride is None else stride
-    if parameterisation == "paper" and init not in ("ddim", "ddpm"):
-      raise ValueError("parameterisation='paper' starts at ddim or ddpm: its "
-                       f"weights stay in (0, 1). Received: init={init!r}")
+    if self._form.starts and init not in self._form.starts:
+      raise ValueError(
+          f"parameterisation={parameterisation!r} starts at "
+          f"{' or '.join(self._form.starts)}: its weights stay in (0, 1). "
+          f"Received: init={init!r}")
     self._start = start_coefficients(
         schedule, num_steps, init, "linear" if stride is None else stride, eta)
     self._start = self._start._replace(guidance_scales=self._first_guidance(
         guidance_scale))
     self._create_rows()
     if pred:
-      self._create_pred()
+      self._x0_hat = self._form.x0_hat(self._learn, schedule, self._start)
     if time:
-      self._create_times()
+      self._times = self._form.times(self._learn, schedule, self._start)
     if guidance:
-      # It changes x0_hat, as +PRED does.
+      # A scale changes x0_hat, as +PRED does, so it is of the same kind.
       self._guidance = self._learn(
           "pred", "guidance_scales", np.zeros(num_steps))
 
   def default_start(self):
     """(solver, stride) of `init=None`."""
-    if self.parameterisation == "paper":
-      return "ddim", "linear"
+    if self._form.starts:
+      return self._form.starts[0], "linear"
     if self.num_steps > _MOST_MATCHED:
       return "ddim", "trailing"
     return _BEST_DDIM
@@ -219,8 +143,8 @@ class LearnedSampler(Sampler):
     return self._start
 
   @property
-  def _real(self):
-    return self.parameterisation == "real"
+  def chooses_start(self) -> bool:
+    return isinstance(self.init, str) and self.init == "auto"
 
   def _create_rows(self):
     """Creates the variables of the rows."""
@@ -236,50 +160,6 @@ class LearnedSampler(Sampler):
     start = self._start.numpy()
     return tf.constant(start.x0_from_state), tf.constant(start.x0_from_eps)
 
-  def _create_pred(self):
-    if self._real:
-      self._pred_state = self._learn(
-          "pred", "x0_from_state", np.zeros(self.num_steps))
-      self._pred_eps = self._learn(
-          "pred", "x0_from_eps", np.zeros(self.num_steps))
-    else:
-      abar = self.schedule.abar(self._start.times)
-      self._pred = self._learn(
-          "pred", "pred", cumulative_logits((1 - abar)[::-1]))
-
-  def _learned_x0(self):
-    if self._real:
-      start = self._start.numpy()
-      return (start.x0_from_state + self._pred_state.value,
-              start.x0_from_eps + self._pred_eps.value)
-    variance, rest = cumulative(self._pred.value)
-    return marginals_lib.x0_of_marginals(tf.sqrt(rest)[::-1], variance[::-1])
-
-  def _create_times(self):
-    total = self.schedule.num_train_steps
-    if self._real:
-      # Inside [0, T - 1]; in units of T - 1, as no other kind is in steps.
-      start = self._start.times / max(total - 1, 1)
-      self._times = self._learn("times", "times", np.zeros(self.num_steps),
-                                constraint=_Decreasing(np.minimum(start, 1)))
-    else:
-      fraction = self._start.times[::-1] / total
-      floor = _TIME_FLOOR * (1 + np.arange(self.num_steps))
-      self._times = self._learn(
-          "times", "times", cumulative_logits(np.maximum(fraction, floor)))
-
-  def _learned_times(self):
-    total = self.schedule.num_train_steps
-    if not self._real:
-      values, _ = cumulative(self._times.value)
-      # Rounding could reach T.
-      return float(total) * tf.minimum(values, 1.0 - 1e-6)[::-1]
-    times = self._start.numpy().times + float(total - 1) * self._times.value
-    # The constraint holds up to the rounding of this sum. The gradient passes
-    # all the same, or a time that reached its bound could not leave it.
-    bounded = tf.clip_by_value(times, 0.0, float(total - 1))
-    return times + tf.stop_gradient(bounded - times)
-
   def _first_guidance(self, scale):
     """The guidance scales of the start, float64 [K], or None."""
     known = self._start.guidance_scales
@@ -289,7 +169,7 @@ class LearnedSampler(Sampler):
                          "fixed one is load_denoiser's. "
                          f"Received: guidance_scale={scale}")
       return known
-    if not self._real:
+    if self._form is not FORMS["real"]:
       raise ValueError("+guidance needs parameterisation='real'")
     if scale is None and known is not None:
       return known
@@ -299,8 +179,8 @@ class LearnedSampler(Sampler):
     rows = self._rows()
     start = self._start.numpy()
     x0_from_state, x0_from_eps = (
-        self._learned_x0() if self.pred else self._implied_x0(*rows))
-    times = self._learned_times() if self.time else tf.constant(start.times)
+        self._x0_hat() if self.pred else self._implied_x0(*rows))
+    times = self._times() if self.time else tf.constant(start.times)
     guidance = start.guidance_scales
     if self.guidance:
       guidance = guidance + self._guidance.value
@@ -332,11 +212,6 @@ def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
         f"{source} must have times of at most {schedule.num_train_steps}, the "
         f"training steps of the model. Received: {last:g}")
   return init.map(lambda value: np.asarray(value, np.float64))
-
-
-def at_least_0(value):
-  """The constraint's bound, up to rounding; unlike relu with gradient at 0."""
-  return tf.maximum(value, 0.0)
 
 
 class Retimed(LearnedSampler):

@@ -64,6 +64,11 @@ class Sampler(keras.layers.Layer):
     self._starts[name] = start
     return variable
 
+  @property
+  def chooses_start(self) -> bool:
+    """Whether a search ranks possible starts first (`init="auto"`)."""
+    return False
+
   def reset(self) -> None:
     """Puts all that is learned back to where it starts."""
     for variables in self.variables_by_kind.values():

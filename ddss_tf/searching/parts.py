@@ -71,7 +71,7 @@ class SearchParts:
 
   def _check_sampler(self):
     sampler = self.sampler
-    if self.make_sampler is sampler and self.starts_by_ranking:
+    if self.make_sampler is sampler and self.sampler.chooses_start:
       raise UserError("search.sampler must be a function from a schedule to a "
                       "sampler where init is 'auto'. Received: a sampler")
     if not sum(math.prod(variable.shape) for variables
@@ -89,14 +89,9 @@ class SearchParts:
     except (TypeError, ValueError) as error:
       raise UserError(f"search.teacher: {error}") from error
 
-  @property
-  def starts_by_ranking(self) -> bool:
-    """Whether the search chooses its start."""
-    return getattr(self.sampler, "init", None) == "auto"
-
   def candidates(self) -> list[tuple[dict, Sampler]]:
     """The options and samplers that the search may start at."""
-    if not self.starts_by_ranking:
+    if not self.sampler.chooses_start:
       return [({}, self.sampler)]
     return starts.possible(
         functools.partial(self.make_sampler, self.denoiser.schedule),

@@ -266,7 +266,7 @@ def _validation(parts: SearchParts, goal, num_samples: int, teacher=None,
 def _chosen(parts: SearchParts, candidates, goal, pools, run) -> Sampler:
   """The sampler at its start: the best of the candidates by the objective."""
   options = parts.options
-  if not parts.starts_by_ranking:
+  if not parts.sampler.chooses_start:
     return parts.sampler
   return starts.choose(
       candidates, lambda count: _validation(

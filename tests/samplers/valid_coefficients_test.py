@@ -14,7 +14,7 @@ from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
 
 _T = 1000
-_LEARNED = [name for name in families.FAMILIES if name not in solvers.SOLVERS]
+_LEARNED = [name for name in families.family_names() if name not in solvers.SOLVERS]
 # What gradients may look like; their sizes come from `magnitudes`.
 _KINDS = ("normal", "one", "ones", "signs", "zero", "mixed", "nan")
 _magnitudes = st.sampled_from(
