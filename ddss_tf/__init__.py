@@ -49,6 +49,9 @@ _PUBLIC = {
     "make_schedule": "schedules",
     "on_schedule": "denoisers.clocks",
     "register_family": "samplers.families",
+    "register_features": "features.load",
+    "register_format": "formats.load",
+    "register_objective": "objectives.objective",
     "report": "reporting.report",
     "run_chain": "samplers.chain",
     "sample": "exporting.sample",
@@ -71,9 +74,10 @@ if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
   from ddss_tf.evaluation.evaluate import evaluate
   from ddss_tf.exporting.export import export
   from ddss_tf.exporting.sample import sample
-  from ddss_tf.features.load import load_features
+  from ddss_tf.features.load import load_features, register_features
   from ddss_tf.features.network import FeatureNetwork
-  from ddss_tf.formats.load import load_denoiser
+  from ddss_tf.formats.load import load_denoiser, register_format
+  from ddss_tf.objectives.objective import register_objective
   from ddss_tf.reporting.inspection import inspect
   from ddss_tf.reporting.report import report
   from ddss_tf.samplers.card import SamplerCard

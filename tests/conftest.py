@@ -96,3 +96,14 @@ def finished(gaussian_parts, tmp_path_factory):
   run = str(tmp_path_factory.mktemp("finished"))
   return run, ddss_tf.search(
       run_dir=run, **gaussian_parts, **small_searches.options())
+
+
+@pytest.fixture
+def bind():
+  """Binds what gin is told, until the test ends."""
+  import gin  # pylint: disable=g-import-not-at-top
+  from ddss_tf import registry  # pylint: disable=g-import-not-at-top
+  del registry  # All that can be bound is known now.
+  gin.clear_config()
+  yield gin.parse_config
+  gin.clear_config()

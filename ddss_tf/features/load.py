@@ -1,6 +1,7 @@
 """Frozen networks that turn images into features."""
 
 import os
+from typing import Callable
 
 from absl import logging
 import gin
@@ -16,6 +17,8 @@ from ddss_tf.errors import UserError
 from ddss_tf.features.network import FeatureNetwork
 from ddss_tf.features.preprocessing import Preprocessing
 
+# Factories of networks from outside, by name.
+_registered = {}
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _SUFFIX = ".keras"
 
@@ -24,6 +27,52 @@ def embedded_features() -> list[str]:
   """Names of the networks that come with the package."""
   return sorted(name.removesuffix(_SUFFIX) for name in os.listdir(_ASSETS)
                 if name.endswith(_SUFFIX))
+
+
+def register_features(name: str) -> Callable:
+  """Adds feature networks, which `load_features` then takes by name.
+
+    @ddss_tf.register_features("mine")
+    def make_mine(argument):  # "large" of the path "mine:large"; or "".
+      return ddss_tf.FeatureNetwork(keras_model, "mine")
+
+  Args:
+    name: the path of `load_features`, or what stands before its colon.
+
+  Returns:
+    A decorator of a function from what stands behind the colon to a
+    `FeatureNetwork`.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+  def register(make):
+    known = _registered.get(name)
+    if (f"{name}:" == keras_models.APPLICATION_PREFIX
+        or name in embedded_features() or known is not None
+        and (known.__module__, known.__qualname__)
+        != (make.__module__, make.__qualname__)):
+      raise ValueError("a name of feature networks must be new. "
+                       f"Received: {name!r}")
+    _registered[name] = make
+    return make
+
+  return register
+
+
+def _from_outside(path: str, rules: dict) -> FeatureNetwork:
+  """A network of a registered factory, which has its own rules."""
+  name, _, argument = path.partition(":")
+  given = [key for key, value in rules.items() if value is not None]
+  if given:
+    raise UserError(f"{', '.join(given)} must not be given for the registered "
+                    f"features {path!r}, which have their own")
+  features = _registered[name](argument)
+  if not isinstance(features, FeatureNetwork):
+    raise UserError(f"features {path!r} must be a FeatureNetwork. Received: "
+                    f"{type(features).__name__} from the function that was "
+                    "registered")
+  return features
 
 
 @gin.register
@@ -44,7 +93,8 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
       "https://tfhub.dev/tensorflow/tfgan/eval/inception/1", TF-GAN's Inception
         which TF-Hub fetches once (`hub.hub_folder`), or another one;
       the folder of a SavedModel, TF-GAN's Inception or any other;
-      "keras:NAME" for `keras.applications.NAME`.
+      "keras:NAME" for `keras.applications.NAME`;
+      a name of `register_features`, or such a name, ":" and its argument.
     pool_layer: see `FeatureNetwork`. None: "pool" of a file, "pool_3" of a
       SavedModel, "avg_pool" of an application.
     logits_layer: None: "logits", or "predictions" of an application, which is
@@ -68,6 +118,10 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
       a file, weights that are not those of its `.json`, a missing layer or
       output, or rules that do not fit together.
   """
+  if path.partition(":")[0] in _registered:
+    return _from_outside(path, dict(
+        pool_layer=pool_layer, logits_layer=logits_layer, resize=resize,
+        image_size=image_size, value_range=value_range))
   size = None
   if image_size is not None:
     size = (tuple(image_size) if isinstance(image_size, (tuple, list))

@@ -1,13 +1,15 @@
 """Pre-trained networks from disk, of any format that we read.
 
-A module `*_format` knows a format; here is what they are told apart by, and
-what is made of each. A checkpoint is weights: what is converted of one is kept,
-see `load_denoiser`. SavedModels and Keras files are programs, used as they are.
+Each format has a module. Here is the table of what they are told apart by, and
+what is made of each. A checkpoint is weights, and what is converted of one is
+kept (`load_denoiser.cache_dir`). SavedModels and Keras files are programs, which
+are used as they are.
 """
 
 import dataclasses
 import json
 import os
+from typing import Callable, NamedTuple
 
 import gin
 
@@ -158,19 +160,70 @@ def load_denoiser(
     raise UserError(f"load_denoiser: {error}") from error
 
 
+class Format(NamedTuple):
+  """A format of denoisers.
+
+  Attributes:
+    name: what messages call it.
+    recognises: whether a path is of this format.
+    read: from a path, and what was given of `arguments`, to a `Denoiser`.
+    arguments: names of the arguments of `load_denoiser` that it takes.
+    kept: whether what was read is kept in the cache of converted models.
+  """
+  name: str
+  recognises: Callable[[str], bool]
+  read: Callable[[str, dict], Denoiser]
+  arguments: tuple[str, ...] = ()
+  kept: bool = False
+
+
+def register_format(name: str, recognises: Callable[[str], bool],
+                    arguments: tuple[str, ...] = ()) -> Callable:
+  """Adds a format of denoisers, which `load_denoiser` asks before its own.
+
+    @ddss_tf.register_format("mine", lambda path: path.endswith(".mine"))
+    def read_mine(path, given):
+      return ddss_tf.Denoiser(model, schedule)
+
+  Args:
+    name: what messages call it.
+    recognises: whether a path is of this format.
+    arguments: names of the arguments of `load_denoiser` that it takes. All
+      others are refused.
+
+  Returns:
+    A decorator of the function that reads a path: of the path and a dict of
+    those arguments that were given, to a `Denoiser`.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+  def register(read):
+    known = _registered.get(name)
+    if name in (own.name for own in _FORMATS) or known is not None and (
+        (known.read.__module__, known.read.__qualname__)
+        != (read.__module__, read.__qualname__)):
+      raise ValueError(f"a format's name must be new. Received: {name!r}")
+    _registered[name] = Format(name, recognises, read, tuple(arguments))
+    return read
+
+  return register
+
+
+def find_format(path: str) -> Format | None:
+  """The format of a path; None if it is of no format that is known."""
+  return next((known for known in (*_registered.values(), *_FORMATS)
+               if known.recognises(path)), None)
+
+
 def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
   """Finds out what a path is, and reads it; see `load_denoiser`."""
-  folder = path
-  if not os.path.exists(folder) and os.sep not in path:
-    folder = os.path.join(_ASSETS, path)
-  if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
-    _check_given(path, given, ())
-    return Denoiser.load(folder)
-  if saved_model.is_keras_file(path) or saved_model.is_saved_model(path):
-    _check_given(path, given, cards.CARD_KEYS)
-    return _load_foreign(path, given)
-  convert, allowed = _converter(path)
-  _check_given(path, given, allowed)
+  found = find_format(path)
+  if found is None:
+    raise _unknown(path)
+  _check_given(path, given, found.arguments)
+  if not found.kept:
+    return found.read(path, given)
   if keras_weights.is_weights(path):
     # For the key of the cache: what a preset's name or file stands for.
     given = keras_weights.read_card(path, given)
@@ -178,32 +231,22 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
   for suffix in (openai.SUFFIX, keras_weights.SUFFIX,
                  *diffusers.SUFFIXES, *edm.SUFFIXES):
     name = name.removesuffix(suffix)
-  denoiser = cache_lib.cached(cache_dir, path, given, convert)
+  denoiser = cache_lib.cached(cache_dir, path, given, found.read)
   denoiser.name = name
   return denoiser
 
 
-def _converter(path: str):
-  """The function that reads a checkpoint, and what may be told of it."""
-  if edm.is_edm(path):
-    return _convert_edm, ("schedule",)
-  if keras_weights.is_weights(path):
-    return _convert_weights, keras_weights.CARD_KEYS
-  if path.endswith(openai.SUFFIX) and os.path.isfile(path):
-    return _convert_openai, _OPENAI_KEYS
-  if diffusers.is_diffusers(path):
-    return _convert_diffusers, ("image_size",)
-  if ddpm.find_prefix(path) is not None:
-    return _convert_ddpm, ("image_size",)
+def _unknown(path: str) -> UserError:
+  """What is said of a path that is of no format."""
   if not os.path.isdir(path):
-    raise UserError(
+    return UserError(
         "denoiser path must be a folder, a checkpoint prefix, a .pt, "
         ".safetensors or .bin file, a .keras file, weights of Keras "
         "(.weights.h5 with a preset), weights of EDM (.npz or .safetensors "
         "with a card) or "
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
-  raise UserError(
+  return UserError(
       f"denoiser folder must hold {denoiser_lib.CARD} (ours), "
       f"{diffusers.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
       f"checkpoint (*.index). Received: {path!r} with "
@@ -223,6 +266,34 @@ def embedded_denoisers() -> list[str]:
   return sorted(
       name for name in os.listdir(_ASSETS)
       if os.path.exists(os.path.join(_ASSETS, name, denoiser_lib.CARD)))
+
+
+def _own_folder(path: str) -> str:
+  """The folder of a model in our own format, an embedded one by its name."""
+  if not os.path.exists(path) and os.sep not in path:
+    return os.path.join(_ASSETS, path)
+  return path
+
+
+def _is_own(path: str) -> bool:
+  return os.path.exists(os.path.join(_own_folder(path), denoiser_lib.CARD))
+
+
+def _load_own(path: str, given: dict) -> Denoiser:
+  del given
+  return Denoiser.load(_own_folder(path))
+
+
+def _is_foreign(path: str) -> bool:
+  return saved_model.is_keras_file(path) or saved_model.is_saved_model(path)
+
+
+def _is_openai(path: str) -> bool:
+  return path.endswith(openai.SUFFIX) and os.path.isfile(path)
+
+
+def _is_ddpm(path: str) -> bool:
+  return ddpm.find_prefix(path) is not None
 
 
 def _convert_diffusers(path: str, given: dict) -> Denoiser:
@@ -372,3 +443,19 @@ def _told_sha256(sha256: str | None, prediction: str,
   if num_classes is not None:
     told.append(num_classes)
   return fingerprint.text_sha256(json.dumps(told, sort_keys=True))
+
+
+# Our formats, in the order in which a path is asked for them.
+_FORMATS = (
+    Format("own", _is_own, _load_own),
+    Format("saved model or keras file", _is_foreign, _load_foreign,
+           cards.CARD_KEYS),
+    Format("edm", edm.is_edm, _convert_edm, ("schedule",), kept=True),
+    Format("keras weights", keras_weights.is_weights, _convert_weights,
+           keras_weights.CARD_KEYS, kept=True),
+    Format("openai", _is_openai, _convert_openai, _OPENAI_KEYS, kept=True),
+    Format("diffusers", diffusers.is_diffusers, _convert_diffusers,
+           ("image_size",), kept=True),
+    Format("ddpm", _is_ddpm, _convert_ddpm, ("image_size",), kept=True),
+)
+_registered = {}  # Formats from outside, by name.

@@ -1,7 +1,7 @@
 """Distances between generated and real features."""
 
 import functools
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import scipy.spatial.distance
@@ -9,8 +9,6 @@ import tensorflow as tf
 
 from ddss_tf.errors import UserError
 
-DISTANCES = ("kid_linear", "kid_cubic", "kid_rbf", "frechet_axes", "frechet")
-MOMENTS = ("kid_linear", "frechet_axes", "frechet")  # Distances of moments.
 # White noise of the smoothed Frechet distance, as a share of the largest
 # variance of the real features along an axis.
 SMOOTHING = 1e-3
@@ -257,6 +255,22 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor, root: tf.Tensor,
   return tf.where(finite, distance, np.nan)
 
 
+class Distance(NamedTuple):
+  """A distance between sets of features, as a search minimises it.
+
+  Attributes:
+    make: from real features, float [R, D], to a function of features [N, D]
+      (and of a `Control` or None if `moments`), to a float32 scalar.
+    moments: whether it depends on moments only. Then a control variate can make
+      it more precise.
+    centre: whether `make` also takes the point that features are counted from,
+      or None.
+  """
+  make: Callable
+  moments: bool = False
+  centre: bool = False
+
+
 def make_distance(name: str, real: np.ndarray):
   """A distance to real features, with all that it needs of them.
 
@@ -273,32 +287,35 @@ def make_distance(name: str, real: np.ndarray):
 
   Raises:
     ValueError: unknown name.
-    UserError: no bandwidth, for most real features are the same.
+    UserError: there is no bandwidth, because most real features are the same.
   """
   if name not in DISTANCES:
     raise ValueError(f"distance must be one of {', '.join(DISTANCES)}. "
                      f"Received: {name!r}")
+  known = DISTANCES[name]
+  if not known.centre:
+    return known.make(real)
   centre = _centre(name, real)
   if centre is None:
-    return _distance(name, real)
-  # Exact, where the mean is what is large.
-  distance = _distance(name, real - centre, centre)
+    return known.make(real, None)
+  distance = known.make(real - centre, centre)
 
   def shifted(features, *control):
     features = tf.cast(features, tf.float32) - centre
+    # A control's moments are about the real mean already.
     control = [known and known._replace(features=known.features - centre)
-               for known in control]  # Its moments are about the real mean.
+               for known in control]
     return distance(features, *control)
 
   return shifted
 
 
 def _centre(name: str, real: np.ndarray) -> np.ndarray | None:
-  """What features are counted from, float32 [D]: their mean, if it must be.
+  """What features are counted from, float32 [D]: their mean, or None for 0.
 
-  It must where it takes digits from the spread; else None, for nothing. A
-  distance depends on differences, but for that of the cubic kernel: there it is
-  a matter of the kernel's own mean, (|m|^2 / D + 1)^3.
+  It is the mean if that is so large that float32 loses digits of the spread. A
+  distance depends on differences only, except that of the cubic kernel, which
+  also depends on the kernel's own mean, (|m|^2 / D + 1)^3.
   """
   mean = real.mean(axis=0, dtype=np.float64)
   spread = np.sum(np.var(real, axis=0, dtype=np.float64))
@@ -308,40 +325,89 @@ def _centre(name: str, real: np.ndarray) -> np.ndarray | None:
   return mean.astype(np.float32)
 
 
-def _distance(name, real, centre=None):
-  """`make_distance`, of features that are given less the centre, if any."""
-  real_mean = tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
-  if name == "kid_linear":
-    return lambda features, control=None: kid_linear(
-        features, real_mean, control)
-  if name == "frechet_axes":
-    values, axes = np.linalg.eigh(np.cov(real.astype(np.float64).T))
-    axes = tf.constant(axes, tf.float32)
-    deviations = tf.constant(np.sqrt(np.maximum(values, 0)), tf.float32)
-    return lambda features, control=None: frechet_axes(
-        features, real_mean, axes, deviations, control)
-  if name == "frechet":
-    values, vectors = np.linalg.eigh(np.cov(real.astype(np.float64).T))
-    # Rounding may leave a negative one, of features that depend on each other.
-    values = np.maximum(values, 0.0)
-    smoothing = SMOOTHING * float(values.max()) or _LEAST_SMOOTHING
-    root = tf.constant((vectors * np.sqrt(values + smoothing)) @ vectors.T,
-                       tf.float32)
-    return lambda features, control=None: frechet(
-        features, real_mean, root, smoothing, control)
+def _real_mean(real):
+  return tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
+
+
+def _axes(real):
+  """Variances along the principal axes, and these; float64."""
+  return np.linalg.eigh(np.cov(real.astype(np.float64).T))
+
+
+def _make_kid_linear(real, centre):
+  del centre
+  real_mean = _real_mean(real)
+  return lambda features, control=None: kid_linear(
+      features, real_mean, control)
+
+
+def _make_frechet_axes(real, centre):
+  del centre
+  real_mean = _real_mean(real)
+  values, axes = _axes(real)
+  axes = tf.constant(axes, tf.float32)
+  deviations = tf.constant(np.sqrt(np.maximum(values, 0)), tf.float32)
+  return lambda features, control=None: frechet_axes(
+      features, real_mean, axes, deviations, control)
+
+
+def _make_frechet(real, centre):
+  del centre
+  real_mean = _real_mean(real)
+  values, vectors = _axes(real)
+  # Rounding may leave a negative one if features depend on each other.
+  values = np.maximum(values, 0.0)
+  smoothing = SMOOTHING * float(values.max()) or _LEAST_SMOOTHING
+  root = tf.constant((vectors * np.sqrt(values + smoothing)) @ vectors.T,
+                     tf.float32)
+  return lambda features, control=None: frechet(
+      features, real_mean, root, smoothing, control)
+
+
+def _drawn(real):
+  """The real features that a kernel is evaluated against, float32."""
   order = np.random.default_rng(0).permutation(len(real))
-  real = real[order[:_KERNEL_REAL]]
-  real = tf.constant(real, tf.float32)
-  kernel = cubic_kernel if centre is None else functools.partial(
-      centred_cubic_kernel, centre=centre)
-  if name == "kid_rbf":
-    bandwidth = float(np.median(scipy.spatial.distance.pdist(
-        real[:1000].numpy().astype(np.float64))))
-    if not bandwidth > 0:
-      raise UserError("kid_rbf needs real features that differ. Received: "
-                      f"a median distance of {bandwidth:g}")
-    kernel = functools.partial(rbf_kernel, bandwidth=bandwidth)
+  return tf.constant(real[order[:_KERNEL_REAL]], tf.float32)
+
+
+def _make_kid(real, kernel):
   pairs = kernel(real, real)
   real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (
       len(real) * (len(real) - 1.0))
   return lambda features: kid(features, real, kernel, real_term)
+
+
+def _make_kid_cubic(real, centre):
+  kernel = cubic_kernel if centre is None else functools.partial(
+      centred_cubic_kernel, centre=centre)
+  return _make_kid(_drawn(real), kernel)
+
+
+def _make_kid_rbf(real, centre):
+  del centre
+  real = _drawn(real)
+  bandwidth = float(np.median(scipy.spatial.distance.pdist(
+      real[:1000].numpy().astype(np.float64))))
+  if not bandwidth > 0:
+    raise UserError("kid_rbf needs real features that differ. Received: "
+                    f"a median distance of {bandwidth:g}")
+  return _make_kid(real, functools.partial(rbf_kernel, bandwidth=bandwidth))
+
+
+# All distances by name.
+DISTANCES = {
+    "kid_linear": Distance(_make_kid_linear, moments=True, centre=True),
+    "kid_cubic": Distance(_make_kid_cubic, centre=True),
+    "kid_rbf": Distance(_make_kid_rbf, centre=True),
+    "frechet_axes": Distance(_make_frechet_axes, moments=True, centre=True),
+    "frechet": Distance(_make_frechet, moments=True, centre=True),
+}
+# Names of the distances that depend on moments only.
+MOMENTS = [name for name, distance in DISTANCES.items() if distance.moments]
+
+
+def register_distance(name: str, make: Callable, moments: bool) -> None:
+  """Adds a distance, see `objective.register_objective`."""
+  DISTANCES[name] = Distance(make, moments)
+  if moments and name not in MOMENTS:
+    MOMENTS.append(name)

@@ -1,14 +1,16 @@
 """What a search minimises.
 
-  distances   of generated from real features: `DISTANCES`. Functions of one
-              population, none of them a mean over its parts; see
-              `search.Search` for how a large population is pulled back.
+  distances   of generated from real features (`distances.py`). Functions of one
+              population, none of them a mean over its parts;
+              `population.PopulationGradient` pulls a large population back.
   matching    a many-step teacher from the same noise: `MATCHING`, past the
               paper. Means over samples.
   elbo        the variational bound, see `elbo.py`.
 
 `Objective` adds them up, over several feature networks.
 """
+
+from typing import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -19,11 +21,49 @@ from ddss_tf.objectives.distances import Control
 
 MATCHING = ("teacher_pixels", "teacher_features")
 ELBO = "elbo"
-OBJECTIVES = (*distances_lib.DISTANCES, *MATCHING, ELBO)
+
+
+def objective_names() -> tuple[str, ...]:
+  """All objectives: distances, registered ones too, matching terms, the ELBO."""
+  return (*distances_lib.DISTANCES, *MATCHING, ELBO)
+
+
+def register_objective(name: str, *, moments: bool = False) -> Callable:
+  """Adds an objective of features, which `search.objective` then takes by name.
+
+    @ddss_tf.register_objective("mean_gap")
+    def mean_gap(real):  # float [R, D]
+      mean = real.mean(axis=0)
+      return lambda features: tf.reduce_sum(
+          (tf.reduce_mean(features, axis=0) - mean) ** 2)
+
+  Args:
+    name: what gin and the command line call it.
+    moments: whether it depends on moments of the features only. Then its
+      function also takes a `distances.Control` or None, which makes it more
+      precise.
+
+  Returns:
+    A decorator of a function from real features, float [R, D], to a function
+    from features [N, D] of a population to a float32 scalar, differentiable.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+  def register(make):
+    known = distances_lib.DISTANCES.get(name)
+    if name in (*MATCHING, ELBO) or known is not None and (
+        (known.make.__module__, known.make.__qualname__)
+        != (make.__module__, make.__qualname__)):
+      raise ValueError(f"an objective's name must be new. Received: {name!r}")
+    distances_lib.register_distance(name, make, moments)
+    return make
+
+  return register
 
 
 def weights_of_terms(terms) -> dict[str, float]:
-  """The weights by name of a name out of `OBJECTIVES`, or of weights by name.
+  """The weights by name of a name out of `objective_names`, or of such weights.
 
   Raises:
     ValueError: unknown or no terms, weights that are not positive, or "elbo"
@@ -31,8 +71,8 @@ def weights_of_terms(terms) -> dict[str, float]:
   """
   terms = {terms: 1.0} if isinstance(terms, str) else dict(terms)
   for name in terms:
-    if name not in OBJECTIVES:
-      raise ValueError(f"objective must be out of {', '.join(OBJECTIVES)}. "
+    if name not in objective_names():
+      raise ValueError(f"objective must be out of {', '.join(objective_names())}. "
                        f"Received: {name!r}")
   if not terms:
     raise ValueError("objective must have terms. Received: {}")
@@ -78,7 +118,7 @@ class Objective:
   conditional mean, which is too smooth.
 
   Args:
-    terms: a name out of `OBJECTIVES`, or weights by name. "elbo" stands alone.
+    terms: a name out of `objective_names`, or weights by name. "elbo" stands alone.
     networks: feature networks, see `network.FeatureNetwork`.
     reals: float32 [R, D], features of the training set, for each network.
     image_shape: (H, W, C).

@@ -153,7 +153,7 @@ def search(
     sampling_batch_size: images per chain without gradient, of the validation,
       the starts and the pools; None: four times `micro_batch_size`, for they
       need less memory, but not above 250.
-    objective: what is minimised, out of `objective.OBJECTIVES`: a name, or
+    objective: what is minimised, out of `objective.objective_names()`: a name, or
       weights by name. The best step is chosen by the same on the validation
       images.
     feature_weights: weights of the networks in it; 1 each if None.

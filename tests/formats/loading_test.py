@@ -44,18 +44,18 @@ def entries(cache):
 def conversions(monkeypatch):
   """The paths that were converted."""
   paths = []
-  converter = loading._converter  # pylint: disable=protected-access
+  find = loading.find_format
 
   def counting(path):
-    convert, allowed = converter(path)
+    found = find(path)
 
     def counted(path, given):
       paths.append(path)
-      return convert(path, given)
+      return found.read(path, given)
 
-    return counted, allowed
+    return found._replace(read=counted) if found and found.kept else found
 
-  monkeypatch.setattr(loading, "_converter", counting)
+  monkeypatch.setattr(loading, "find_format", counting)
   return paths
 
 
