@@ -1,4 +1,7 @@
-"""The configuration: gin files, what they include, and that all has an effect.
+"""The configuration: gin files, what they may bind, and that all has an effect.
+
+The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
+`export`, `inspect` and `report`. `make_strategy` is bound for all of them.
 
 gin reads no file itself. All are read here, once, whatever they include with
 them, and what was looked at is what gin is then given, statement by statement:
@@ -9,11 +12,14 @@ runs code, and would look for includes in the folders of the command line only.
 import collections
 import dataclasses
 import difflib
+import importlib
+import inspect
 import io
 import os
 import re
+import sys
 import tokenize
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator, Mapping
 
 import gin
 from gin import config_parser
@@ -30,6 +36,126 @@ _DEEPEST, _MOST = 100, 10_000
 _OTHER_ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+
+
+# The functions that a mode runs, and the modules of these and of the factories.
+_STAGES = {"run": ("search", "evaluate", "export", "report"),
+           "compare": ("compare", "report")}
+_ROOTS = {"search": "searching.search", "evaluate": "evaluation.evaluate",
+          "compare": "evaluation.compare", "sample": "exporting.sample",
+          "export": "exporting.export", "inspect": "reporting.inspection",
+          "report": "reporting.report"}
+_FACTORIES = (
+    "datasets.load", "denoisers.clocks", "denoisers.gaussian", "distribution",
+    "features.load", "formats.load", "samplers.families", "schedules")
+
+
+def register() -> dict[str, Callable]:
+  """Imports all that gin may bind; gives the roots by name."""
+  for module in _FACTORIES:
+    importlib.import_module(f"ddss_tf.{module}")
+  return {name: getattr(importlib.import_module(f"ddss_tf.{module}"), name)
+          for name, module in _ROOTS.items()}
+
+
+def load_plugins(names: list[str]) -> None:
+  """Imports modules of the user, which register what gin may bind.
+
+  Args:
+    names: of modules that can be imported from here, the working folder among
+      other places.
+
+  Raises:
+    UserError: there is no such module, or it fails.
+  """
+  if names and "" not in sys.path and os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  for name in names:
+    try:
+      importlib.import_module(name)
+    except Exception as error:  # A plugin may raise anything.
+      raise UserError(
+          f"--plugin must name a module that can be imported. Received: "
+          f"{name!r}, {type(error).__name__}: {error}") from error
+
+
+def stages(mode: str) -> list[Callable]:
+  """The functions of a mode, in order."""
+  roots = register()
+  return [roots[name] for name in _STAGES.get(mode, (mode,))]
+
+
+def build(functions: list[Callable]) -> None:
+  """Builds what stages will be given, and checks that it fits together.
+
+  A fault in what the last stage alone needs shows here, before the first has run
+  for hours. Large parts are `gin.singleton`s, and so they are built once.
+
+  Args:
+    functions: the stages.
+
+  Raises:
+    UserError: a required binding is missing, or parts do not fit.
+  """
+  # pylint: disable=g-import-not-at-top
+  from ddss_tf import zoo
+  from ddss_tf.datasets import dataset as dataset_lib
+  from ddss_tf.features import network as network_lib
+  # pylint: enable=g-import-not-at-top
+  for function in functions:
+    name, arguments = function.__name__, _bound_arguments(function)
+    _check_numbers(name, arguments)
+    denoiser = arguments.get("denoiser")
+    if "dataset" in arguments:
+      networks = network_lib.as_networks(
+          f"{name}.features", arguments["features"], several=name == "search")
+      networks += network_lib.as_networks(
+          f"{name}.heldout_features", arguments.get("heldout_features"),
+          optional=True)
+      network_lib.check_shapes(
+          denoiser, dataset_lib.as_dataset(arguments["dataset"]), *networks)
+    factories = list(arguments.get("baselines") or [])
+    if name == "search":
+      factories.append(arguments["sampler"])
+    elif arguments.get("sampler") is not None:
+      zoo.load(arguments["sampler"])
+    for factory in factories:
+      factory(denoiser.schedule)
+
+
+def _check_numbers(name: str, arguments: Mapping[str, object]) -> None:
+  """Checks what can be said of a stage's arguments before anything is built."""
+  # pylint: disable=g-import-not-at-top
+  from ddss_tf.evaluation import compare as compare_lib
+  from ddss_tf.evaluation import evaluate as evaluate_lib
+  from ddss_tf.exporting import sample as sample_lib
+  from ddss_tf.searching import options as options_lib
+  # pylint: enable=g-import-not-at-top
+  checks = {"compare": compare_lib.check_compare,
+            "evaluate": evaluate_lib.check_evaluate,
+            "sample": sample_lib.check_sample,
+            "search": options_lib.check_search}
+  if name in checks:
+    checks[name](arguments)
+  if name == "compare" and arguments["families"]:  # Then it searches.
+    # It gives the parts itself.
+    search = _bound_arguments(register()["search"], **dict.fromkeys(
+        ("denoiser", "sampler", "features", "dataset")))
+    for objective in (arguments["objectives"] or {
+        "": search["objective"]}).values():
+      options_lib.check_search({**search, "objective": objective})
+
+
+def _bound_arguments(function: Callable, **given) -> dict:
+  """What a stage will be called with, defaults too, except the run_dir."""
+  name = function.__name__
+  parameters = inspect.signature(function).parameters.values()
+  defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
+  arguments = {**defaults, **gin.get_bindings(name), **given}
+  for key, value in arguments.items():
+    if value is gin.REQUIRED:
+      raise UserError(f"gin: {name}.{key} must be bound")
+  return arguments
 
 
 def parse(files: list[str], params: list[str]) -> None:

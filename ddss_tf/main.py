@@ -22,7 +22,6 @@ if __name__ == "__main__":
   signals.end_at_once()  # Before anything is imported that takes its time.
 
 # pylint: disable=g-import-not-at-top,wrong-import-position
-import inspect
 import os
 import signal
 
@@ -52,81 +51,13 @@ _MODE = flags.DEFINE_string(
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "Card of a sampler, or its name in the zoo, instead of the "
     f"one in the run directory; of the modes {', '.join(_OF_A_CARD)}.")
+_PLUGIN = flags.DEFINE_multi_string(
+    "plugin", [], "Module of yours that registers families, objectives, "
+    "features, formats or what else gin may bind; imported before the "
+    "configuration is read. Repeatable. A plugin is a program.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Parse and build everything, print the configuration, "
     "and stop. Writes nothing.")
-
-
-def _stages(mode: str):
-  """The functions of a mode, in order."""
-  from ddss_tf import registry  # pylint: disable=g-import-not-at-top
-  if mode == "run":
-    return [registry.search, registry.evaluate, registry.export,
-            registry.report]
-  if mode == "compare":
-    return [registry.compare, registry.report]
-  return [getattr(registry, mode)]
-
-
-def _build(stages) -> None:
-  """Builds what the stages will be given, and checks that it fits together.
-
-  So a fault in what only the last stage needs shows before the first has run
-  for hours. What is large is a `gin.singleton`, and so built once.
-  """
-  # pylint: disable=g-import-not-at-top
-  from ddss_tf import registry
-  from ddss_tf import zoo
-  from ddss_tf.evaluation import compare as compare_lib
-  from ddss_tf.evaluation import evaluate as evaluate_lib
-  from ddss_tf.exporting import sample as sample_lib
-  from ddss_tf.features import network as network_lib
-  from ddss_tf.searching import options as options_lib
-  # pylint: enable=g-import-not-at-top
-  checks = {
-      "compare": compare_lib.check_compare,
-      "evaluate": evaluate_lib.check_evaluate,
-      "sample": sample_lib.check_sample, "search": options_lib.check_search}
-  for stage in stages:
-    name = stage.__name__
-    arguments = _bound_arguments(stage)
-    if name in checks:
-      checks[name](arguments)
-    if name == "compare" and arguments["families"]:  # Then it searches.
-      # It gives the parts itself.
-      search = _bound_arguments(registry.search, **dict.fromkeys(
-          ("denoiser", "sampler", "features", "dataset")))
-      for objective in (arguments["objectives"] or {
-          "": search["objective"]}).values():
-        options_lib.check_search({**search, "objective": objective})
-    denoiser = arguments.get("denoiser")
-    if "dataset" in arguments:
-      networks = network_lib.as_networks(
-          f"{name}.features", arguments["features"], several=name == "search")
-      networks += network_lib.as_networks(
-          f"{name}.heldout_features", arguments.get("heldout_features"),
-          optional=True)
-      network_lib.check_shapes(denoiser, arguments["dataset"], *networks)
-    factories = list(arguments.get("baselines") or [])
-    if name == "search":
-      factories.append(arguments["sampler"])
-    elif arguments.get("sampler") is not None:
-      zoo.load(arguments["sampler"])
-    for factory in factories:
-      factory(denoiser.schedule)
-
-
-def _bound_arguments(stage, **given) -> dict:
-  """What a stage will be called with, defaults too, but for the run_dir."""
-  import gin  # pylint: disable=g-import-not-at-top
-  name = stage.__name__
-  parameters = inspect.signature(stage).parameters.values()
-  defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
-  arguments = {**defaults, **gin.get_bindings(name), **given}
-  for key, value in arguments.items():
-    if value is gin.REQUIRED:
-      raise UserError(f"gin: {name}.{key} must be bound")
-  return arguments
 
 
 def main(argv):
@@ -203,15 +134,16 @@ def _run():
     import gin
     import tensorflow as tf
     from ddss_tf import distribution
-    from ddss_tf import registry  # pylint: disable=unused-import
     from ddss_tf.runs import records as records_lib
     # pylint: enable=g-import-not-at-top
+    configuration.load_plugins(_PLUGIN.value)
+    configuration.register()
   configuration.parse(_GIN_FILE.value, params)
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
-  stages = _stages(_MODE.value)
+  stages = configuration.stages(_MODE.value)
   with distribution.make_strategy().scope():
     if _DRY_RUN.value:
-      _build(stages)
+      configuration.build(stages)
       print(gin.config_str())
       return
     if inspecting:
@@ -246,7 +178,7 @@ def _work(stages, folder):
       run = run_dir_lib.RunDir(folder)
       run.lock()
     with distribution.watched():
-      _build(stages)
+      configuration.build(stages)
       for stage in stages:
         results[stage.__name__] = stage(run_dir=run.root)
       # The chief may have more to do, and none may end before the others.

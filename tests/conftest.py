@@ -69,7 +69,7 @@ def main_in_process():
       gin.clear_config()
       flags.FLAGS.unparse_flags()
       for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run",
-                   "sampler"):
+                   "sampler", "plugin"):
         flags.FLAGS[name].unparse()
 
   return run
@@ -102,8 +102,8 @@ def finished(gaussian_parts, tmp_path_factory):
 def bind():
   """Binds what gin is told, until the test ends."""
   import gin  # pylint: disable=g-import-not-at-top
-  from ddss_tf import registry  # pylint: disable=g-import-not-at-top
-  del registry  # All that can be bound is known now.
+  from ddss_tf import configuration  # pylint: disable=g-import-not-at-top
+  configuration.register()
   gin.clear_config()
   yield gin.parse_config
   gin.clear_config()
