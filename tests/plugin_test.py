@@ -23,7 +23,7 @@ ddss_tf.register_family("ggdm-plugged", label="PLUGGED")(
 @gin.register
 def noise_images(count=100):
   return np.random.default_rng(0).normal(
-      0.3, 0.25, (count, 4, 4, 1)).astype(np.float32)
+      0.3, 0.25, (count, 4, 4, 1)).clip(-1, 1).astype(np.float32)
 """
 
 
