@@ -16,7 +16,7 @@ from ddss_tf import version
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card as card_lib
-from ddss_tf.denoisers.denoiser import Denoiser, check_guidance
+from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.card import SamplerCard
 from ddss_tf.samplers.sampler import FixedSampler
@@ -173,7 +173,7 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
       raise UserError(f"{difference}. Use its own, or bind force = True")
     logging.warning("%s", difference)
   try:
-    check_guidance(denoiser, found.coefficients)
+    denoiser.check_guidance(found.coefficients.guidance_scales)
     fixed = FixedSampler(denoiser.schedule, found.coefficients, found.label)
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error

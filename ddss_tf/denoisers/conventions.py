@@ -12,7 +12,6 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = ("eps", "x0", "v", "score")
@@ -129,8 +128,8 @@ class Convention:
     return -own_sigma * prediction
 
   def of_prediction(self, schedule: NoiseSchedule,
-                    coefficients: Coefficients) -> Coefficients:
-    """Coefficients of x0_hat for the prediction itself instead of its eps.
+                    coefficients):
+    """`Coefficients` of x0_hat for the prediction itself instead of its eps.
 
     A chain with them is fed with what the network predicts. The images are the
     same, but for rounding: with v, x0_hat = p x_t + q eps is

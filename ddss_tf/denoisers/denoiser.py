@@ -8,34 +8,22 @@ of a class-conditional network.
 
 import functools
 import json
-import os
+from typing import Callable
 
 from absl import logging
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import errors
-from ddss_tf import schedules
-from ddss_tf import storage
 from ddss_tf.denoisers import compiling
 from ddss_tf.denoisers import conventions
 from ddss_tf.denoisers import inputs as inputs_lib
 from ddss_tf.denoisers import rematerialise
-from ddss_tf.formats import cards
-from ddss_tf.formats import saved_model
-from ddss_tf.networks import files as network_files
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
-from ddss_tf.samplers.chain import EpsFn
-from ddss_tf.samplers.coefficients import Coefficients
-from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
-CARD = "denoiser.json"  # Of our own format.
-NETWORK = "network.keras"
-_FORMAT, _VERSION = "ddss_tf.denoiser", 1
 
 
 class Denoiser:
@@ -137,6 +125,10 @@ class Denoiser:
       self.key = fingerprint.text_sha256(
           json.dumps([self.sha256, self._told()], sort_keys=True))
     self._compiled = {}
+    self._told_rest = dict(
+        image_shape=self.image_shape, sha256=self.sha256,
+        continuous_time=self.continuous_time, architecture=self.architecture,
+        **convention)
 
   def guided(self, guidance_scale: float | None = None,
              null_label: int | None = None) -> "Denoiser":
@@ -168,13 +160,7 @@ class Denoiser:
   def _again(self, guidance_scale, null_label):
     return Denoiser(
         self.model, self.schedule, self.prediction, self.name,
-        self.num_classes, guidance_scale, null_label,
-        image_shape=self.image_shape, sha256=self.sha256,
-        continuous_time=self.continuous_time, architecture=self.architecture,
-        process=self.convention.process,
-        time_input=self.convention.time_input,
-        time_scale=self.convention.time_scale,
-        time_offset=self.convention.time_offset)
+        self.num_classes, guidance_scale, null_label, **self._told_rest)
 
   @property
   def identity(self) -> dict:
@@ -289,8 +275,8 @@ class Denoiser:
     return self._predicted(tf.convert_to_tensor(x_t, tf.float32),
                            tf.convert_to_tensor(t, tf.float32), labels, guidance)
 
-  def for_chain(self, coefficients: Coefficients) -> Coefficients:
-    """A sampler's coefficients for a chain of `output` instead of `eps`.
+  def for_chain(self, coefficients):
+    """A sampler's `Coefficients` for a chain of `output` instead of `eps`.
 
     See `conventions.Convention.of_prediction`.
     """
@@ -404,86 +390,50 @@ class Denoiser:
     return tracked or [variable.value for variable in self.model.variables]
 
   def save(self, path: str) -> None:
-    """Writes our own format: `denoiser.json` and `network.keras`.
-
-    Args:
-      path: a folder, made if need be.
-
-    Raises:
-      UserError: the network is a SavedModel, which is a format itself.
-    """
-    if isinstance(self.model, saved_model.SavedModelNetwork):
-      raise UserError(
-          f"denoiser {self.name!r} must be a Keras model to be saved. Received:"
-          " a SavedModel: copy its folder and its card, which load_denoiser "
-          "reads")
-    path = storage.expanded(path)
-    weights = weights_sha256(self.model)
-    with storage.replacing(os.path.join(path, NETWORK)) as temporary:
-      self.model.save(temporary)
-    storage.write_json(os.path.join(path, CARD), {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "name": self.name,
-        **self.convention.non_default(),
-        "prediction": self.prediction,
-        **self.schedule.card(),
-        "sha256": weights,
-        **({} if self.sha256 == weights else {"told_sha256": self.sha256}),
-        **({} if self.continuous_time else {"continuous_time": False}),
-        **({"architecture": self.architecture} if self.architecture else {}),
-        "num_classes": self.num_classes,
-        "guidance_scale": self.guidance_scale,
-        "null_label": self.null_label,
-    })
+    """Writes our own format, see `formats.own.save`."""
+    from ddss_tf.formats import own  # pylint: disable=g-import-not-at-top
+    own.save(self, path)
 
   @classmethod
   def load(cls, folder: str) -> "Denoiser":
-    """Reads what `save` wrote, frozen, and checks the weights' hash.
+    """Reads our own format, see `formats.own.load`."""
+    from ddss_tf.formats import own  # pylint: disable=g-import-not-at-top
+    return own.load(folder)
+
+  def check_times(self, label: str) -> None:
+    """Checks that a sampler may learn the times that the network is fed with.
 
     Args:
-      folder: with `denoiser.json` and `network.keras`.
+      label: of the sampler.
 
     Raises:
-      UserError: in one line, a card or a network that is missing or damaged, or
-        weights of another hash than the card's.
+      UserError: the network takes whole steps, or has no gradient in the time.
     """
-    folder = storage.expanded(folder)
-    card_path = os.path.join(folder, CARD)
-    card = cards.read_json_object(card_path)
-    try:
-      for key, value in (("format", _FORMAT), ("version", _VERSION)):
-        if card[key] != value:
-          raise ValueError(f"{key} must be {value!r}. Received: {card[key]!r}")
-      name, prediction = card["name"], card["prediction"]
-      if not isinstance(name, str):
-        raise ValueError(f"name must be a word. Received: {name!r}")
-      sha256 = card["sha256"]
-      schedule = schedules.from_card(card)
-      convention = {key: card[key] for key in cards.CONVENTION_KEYS
-                    if key in card}
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f"{card_path} is damaged: "
-                      f"{errors.one_line(error)}") from error
-    network_path = os.path.join(folder, NETWORK)
-    if not os.path.exists(network_path):
-      raise UserError(f"{folder} has {CARD} but no {NETWORK}")
-    model = network_files.load_keras(network_path)
-    received = weights_sha256(model)
-    if received != sha256:
+    if not self.continuous_time:
       raise UserError(
-          f"weights in {network_path} must have the SHA-256 {sha256} of their "
-          f"{CARD}. Received: {received}")
-    try:
-      return cls(
-          # Older cards say nothing of classes.
-          model, schedule, prediction, name, card.get("num_classes"),
-          card.get("guidance_scale"), card.get("null_label"),
-          sha256=card.get("told_sha256", sha256),
-          continuous_time=card.get("continuous_time"),
-          architecture=card.get("architecture"), **convention)
-    except (TypeError, ValueError) as error:
-      raise UserError(f"{card_path} is damaged: {error}") from error
+          f"sampler {label!r} must not learn times with the denoiser "
+          f"{self.name!r}, which takes whole steps only or has no gradient "
+          "in the time: search a family without +time")
+
+  def check_guidance(self, scales) -> None:
+    """Checks that a sampler's own guidance scales, if any, can be used.
+
+    Args:
+      scales: of the sampler, or None.
+
+    Raises:
+      UserError: the network has no null label, or a scale of its own.
+    """
+    if scales is None:
+      return
+    if self.null_label is None:
+      raise UserError(
+          f"a sampler with guidance needs a class-conditional denoiser whose "
+          f"null_label is told. Received: {self.name!r} without")
+    if self.guidance_scale is not None:
+      raise UserError(
+          "guidance_scale must not be given for the denoiser of a sampler that "
+          f"has its own. Received: {self.guidance_scale}")
 
 
 def _image_shape(model, told) -> tuple[int, int, int]:
@@ -507,7 +457,7 @@ def weights_sha256(model) -> str | None:
   return fingerprint.arrays_sha256(weights) if weights else None
 
 
-def with_labels(eps_fn: EpsFn, labels: tf.Tensor | None) -> EpsFn:
+def with_labels(eps_fn: Callable, labels: tf.Tensor | None) -> Callable:
   """A class-conditional network with the samples' classes filled in.
 
   Args:
@@ -521,35 +471,3 @@ def with_labels(eps_fn: EpsFn, labels: tf.Tensor | None) -> EpsFn:
   if labels is None:
     return eps_fn
   return lambda x_t, t, *guidance: eps_fn(x_t, t, labels, *guidance)
-
-
-def check_times(denoiser: Denoiser, sampler: Sampler) -> None:
-  """Checks that times are learned only of a network that they reach.
-
-  Raises:
-    UserError: the sampler learns times, the denoiser takes whole ones or has
-      no gradient in them.
-  """
-  if "times" in sampler.variables_by_kind and not denoiser.continuous_time:
-    raise UserError(
-        f"sampler {sampler.label!r} must not learn times with the denoiser "
-        f"{denoiser.name!r}, which takes whole steps only or has no gradient "
-        "in the time: search a family without +time")
-
-
-def check_guidance(denoiser: Denoiser, coefficients: Coefficients) -> None:
-  """Checks that guidance scales of a sampler meet a network that takes them.
-
-  Raises:
-    UserError: the denoiser has no null label, or a scale of its own.
-  """
-  if coefficients.guidance_scales is None:
-    return
-  if denoiser.null_label is None:
-    raise UserError(
-        f"a sampler with guidance needs a class-conditional denoiser whose "
-        f"null_label is told. Received: {denoiser.name!r} without")
-  if denoiser.guidance_scale is not None:
-    raise UserError(
-        "guidance_scale must not be given for the denoiser of a sampler that "
-        f"has its own. Received: {denoiser.guidance_scale}")

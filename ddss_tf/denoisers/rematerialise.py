@@ -1,11 +1,11 @@
 """Recomputing a network's activations instead of keeping them."""
 
+from typing import Callable
+
 import tensorflow as tf
 
-from ddss_tf.samplers.chain import EpsFn
 
-
-def rematerialise(eps_fn: EpsFn, jit_compile: bool = False) -> EpsFn:
+def rematerialise(eps_fn: Callable, jit_compile: bool = False) -> Callable:
   """Wraps a network call so that backpropagation recomputes its activations.
 
   Section 3.2 of the paper: all K states are kept (a non-Markovian sampler needs

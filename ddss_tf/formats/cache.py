@@ -9,7 +9,7 @@ from absl import logging
 from ddss_tf import errors
 from ddss_tf import storage
 from ddss_tf import version
-from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import own
 from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
 from ddss_tf.denoisers.denoiser import Denoiser
@@ -52,7 +52,7 @@ def cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
   if not cache_dir:
     return convert(path, given)
   folder = os.path.join(cache_dir, "denoisers", _cache_key(path, given))
-  if os.path.exists(os.path.join(folder, denoiser_lib.CARD)):
+  if os.path.exists(os.path.join(folder, own.CARD)):
     try:
       return Denoiser.load(folder)
     except UserError as error:

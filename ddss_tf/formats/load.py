@@ -22,6 +22,7 @@ from ddss_tf.formats import diffusers
 from ddss_tf.formats import edm
 from ddss_tf.formats import keras_weights
 from ddss_tf.formats import openai
+from ddss_tf.formats import own
 from ddss_tf.formats import saved_model
 from ddss_tf.formats import tensors
 from ddss_tf.networks import files as network_files
@@ -200,7 +201,7 @@ def register_format(name: str, recognises: Callable[[str], bool],
   """
   def register(read):
     known = _registered.get(name)
-    if name in (own.name for own in _FORMATS) or known is not None and (
+    if name in (each.name for each in _FORMATS) or known is not None and (
         (known.read.__module__, known.read.__qualname__)
         != (read.__module__, read.__qualname__)):
       raise ValueError(f"a format's name must be new. Received: {name!r}")
@@ -247,7 +248,7 @@ def _unknown(path: str) -> UserError:
         f"the name of an embedded model ({', '.join(embedded_denoisers())}). "
         f"Received: {path!r}")
   return UserError(
-      f"denoiser folder must hold {denoiser_lib.CARD} (ours), "
+      f"denoiser folder must hold {own.CARD} (ours), "
       f"{diffusers.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
       f"checkpoint (*.index). Received: {path!r} with "
       f"{sorted(os.listdir(path))}")
@@ -265,7 +266,7 @@ def embedded_denoisers() -> list[str]:
   """Names of the models that come with the package."""
   return sorted(
       name for name in os.listdir(_ASSETS)
-      if os.path.exists(os.path.join(_ASSETS, name, denoiser_lib.CARD)))
+      if os.path.exists(os.path.join(_ASSETS, name, own.CARD)))
 
 
 def _own_folder(path: str) -> str:
@@ -276,7 +277,7 @@ def _own_folder(path: str) -> str:
 
 
 def _is_own(path: str) -> bool:
-  return os.path.exists(os.path.join(_own_folder(path), denoiser_lib.CARD))
+  return os.path.exists(os.path.join(_own_folder(path), own.CARD))
 
 
 def _load_own(path: str, given: dict) -> Denoiser:

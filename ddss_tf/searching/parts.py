@@ -6,7 +6,6 @@ import math
 from absl import logging
 
 from ddss_tf.datasets import dataset as dataset_lib
-from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference
 from ddss_tf.networks import precision
@@ -79,8 +78,9 @@ class SearchParts:
       raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                       "a learned family, such as ggdm+pred+time")
     sampler.reset()  # An object may have been searched before.
-    denoiser_lib.check_times(self.denoiser, sampler)
-    denoiser_lib.check_guidance(self.denoiser, sampler.coefficients())
+    if "times" in sampler.variables_by_kind:
+      self.denoiser.check_times(sampler.label)
+    self.denoiser.check_guidance(sampler.coefficients().guidance_scales)
 
   def _teacher(self):
     try:

@@ -17,6 +17,7 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.formats import own
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.reporting import inspection
 from ddss_tf.runs import fingerprint
@@ -126,7 +127,7 @@ def test_guidance_is_part_of_what_a_denoiser_is(tmp_path):
           in inspection.inspect(denoiser=again))
   with pytest.raises(UserError, match="null_label must be one.*are 4.*9"):
     ddss_tf.load_denoiser(str(tmp_path), null_label=9)
-  path = tmp_path / denoiser_lib.CARD
+  path = tmp_path / own.CARD
   card = json.loads(path.read_text())
   for changes in (dict(num_classes="5"), dict(num_classes=0), dict(version=99),
                   dict(format="other"), dict(name=[]),

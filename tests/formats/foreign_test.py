@@ -151,9 +151,8 @@ def test_rounded_times(exact, tmp_path, gaussian_parts):
   np.testing.assert_allclose(
       images_of(denoiser), images_of(exact), atol=1e-5)
   # Weights are searched, times are not.
-  schedule = denoiser.schedule
-  denoiser_lib.check_times(denoiser, families.make_sampler(
-      schedule, "ggdm+pred", num_steps=3))
+  with pytest.raises(UserError, match="GGDM.TIME.*whole steps"):
+    denoiser.check_times("GGDM+TIME")
   arguments = dict(
       denoiser=denoiser, dataset=gaussian_parts["dataset"],
       features=gaussian_parts["features"], num_search_steps=1, batch_size=8,

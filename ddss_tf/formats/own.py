@@ -1,0 +1,103 @@
+"""The format of this library: a folder with `denoiser.json` and `network.keras`."""
+
+import os
+
+from ddss_tf import errors
+from ddss_tf import schedules
+from ddss_tf import storage
+from ddss_tf.denoisers import denoiser as denoiser_lib
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import UserError
+from ddss_tf.formats import cards
+from ddss_tf.formats import saved_model
+from ddss_tf.networks import files as network_files
+
+CARD = "denoiser.json"
+NETWORK = "network.keras"
+_FORMAT, _VERSION = "ddss_tf.denoiser", 1
+
+
+def save(denoiser: Denoiser, path: str) -> None:
+  """Writes a denoiser: its card, and its network as Keras saves it.
+
+  Args:
+    denoiser: of a Keras model.
+    path: a folder, made if need be.
+
+  Raises:
+    UserError: the network is a SavedModel, which is a format itself.
+  """
+  if isinstance(denoiser.model, saved_model.SavedModelNetwork):
+    raise UserError(
+        f"denoiser {denoiser.name!r} must be a Keras model to be saved. "
+        "Received: a SavedModel: copy its folder and its card, which "
+        "load_denoiser reads")
+  path = storage.expanded(path)
+  weights = denoiser_lib.weights_sha256(denoiser.model)
+  told = {} if denoiser.sha256 == weights else {"told_sha256": denoiser.sha256}
+  with storage.replacing(os.path.join(path, NETWORK)) as temporary:
+    denoiser.model.save(temporary)
+  storage.write_json(os.path.join(path, CARD), {
+      "format": _FORMAT,
+      "version": _VERSION,
+      "name": denoiser.name,
+      **denoiser.convention.non_default(),
+      "prediction": denoiser.prediction,
+      **denoiser.schedule.card(),
+      "sha256": weights,
+      **told,
+      **({} if denoiser.continuous_time else {"continuous_time": False}),
+      **({"architecture": denoiser.architecture}
+         if denoiser.architecture else {}),
+      "num_classes": denoiser.num_classes,
+      "guidance_scale": denoiser.guidance_scale,
+      "null_label": denoiser.null_label,
+  })
+
+
+def load(folder: str) -> Denoiser:
+  """Reads what `save` wrote, frozen, and checks the weights' hash.
+
+  Args:
+    folder: with `denoiser.json` and `network.keras`.
+
+  Raises:
+    UserError: in one line, a card or a network that is missing or damaged, or
+      weights of another hash than the card's.
+  """
+  folder = storage.expanded(folder)
+  card_path = os.path.join(folder, CARD)
+  card = cards.read_json_object(card_path)
+  try:
+    for key, value in (("format", _FORMAT), ("version", _VERSION)):
+      if card[key] != value:
+        raise ValueError(f"{key} must be {value!r}. Received: {card[key]!r}")
+    name, prediction = card["name"], card["prediction"]
+    if not isinstance(name, str):
+      raise ValueError(f"name must be a word. Received: {name!r}")
+    sha256 = card["sha256"]
+    schedule = schedules.from_card(card)
+    convention = {key: card[key] for key in cards.CONVENTION_KEYS
+                  if key in card}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{card_path} is damaged: "
+                    f"{errors.one_line(error)}") from error
+  network_path = os.path.join(folder, NETWORK)
+  if not storage.exists(network_path):
+    raise UserError(f"{folder} has {CARD} but no {NETWORK}")
+  model = network_files.load_keras(network_path)
+  received = denoiser_lib.weights_sha256(model)
+  if received != sha256:
+    raise UserError(
+        f"weights in {network_path} must have the SHA-256 {sha256} of their "
+        f"{CARD}. Received: {received}")
+  try:
+    return Denoiser(
+        # Older cards say nothing of classes.
+        model, schedule, prediction, name, card.get("num_classes"),
+        card.get("guidance_scale"), card.get("null_label"),
+        sha256=card.get("told_sha256", sha256),
+        continuous_time=card.get("continuous_time"),
+        architecture=card.get("architecture"), **convention)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{card_path} is damaged: {error}") from error
