@@ -6,9 +6,9 @@ import keras
 import tensorflow as tf
 
 from ddss_tf import errors
-from ddss_tf.networks import edm_unet
+from ddss_tf.networks import edm_layers
 from ddss_tf.networks import group_norm
-from ddss_tf.networks import unet
+from ddss_tf.networks import layers
 
 # Of the networks that we build: XLA is known to compile them, and asking takes
 # as long as tracing them once more.
@@ -17,9 +17,9 @@ _KNOWN = (
     keras.layers.Conv2D, keras.layers.GroupNormalization,
     keras.layers.Activation, keras.layers.Concatenate, keras.layers.Add,
     keras.layers.ZeroPadding2D, keras.layers.Embedding,
-    group_norm.GroupNormalization, unet.TimeEmbedding, unet.ResidualBlock,
-    unet.SelfAttention, edm_unet.FilteredDown, edm_unet.FourierEmbedding,
-    edm_unet.EDMBlock, edm_unet.EDMInput, edm_unet.EDMOutput, unet.OneHot)
+    group_norm.GroupNormalization, layers.TimeEmbedding, layers.ResidualBlock,
+    layers.SelfAttention, edm_layers.FilteredDown, edm_layers.FourierEmbedding,
+    edm_layers.EDMBlock, edm_layers.EDMInput, edm_layers.EDMOutput, layers.OneHot)
 
 
 def _is_known(layer) -> bool:

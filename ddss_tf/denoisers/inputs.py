@@ -6,7 +6,7 @@ import keras
 from keras import ops
 import tensorflow as tf
 
-from ddss_tf.networks import unet
+from ddss_tf.networks import layers
 from ddss_tf.errors import shape_text
 
 
@@ -87,7 +87,7 @@ class TimeInput(keras.layers.Layer):
   """
 
   def __init__(self, integer=None, column=False, **kwargs):
-    # Times reach 1000 and more: see `unet.TimeEmbedding`.
+    # Times reach 1000 and more: see `layers.TimeEmbedding`.
     kwargs.setdefault("dtype", "float32")
     super().__init__(**kwargs)
     self.integer = integer
@@ -149,7 +149,7 @@ def adapted(model, num_classes: int | None = None):
     elif width == 1:
       fed.append(keras.layers.Reshape((1,), name="label_input")(labels))
     else:
-      fed.append(unet.OneHot(width, name="label_input")(labels))
+      fed.append(layers.OneHot(width, name="label_input")(labels))
   by_place = dict(zip(places, fed))
   ordered = [by_place[place] for place in sorted(by_place)]
   return keras.Model(outer, model(keras.tree.pack_sequence_as(

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf.features import preprocessing
+from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError, shape_text
 from ddss_tf.networks.frozen import frozen_variables
@@ -49,7 +50,7 @@ class KerasNetwork:
     self.input_shape = tuple(model.inputs[0].shape[1:])
     self.weights_sha256 = weights_sha256 or fingerprint.arrays_sha256(
         model.get_weights())
-    self.graph = graph or model.to_json()
+    self.graph = graph or network_files.graph_text(model)
 
   def select(self, pool_layer: str, logits_layer: str, size=None):
     """Reads two layers.

@@ -381,7 +381,7 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
   classes = getattr(config, "num_classes", None)
   if isinstance(config, EDMConfig):
     convention = {"process": "ve", "time_input": "sigma"}
-    # The label after the last is no class: all zeros, see `unet.OneHot`.
+    # The label after the last is no class: all zeros, see `layers.OneHot`.
     # Only training with dropped labels has shown it to the network.
     knows_null = bool(config.label_dim and config.label_dropout)
     null_label = config.label_dim if knows_null else None
@@ -407,7 +407,8 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     model = network_files.load_keras(path)
     sha256 = denoiser_lib.weights_sha256(model)
     # The hash of a SavedModel is of its graph, too.
-    told["architecture"] = fingerprint.text_sha256(model.to_json())
+    told["architecture"] = fingerprint.text_sha256(
+        network_files.graph_text(model))
   else:
     model = saved_model.SavedModelNetwork(
         path, card["signature"], card["image_shape"], card["num_classes"])

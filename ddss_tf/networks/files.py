@@ -2,11 +2,16 @@
 
 import hashlib
 import os
+import re
 
 import keras
 import tensorflow as tf
 
 from ddss_tf import errors
+# Keras finds layers by the names under which these modules register them.
+from ddss_tf.networks import edm_layers  # pylint: disable=unused-import
+from ddss_tf.networks import group_norm  # pylint: disable=unused-import
+from ddss_tf.networks import layers  # pylint: disable=unused-import
 from ddss_tf.errors import UserError
 from ddss_tf.networks.frozen import frozen_variables
 
@@ -27,7 +32,18 @@ def load_keras(path: str) -> keras.Model:
   return model
 
 
+def graph_text(model: keras.Model) -> str:
+  """Text that tells models of equal weights apart, as JSON.
+
+  The modules of our own layers are left out: where a class lies does not change
+  what it computes.
+  """
+  return re.sub(r'"module": "ddss_tf[^"]*"', '"module": "ddss_tf"',
+                model.to_json())
+
+
 def reason(error: Exception, limit: int = 200) -> str:
+  """An error's message in one line, cut short."""
   return " ".join(str(error).split())[:limit]
 
 

@@ -7,21 +7,13 @@ a learned sampler asks for fractional times.
 """
 
 import dataclasses
-import math
 
 import keras
-from keras import ops
 
 from ddss_tf.networks import group_norm
+from ddss_tf.networks import layers
+from ddss_tf.networks.layers import ResidualBlock, SelfAttention, TimeEmbedding
 
-# GELU is the exact one, as in PyTorch; Keras approximates by default.
-_ACTIVATIONS = {
-    "silu": ops.silu,
-    "mish": lambda x: x * ops.tanh(ops.softplus(x)),
-    "gelu": lambda x: ops.gelu(x, approximate=False),
-    "relu": ops.relu,
-}
-ACTIVATIONS = tuple(_ACTIVATIONS)
 LABEL_EMBEDDINGS = ("table", "sinusoidal")
 # More is a slip, or of a damaged file, and would fill the memory.
 _MOST = {"channels": 2**13, "blocks_per_level": 64, "in_channels": 2**13,
@@ -111,233 +103,6 @@ class UNetConfig:
   mid_divisor: float = 1.0
 
 
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class TimeEmbedding(keras.layers.Layer):
-  """Sinusoidal features of a float time; differentiable in it.
-
-  Args:
-    dim: even number of features.
-    sin_first: [sin, cos] if True, [cos, sin] otherwise.
-    frequency_shift: see `UNetConfig`.
-
-  Call arguments:
-    t: float [B], in the units the network was trained with.
-
-  Returns:
-    float [B, dim] in [-1, 1].
-
-  Reference: Ho et al. (2020), https://arxiv.org/abs/2006.11239, appendix B.
-  """
-
-  def __init__(self, dim, sin_first=True, frequency_shift=1.0, **kwargs):
-    # Times reach 1000 and more: bfloat16 would merge neighbouring steps.
-    kwargs.setdefault("dtype", "float32")
-    super().__init__(**kwargs)
-    self.dim = dim
-    self.sin_first = sin_first
-    self.frequency_shift = frequency_shift
-
-  def call(self, t):
-    half = self.dim // 2
-    rate = -math.log(10000.0) / (half - self.frequency_shift)
-    frequencies = ops.exp(rate * ops.arange(half, dtype="float32"))
-    angles = ops.cast(t, "float32")[:, None] * frequencies[None, :]
-    parts = [ops.sin(angles), ops.cos(angles)]
-    return ops.concatenate(parts if self.sin_first else parts[::-1], axis=-1)
-
-  def compute_output_shape(self, input_shape):
-    return (input_shape[0], self.dim)
-
-  def get_config(self):
-    return {
-        **super().get_config(),
-        "dim": self.dim,
-        "sin_first": self.sin_first,
-        "frequency_shift": self.frequency_shift,
-    }
-
-
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class ResidualBlock(keras.layers.Layer):
-  """norm, activation, conv, time, norm, activation, conv, plus a shortcut.
-
-  Args:
-    channels: channels of the output.
-    norm_groups: groups of both normalisations.
-    norm_epsilon: their epsilon.
-    scale_shift: see `UNetConfig`.
-    activation: one of `ACTIVATIONS`.
-    resample: "down" halves height and width by averages, "up" doubles them by
-      repetition, on both branches before their convolutions; None: neither.
-    divisor: of the sum of both branches.
-
-  Call arguments:
-    x: float [B, H, W, C].
-    time_features: float [B, E].
-
-  Returns:
-    float [B, H, W, channels], or of half or twice the height and width.
-
-  Reference: of `resample`, Dhariwal and Nichol (2021),
-  https://arxiv.org/abs/2105.05233, section 3.
-  """
-
-  def __init__(self, channels, norm_groups, norm_epsilon, scale_shift=False,
-               activation="silu", resample=None, divisor=1.0, **kwargs):
-    super().__init__(**kwargs)
-    self.channels = channels
-    self.norm_groups = norm_groups
-    self.norm_epsilon = norm_epsilon
-    self.scale_shift = scale_shift
-    self.activation = activation
-    self.resample = resample
-    self.divisor = divisor
-    norm = dict(groups=norm_groups, epsilon=norm_epsilon)
-    self.norm1 = group_norm.GroupNormalization(**norm, name="norm1")
-    self.conv1 = keras.layers.Conv2D(channels, 3, padding="same", name="conv1")
-    self.time_projection = keras.layers.Dense(
-        channels * (2 if scale_shift else 1), name="time_projection")
-    self.norm2 = group_norm.GroupNormalization(**norm, name="norm2")
-    self.conv2 = keras.layers.Conv2D(channels, 3, padding="same", name="conv2")
-    self.shortcut = None
-
-  def build(self, x_shape, time_features_shape):
-    out_shape = self.compute_output_shape(x_shape, time_features_shape)
-    self.norm1.build(x_shape)
-    self.conv1.build(x_shape)
-    self.time_projection.build(time_features_shape)
-    self.norm2.build(out_shape)
-    self.conv2.build(out_shape)
-    if x_shape[-1] != self.channels:
-      self.shortcut = keras.layers.Conv2D(self.channels, 1, name="shortcut")
-      self.shortcut.build(x_shape)
-    self.built = True
-
-  def _resampled(self, x):
-    if self.resample == "down":
-      return ops.average_pool(x, 2, strides=2)
-    if self.resample == "up":
-      return ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
-    return x
-
-  def call(self, x, time_features):
-    act = _ACTIVATIONS[self.activation]
-    h = self.conv1(self._resampled(act(self.norm1(x))))
-    x = self._resampled(x)
-    time = self.time_projection(act(time_features))[:, None, None, :]
-    if self.scale_shift:
-      scale, shift = ops.split(time, 2, axis=-1)
-      h = self.norm2(h) * (1.0 + scale) + shift
-    else:
-      h = self.norm2(h + time)
-    h = self.conv2(act(h))
-    h = h + (x if self.shortcut is None else self.shortcut(x))
-    return h if self.divisor == 1 else h / self.divisor
-
-  def compute_output_shape(self, x_shape, time_features_shape):
-    del time_features_shape
-    batch, height, width, _ = x_shape
-    if self.resample == "down":
-      height, width = height // 2, width // 2
-    elif self.resample == "up":
-      height, width = 2 * height, 2 * width
-    return (batch, height, width, self.channels)
-
-  def get_config(self):
-    return {
-        **super().get_config(),
-        "channels": self.channels,
-        "norm_groups": self.norm_groups,
-        "norm_epsilon": self.norm_epsilon,
-        "scale_shift": self.scale_shift,
-        "activation": self.activation,
-        "resample": self.resample,
-        "divisor": self.divisor,
-    }
-
-
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class SelfAttention(keras.layers.Layer):
-  """Self-attention over the pixels, with a residual.
-
-  Args:
-    norm_groups: groups of the normalisation; None: no normalisation.
-    norm_epsilon: its epsilon.
-    head_channels: channels of one head; None: a single head.
-    divisor: of the sum of attention and residual.
-
-  Call arguments:
-    x: float [B, H, W, C].
-
-  Returns:
-    float [B, H, W, C].
-  """
-
-  def __init__(self, norm_groups, norm_epsilon, head_channels=None, divisor=1.0,
-               **kwargs):
-    super().__init__(**kwargs)
-    self.norm_groups = norm_groups
-    self.norm_epsilon = norm_epsilon
-    self.head_channels = head_channels
-    self.divisor = divisor
-
-  def build(self, x_shape):
-    width = x_shape[-1]
-    self.norm = None
-    if self.norm_groups is not None:
-      self.norm = group_norm.GroupNormalization(
-          groups=self.norm_groups, epsilon=self.norm_epsilon, name="norm")
-      self.norm.build(x_shape)
-    for name in ("query", "key", "value", "output_projection"):
-      dense = keras.layers.Dense(width, name=name)
-      dense.build(x_shape)
-      setattr(self, name, dense)
-    self.built = True
-
-  def call(self, x):
-    _, height, width, channels = x.shape
-    head = self.head_channels or channels
-    heads = channels // head
-    h = x if self.norm is None else self.norm(x)
-    query, key, value = (
-        ops.reshape(dense(h), (-1, height * width, heads, head))
-        for dense in (self.query, self.key, self.value))
-    h = ops.dot_product_attention(query, key, value)
-    h = ops.reshape(h, (-1, height, width, channels))
-    h = x + self.output_projection(h)
-    return h if self.divisor == 1 else h / self.divisor
-
-  def compute_output_shape(self, x_shape):
-    return x_shape
-
-  def get_config(self):
-    return {
-        **super().get_config(),
-        "norm_groups": self.norm_groups,
-        "norm_epsilon": self.norm_epsilon,
-        "head_channels": self.head_channels,
-        "divisor": self.divisor,
-    }
-
-
-def check_sizes(sizes, most) -> None:
-  """Refuses sizes that no network has, before memory is asked for them.
-
-  Args:
-    sizes: whole numbers, tuples of them, or None for any, by name.
-    most: the largest of each.
-
-  Raises:
-    ValueError: a number out of [1, most], or none in a tuple.
-  """
-  for key, value in sizes.items():
-    values = value if isinstance(value, tuple) else (value,)
-    if not values or any(size is not None and not 1 <= size <= most[key]
-                         for size in values):
-      raise ValueError(f"{key} must be from 1 to {most[key]}. "
-                       f"Received: {value}")
-
-
 def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   """Builds the network `[x_t, t] -> prediction`, with random weights.
 
@@ -361,7 +126,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
       or heads do not, or they are given twice; an unknown activation or label
       embedding; a size that no network has.
   """
-  for key, known in (("activation", ACTIVATIONS),
+  for key, known in (("activation", layers.ACTIVATIONS),
                      ("label_embedding", LABEL_EMBEDDINGS)):
     if getattr(config, key) not in known:
       raise ValueError(f"{key} must be one of {', '.join(known)}. "
@@ -370,7 +135,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     raise ValueError(
         "num_heads and head_channels must not both be given. Received: "
         f"{config.num_heads} and {config.head_channels}")
-  check_sizes({key: getattr(config, key) for key in _MOST}, _MOST)
+  layers.check_sizes({key: getattr(config, key) for key in _MOST}, _MOST)
   levels = len(config.channels)
   factor = 2 ** (levels - 1)
   size = config.image_size
@@ -488,24 +253,3 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
   h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
                           dtype="float32", name="conv_out")(h)
   return keras.Model(inputs, h, name=name)
-
-
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class OneHot(keras.layers.Layer):
-  """Class indices, int [B], to float [B, classes]; zeros for those outside."""
-
-  def __init__(self, classes, scale=1.0, **kwargs):
-    super().__init__(**kwargs)
-    self.classes = classes
-    self.scale = scale
-
-  def call(self, labels):
-    return self.scale * ops.one_hot(
-        labels, self.classes, dtype=self.compute_dtype)
-
-  def compute_output_shape(self, labels_shape):
-    return (*labels_shape, self.classes)
-
-  def get_config(self):
-    return {**super().get_config(), "classes": self.classes,
-            "scale": self.scale}

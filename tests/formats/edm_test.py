@@ -12,6 +12,7 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import edm
+from ddss_tf.networks import edm_layers
 from ddss_tf.networks import edm_unet
 from ddss_tf.reporting import inspection
 from project import TESTDATA
@@ -74,7 +75,7 @@ def test_epsilon_of_normalisations(architecture, epsilon):
       image_size=4, image_channels=1, architecture=architecture,
       model_channels=8, channel_mult=(1, 1), num_blocks=1))
   blocks = [layer for layer in model.layers
-            if isinstance(layer, edm_unet.EDMBlock)]
+            if isinstance(layer, edm_layers.EDMBlock)]
   norms = [norm for block in blocks for norm in (block.norm0, block.norm1)]
   norms += [block.norm2 for block in blocks if block.num_heads]
   norms.append(model.get_layer("out_norm"))
@@ -97,7 +98,7 @@ def test_every_weight_counts(tmp_path):
 
 def test_two_heads_match_the_original():
   weights, golden = read_fixture("edm_block")
-  block = edm_unet.EDMBlock(16, "up", num_heads=2)
+  block = edm_layers.EDMBlock(16, "up", num_heads=2)
   block.build(golden["x"].shape, golden["embedding"].shape)
   for variable in block.weights:
     layer, leaf = variable.path.split("/")[-2:]
@@ -135,11 +136,11 @@ def test_preconditioning_in_float64(kind):
   wide = lambda v: np.reshape(v * np.ones_like(sigma), (-1, 1, 1, 1))
   eps = (x - wide(c_skip) * x - wide(c_out) * output) / wide(sigma)
   f32 = lambda v: tf.constant(v, tf.float32)
-  scaled, noise = edm_unet.EDMInput(**ends)(f32(x), f32(sigma))
+  scaled, noise = edm_layers.EDMInput(**ends)(f32(x), f32(sigma))
   np.testing.assert_allclose(scaled, wide(c_in) * x, rtol=1e-6)
   np.testing.assert_allclose(noise, c_noise, rtol=2e-6, atol=1e-6)
   np.testing.assert_allclose(
-      edm_unet.EDMOutput(**ends)(f32(x), f32(sigma), f32(output)), eps,
+      edm_layers.EDMOutput(**ends)(f32(x), f32(sigma), f32(output)), eps,
       atol=2e-6)
 
 

@@ -14,7 +14,6 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.exporting import export as export_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.reporting import inspection

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ddss_tf.networks import files
+from ddss_tf.networks import layers
 from ddss_tf.networks import unet
 
 
@@ -15,17 +17,17 @@ def test_time_embedding_by_hand():
   expected = np.stack([np.sin(t), np.sin(t * slow), np.cos(t),
                        np.cos(t * slow)], axis=1)
   np.testing.assert_allclose(
-      unet.TimeEmbedding(4, True, 1.0)(t), expected, atol=1e-6)
+      layers.TimeEmbedding(4, True, 1.0)(t), expected, atol=1e-6)
   slow = 10000.0 ** -0.5
   expected = np.stack([np.cos(t), np.cos(t * slow), np.sin(t),
                        np.sin(t * slow)], axis=1)
   np.testing.assert_allclose(
-      unet.TimeEmbedding(4, False, 0.0)(t), expected, atol=1e-6)
+      layers.TimeEmbedding(4, False, 0.0)(t), expected, atol=1e-6)
 
 
 def test_time_embedding_gradient():
   t = tf.constant([3.3, 700.0])
-  layer = unet.TimeEmbedding(4)
+  layer = layers.TimeEmbedding(4)
   with tf.GradientTape() as tape:
     tape.watch(t)
     total = tf.reduce_sum(layer(t))
@@ -37,7 +39,7 @@ def test_time_embedding_gradient():
 
 def test_attention_against_numpy():
   keras.utils.set_random_seed(0)
-  layer = unet.SelfAttention(norm_groups=2, norm_epsilon=1e-6, head_channels=2)
+  layer = layers.SelfAttention(norm_groups=2, norm_epsilon=1e-6, head_channels=2)
   x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype(np.float32)
   output = layer(x).numpy()
   grouped = x.reshape(1, 4, 2, 2)
@@ -102,8 +104,8 @@ def test_configurations_that_are_refused(changes, words):
 def test_resampling_block_by_hand():
   x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1) * [1, -1]
   time = np.zeros((1, 3), np.float32)
-  down = unet.ResidualBlock(2, 1, 1e-6, resample="down", divisor=2.0)
-  up = unet.ResidualBlock(2, 1, 1e-6, resample="up")
+  down = layers.ResidualBlock(2, 1, 1e-6, resample="down", divisor=2.0)
+  up = layers.ResidualBlock(2, 1, 1e-6, resample="up")
   for block in (down, up):
     block(x, time)
     # Without what comes after the last activation, the shortcut is left.
@@ -113,3 +115,17 @@ def test_resampling_block_by_hand():
   np.testing.assert_allclose(up(x, time), np.kron(x, np.ones((1, 2, 2, 1))))
   assert down.compute_output_shape(x.shape, None) == (1, 2, 2, 2)
   assert up.compute_output_shape(x.shape, None) == (1, 8, 8, 2)
+
+
+def test_the_text_of_a_graph_does_not_say_where_classes_lie(monkeypatch):
+  inputs = keras.Input([3])
+  model = keras.Model(inputs, keras.layers.Dense(2)(
+      layers.OneHot(3, name="one_hot")(inputs[:, 0])))
+  plain = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+  texts = []
+  for module in ("ddss_tf.unet", "ddss_tf.networks.layers"):
+    monkeypatch.setattr(layers.OneHot, "__module__", module)
+    assert f'"module": "{module}"' in model.to_json()
+    texts.append(files.graph_text(model))
+  assert texts[0] == texts[1] and "OneHot" in texts[0]
+  assert files.graph_text(plain) == plain.to_json()
