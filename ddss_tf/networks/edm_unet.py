@@ -95,6 +95,34 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
     ValueError: unknown names, an image size or widths that do not divide, or
       a size that no network has.
   """
+  _check(config)
+  song = config.architecture == "SongUNet"
+  ends = dict(kind=config.preconditioning, sigma_data=config.sigma_data,
+              beta_d=config.beta_d, beta_min=config.beta_min,
+              timesteps=config.timesteps)
+  x = keras.Input((config.image_size, config.image_size,
+                   config.image_channels), name="x")
+  sigma = keras.Input((), name="sigma")
+  inputs = [x, sigma]
+  h, noise = EDMInput(**ends, name="scaled_input")(x, sigma)
+  label = None
+  if config.label_dim:
+    labels = keras.Input((), dtype="int32", name="labels")
+    inputs.append(labels)
+    label = OneHot(config.label_dim, config.label_dim**0.5 if song else 1.0,
+                   name="one_hot")(labels)
+  parts = _Parts(config, _embedding(config, noise, label))
+  h = parts.decoded(parts.encoded(h))
+  h = edm_layers.group_norm_layer(h.shape[-1], parts.epsilon, "out_norm")(h)
+  h = keras.layers.Activation("silu", name="out_silu")(h)
+  h = keras.layers.Conv2D(config.image_channels, 3, padding="same",
+                          dtype="float32", name="out_conv")(h)
+  eps = EDMOutput(**ends, name="eps")(x, sigma, h)
+  return keras.Model(inputs, eps, name=name)
+
+
+def _check(config: EDMConfig) -> None:
+  """Raises what `build_edm` does."""
   for key, known in (("architecture", ARCHITECTURES),
                      ("preconditioning", PRECONDITIONINGS)):
     if getattr(config, key) not in known:
@@ -115,34 +143,18 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
   if config.model_channels % 4:
     raise ValueError("model_channels must be a multiple of 4. "
                      f"Received: {config.model_channels}")
-  song = config.architecture == "SongUNet"
   taps = config.resample_filter
   if len(taps) < 2 or len(taps) % 2 or taps != taps[::-1] or not sum(taps):
     raise ValueError("resample_filter must be symmetric, of an even number of "
                      f"taps. Received: {taps}")
-  base = config.model_channels
-  block_options = dict(epsilon=1e-5)
-  if song:
-    block_options = dict(epsilon=1e-6, skip_scale=0.5**0.5, scale_shift=False,
-                         project_resampled=True, resample_filter=taps)
-  ends = dict(kind=config.preconditioning, sigma_data=config.sigma_data,
-              beta_d=config.beta_d, beta_min=config.beta_min,
-              timesteps=config.timesteps)
 
-  x = keras.Input((config.image_size, config.image_size,
-                   config.image_channels), name="x")
-  sigma = keras.Input((), name="sigma")
-  inputs = [x, sigma]
-  h, noise = EDMInput(**ends, name="scaled_input")(x, sigma)
-  label = None
-  if config.label_dim:
-    labels = keras.Input((), dtype="int32", name="labels")
-    inputs.append(labels)
-    label = OneHot(config.label_dim, config.label_dim**0.5 if song else 1.0,
-                   name="one_hot")(labels)
 
-  wide = base * config.channel_mult_emb
-  features = base * (config.channel_mult_noise if song else 1)
+def _embedding(config: EDMConfig, noise, label):
+  """The embedding of the noise level, and of the label if there is one."""
+  song = config.architecture == "SongUNet"
+  wide = config.model_channels * config.channel_mult_emb
+  features = config.model_channels * (
+      config.channel_mult_noise if song else 1)
   if config.fourier:
     embedding = FourierEmbedding(features, name="map_noise")(noise)
   else:
@@ -160,62 +172,85 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
     embedding = keras.layers.Add(name="add_label")([
         embedding,
         keras.layers.Dense(wide, use_bias=False, name="map_label")(label)])
-  # Once more than in other networks, where blocks do it.
-  embedding = keras.layers.Activation("silu", name="map_silu")(embedding)
+  # In other networks the blocks do this.
+  return keras.layers.Activation("silu", name="map_silu")(embedding)
 
-  def block(h, width, place, resample=None, attention=False):
+
+class _Parts:
+  """Encoder and decoder, built around one embedding of the noise level."""
+
+  def __init__(self, config: EDMConfig, embedding):
+    self._config, self._embedding = config, embedding
+    self._song = config.architecture == "SongUNet"
+    self.epsilon = 1e-6 if self._song else 1e-5
+    self._options = dict(
+        skip_scale=0.5**0.5, scale_shift=False, project_resampled=True,
+        resample_filter=config.resample_filter) if self._song else {}
+    self._resolutions = [
+        config.image_size >> level
+        for level in range(len(config.channel_mult))]
+    self._attends = [size in config.attn_resolutions
+                     for size in self._resolutions]
+    self._skips = []
+
+  def _block(self, h, width, place, resample=None, attention=False):
     heads = 0
     if attention:
-      heads = 1 if song else width // _HEAD_CHANNELS
-    return EDMBlock(width, resample, heads, **block_options, name=place)(
-        h, embedding)
+      heads = 1 if self._song else width // _HEAD_CHANNELS
+    return EDMBlock(width, resample, heads, epsilon=self.epsilon,
+                    **self._options, name=place)(h, self._embedding)
 
-  resolutions = [config.image_size >> level for level in range(levels)]
-  attends = [size in config.attn_resolutions for size in resolutions]
-  skips = []
-  images = h
-  for level, (size, factor) in enumerate(zip(resolutions,
-                                             config.channel_mult)):
-    place = f"enc_{size}x{size}"
-    if level == 0:
-      h = keras.layers.Conv2D(base if song else base * factor, 3,
-                              padding="same", name=f"{place}_conv")(h)
-    else:
-      h = block(h, h.shape[-1], f"{place}_down", "down")
-      if config.residual_encoder:
-        # Zeros around all, then neither layer pads; so the bias of the one may
-        # come before the filter of the other.
-        images = keras.layers.ZeroPadding2D(
-            1 + (len(taps) - 1) // 2, name=f"{place}_pad")(images)
-        images = keras.layers.Conv2D(
-            h.shape[-1], 3, name=f"{place}_aux_residual")(images)
-        images = FilteredDown(taps, name=f"{place}_filter")(images)
-        images = keras.layers.Add(name=f"{place}_add")([h, images])
-        h = images = keras.layers.Rescaling(
-            0.5**0.5, name=f"{place}_scale")(images)
-    skips.append(h)
-    for i in range(config.num_blocks):
-      h = block(h, base * factor, f"{place}_block{i}",
-                attention=attends[level])
+  def encoded(self, h):
+    """From the images' resolution to the coarsest."""
+    config, base, skips = self._config, self._config.model_channels, self._skips
+    images = h
+    for level, (size, factor) in enumerate(zip(self._resolutions,
+                                               config.channel_mult)):
+      place = f"enc_{size}x{size}"
+      if level == 0:
+        h = keras.layers.Conv2D(base if self._song else base * factor, 3,
+                                padding="same", name=f"{place}_conv")(h)
+      else:
+        h = self._block(h, h.shape[-1], f"{place}_down", "down")
+        if config.residual_encoder:
+          h = images = self._with_images(h, images, place)
       skips.append(h)
+      for i in range(config.num_blocks):
+        h = self._block(h, base * factor, f"{place}_block{i}",
+                        attention=self._attends[level])
+        skips.append(h)
+    return h
 
-  for level in reversed(range(levels)):
-    place = f"dec_{resolutions[level]}x{resolutions[level]}"
-    if level == levels - 1:
-      h = block(h, h.shape[-1], f"{place}_in0", attention=True)
-      h = block(h, h.shape[-1], f"{place}_in1")
-    else:
-      h = block(h, h.shape[-1], f"{place}_up", "up")
-    for i in range(config.num_blocks + 1):
-      h = keras.layers.Concatenate(name=f"{place}_skip{i}")([h, skips.pop()])
-      # SongUNet attends once on the way up, after the last block.
-      last = i == config.num_blocks
-      h = block(h, base * config.channel_mult[level], f"{place}_block{i}",
-                attention=attends[level] and (last or not song))
+  def _with_images(self, h, images, place):
+    """The states beside the images of their size (the residual encoder)."""
+    taps = self._config.resample_filter
+    # Zeros are put around the images first, and then neither layer pads. So the
+    # bias of the one may come before the filter of the other.
+    images = keras.layers.ZeroPadding2D(
+        1 + (len(taps) - 1) // 2, name=f"{place}_pad")(images)
+    images = keras.layers.Conv2D(
+        h.shape[-1], 3, name=f"{place}_aux_residual")(images)
+    images = FilteredDown(taps, name=f"{place}_filter")(images)
+    images = keras.layers.Add(name=f"{place}_add")([h, images])
+    return keras.layers.Rescaling(0.5**0.5, name=f"{place}_scale")(images)
 
-  h = edm_layers.group_norm_layer(h.shape[-1], block_options["epsilon"], "out_norm")(h)
-  h = keras.layers.Activation("silu", name="out_silu")(h)
-  h = keras.layers.Conv2D(config.image_channels, 3, padding="same",
-                          dtype="float32", name="out_conv")(h)
-  eps = EDMOutput(**ends, name="eps")(x, sigma, h)
-  return keras.Model(inputs, eps, name=name)
+  def decoded(self, h):
+    """Back to the images' resolution, beside what the encoder kept."""
+    config, levels = self._config, len(self._resolutions)
+    for level in reversed(range(levels)):
+      place = f"dec_{self._resolutions[level]}x{self._resolutions[level]}"
+      if level == levels - 1:
+        h = self._block(h, h.shape[-1], f"{place}_in0", attention=True)
+        h = self._block(h, h.shape[-1], f"{place}_in1")
+      else:
+        h = self._block(h, h.shape[-1], f"{place}_up", "up")
+      for i in range(config.num_blocks + 1):
+        h = keras.layers.Concatenate(name=f"{place}_skip{i}")(
+            [h, self._skips.pop()])
+        # SongUNet attends once on the way up, after the last block.
+        last = i == config.num_blocks
+        h = self._block(
+            h, config.model_channels * config.channel_mult[level],
+            f"{place}_block{i}",
+            attention=self._attends[level] and (last or not self._song))
+    return h

@@ -126,6 +126,31 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
       or heads do not, or they are given twice; an unknown activation or label
       embedding; a size that no network has.
   """
+  height, width = _checked(config)
+  x = keras.Input((height, width, config.in_channels), name="x_t")
+  t = keras.Input((), name="t")
+  inputs = [x, t]
+  if config.num_classes is not None:
+    inputs.append(keras.Input((), dtype="int32", name="labels"))
+  parts = _Parts(config, _embedding(config, *inputs[1:]))
+  if config.center_input:
+    x = keras.layers.Rescaling(2.0, -1.0, name="center_input")(x)
+  h = keras.layers.Conv2D(
+      config.channels[0], 3, padding="same", name="conv_in")(x)
+  h = parts.up(parts.middle(parts.down(h)))
+  h = group_norm.GroupNormalization(
+      groups=config.norm_groups, epsilon=config.norm_epsilon,
+      name="norm_out")(h)
+  h = keras.layers.Activation("silu", name="silu_out")(h)
+  # The prediction leaves in float32 whatever the policy: the coefficients of
+  # the chain multiply it by up to 1 / sqrt(abar_T).
+  h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
+                          dtype="float32", name="conv_out")(h)
+  return keras.Model(inputs, h, name=name)
+
+
+def _checked(config: UNetConfig) -> tuple[int, int]:
+  """Height and width of the images; raises what `build_unet` does."""
   for key, known in (("activation", layers.ACTIVATIONS),
                      ("label_embedding", LABEL_EMBEDDINGS)):
     if getattr(config, key) not in known:
@@ -145,18 +170,13 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
         f"image_size must be a multiple of {factor} for {levels} levels, or "
         "height and width that are. "
         f"Received: image_size={config.image_size}")
-  base = config.channels[0]
-  norm = dict(norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon)
-  time_width = config.time_width or 4 * base
+  return size
 
-  x = keras.Input((*size, config.in_channels), name="x_t")
-  t = keras.Input((), name="t")
-  inputs = [x, t]
-  scaled = t
-  if config.time_scale != 1:
-    # In float32 for the reason of TimeEmbedding.
-    scaled = keras.layers.Rescaling(
-        config.time_scale, dtype="float32", name="time_scale")(t)
+
+def _embedding(config: UNetConfig, t, labels=None):
+  """The embedding of times, and of labels if there are classes."""
+  base = config.channels[0]
+  time_width = config.time_width or 4 * base
 
   def embedded(value, place):
     value = TimeEmbedding(
@@ -166,25 +186,37 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
         time_width, activation="silu", name=f"{place}_1")(value)
     return keras.layers.Dense(time_width, name=f"{place}_2")(value)
 
-  time = embedded(scaled, "time")
-  if config.num_classes is not None:
-    labels = keras.Input((), dtype="int32", name="labels")
-    inputs.append(labels)
-    if config.label_embedding == "table":
-      label = keras.layers.Embedding(
-          config.num_classes, time_width, name="label_embedding")(labels)
-    else:
-      label = embedded(labels, "label")
-    time = keras.layers.Add(name="time_and_label")([time, label])
+  if config.time_scale != 1:
+    # In float32 for the reason of TimeEmbedding.
+    t = keras.layers.Rescaling(
+        config.time_scale, dtype="float32", name="time_scale")(t)
+  time = embedded(t, "time")
+  if labels is None:
+    return time
+  if config.label_embedding == "table":
+    label = keras.layers.Embedding(
+        config.num_classes, time_width, name="label_embedding")(labels)
+  else:
+    label = embedded(labels, "label")
+  return keras.layers.Add(name="time_and_label")([time, label])
 
-  def block(h, width, place, **options):
+
+class _Parts:
+  """The three parts of a U-Net, built around one embedding of the time."""
+
+  def __init__(self, config: UNetConfig, time):
+    self._config, self._time = config, time
+    self._skips = []
+
+  def _block(self, h, width, place, **options):
+    config = self._config
     return ResidualBlock(
-        width, **norm, scale_shift=config.scale_shift,
-        activation=config.activation, name=place, **options)(h, time)
+        width, norm_groups=config.norm_groups,
+        norm_epsilon=config.norm_epsilon, scale_shift=config.scale_shift,
+        activation=config.activation, name=place, **options)(h, self._time)
 
-  def attention(h, place, num_heads=config.num_heads,
-                norm_groups=config.norm_groups, **options):
-    width, head_channels = h.shape[-1], config.head_channels
+  def _attention(self, h, place, num_heads, norm_groups, **options):
+    width, head_channels = h.shape[-1], self._config.head_channels
     if num_heads is not None:
       if num_heads < 1 or width % num_heads:
         raise ValueError(
@@ -196,60 +228,67 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
       raise ValueError(
           f"head_channels must divide the {width} channels of {place}. "
           f"Received: head_channels={head_channels}")
-    return SelfAttention(norm_groups, config.norm_epsilon, head_channels,
+    return SelfAttention(norm_groups, self._config.norm_epsilon, head_channels,
                          name=place, **options)(h)
 
-  if config.center_input:
-    x = keras.layers.Rescaling(2.0, -1.0, name="center_input")(x)
-  h = keras.layers.Conv2D(base, 3, padding="same", name="conv_in")(x)
-  skips = [h]
-  for level, width in enumerate(config.channels):
-    for i in range(config.blocks_per_level):
-      h = block(h, width, f"down_{level}_block_{i}")
-      if level in config.attention_levels:
-        h = attention(h, f"down_{level}_attention_{i}")
-      skips.append(h)
-    if level < levels - 1 and level in config.residual_down_levels:
-      h = block(h, width, f"down_{level}_downsample", resample="down")
-      skips.append(h)
-    elif level < levels - 1:
-      padding = "same"
-      if config.symmetric_downsample:
-        h = keras.layers.ZeroPadding2D(1, name=f"down_{level}_pad")(h)
-        padding = "valid"
-      h = keras.layers.Conv2D(width, 3, strides=2, padding=padding,
-                              name=f"down_{level}_downsample")(h)
-      skips.append(h)
+  def down(self, h):
+    """From the images' resolution to the coarsest."""
+    config, skips = self._config, self._skips
+    skips.append(h)
+    for level, width in enumerate(config.channels):
+      for i in range(config.blocks_per_level):
+        h = self._block(h, width, f"down_{level}_block_{i}")
+        if level in config.attention_levels:
+          h = self._attention(h, f"down_{level}_attention_{i}",
+                              config.num_heads, config.norm_groups)
+        skips.append(h)
+      if level < len(config.channels) - 1:
+        h = self._halved(h, level, width)
+        skips.append(h)
+    return h
 
-  mid = dict(divisor=config.mid_divisor)
-  h = block(h, config.channels[-1], "mid_block_0", **mid)
-  if config.mid_attention:
-    groups = config.mid_attention_groups or config.norm_groups
-    h = attention(
-        h, "mid_attention", **mid,
-        norm_groups=groups if config.mid_attention_norm else None)
-  h = block(h, config.channels[-1], "mid_block_1", **mid)
+  def _halved(self, h, level, width):
+    if level in self._config.residual_down_levels:
+      return self._block(h, width, f"down_{level}_downsample", resample="down")
+    padding = "same"
+    if self._config.symmetric_downsample:
+      h = keras.layers.ZeroPadding2D(1, name=f"down_{level}_pad")(h)
+      padding = "valid"
+    return keras.layers.Conv2D(width, 3, strides=2, padding=padding,
+                               name=f"down_{level}_downsample")(h)
 
-  num_heads_up = config.num_heads_up or config.num_heads
-  for up, level in enumerate(reversed(range(levels))):
-    for i in range(config.blocks_per_level + 1):
-      h = keras.layers.Concatenate(name=f"up_{up}_skip_{i}")([h, skips.pop()])
-      h = block(h, config.channels[level], f"up_{up}_block_{i}")
-      if level in config.attention_levels:
-        h = attention(h, f"up_{up}_attention_{i}", num_heads_up)
-    if level > 0 and level in config.residual_up_levels:
-      h = block(h, config.channels[level], f"up_{up}_upsample", resample="up")
-    elif level > 0:
-      h = keras.layers.UpSampling2D(2, name=f"up_{up}_repeat")(h)
-      h = keras.layers.Conv2D(config.channels[level], 3, padding="same",
-                              name=f"up_{up}_upsample")(h)
+  def middle(self, h):
+    """At the coarsest resolution."""
+    config, width = self._config, self._config.channels[-1]
+    mid = dict(divisor=config.mid_divisor)
+    h = self._block(h, width, "mid_block_0", **mid)
+    if config.mid_attention:
+      groups = config.mid_attention_groups or config.norm_groups
+      h = self._attention(
+          h, "mid_attention", config.num_heads,
+          groups if config.mid_attention_norm else None, **mid)
+    return self._block(h, width, "mid_block_1", **mid)
 
-  h = group_norm.GroupNormalization(
-      groups=config.norm_groups, epsilon=config.norm_epsilon,
-      name="norm_out")(h)
-  h = keras.layers.Activation("silu", name="silu_out")(h)
-  # The prediction leaves in float32 whatever the policy: the coefficients of
-  # the chain multiply it by up to 1 / sqrt(abar_T).
-  h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
-                          dtype="float32", name="conv_out")(h)
-  return keras.Model(inputs, h, name=name)
+  def up(self, h):
+    """Back to the images' resolution, beside what was kept on the way down."""
+    config = self._config
+    num_heads = config.num_heads_up or config.num_heads
+    for up, level in enumerate(reversed(range(len(config.channels)))):
+      for i in range(config.blocks_per_level + 1):
+        h = keras.layers.Concatenate(name=f"up_{up}_skip_{i}")(
+            [h, self._skips.pop()])
+        h = self._block(h, config.channels[level], f"up_{up}_block_{i}")
+        if level in config.attention_levels:
+          h = self._attention(h, f"up_{up}_attention_{i}", num_heads,
+                              config.norm_groups)
+      if level > 0:
+        h = self._doubled(h, up, level)
+    return h
+
+  def _doubled(self, h, up, level):
+    width = self._config.channels[level]
+    if level in self._config.residual_up_levels:
+      return self._block(h, width, f"up_{up}_upsample", resample="up")
+    h = keras.layers.UpSampling2D(2, name=f"up_{up}_repeat")(h)
+    return keras.layers.Conv2D(
+        width, 3, padding="same", name=f"up_{up}_upsample")(h)
