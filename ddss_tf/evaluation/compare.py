@@ -8,7 +8,6 @@ Everything is kept: called again, it goes on where it stopped.
 """
 
 import functools
-import itertools
 import os
 from typing import Any, Mapping, Sequence
 
@@ -195,106 +194,161 @@ def compare(
       batch_size=batch_size, jit_compile=jit_compile)
   evaluator = make_evaluator(run, seed=seed)
   run.keep_config()
-  stride_evaluator = make_evaluator(
-      run_dir_lib.RunDir(run.path("strides"), run.cache),
-      seed=max([seed, *more_seeds]) + 1)
+  rows = (len(num_steps) * (len(solvers)
+                            + len(families) * len(objectives or [0]))
+          + len(cards) + full_chain)
+  with progress.bar(rows, "table", "row") as bar:
+    table = _Table(run, evaluator, bar, num_samples, more_seeds,
+                   searched=bool(objectives))
+    race = _Race(
+        table, denoiser, dataset, features,
+        lineage.Ranking(
+            make_evaluator(run_dir_lib.RunDir(run.path("strides"), run.cache),
+                           seed=max([seed, *more_seeds]) + 1),
+            stride_samples, strides),
+        default_starts=starts == "default", jit_compile=jit_compile)
+    for steps in num_steps:
+      race.run(steps, solvers, families, objectives)
+    for path in cards:
+      table.add_card(path, denoiser)
+    if full_chain:
+      table.add(sampler_lib.full_chain(denoiser.schedule), more_seeds=())
+  comparison.draw(run.root, table.records)
+  return table.records
 
-  records = []
-  bar = progress.bar(
-      len(num_steps) * (len(solvers) + len(families) * len(objectives or [0]))
-      + len(cards) + full_chain, "table", "row")
-  images = comparison.read_samples(run.path(run_dir_lib.SAMPLES_NPZ))
 
-  def add(sampler, x0_bound=None, search=None, more=more_seeds):
-    record = evaluator.timed_record(sampler, num_samples, x0_bound)
-    if records_lib.sample_key(record) not in images:
-      images[records_lib.sample_key(record)] = dataset_lib.to_uint8(
-          evaluator.images(sampler, _SHOWN, x0_bound))
-      _write_samples(run.path(run_dir_lib.SAMPLES_NPZ), images)
+class _Table:
+  """The rows of a comparison: records, first samples, files.
+
+  Args:
+    run: its run directory.
+    evaluator: measures the rows.
+    bar: moves by one for each row.
+    num_samples: of each row.
+    more_seeds: with which each row is measured again.
+    searched: whether records say how their sampler was searched.
+
+  Attributes:
+    run: the run directory.
+    records: of all rows, in order.
+  """
+
+  def __init__(self, run, evaluator, bar, num_samples, more_seeds, searched):
+    self.run, self.records = run, []
+    self._evaluator, self._bar = evaluator, bar
+    self._num_samples, self._more_seeds = num_samples, more_seeds
+    self._searched = searched
+    self._images = comparison.read_samples(run.path(run_dir_lib.SAMPLES_NPZ))
+
+  def add(self, sampler, x0_bound=None, search=None, more_seeds=None) -> None:
+    """Measures a row, and writes the table anew.
+
+    Args:
+      sampler: of the row.
+      x0_bound: see `chain.bound_x0`.
+      search: how it was searched, from its card; None: it was not.
+      more_seeds: in place of those of all rows.
+    """
+    more_seeds = self._more_seeds if more_seeds is None else more_seeds
+    record = self._evaluator.timed_record(sampler, self._num_samples, x0_bound)
+    self._keep_images(records_lib.sample_key(record), sampler, x0_bound)
     of_row = [record, *(
-        evaluator.record(sampler, num_samples, x0_bound, other)
-        for other in more)]
+        self._evaluator.record(sampler, self._num_samples, x0_bound, other)
+        for other in more_seeds)]
     for record in of_row:
-      if objectives:
+      if self._searched:
         record = {**record, "objective": search and search["objective"],
                   "search_rate": search and search["rate"],
                   "search_seconds": search and search["seconds"]}
-      records.append(record)
+      self.records.append(record)
       logging.info("%s", record)
-    records_lib.write_table(run.path(run_dir_lib.TABLE), records)
-    bar.update()
+    records_lib.write_table(self.run.path(run_dir_lib.TABLE), self.records)
+    self._bar.update()
 
-  for steps in num_steps:
+  def _keep_images(self, key, sampler, x0_bound):
+    """Makes and stores the first images of a row, unless they are there."""
+    if key in self._images:
+      return
+    self._images[key] = dataset_lib.to_uint8(
+        self._evaluator.images(sampler, _SHOWN, x0_bound))
+    _write_samples(self.run.path(run_dir_lib.SAMPLES_NPZ), self._images)
+
+  def add_card(self, path: str, denoiser: Denoiser) -> None:
+    """Measures a sampler that was found before."""
+    sampler, bound = zoo.load_searched(self.run, denoiser, path)
+    if any((row["sampler"], row["num_steps"])
+           == (sampler.label, sampler.num_steps) for row in self.records):
+      sampler.label += f" ({_card_name(path)})"
+    self.add(sampler, bound)
+
+
+class _Race:
+  """Solvers on their best strides, and families searched from these.
+
+  Args:
+    table: takes the rows.
+    denoiser: the frozen model.
+    dataset: its training set.
+    features: the network of the searches' loss.
+    ranking: ranks samplers, on images of its own.
+    default_starts: whether each family is searched from its default start only.
+    jit_compile: compile the network with XLA.
+  """
+
+  def __init__(self, table: _Table, denoiser, dataset, features,
+               ranking: lineage.Ranking, default_starts: bool,
+               jit_compile: bool):
+    self._table, self._ranking = table, ranking
+    self._denoiser, self._dataset = denoiser, dataset
+    self._features = features
+    self._default_starts = default_starts
+    self._jit_compile = jit_compile
+
+  def run(self, steps: int, solvers, families, objectives) -> None:
+    """Adds all rows of a number of steps."""
     make = functools.partial(
-        families_lib.make_sampler, denoiser.schedule, num_steps=steps)
-    ranked = [lineage.best_strides(functools.partial(make, family=solver), strides,
-                            stride_evaluator, stride_samples)
+        families_lib.make_sampler, self._denoiser.schedule, num_steps=steps)
+    ranked = [self._ranking.best_strides(functools.partial(make, family=solver))
               for solver in solvers]
     for sampler, *_ in ranked:
-      add(sampler)
-
-    # Where searches may start, besides their default.
-    simple = [lineage.as_start(sampler) for sampler, *_ in ranked
-              if sampler.solver in ("ddpm", "ddim")]
-    best, *others = sorted(
-        itertools.chain(*ranked),
-        key=lambda s: records_lib.rank(stride_evaluator.record(s, stride_samples))
-        ) or [None]
-    other = next((s for s in others if lineage.told_apart(best, s)), None)
-    ends = {}  # Of each family, the folders of its searches.
-
-    def searched(folder, family, candidates, **changes):
-      search_lib.search(
-          run_dir=folder, denoiser=denoiser, dataset=dataset,
-          features=features, sampler=functools.partial(
-              families_lib.make_sampler, family=family, num_steps=steps,
-              init="auto"),
-          start_candidates=candidates, cache_dir=run.cache,
-          jit_compile=jit_compile, **changes)
-      return zoo.load_searched(run_dir_lib.RunDir(folder), denoiser)
-
+      self._table.add(sampler)
+    if objectives:
+      for family in families:
+        self._search_by_objective(steps, family, objectives)
+      return
+    starts = lineage.Starts(self._ranking, ranked, self._default_starts)
     for family in families:
-      folder = run.path(f"k{steps}", family)
-      for label, objective in (objectives or {}).items():
-        path = os.path.join(folder, label)
-        sampler, bound = searched(
-            path, family, [{"init": "ddpm"}], objective=objective)
-        sampler.label = f"{sampler.label}, {label}"
-        add(sampler, bound, _search_of(path))
-      if objectives:
-        continue
-      inside = [name for name in families_lib.contained(family) if name in ends]
-      # Those inside another one of them have been started from already.
-      inside = [name for name in inside if not any(
-          name in families_lib.contained(other) for other in inside)]
-      candidates = [{}, *simple, *(
-          {"init": os.path.join(path, run_dir_lib.SAMPLER)}
-          for name in inside for path in ends[name])]
-      rounds = {folder: [{}] if starts == "default" else candidates}
-      if (starts == "best" and families_lib.is_multistep(family)
-          and not any(map(families_lib.is_multistep, inside))):
-        if best:
-          rounds[folder] = [*candidates, lineage.as_start(best)]
-        if other:
-          rounds[f"{folder}-{other.stride}"] = [lineage.as_start(other)]
-      found = {path: searched(path, family, candidates)
-               for path, candidates in rounds.items()}
-      ends[family] = list(found)
-      path = folder if len(found) == 1 else min(
-          found, key=lambda path: records_lib.rank(stride_evaluator.record(
-              found[path][0], stride_samples, found[path][1])))
-      add(*found[path], _search_of(path))
-  for path in cards:
-    sampler, bound = zoo.load_searched(run, denoiser, path)
-    if any((row["sampler"], row["num_steps"])
-           == (sampler.label, sampler.num_steps) for row in records):
-      sampler.label += f" ({_card_name(path)})"
-    add(sampler, bound)
-  if full_chain:
-    add(sampler_lib.full_chain(denoiser.schedule), more=())
-  bar.close()
-  comparison.draw(run.root, records)
-  return records
+      self._search_from(steps, family, starts)
+
+  def _search_by_objective(self, steps, family, objectives):
+    """A row for each objective, all searched from DDPM."""
+    for label, objective in objectives.items():
+      path = self._table.run.path(f"k{steps}", family, label)
+      sampler, bound = self._searched(
+          path, family, steps, [{"init": "ddpm"}], objective=objective)
+      sampler.label = f"{sampler.label}, {label}"
+      self._table.add(sampler, bound, _search_of(path))
+
+  def _search_from(self, steps, family, starts):
+    """The row of a family: the best of its searches."""
+    folder = self._table.run.path(f"k{steps}", family)
+    found = {path: self._searched(path, family, steps, candidates)
+             for path, candidates in starts.rounds(family, folder).items()}
+    starts.ended(family, list(found))
+    path = folder if len(found) == 1 else min(
+        found, key=lambda path: self._ranking.rank(*found[path]))
+    self._table.add(*found[path], _search_of(path))
+
+  def _searched(self, folder, family, steps, candidates, **changes):
+    """The sampler that a search of a folder finds, and its bound of x0."""
+    search_lib.search(
+        run_dir=folder, denoiser=self._denoiser, dataset=self._dataset,
+        features=self._features, sampler=functools.partial(
+            families_lib.make_sampler, family=family, num_steps=steps,
+            init="auto"),
+        start_candidates=candidates, cache_dir=self._table.run.cache,
+        jit_compile=self._jit_compile, **changes)
+    return zoo.load_searched(run_dir_lib.RunDir(folder), self._denoiser)
 
 
 def _write_samples(path, images):
