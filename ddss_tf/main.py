@@ -77,15 +77,15 @@ def _build(stages) -> None:
   # pylint: disable=g-import-not-at-top
   from ddss_tf.evaluation import compare as comparing
   from ddss_tf.evaluation import evaluate as evaluation
-  from ddss_tf.exporting import export as exporting
-  from ddss_tf.features import load as features
+  from ddss_tf.exporting import sample as sampling
+  from ddss_tf.features import network as network_lib
   from ddss_tf import registry
   from ddss_tf.searching import search as searching
   from ddss_tf import zoo
   # pylint: enable=g-import-not-at-top
   checks = {
       "compare": comparing.check_compare, "evaluate": evaluation.check_evaluate,
-      "sample": exporting.check_sample, "search": searching.check_search}
+      "sample": sampling.check_sample, "search": searching.check_search}
   for stage in stages:
     name = stage.__name__
     arguments = _bound_arguments(stage)
@@ -100,12 +100,12 @@ def _build(stages) -> None:
         searching.check_search({**search, "objective": objective})
     denoiser = arguments.get("denoiser")
     if "dataset" in arguments:
-      networks = features.as_networks(
+      networks = network_lib.as_networks(
           f"{name}.features", arguments["features"], several=name == "search")
-      networks += features.as_networks(
+      networks += network_lib.as_networks(
           f"{name}.heldout_features", arguments.get("heldout_features"),
           optional=True)
-      searching.check_shapes(denoiser, arguments["dataset"], *networks)
+      network_lib.check_shapes(denoiser, arguments["dataset"], *networks)
     factories = list(arguments.get("baselines") or [])
     if name == "search":
       factories.append(arguments["sampler"])
@@ -160,8 +160,8 @@ def _main(argv):
 def _fail(error, status=2):
   # One line, without the call chain that gin appends.
   message = str(error).split("\n  In call to configurable")[0]
-  if "ddss_tf.progress" in sys.modules:
-    sys.modules["ddss_tf.progress"].close_all()
+  if "ddss_tf.runs.progress" in sys.modules:
+    sys.modules["ddss_tf.runs.progress"].close_all()
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
   if os.environ.get("TF_CONFIG"):
     # TensorFlow would wait for workers that are gone, or that wait for us.
