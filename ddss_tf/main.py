@@ -86,6 +86,7 @@ def _build(stages) -> None:
   checks = {
       "compare": comparing.check_compare, "evaluate": evaluation.check_evaluate,
       "sample": sampling.check_sample, "search": searching.check_search}
+  num_steps = None  # K of the searched sampler, once it is known.
   for stage in stages:
     name = stage.__name__
     arguments = _bound_arguments(stage)
@@ -106,13 +107,17 @@ def _build(stages) -> None:
           f"{name}.heldout_features", arguments.get("heldout_features"),
           optional=True)
       network_lib.check_shapes(denoiser, arguments["dataset"], *networks)
-    factories = list(arguments.get("baselines") or [])
     if name == "search":
-      factories.append(arguments["sampler"])
+      num_steps = arguments["sampler"](denoiser.schedule).num_steps
     elif arguments.get("sampler") is not None:
-      zoo.load(arguments["sampler"])
-    for factory in factories:
-      factory(denoiser.schedule)
+      num_steps = zoo.load(arguments["sampler"]).coefficients.num_steps
+    if name == "evaluate":
+      if arguments["num_steps"] is not None:
+        num_steps = arguments["num_steps"]
+      for baseline in arguments["baselines"]:
+        # Without K, the name has been checked, and `evaluate` does the rest.
+        if num_steps is not None or not isinstance(baseline, str):
+          evaluation.make_baseline(baseline, denoiser.schedule, num_steps)
 
 
 def _bound_arguments(stage, **given) -> dict:
@@ -202,8 +207,8 @@ def _run():
     import gin
     import tensorflow as tf
     from ddss_tf import distribution
-    from ddss_tf.evaluation import evaluate as evaluation
     from ddss_tf import registry  # pylint: disable=unused-import
+    from ddss_tf.runs import records as records_lib
     # pylint: enable=g-import-not-at-top
   configuration.parse(_GIN_FILE.value, params)
   tf.get_logger().setLevel("ERROR")  # TF-GAN calls deprecated functions.
@@ -221,7 +226,7 @@ def _run():
       return
   records = results.get("evaluate") or results.get("compare")
   if records:
-    print(f"\n{evaluation.table(records)}\n")
+    print(f"\n{records_lib.table(records)}\n")
     print(f"{records[0]['num_samples']} samples a row against "
           f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
           f"seed {records[0]['seed']}; features "
