@@ -28,7 +28,8 @@ setuptools.setup(
         "ddss_tf.reporting": ["assets/*", "assets/*/*"],
         "ddss_tf.exporting": ["assets/*", "assets/*/*"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
-        "ddss_tf.gin_configs": ["*.gin", "*/*.gin", "*/*/*.gin"],
+        "ddss_tf.gin_configs": [
+            "*.gin", "*/*.gin", "*/*/*.gin", "*/*/*.csv", "*/*/*.md"],
     },
     python_requires=">=3.11,<3.12",
     install_requires=[

@@ -100,8 +100,10 @@ def build(functions: list[Callable]) -> None:
   # pylint: disable=g-import-not-at-top
   from ddss_tf import zoo
   from ddss_tf.datasets import dataset as dataset_lib
+  from ddss_tf.evaluation import evaluate as evaluate_lib
   from ddss_tf.features import network as network_lib
   # pylint: enable=g-import-not-at-top
+  num_steps = None  # K of the searched sampler, once it is known.
   for function in functions:
     name, arguments = function.__name__, _bound_arguments(function)
     _check_numbers(name, arguments)
@@ -114,13 +116,14 @@ def build(functions: list[Callable]) -> None:
           optional=True)
       network_lib.check_shapes(
           denoiser, dataset_lib.as_dataset(arguments["dataset"]), *networks)
-    factories = list(arguments.get("baselines") or [])
     if name == "search":
-      factories.append(arguments["sampler"])
+      num_steps = arguments["sampler"](denoiser.schedule).num_steps
     elif arguments.get("sampler") is not None:
-      zoo.load(arguments["sampler"])
-    for factory in factories:
-      factory(denoiser.schedule)
+      num_steps = zoo.load(arguments["sampler"]).coefficients.num_steps
+    if name == "evaluate":
+      evaluate_lib.check_baselines(
+          arguments["baselines"], denoiser.schedule,
+          arguments["num_steps"] or num_steps)
 
 
 def _check_numbers(name: str, arguments: Mapping[str, object]) -> None:

@@ -116,6 +116,17 @@ OBJECTIVE = "search.objective = "
     ("evaluate.num_samples = 3", ["evaluate.num_samples", ">= 4", "3"]),
     ("evaluate.batch_size = 0", ["evaluate.batch_size", "0"]),
     ("evaluate.x0_bound = 'soft'", ["evaluate.x0_bound", "'soft'"]),
+    ("evaluate.baselines = ['dimm linear']",
+     ["evaluate.baselines", "'ddim quadratic'", "unipc3-bh2", "'dimm linear'"]),
+    ("evaluate.baselines = ['ddim cubic']", ["matched_trailing", "'ddim cubic'"]),
+    ("evaluate.baselines = ['ddim']", ["a space and a stride", "'ddim'"]),
+    ("evaluate.baselines = ['ggdm linear']", ["solver", "'ggdm linear'"]),
+    ("evaluate.baselines = [3]", ["evaluate.baselines", "3"]),
+    ("evaluate.baselines = 'ddim linear'", ["a list", "'ddim linear'"]),
+    ("evaluate.baselines = None", ["evaluate.baselines must be a list", "None"]),
+    ("evaluate.num_steps = 0", ["evaluate.num_steps", ">= 1", "0"]),
+    ("evaluate.num_steps = 1001\nevaluate.baselines = ['ddim linear']",
+     ["from 1 to 1000", "num_steps=1001"]),
     # Parts that do not fit.
     ("gaussian_denoiser.image_shape = (4, 4, 3)", ["(4, 4, 3)", "(4, 4, 1)"]),
     ("gaussian_denoiser.image_shape = (8, 8, 1)", ["(8, 8, 1)", "(4, 4, 1)"]),
@@ -450,6 +461,14 @@ def test_no_sampler_yet(refused, tmp_path):
   # Nor is the lock left in a folder that was there.
   (tmp_path / "run").mkdir()
   refused(tmp_path / "run", mode="export", unchanged=tmp_path)
+
+
+def test_no_number_of_steps_for_baselines_by_name(refused, tmp_path):
+  line = refused(
+      tmp_path / "run", "evaluate.baselines = ['ddim linear']", mode="evaluate",
+      unchanged=tmp_path)
+  for words in ("'ddim linear'", "--mode=search first", "evaluate.num_steps"):
+    assert words in line
 
 
 def test_a_run_dir_that_cannot_be_written_to(refused, tmp_path):

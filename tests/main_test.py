@@ -256,7 +256,7 @@ def test_bad_usage(arguments, params, words, main_in_process, tfds_dir,
 
 # Parts that others include: they leave things to bind.
 PARTS = ("digits.gin", "digits_search.gin", "demo.gin", "inspect.gin",
-         "own.gin", "sample.gin")
+         "own.gin", "parts.gin", "sample.gin")
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""Tests that every recipe of the paper's tables builds, with stand-in weights."""
+"""Tests that every cell of the paper's tables builds, with stand-in weights."""
 
-import glob
+import csv
 import json
 import os
 import re
+import shlex
 
 import keras
 import numpy as np
@@ -11,16 +12,42 @@ import pytest
 
 import checkpoints_test
 import ddss_tf
-from ddss_tf.denoisers import gaussian
 import stand_in_data
+from ddss_tf.denoisers import gaussian
 from project import ROOT
 
 RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
-CELLS = sorted(name for name in os.listdir(RECIPES)
-               if re.search(r"_k\d+\.gin$", name))
 SIZES = {"cifar10": 32, "imagenet64": 64, "lsun_bedroom": 128,
          "lsun_church": 128}
+ROWS = {"ddpm": "ddpm", "ddim": "ddim", "ggdm_pred_time": "ggdm+pred+time"}
 fake_torch = checkpoints_test.fake_torch  # A fixture.
+
+with open(os.path.join(RECIPES, "published.csv"), newline="") as published:
+  CELLS = list(csv.DictReader(published))
+
+
+def name_of(cell):
+  """What pytest calls a cell."""
+  return "-".join(filter(None, (
+      cell["dataset"], cell["row"], cell["stride"], cell["num_steps"])))
+
+
+def cell_arguments(dataset, row, num_steps, stride=""):
+  """The arguments of a cell's command, but for --mode and --run_dir."""
+  params = [f"NUM_STEPS = {num_steps}"]
+  if stride:
+    params.append(f'STRIDE = "{stride}"')
+  return [f"--gin_file={RECIPES}/{dataset}.gin",
+          f"--gin_file={RECIPES}/{row}.gin",
+          *(f"--gin_param={param}" for param in params)]
+
+
+def header_command(row):
+  """The arguments of the command in the header of a row's file."""
+  with open(os.path.join(RECIPES, f"{row}.gin")) as f:
+    header = re.match(r"(?:#.*\n)+", f.read()).group()
+  command = re.search(r"python -m ddss_tf\.main (.*(?:\n#     .*)*)", header)
+  return shlex.split(re.sub(r"\\\n#", " ", command.group(1)))
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +78,47 @@ def stand_ins(tmp_path_factory):
   return bindings
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
-  dataset = next(name for name in SIZES if cell.startswith(name))
-  path = os.path.join(RECIPES, cell)
-  with open(path) as f:
-    text = f.read()
-  # The command in its header, with stand-ins for what cannot be shipped.
-  mode = re.search(r"--mode=(\w+)", text).group(1)
-  assert f"--gin_file={os.path.relpath(path, ROOT)}" in text
+  dataset, row, stride = cell["dataset"], cell["row"], cell["stride"]
+  searched = row == "ggdm_pred_time"
   main_in_process([
-      "--dry_run", f"--gin_file={path}", f"--mode={mode}",
+      "--dry_run", f"--mode={'run' if searched else 'evaluate'}",
+      *cell_arguments(dataset, row, cell["num_steps"], stride),
       *(f"--gin_param={binding}" for binding in stand_ins[dataset])])
+  config = capsys.readouterr().out.splitlines()
+  for line in (
+      f"NUM_STEPS = {cell['num_steps']}", "NUM_SAMPLES = 50000",
+      "evaluate.num_samples = %NUM_SAMPLES",
+      *((f"searched/make_sampler.family = '{ROWS[row]}'",
+         "searched/make_sampler.parameterisation = 'paper'",
+         "searched/make_sampler.num_steps = %NUM_STEPS",
+         "search.objective = 'kid_linear'", "evaluate.baselines = []")
+        if searched else
+        (f"row/make_sampler.family = '{ROWS[row]}'",
+         "row/make_sampler.num_steps = %NUM_STEPS",
+         "row/make_sampler.stride = %STRIDE",
+         # Where no stride is published, the linear one is our choice.
+         f"STRIDE = '{stride or 'linear'}'",
+         "evaluate.baselines = [@row/make_sampler]"))):
+    assert line in config, line
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_command_of_a_row_builds(row, stand_ins, main_in_process, capsys):
+  """The one in the header of its file, with stand-ins for what is not shipped."""
+  command = header_command(row)
+  searched = row == "ggdm_pred_time"
+  assert ("--mode=evaluate" in command) != searched
+  assert f"--gin_file=gin_configs/papers/iclr2022/{row}.gin" in command
+  command = [word.replace("gin_configs", f"{ROOT}/gin_configs")
+             for word in command if not word.startswith("--run_dir=")]
+  main_in_process([
+      "--dry_run", *command,
+      *(f"--gin_param={binding}" for binding in stand_ins["cifar10"])])
   config = capsys.readouterr().out
-  steps = re.search(r"_k(\d+)", cell).group(1)
-  assert re.search(rf"^NUM_STEPS = {steps}$", config, re.MULTILINE)
-  assert "evaluate.num_samples = %NUM_SAMPLES" in config
-  assert "NUM_SAMPLES = 50000" in config
+  assert re.search(r"^NUM_STEPS = 5$", config, re.MULTILINE)
+  assert searched or re.search(r"^STRIDE = 'quadratic'$", config, re.MULTILINE)
 
 
 def test_published_checkpoints_are_read(
@@ -97,7 +148,7 @@ def test_published_checkpoints_are_read(
     assert len(denoiser.schedule.betas) == steps
     main_in_process([
         "--dry_run", "--mode=run",
-        f"--gin_file={RECIPES}/{name}_ggdm_pred_time_k5.gin",
+        *cell_arguments(name, "ggdm_pred_time", 5),
         f"--gin_param=load_denoiser.path = '{path}'",
         *(f"--gin_param={binding}" for binding in stand_ins[name][1:])])
     assert "NUM_STEPS = 5" in capsys.readouterr().out
@@ -125,7 +176,7 @@ def test_the_recipes_build_on_the_other_imagenet(
   model, _, features = stand_ins["imagenet64"]
   main_in_process([
       "--dry_run", "--mode=run",
-      f"--gin_file={RECIPES}/imagenet64_ggdm_pred_time_k5.gin",
+      *cell_arguments("imagenet64", "ggdm_pred_time", 5),
       f"--gin_file={datasets}/imagenet_resized64.gin",
       *(f"--gin_param={binding}" for binding in (
           model, features, f"load_dataset.data_dir = '{tmp_path}'"))])
@@ -164,39 +215,48 @@ def test_there_is_a_cell_for_every_published_number():
     if first in SIZES:
       dataset, steps = first, values
       continue
+    row, stride = re.fullmatch(
+        r"(.+?)(?:_(linear|quadratic))?", first).groups(default="")
     for k, value in zip(steps, values, strict=True):
-      expected[f"{dataset}_{first}_k{k}.gin"] = tuple(value.split("/"))
-  assert set(CELLS) == set(expected) and len(CELLS) == 2 * 5 * 5 + 2 * 3 * 3
-  # No number is printed as ours.
+      expected[dataset, row, stride, k] = value
+  assert len(CELLS) == 2 * 5 * 5 + 2 * 3 * 3 == len(expected)
+  found = {}
   for cell in CELLS:
-    with open(os.path.join(RECIPES, cell)) as f:
-      fid, score, other = re.search(
-          r"# Published \(.*\): FID ([\d.]+)(?:, IS ([\d.]+))?(, but .*)?\. "
-          r"Not measured by us\.", f.read()).groups()
-    assert (fid, score)[:len(expected[cell])] == expected[cell], cell
+    key = (cell["dataset"], cell["row"], cell["stride"], cell["num_steps"])
+    found[key] = "/".join(filter(None, (cell["fid"], cell["inception_score"])))
     # The two sources disagree on one of them: both are quoted.
-    assert other == (", but 4.82 in the paper's abstract" if cell
-                     == "lsun_church_ggdm_pred_time_k20.gin" else None), cell
+    assert cell["note"] == ("4.82 in the paper's abstract" if key == (
+        "lsun_church", "ggdm_pred_time", "", "20") else ""), key
+    # Only the paper has Inception scores.
+    assert cell["source"] == (
+        "slides" if cell["dataset"].startswith("lsun") else "paper"), key
+    assert bool(cell["inception_score"]) == (cell["source"] == "paper"), key
+  assert found == expected
 
 
-def test_recipes_are_those_of_their_tool(tmp_path, monkeypatch):
-  monkeypatch.syspath_prepend(os.path.join(ROOT, "tools"))
-  import make_paper_recipes  # pylint: disable=g-import-not-at-top
-  monkeypatch.setattr(make_paper_recipes, "ROOT", str(tmp_path))
-  make_paper_recipes.main()
-  shipped = glob.glob(os.path.join(RECIPES, "*.gin"))
-  assert {os.path.basename(p) for p in shipped} == set(os.listdir(tmp_path))
-  for path in shipped:
-    with open(path) as a, open(tmp_path / os.path.basename(path)) as b:
-      assert a.read() == b.read(), path
+def test_no_number_is_printed_as_ours():
+  with open(os.path.join(RECIPES, "README.md")) as f:
+    readme = f.read()
+  assert "the published figures. We measured none of them." in readme
+  for source in ("`paper`", "`slides`", "6.651", "4.82"):
+    assert source in readme
+  for name in os.listdir(RECIPES):
+    if name.endswith(".gin"):
+      with open(os.path.join(RECIPES, name)) as f:
+        assert not re.search(r"\d\.\d", f.read()), name
+
+
+def test_the_folder_holds_data_sets_and_rows():
+  assert set(os.listdir(RECIPES)) == {
+      *(f"{name}.gin" for name in (*SIZES, *ROWS)), "common.gin",
+      "published.csv", "README.md"}
 
 
 def test_a_model_of_another_size_is_refused(
     stand_ins, main_in_process, capsys):
   with pytest.raises(SystemExit):
     main_in_process([
-        "--dry_run",
-        f"--gin_file={os.path.join(RECIPES, 'cifar10_ddim_linear_k5.gin')}",
+        "--dry_run", *cell_arguments("cifar10", "ddim", 5, "linear"),
         "--mode=evaluate", *(f"--gin_param={binding}" for binding in (
             stand_ins["imagenet64"][0], *stand_ins["cifar10"][1:]))])
   assert "must have the image shape (64, 64, 3)" in capsys.readouterr().err

@@ -116,7 +116,9 @@ def test_what_configurations_include_is_in_the_wheel(wheel):
         for name in names if name.endswith(".gin")
         for each in re.findall(r'^include "(.+)"', file.read(name).decode(),
                                re.M)]
-  assert len(included) > 100 and set(included) <= set(names)
+  assert len(included) >= 20 and set(included) <= set(names)
+  # The file that the recipes' figures are in is no include.
+  assert "ddss_tf/gin_configs/papers/iclr2022/published.csv" in names
 
 
 def test_every_module_is_imported_from_the_wheel(elsewhere):

@@ -18,26 +18,99 @@ from ddss_tf.reporting import grids
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.denoisers.denoiser import Denoiser
-from ddss_tf.errors import MAX_SEED, check_whole
+from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation.evaluator import Evaluator
 from ddss_tf.samplers.chain import check_x0_bound
+from ddss_tf.samplers.families import make_sampler
 from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.schedules import NoiseSchedule
+from ddss_tf.samplers.solvers import SOLVERS
+from ddss_tf.schedules import STRIDES, NoiseSchedule
 
 
 def check_evaluate(arguments: Mapping[str, Any]) -> None:
-  """Checks all that can be said of an evaluation before anything is loaded.
+  """Checks the options of an evaluation before anything is loaded.
 
   Args:
-    arguments: of `evaluate`, by name; the parts are not looked at.
+    arguments: the arguments of `evaluate`, by name. The denoiser, the data set
+      and the feature networks are not looked at.
 
   Raises:
-    UserError: one is out of range.
+    UserError: an option is out of range, or a baseline has an unknown name.
   """
-  check_whole("evaluate.num_samples", arguments["num_samples"], evaluator_lib.LEAST_IMAGES)
+  baselines = arguments["baselines"]
+  if isinstance(baselines, str) or not isinstance(baselines, Sequence):
+    raise UserError("evaluate.baselines must be a list, such as "
+                    f"['ddim linear']. Received: {baselines!r}")
+  for baseline in baselines:
+    if not (callable(baseline) or _is_baseline_name(baseline)):
+      raise UserError(
+          "evaluate.baselines must be functions from a noise schedule to a "
+          "sampler, or names of a solver, a space and a stride, such as 'ddim "
+          f"quadratic'. The solvers are {', '.join(SOLVERS)}. The strides are "
+          f"{', '.join(STRIDES)}. Received: {baseline!r}")
+  check_whole("evaluate.num_steps", arguments["num_steps"], 1, optional=True)
+  check_whole("evaluate.num_samples", arguments["num_samples"],
+              evaluator_lib.LEAST_IMAGES)
   check_whole("evaluate.batch_size", arguments["batch_size"], 1)
   check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
   check_x0_bound("evaluate", arguments["x0_bound"])
+
+
+def _is_baseline_name(baseline) -> bool:
+  """Whether a baseline is the name of a solver, a space and a stride."""
+  if not isinstance(baseline, str):
+    return False
+  solver, _, stride = baseline.partition(" ")
+  return solver in SOLVERS and stride in STRIDES
+
+
+def make_baseline(
+    baseline: str | Sampler | Callable[[NoiseSchedule], Sampler],
+    schedule: NoiseSchedule, num_steps: int | None) -> Sampler:
+  """Makes one baseline of an evaluation.
+
+  Args:
+    baseline: a name that `check_evaluate` has checked, such as "ddim linear", a
+      function from a noise schedule to a sampler, or a sampler.
+    schedule: the forward process of the denoiser.
+    num_steps: K of a baseline that is given by name.
+
+  Returns:
+    The sampler.
+
+  Raises:
+    UserError: a baseline is given by name and K is None, or the solver cannot
+      take K steps on the stride.
+  """
+  if isinstance(baseline, Sampler):
+    return baseline
+  if not isinstance(baseline, str):
+    return baseline(schedule)
+  if num_steps is None:
+    raise UserError(
+        f"the baseline {baseline!r} takes K from the searched sampler, and there "
+        "is none: run --mode=search first, or give a card (evaluate.sampler) or "
+        "K (evaluate.num_steps)")
+  solver, _, stride = baseline.partition(" ")
+  return make_sampler(schedule, family=solver, num_steps=num_steps,
+                      stride=stride)
+
+
+def check_baselines(baselines, schedule: NoiseSchedule,
+                    num_steps: int | None) -> None:
+  """Makes all baselines that can be made yet.
+
+  Args:
+    baselines: of `evaluate`.
+    schedule: the forward process of the denoiser.
+    num_steps: K of those that are given by name; None: not known yet.
+
+  Raises:
+    UserError: one cannot be made.
+  """
+  for baseline in baselines:
+    if num_steps is not None or not isinstance(baseline, str):
+      make_baseline(baseline, schedule, num_steps)
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -49,7 +122,8 @@ def evaluate(
     features: network_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: (network_lib.FeatureNetwork
                        | list[network_lib.FeatureNetwork] | None) = None,
-    baselines: Sequence[Sampler | Callable[[NoiseSchedule], Sampler]] = (),
+    baselines: Sequence[
+        str | Sampler | Callable[[NoiseSchedule], Sampler]] = (),
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,
     batch_size: int = 250,
@@ -58,6 +132,7 @@ def evaluate(
     jit_compile: bool = True,
     sampler: str | None = None,
     force: bool = False,
+    num_steps: int | None = None,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
@@ -74,7 +149,9 @@ def evaluate(
       that merely flatter the first; or a list of networks, all measured in one
       pass over the samples. Then a record has lists of as many
       `features_heldout` and `fid_heldout`.
-    baselines: functions from a noise schedule to a sampler.
+    baselines: training-free solvers by name, "ddim quadratic" being the solver
+      "ddim" on the stride "quadratic"; functions from a noise schedule to a
+      sampler; or samplers.
     num_samples: generated images of each sampler.
     seed: of their noise.
     batch_size: images per call.
@@ -85,22 +162,28 @@ def evaluate(
     jit_compile: compile the network with XLA.
     sampler: a card instead of the searched sampler, see `load_searched`.
     force: take a card that was found for other weights.
+    num_steps: K of the baselines that are given by name; that of the searched
+      sampler if None.
 
   Returns:
     The records of this call, baselines first, the searched one last.
 
   Raises:
-    UserError: parts that do not fit together, no sampler to evaluate, or too
-      few samples for a metric.
+    UserError: parts that do not fit together, an unknown baseline, no sampler
+      to evaluate, or too few samples for a metric.
   """
   check_evaluate(locals())
   dataset = dataset_lib.as_dataset(dataset)
   run = run_dir_lib.RunDir(run_dir, cache_dir)
   run.lock()
-  # Each with its bound on x0_hat.
-  samplers = [(baseline(denoiser.schedule), x0_bound) for baseline in baselines]
-  if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not samplers:
-    samplers.append(zoo.load_searched(run, denoiser, sampler, force))
+  searched = []
+  if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not baselines:
+    searched.append(zoo.load_searched(run, denoiser, sampler, force))
+    if num_steps is None:
+      num_steps = searched[0][0].num_steps
+  # Every sampler has its bound on x0_hat beside it.
+  samplers = [(make_baseline(baseline, denoiser.schedule, num_steps), x0_bound)
+              for baseline in baselines] + searched
   evaluator = Evaluator(
       run, denoiser, dataset, features, heldout_features, seed,
       min(batch_size, num_samples), jit_compile)

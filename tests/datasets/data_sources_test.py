@@ -288,9 +288,10 @@ SHAPES = {
 
 
 @pytest.fixture
-def parse():
+def parse(monkeypatch):
   """Parses gin files of the repository and then single bindings."""
   gin.clear_config()
+  monkeypatch.chdir(GIN)  # There gin looks for what a file includes.
   with gin.unlock_config():
     def parse_files(*names, bindings=()):
       gin.clear_config()

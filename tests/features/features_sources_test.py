@@ -719,9 +719,11 @@ def test_random_inception_tells_images_apart(inception):
 def test_gin_files_replace_the_features_of_a_recipe(name, monkeypatch):
   monkeypatch.setenv("TFHUB_CACHE_DIR", "/nonexistent")
   scope = "heldout" if name.startswith("heldout") else "loss"
+  # There gin looks for what a file includes.
+  monkeypatch.chdir(os.path.join(ROOT, "gin_configs"))
   try:
     for file in ("digits.gin", os.path.join("features", name)):
-      gin.parse_config_file(os.path.join(ROOT, "gin_configs", file))
+      gin.parse_config_file(file)
     path = gin.query_parameter(f"{scope}/load_features.path")
     if scope == "heldout":
       gin.bind_parameter("heldout/load_features.weights", "none.h5")
