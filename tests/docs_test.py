@@ -167,9 +167,12 @@ def test_every_reference_exists():
   # Griffe reads the source without importing it; so does this.
   for page in PAGES:
     for name in re.findall(r"^::: ddss_tf\.(\S+)", text(page), re.M):
-      module, _, member = name.partition(".")
-      with open(os.path.join(ROOT, "ddss_tf", module + ".py"),
-                encoding="utf-8") as f:
+      package, _, rest = name.partition(".")
+      module, _, member = rest.partition(".")
+      path = os.path.join(ROOT, "ddss_tf", package, module + ".py")
+      if not os.path.exists(path):  # A module outside of the packages.
+        path, member = os.path.join(ROOT, "ddss_tf", package + ".py"), rest
+      with open(path, encoding="utf-8") as f:
         source = f.read()
       members = [member] if member else []
       for listed in re.findall(
