@@ -22,7 +22,7 @@ setuptools.setup(
     # Installed, gin_configs/demo.gin is found in the package.
     package_dir={"ddss_tf.gin_configs": "gin_configs"},
     package_data={
-        "ddss_tf": ["assets/*/*", "py.typed"],
+        "ddss_tf": ["assets/*/*", "py.typed", "*.pyi"],
         "ddss_tf.features": ["assets/*", "assets/*/*"],
         "ddss_tf.formats": ["assets/*", "assets/*/*"],
         "ddss_tf.reporting": ["assets/*", "assets/*/*"],
@@ -34,17 +34,20 @@ setuptools.setup(
     python_requires=">=3.11,<3.12",
     install_requires=[
         "absl-py>=2.1",
+        "filelock>=4",
         "gin-config>=0.5",
         # tensorflow-datasets imports it without asking for it.
         "importlib_resources>=6",
         "jinja2>=3.1",
         # Older ones cannot read the embedded networks, which 3.15 has saved.
         "keras>=3.15,<4",
+        "lazy_loader>=0.4",
         "matplotlib>=3.9",
         "numpy>=2",
         "pillow>=11",
         "safetensors>=0.5",
         "scipy>=1.13",
+        "tabulate>=0.9",
         "tensorboard>=2.18",
         # 2.18 is the first with NumPy 2: `make test-lowest`.
         "tensorflow>=2.18.1,<2.22",

@@ -17,91 +17,22 @@ The public names are imported on first use, so that `import ddss_tf` is quick.
 """
 
 import functools
-import importlib
 import inspect as _inspect
-import typing
+
+import lazy_loader
 
 from ddss_tf.version import __version__
 
-_PUBLIC = {
-    "Coefficients": "samplers.coefficients",
-    "Denoiser": "denoisers.denoiser",
-    "FeatureNetwork": "features.network",
-    "FixedSampler": "samplers.sampler",
-    "GGDM": "samplers.families",
-    "ImageDataset": "datasets.dataset",
-    "LearnedSampler": "samplers.learned",
-    "NoiseSchedule": "schedules",
-    "Sampler": "samplers.sampler",
-    "SamplerCard": "samplers.card",
-    "SolverSampler": "samplers.sampler",
-    "UserError": "errors",
-    "compare": "evaluation.compare",
-    "draw_noise": "samplers.chain",
-    "evaluate": "evaluation.evaluate",
-    "export": "exporting.export",
-    "gaussian_denoiser": "denoisers.gaussian",
-    "inspect": "reporting.inspection",
-    "load_dataset": "datasets.load",
-    "load_denoiser": "formats.load",
-    "load_features": "features.load",
-    "make_sampler": "samplers.families",
-    "make_schedule": "schedules",
-    "on_schedule": "denoisers.clocks",
-    "register_family": "samplers.families",
-    "register_features": "features.load",
-    "register_format": "formats.load",
-    "register_objective": "objectives.objective",
-    "report": "reporting.report",
-    "run_chain": "samplers.chain",
-    "sample": "exporting.sample",
-    "search": "searching.search",
-    "solver_coefficients": "samplers.solvers",
-}
-_MODULES = ("zoo",)
-
-__all__ = sorted([*_PUBLIC, *_MODULES])
-
-if typing.TYPE_CHECKING:  # For editors and type checkers: the same names.
-  from ddss_tf import zoo
-  from ddss_tf.datasets.dataset import ImageDataset
-  from ddss_tf.datasets.load import load_dataset
-  from ddss_tf.denoisers.clocks import on_schedule
-  from ddss_tf.denoisers.denoiser import Denoiser
-  from ddss_tf.denoisers.gaussian import gaussian_denoiser
-  from ddss_tf.errors import UserError
-  from ddss_tf.evaluation.compare import compare
-  from ddss_tf.evaluation.evaluate import evaluate
-  from ddss_tf.exporting.export import export
-  from ddss_tf.exporting.sample import sample
-  from ddss_tf.features.load import load_features, register_features
-  from ddss_tf.features.network import FeatureNetwork
-  from ddss_tf.formats.load import load_denoiser, register_format
-  from ddss_tf.objectives.objective import register_objective
-  from ddss_tf.reporting.inspection import inspect
-  from ddss_tf.reporting.report import report
-  from ddss_tf.samplers.card import SamplerCard
-  from ddss_tf.samplers.chain import draw_noise, run_chain
-  from ddss_tf.samplers.coefficients import Coefficients
-  from ddss_tf.samplers.families import GGDM, make_sampler, register_family
-  from ddss_tf.samplers.learned import LearnedSampler
-  from ddss_tf.samplers.sampler import FixedSampler, Sampler, SolverSampler
-  from ddss_tf.samplers.solvers import solver_coefficients
-  from ddss_tf.schedules import NoiseSchedule, make_schedule
-  from ddss_tf.searching.search import search
+# The names and their modules are listed once, in `__init__.pyi`.
+_attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name):
-  if name in _MODULES:
-    return importlib.import_module(f"ddss_tf.{name}")
-  if name not in _PUBLIC:
-    raise AttributeError(f"module 'ddss_tf' has no attribute {name!r}")
-  value = getattr(importlib.import_module(f"ddss_tf.{_PUBLIC[name]}"), name)
-  return _without_gin(value) if _inspect.isfunction(value) else value
-
-
-def __dir__():
-  return sorted([*globals(), *_PUBLIC, *_MODULES])
+  value = _attribute(name)
+  if _inspect.isfunction(value):
+    value = _without_gin(value)
+  globals()[name] = value  # The next access does not come here.
+  return value
 
 
 class _Required:

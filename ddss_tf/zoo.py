@@ -10,6 +10,7 @@ import datetime
 import os
 
 from absl import logging
+import tabulate
 
 from ddss_tf import storage
 from ddss_tf import version
@@ -134,10 +135,9 @@ def table(folder: str | None = None) -> str:
         " / ".join(map(records_lib.text, records_lib.heldout_fids(
             record).values())) or "-",
         str(record.get("num_samples", "-"))))
-  widths = [max(map(len, column)) for column in zip(head, *rows)]
-  return "\n".join("  ".join(
-      cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-                   for row in (head, *rows))
+  text = tabulate.tabulate(
+      rows, head, "plain", disable_numparse=True, stralign="left")
+  return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,

@@ -105,7 +105,6 @@ def _listed(name, arguments, what="list"):
 
 
 @gin.configurable(denylist=["run_dir"])
-@run_dir_lib.releasing_locks
 def compare(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -186,35 +185,34 @@ def compare(
     UserError: an unknown name, too few samples, or a fault of a search.
   """
   check_compare(locals())
-  run = run_dir_lib.RunDir(run_dir)
-  run.lock()
-  make_evaluator = functools.partial(
-      evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,
-      features=features, heldout_features=heldout_features,
-      batch_size=batch_size, jit_compile=jit_compile)
-  evaluator = make_evaluator(run, seed=seed)
-  run.keep_config()
-  rows = (len(num_steps) * (len(solvers)
-                            + len(families) * len(objectives or [0]))
-          + len(cards) + full_chain)
-  with progress.bar(rows, "table", "row") as bar:
-    table = _Table(run, evaluator, bar, num_samples, more_seeds,
-                   searched=bool(objectives))
-    race = _Race(
-        table, denoiser, dataset, features,
-        lineage.Ranking(
-            make_evaluator(run_dir_lib.RunDir(run.path("strides"), run.cache),
-                           seed=max([seed, *more_seeds]) + 1),
-            stride_samples, strides),
-        default_starts=starts == "default", jit_compile=jit_compile)
-    for steps in num_steps:
-      race.run(steps, solvers, families, objectives)
-    for path in cards:
-      table.add_card(path, denoiser)
-    if full_chain:
-      table.add(sampler_lib.full_chain(denoiser.schedule), more_seeds=())
-  comparison.draw(run.root, table.records)
-  return table.records
+  with run_dir_lib.RunDir(run_dir).locked() as run:
+    make_evaluator = functools.partial(
+        evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,
+        features=features, heldout_features=heldout_features,
+        batch_size=batch_size, jit_compile=jit_compile)
+    evaluator = make_evaluator(run, seed=seed)
+    run.keep_config()
+    rows = (len(num_steps) * (len(solvers)
+                              + len(families) * len(objectives or [0]))
+            + len(cards) + full_chain)
+    with progress.bar(rows, "table", "row") as bar:
+      table = _Table(run, evaluator, bar, num_samples, more_seeds,
+                     searched=bool(objectives))
+      race = _Race(
+          table, denoiser, dataset, features,
+          lineage.Ranking(
+              make_evaluator(run_dir_lib.RunDir(run.path("strides"), run.cache),
+                             seed=max([seed, *more_seeds]) + 1),
+              stride_samples, strides),
+          default_starts=starts == "default", jit_compile=jit_compile)
+      for steps in num_steps:
+        race.run(steps, solvers, families, objectives)
+      for path in cards:
+        table.add_card(path, denoiser)
+      if full_chain:
+        table.add(sampler_lib.full_chain(denoiser.schedule), more_seeds=())
+    comparison.draw(run.root, table.records)
+    return table.records
 
 
 class _Table:

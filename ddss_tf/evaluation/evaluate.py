@@ -114,7 +114,6 @@ def check_baselines(baselines, schedule: NoiseSchedule,
 
 
 @gin.configurable(denylist=["run_dir"])
-@run_dir_lib.releasing_locks
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -174,29 +173,28 @@ def evaluate(
   """
   check_evaluate(locals())
   dataset = dataset_lib.as_dataset(dataset)
-  run = run_dir_lib.RunDir(run_dir, cache_dir)
-  run.lock()
-  searched = []
-  if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not baselines:
-    searched.append(zoo.load_searched(run, denoiser, sampler, force))
-    if num_steps is None:
-      num_steps = searched[0][0].num_steps
-  # Every sampler has its bound on x0_hat beside it.
-  samplers = [(make_baseline(baseline, denoiser.schedule, num_steps), x0_bound)
-              for baseline in baselines] + searched
-  evaluator = Evaluator(
-      run, denoiser, dataset, features, heldout_features, seed,
-      min(batch_size, num_samples), jit_compile)
-  run.keep_config()
-  records = []
-  for row, bound in samplers:
-    records.append(evaluator.record(row, num_samples, bound))
-    logging.info("%s: %s", row.label, records[-1])
+  with run_dir_lib.RunDir(run_dir, cache_dir).locked() as run:
+    searched = []
+    if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not baselines:
+      searched.append(zoo.load_searched(run, denoiser, sampler, force))
+      if num_steps is None:
+        num_steps = searched[0][0].num_steps
+    # Every sampler has its bound on x0_hat beside it.
+    samplers = [(make_baseline(baseline, denoiser.schedule, num_steps), x0_bound)
+                for baseline in baselines] + searched
+    evaluator = Evaluator(
+        run, denoiser, dataset, features, heldout_features, seed,
+        min(batch_size, num_samples), jit_compile)
+    run.keep_config()
+    records = []
+    for row, bound in samplers:
+      records.append(evaluator.record(row, num_samples, bound))
+      logging.info("%s: %s", row.label, records[-1])
 
-  if distribution.is_chief():
-    _summarise(run.path("tensorboard", "evaluate"), evaluator.known)
-  _draw(run, evaluator, samplers, records, seed)
-  return records
+    if distribution.is_chief():
+      _summarise(run.path("tensorboard", "evaluate"), evaluator.known)
+    _draw(run, evaluator, samplers, records, seed)
+    return records
 
 
 def _summarise(folder, records):

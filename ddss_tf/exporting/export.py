@@ -90,7 +90,6 @@ class SamplerModule(tf.Module):
 
 
 @gin.configurable(denylist=["run_dir"])
-@run_dir_lib.releasing_locks
 def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            also: Sequence[str] = (),
            integer_timesteps: bool = False, sampler: str | None = None,
@@ -139,37 +138,36 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
                       f"Received: {name!r}")
     if name in portable.FORMATS:
       portable.check_installed(name)
-  run = run_dir_lib.RunDir(run_dir)
-  run.lock()
-  found, x0_bound = load_searched(run, denoiser, sampler, force)
-  run.keep_config()
-  if not distribution.is_chief():
+  with run_dir_lib.RunDir(run_dir).locked() as run:
+    found, x0_bound = load_searched(run, denoiser, sampler, force)
+    run.keep_config()
+    if not distribution.is_chief():
+      return run.path(run_dir_lib.EXPORT)
+    coefficients = found.coefficients().numpy()
+    module = SamplerModule(denoiser, coefficients, x0_bound, jit_compile)
+    inputs, expected = _golden(denoiser, coefficients, x0_bound)
+    with storage.replacing_folder(run.path(run_dir_lib.EXPORT)) as temporary:
+      try:
+        tf.saved_model.save(module, temporary, signatures=module.endpoints)
+      except tf.errors.OpError as error:  # Of a full disk, say.
+        raise UserError(f"{run.path(run_dir_lib.EXPORT)} cannot be written: "
+                        f"{' '.join(str(error).split())[:200]}") from error
+      _check(temporary, inputs, expected)
+    for name in also:
+      path = run.path(run_dir_lib.ALSO[name])
+      if name == "diffusers":
+        diffusers_scheduler.write(path, card.SamplerCard(
+            found.label, coefficients, denoiser.identity, {}, x0_bound),
+                                  denoiser, integer_timesteps)
+      else:
+        # Other runtimes compile in their own way.
+        inline = name in portable.INLINED
+        written = module if not (inline or jit_compile) else SamplerModule(
+            denoiser, coefficients, x0_bound, inline=inline)
+        portable.write(
+            path, name, written, written.endpoints["from_noise"],
+            {key: value.numpy() for key, value in inputs.items()}, expected)
     return run.path(run_dir_lib.EXPORT)
-  coefficients = found.coefficients().numpy()
-  module = SamplerModule(denoiser, coefficients, x0_bound, jit_compile)
-  inputs, expected = _golden(denoiser, coefficients, x0_bound)
-  with storage.replacing_folder(run.path(run_dir_lib.EXPORT)) as temporary:
-    try:
-      tf.saved_model.save(module, temporary, signatures=module.endpoints)
-    except tf.errors.OpError as error:  # Of a full disk, say.
-      raise UserError(f"{run.path(run_dir_lib.EXPORT)} cannot be written: "
-                      f"{' '.join(str(error).split())[:200]}") from error
-    _check(temporary, inputs, expected)
-  for name in also:
-    path = run.path(run_dir_lib.ALSO[name])
-    if name == "diffusers":
-      diffusers_scheduler.write(path, card.SamplerCard(
-          found.label, coefficients, denoiser.identity, {}, x0_bound),
-                                denoiser, integer_timesteps)
-    else:
-      # Other runtimes compile in their own way.
-      inline = name in portable.INLINED
-      written = module if not (inline or jit_compile) else SamplerModule(
-          denoiser, coefficients, x0_bound, inline=inline)
-      portable.write(
-          path, name, written, written.endpoints["from_noise"],
-          {key: value.numpy() for key, value in inputs.items()}, expected)
-  return run.path(run_dir_lib.EXPORT)
 
 
 def _golden(denoiser, coefficients, x0_bound):

@@ -32,7 +32,6 @@ def check_sample(arguments: Mapping[str, Any]) -> None:
 
 
 @gin.configurable(denylist=["run_dir"])
-@run_dir_lib.releasing_locks
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
            jit_compile: bool = True, label: int | None = None,
@@ -63,25 +62,24 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   if label is not None and not 0 <= label < (denoiser.num_classes or 0):
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
-  run = run_dir_lib.RunDir(run_dir)
-  run.lock()
-  found, x0_bound = load_searched(run, denoiser, sampler, force)
-  run.keep_config()
-  generator = generator_lib.Generator(
-      denoiser, min(batch_size, num_images), jit_compile, x0_bound)
-  images = generator.images(
-      found.coefficients(), num_images, seed, "sample", label)
-  broken = np.sum(~np.all(np.isfinite(images), axis=(1, 2, 3)))
-  if broken:
-    logging.warning("%d of %d images have NaN or infinity, for which there is no "
-                    "byte: their pixels mean nothing", broken, num_images)
-  images = dataset_lib.to_uint8(images)
-  path = run.path("generated.npz")
-  with storage.replacing(path) as temporary:
-    with open(temporary, "wb") as f:
-      np.savez_compressed(f, images=images)
-  grids.samples_png(
-      run.path("generated.png"),
-      [(f"{found.label}, K = {found.num_steps}, seed {seed}",
-        images[:64])])
-  return path
+  with run_dir_lib.RunDir(run_dir).locked() as run:
+    found, x0_bound = load_searched(run, denoiser, sampler, force)
+    run.keep_config()
+    generator = generator_lib.Generator(
+        denoiser, min(batch_size, num_images), jit_compile, x0_bound)
+    images = generator.images(
+        found.coefficients(), num_images, seed, "sample", label)
+    broken = np.sum(~np.all(np.isfinite(images), axis=(1, 2, 3)))
+    if broken:
+      logging.warning("%d of %d images have NaN or infinity, for which there is no "
+                      "byte: their pixels mean nothing", broken, num_images)
+    images = dataset_lib.to_uint8(images)
+    path = run.path("generated.npz")
+    with storage.replacing(path) as temporary:
+      with open(temporary, "wb") as f:
+        np.savez_compressed(f, images=images)
+    grids.samples_png(
+        run.path("generated.png"),
+        [(f"{found.label}, K = {found.num_steps}, seed {seed}",
+          images[:64])])
+    return path

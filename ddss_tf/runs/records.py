@@ -7,6 +7,7 @@ import json
 import os
 
 import numpy as np
+import tabulate
 
 from ddss_tf import storage
 from ddss_tf.runs import fingerprint
@@ -111,11 +112,8 @@ def table(records: list[dict]) -> str:
     for row, (record, *_) in zip(rows, groups):
       seconds = record.get("search_seconds")
       row.append("-" if seconds is None else f"{seconds:.0f}")
-  widths = [max(map(len, column)) for column in zip(head, *rows)]
-  lines = [head, ["-" * width for width in widths], *rows]
-  return "\n".join(
-      "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths))
-      + " |" for line in lines)
+  return tabulate.tabulate(
+      rows, head, "github", disable_numparse=True, stralign="left")
 
 
 def rank(record: dict) -> float:

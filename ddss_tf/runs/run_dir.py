@@ -14,14 +14,13 @@
 """
 
 import contextlib
-import errno
-import functools
-import inspect
 import json
 import os
 import shutil
+from typing import Iterator
 
 from absl import logging
+import filelock
 import gin
 
 from ddss_tf import distribution
@@ -48,35 +47,8 @@ PICTURES = (COEFFICIENTS, PATH, BEFORE_AFTER)
 PICTURE_EVENTS = os.path.join("tensorboard", "pictures")
 STARTS = "starts.json"
 
-try:
-  import fcntl
-except ImportError:  # Windows.
-  fcntl = None
-
 _LOCK = ".lock"
-# What flock says of a file that another process has locked. Anything else is a
-# file system without locks: ENOSYS, ENOLCK, EOPNOTSUPP, EINVAL, and more.
-_IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _CHECKPOINTS = "checkpoints"
-
-
-_locks = {}  # Of this process: path to what is closed to let others in.
-
-
-def releasing_locks(function):
-  """Decorator: the run directories locked in a call are let go at its end."""
-
-  @functools.wraps(function)
-  def call(*args, **kwargs):
-    before = set(_locks)
-    try:
-      return function(*args, **kwargs)
-    finally:
-      for path in set(_locks) - before:
-        _locks.pop(path).close()
-
-  call.__signature__ = inspect.signature(function)  # gin asks for no other.
-  return call
 
 
 class RunDir:
@@ -96,7 +68,8 @@ class RunDir:
     self.cache = storage.expanded(cache) or self.path("cache")
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
-    self._locked_first = False  # By `lock`, where nobody had.
+    self._locks = []
+    self._locked_first = False  # Whether `lock` made the lock's file.
     if not distribution.is_chief():
       return
     while not os.path.lexists(folder):
@@ -120,8 +93,9 @@ class RunDir:
   def lock(self) -> None:
     """Keeps other processes out until `release`, or the process ends.
 
-    Not the other workers of the same job, nor this process itself. Where the
-    file system has no locks there is a warning instead.
+    The other workers of the same job are not kept out, nor is this process: it
+    may lock several times, and then releases as often. Where the file system
+    has no locks there is a warning instead.
 
     Raises:
       UserError: another process is at work here.
@@ -129,51 +103,48 @@ class RunDir:
     if not distribution.is_chief():
       return
     path = os.path.realpath(self.path(_LOCK))
-    if path in _locks:
-      return
-    while fcntl is not None:
-      self._locked_first = not os.path.exists(path)
-      file = open(path, "w", encoding="utf-8")  # Kept open on purpose.
+    while True:
+      is_new = not os.path.exists(path)
+      lock = filelock.FileLock(
+          path, timeout=0, is_singleton=True, thread_local=False)
       try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Else one that `withdraw` has removed: it keeps nobody out.
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-          _locks[path] = file
-          return
-      except FileNotFoundError:
-        pass
+        lock.acquire()
+      except filelock.Timeout as error:
+        raise UserError(
+            f"run_dir {self.root!r} is in use by another process") from error
       except OSError as error:
-        file.close()
-        if error.errno in _IN_USE:
-          raise UserError(
-              f"run_dir {self.root!r} is in use by another process") from error
-        if self._locked_first:
+        logging.warning(
+            "run_dir %r cannot be locked (%s): give it to one command at a "
+            "time", self.root, error.strerror or repr(error))
+        if is_new and os.path.exists(path):
           os.remove(path)
-        self._without_lock(path, error.strerror or repr(error))
         return
-      file.close()
-    self._without_lock(path, "this system has no flock")
-
-  def _without_lock(self, path, reason):
-    """Goes on where there are no locks."""
-    logging.warning(
-        "run_dir %r cannot be locked (%s): give it to one command at a time",
-        self.root, reason)
-    self._locked_first = False
-    _locks[path] = contextlib.ExitStack()
+      if os.path.exists(path):
+        break
+      lock.release()  # `withdraw` has removed the file: it keeps nobody out.
+    self._locks.append(lock)
+    self._locked_first = self._locked_first or is_new
 
   def release(self) -> None:
-    """Lets other processes in."""
-    file = _locks.pop(os.path.realpath(self.path(_LOCK)), None)
-    if file is not None:
-      file.close()
+    """Lets other processes in, if this process locks no more."""
+    if self._locks:
+      self._locks.pop().release()
+
+  @contextlib.contextmanager
+  def locked(self) -> Iterator["RunDir"]:
+    """Locks for the length of a `with` block, and gives the directory."""
+    self.lock()
+    try:
+      yield self
+    finally:
+      self.release()
 
   def withdraw(self) -> None:
     """Removes what constructor and lock made, unless more has come into it.
 
     To be called before `release`.
     """
-    if self._locked_first and os.path.realpath(self.path(_LOCK)) in _locks:
+    if self._locked_first and self._locks:
       os.remove(self.path(_LOCK))
       self._locked_first = False
     with contextlib.suppress(OSError):  # Not empty: of others as well.

@@ -91,7 +91,6 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
 
 
 @gin.configurable(denylist=["run_dir"])
-@run_dir_lib.releasing_locks
 def search(
     denoiser: Denoiser = gin.REQUIRED,
     sampler: Sampler | Callable[[NoiseSchedule], Sampler] = gin.REQUIRED,
@@ -205,41 +204,40 @@ def search(
   options = SearchOptions.of(locals())
   parts = SearchParts(denoiser, sampler, features, dataset, options)
   identity = options.identity(parts.setting())
-  run = run_dir_lib.RunDir(run_dir, cache_dir)
-  run.lock()
-  # A search that is refused must not have taken long. Before the ranking of
-  # starts the sampler is not known, but what it may become is.
-  candidates = parts.candidates()
-  run.check("search", identity, restart, open_to={
-      "sampler": [candidate.get_config() for _, candidate in candidates]})
-  goal = parts.objective(run.cache)
-  pools = pools_lib.Pools(parts, goal, run.cache)
-  sampler = _chosen(parts, candidates, goal, pools, run)
-  run.claim("search", {**identity, "sampler": sampler.get_config()}, restart, (
-      run_dir_lib.SAMPLER, *run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS))
-  run.keep_config()
-  first = sampler.coefficients().numpy()
-  build = functools.partial(
-      assemble, parts.denoiser, sampler, goal, options,
-      images=parts.dataset.images)
+  with run_dir_lib.RunDir(run_dir, cache_dir).locked() as run:
+    # A search that is refused must not have taken long. Before the ranking of
+    # starts the sampler is not known, but what it may become is.
+    candidates = parts.candidates()
+    run.check("search", identity, restart, open_to={
+        "sampler": [candidate.get_config() for _, candidate in candidates]})
+    goal = parts.objective(run.cache)
+    pools = pools_lib.Pools(parts, goal, run.cache)
+    sampler = _chosen(parts, candidates, goal, pools, run)
+    run.claim("search", {**identity, "sampler": sampler.get_config()}, restart, (
+        run_dir_lib.SAMPLER, *run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS))
+    run.keep_config()
+    first = sampler.coefficients().numpy()
+    build = functools.partial(
+        assemble, parts.denoiser, sampler, goal, options,
+        images=parts.dataset.images)
 
-  if distribution.everyones(storage.exists(run.path(run_dir_lib.SAMPLER)))[0]:
-    state = build()  # Without the pools, which only further steps would need.
-    _resume(state, run)
-    if state.is_over:
-      state.best.restore()
-      return _finish(run, state, first, _validation(
-          parts, goal, options.validation_samples).generator, seed + 1)
-  prepared, validation = _prepare(parts, goal, pools, first)
-  state = build(**prepared)
-  seconds = _work(state, validation, _resume(state, run), parts, run)
-  if not np.isfinite(state.best.value):
-    raise UserError("no step of the search had a finite validation value: the "
-                    "denoiser or the feature network gives NaN or infinity")
-  state.best.restore()
-  _publish(run, state, parts, prepared.get("learning_rate", learning_rate),
-           seconds)
-  return _finish(run, state, first, validation.generator, seed + 1)
+    if distribution.everyones(storage.exists(run.path(run_dir_lib.SAMPLER)))[0]:
+      state = build()  # Without the pools, which only further steps would need.
+      _resume(state, run)
+      if state.is_over:
+        state.best.restore()
+        return _finish(run, state, first, _validation(
+            parts, goal, options.validation_samples).generator, seed + 1)
+    prepared, validation = _prepare(parts, goal, pools, first)
+    state = build(**prepared)
+    seconds = _work(state, validation, _resume(state, run), parts, run)
+    if not np.isfinite(state.best.value):
+      raise UserError("no step of the search had a finite validation value: the "
+                      "denoiser or the feature network gives NaN or infinity")
+    state.best.restore()
+    _publish(run, state, parts, prepared.get("learning_rate", learning_rate),
+             seconds)
+    return _finish(run, state, first, validation.generator, seed + 1)
 
 
 def _first_rate(parts: SearchParts, goal, other: np.ndarray) -> float:

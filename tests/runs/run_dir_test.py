@@ -1,6 +1,7 @@
 """Run directories."""
 
 import contextlib
+import fcntl
 import os
 
 import pytest
@@ -44,3 +45,26 @@ def test_a_restart_that_is_killed_restarts(tmp_path, monkeypatch):
     assert os.listdir(run.path("checkpoints")) == ["search.json"]
     assert sorted(os.listdir(run.root)) == ["checkpoints", "tensorboard"]
     assert not os.listdir(run.path("tensorboard"))
+
+
+def test_a_process_may_lock_twice_and_releases_as_often(tmp_path):
+  first, second = (run_dir.RunDir(str(tmp_path / "run")) for _ in range(2))
+  path = tmp_path / "run" / ".lock"
+
+  def is_free():
+    with open(path, "w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+    return True
+
+  with first.locked() as run:
+    assert run is first
+    with second.locked():
+      assert not is_free()
+    assert not is_free()
+  assert is_free()
+  with pytest.raises(RuntimeError), first.locked():
+    raise RuntimeError
+  assert is_free()
