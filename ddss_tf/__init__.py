@@ -28,6 +28,8 @@ _attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name):
+  if name not in __all__:
+    raise AttributeError(f"module 'ddss_tf' has no attribute {name!r}")
   value = _attribute(name)
   if _inspect.isfunction(value):
     value = _without_gin(value)
