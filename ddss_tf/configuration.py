@@ -1,53 +1,175 @@
-"""The configuration: gin files, what they include, and that all has an effect.
+"""The configuration: gin files, their includes, and what a command calls.
 
-gin reads no file itself. All are read here, once, whatever they include with
-them, and what was looked at is what gin is then given, statement by statement:
-gin would import the modules that a configuration names while it reads it, which
-runs code, and would look for includes in the folders of the command line only.
+gin opens no file itself. Given a file, gin would import the modules that it
+names, which runs code, and would look for includes only in the folders of the
+command line. So this module reads each file and each include once, checks the
+statements, and hands their text to gin.
+
+Importing this module imports every function that gin may bind.
 """
 
 import collections
 import dataclasses
 import difflib
+import inspect
 import io
 import os
 import re
 import tokenize
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import gin
 from gin import config_parser
 
 from ddss_tf import storage
+from ddss_tf import zoo
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import compare
+from ddss_tf.evaluation import evaluate
+from ddss_tf.exporting import export
+from ddss_tf.exporting import sample
+from ddss_tf.features import network as network_lib
+from ddss_tf.reporting import inspection
+from ddss_tf.reporting import report
+from ddss_tf.searching import search
+from ddss_tf.datasets.load import load_dataset
+from ddss_tf.denoisers.clocks import on_schedule
+from ddss_tf.denoisers.gaussian import gaussian_denoiser
+from ddss_tf.distribution import make_strategy
 from ddss_tf.errors import UserError
+from ddss_tf.features.load import load_features
+from ddss_tf.formats.load import load_denoiser
+from ddss_tf.samplers.families import make_sampler
+from ddss_tf.schedules import make_schedule
 
+# What gin may bind: the parts, and a root for each stage.
+PARTS = (gaussian_denoiser, load_dataset, load_denoiser, load_features,
+         make_sampler, make_schedule, make_strategy, on_schedule)
+_STAGES = {
+    "run": [search.search, evaluate.evaluate, export.export, report.report],
+    "compare": [compare.compare, report.report],
+    "search": [search.search], "evaluate": [evaluate.evaluate],
+    "sample": [sample.sample], "export": [export.export],
+    "inspect": [inspection.inspect], "report": [report.report]}
+_CHECKS = {
+    "compare": compare.check_compare, "evaluate": evaluate.check_evaluate,
+    "sample": sample.check_sample, "search": search.check_search}
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _COMMAND_LINE = "the command line"
 _MACRO = "gin.macro"
-# Of includes inside of includes, and of files in all: more is a slip.
+# The most includes inside of each other, and the most files in all. A
+# configuration with more has a mistake in it.
 _DEEPEST, _MOST = 100, 10_000
-# The longer ones first, which begin like others.
+# The mark of UTF-32 begins with that of UTF-16, so it is tried first.
 _OTHER_ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
 
-def parse(files: list[str], params: list[str]) -> None:
-  """Gives gin all bindings, and locks it; later ones win.
+def stages(mode: str) -> list[Callable]:
+  """The functions that a mode of the command line calls, in order."""
+  return _STAGES[mode]
 
-  What has no effect because another binding took the place of its last use is
-  left out: `gin.config_str` can be parsed again.
+
+def build(functions: Sequence[Callable]) -> None:
+  """Builds the arguments of stages and checks that they fit together.
+
+  So a fault in what only the last stage needs is found before the first has run
+  for hours. Large parts are `gin.singleton`s: the stages get those built here.
+
+  Args:
+    functions: the stages, see `stages`.
+
+  Raises:
+    UserError: a required argument is not bound, an option is out of range, or
+      the parts do not fit together.
+  """
+  num_steps = None  # K of the searched sampler, once a stage tells it.
+  for function in functions:
+    name = function.__name__
+    arguments = _bound_arguments(function)
+    if name in _CHECKS:
+      _CHECKS[name](arguments)
+    if name == "compare":
+      _check_searches_of(arguments)
+    if "dataset" in arguments:
+      networks = network_lib.as_networks(
+          f"{name}.features", arguments["features"], several=name == "search")
+      networks += network_lib.as_networks(
+          f"{name}.heldout_features", arguments.get("heldout_features"),
+          optional=True)
+      dataset = dataset_lib.as_dataset(arguments["dataset"])
+      network_lib.check_shapes(arguments["denoiser"], dataset, *networks)
+    if name == "search":
+      sampler = arguments["sampler"](arguments["denoiser"].schedule)
+      num_steps = sampler.num_steps
+    elif arguments.get("sampler") is not None:
+      num_steps = zoo.load(arguments["sampler"]).coefficients.num_steps
+    if name == "evaluate":
+      _build_baselines(arguments, num_steps)
+
+
+def _check_searches_of(arguments: dict[str, Any]) -> None:
+  """Checks the searches of a comparison, which supplies their parts itself."""
+  if not arguments["families"]:
+    return
+  options = _bound_arguments(search.search, **dict.fromkeys(
+      ("denoiser", "sampler", "features", "dataset")))
+  objectives = arguments["objectives"] or {"": options["objective"]}
+  for objective in objectives.values():
+    search.check_search({**options, "objective": objective})
+
+
+def _build_baselines(arguments: dict[str, Any], num_steps: int | None) -> None:
+  """Makes the baselines of an evaluation.
+
+  A baseline that is given by name needs K. If K is not known yet, `evaluate`
+  makes the baseline, once it has read the sampler in the run directory.
+  """
+  if arguments["num_steps"] is not None:
+    num_steps = arguments["num_steps"]
+  for baseline in arguments["baselines"]:
+    if num_steps is not None or not isinstance(baseline, str):
+      evaluate.make_baseline(
+          baseline, arguments["denoiser"].schedule, num_steps)
+
+
+def _bound_arguments(function: Callable, **given) -> dict[str, Any]:
+  """The arguments of a stage: defaults and bindings, without the run_dir.
+
+  Args:
+    function: the stage.
+    **given: arguments that take the place of bindings.
+
+  Raises:
+    UserError: a required argument is not bound.
+  """
+  name = function.__name__
+  parameters = inspect.signature(function).parameters.values()
+  defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
+  arguments = {**defaults, **gin.get_bindings(name), **given}
+  for key, value in arguments.items():
+    if value is gin.REQUIRED:
+      raise UserError(f"gin: {name}.{key} must be bound")
+  return arguments
+
+
+def parse(files: list[str], params: list[str]) -> None:
+  """Gives gin all bindings and locks them. A later binding wins.
+
+  A binding loses its effect if a later one replaces its only use. Such bindings
+  are left out, so that `gin.config_str` can be parsed again.
 
   Args:
     files: paths of gin files. An include is looked for beside the file that has
       it, then in the working folder, in the package (`gin_configs/demo.gin`),
       and beside `files`.
-    params: bindings, read after them.
+    params: bindings, read after the files.
 
   Raises:
-    UserError: a file or an include that is not there or no UTF-8, includes in a
-      circle, an import, a fault in a binding, or a macro or a scope that
-      nothing uses in the text of any file, and so is misspelt.
+    UserError: a file or an include is missing or not UTF-8; files include each
+      other in a circle; a statement imports or is faulty; or a macro or a scope
+      is used by no text, and so is misspelt.
   """
   try:
     reader = _Reader(files)
@@ -64,14 +186,14 @@ def parse(files: list[str], params: list[str]) -> None:
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
           AttributeError, ImportError, NameError,
           tokenize.TokenError) as error:
-    # gin quotes the whole configuration where a macro is used that is not set.
+    # If a macro is unset, gin's message quotes the whole configuration.
     unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
     raise UserError(f"gin: the macro {unset[1]!r} must be bound, for a binding "
                     "uses it" if unset else f"gin: {error}") from error
 
 
-def found(file: str) -> str:
-  """Path of a gin file: where an installed package has it, if not here."""
+def _found(file: str) -> str:
+  """Path of a gin file; in the installed package if the path leads nowhere."""
   file = storage.expanded(file)
   installed = os.path.join(_PACKAGE, file)
   return installed if (
@@ -82,16 +204,16 @@ def _read_text(path: str) -> str:
   """Text of a file, its lines ended by "\\n".
 
   Raises:
-    ValueError: it is in another encoding than UTF-8.
+    ValueError: the file is not UTF-8.
   """
   with open(path, "rb") as f:
     content = f.read()
-  encoding = next((encoding for mark, encoding in _OTHER_ENCODINGS
+  encoding = next((name for mark, name in _OTHER_ENCODINGS
                    if content.startswith(mark)), None)
   if encoding is None and b"\0" in content:
     encoding = "NUL bytes, of UTF-16 or of no text"
   try:
-    # Editors of Windows begin it with a byte order mark.
+    # Editors on Windows put a byte order mark at the beginning.
     text = content.decode("utf-8-sig") if encoding is None else ""
   except UnicodeDecodeError as error:
     line = content[:error.start].count(b"\n") + 1
@@ -105,13 +227,13 @@ def _read_text(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-  """`@scope/selector` or, of the selector `gin.macro`, `%scope`."""
+  """`@scope/selector`. `%scope` is one with the selector `gin.macro`."""
   scope: str
   selector: str
 
 
 class _Unread(config_parser.ParserDelegate):
-  """Leaves the names in values as they are."""
+  """Makes a `_Reference` of every name in a value, whatever it stands for."""
 
   def configurable_reference(self, scoped_configurable_name, evaluate):
     scope, _, selector = scoped_configurable_name.rpartition("/")
@@ -122,7 +244,7 @@ class _Unread(config_parser.ParserDelegate):
 
 
 class _Named(io.StringIO):
-  """Text with the name of its file, which gin tells in messages."""
+  """Text with the name of its file, which gin puts into messages."""
 
   def __init__(self, text: str, name: str | None):
     super().__init__(text)
@@ -130,22 +252,22 @@ class _Named(io.StringIO):
 
 
 class _Reader:
-  """Reads files and what they include, in the order in which it counts.
+  """Reads files and what they include, in the order in which bindings count.
 
   Args:
-    files: of the command line.
+    files: paths from the command line.
 
   Attributes:
-    files: where they are.
+    files: the paths where the files are.
     pieces: texts without includes, for gin.
-    bindings: gin's `BindingStatement`s in them, with `_Reference`s in values.
+    bindings: gin's `BindingStatement`s, with `_Reference`s in their values.
 
   Raises:
-    UserError: one of the files is not there.
+    UserError: one of the files is missing.
   """
 
   def __init__(self, files: list[str]):
-    self.files = list(map(found, files))
+    self.files = list(map(_found, files))
     for file in self.files:
       if not os.path.isfile(file):
         raise UserError(f"gin file must exist. Received: {file!r}")
@@ -153,11 +275,14 @@ class _Reader:
     self._count = 0
 
   def take_file(self, path: str, chain: tuple[str, ...]) -> None:
-    """Takes a file.
+    """Reads a file.
 
     Args:
-      path: of the file.
-      chain: the files that include each other and this one.
+      path: the file.
+      chain: the files that led here, each of which includes the next.
+
+    Raises:
+      ValueError: a circle, too many files, or a fault of `take`.
     """
     known = list(map(os.path.realpath, chain))
     if os.path.realpath(path) in known:
@@ -172,7 +297,11 @@ class _Reader:
     self.take(_read_text(path), path, chain)
 
   def take(self, text: str, path: str | None, chain: tuple[str, ...]) -> None:
-    """Takes a text, of a file or of the command line."""
+    """Reads the text of a file, or of the command line if the path is None.
+
+    Raises:
+      ValueError: the text imports, or an include is missing.
+    """
     statements = list(config_parser.ConfigParser(
         _Named(text, path), _Unread()))
     lines = text.split("\n")
@@ -194,11 +323,15 @@ class _Reader:
     self._give(lines, begin, len(lines), path)
 
   def _give(self, lines, begin, end, path):
-    """Keeps some lines for gin, at their numbers in the file."""
+    """Keeps lines for gin. Empty lines before them keep gin's line numbers."""
     self.pieces.append(_Named("\n" * begin + "\n".join(lines[begin:end]), path))
 
   def _included(self, name: str, path: str | None) -> str:
-    """Where a file is that `path` includes."""
+    """Path of the file that `path` includes by a name.
+
+    Raises:
+      ValueError: there is no such file.
+    """
     beside = [] if path is None else [path, os.path.realpath(path)]
     folders = [
         *(os.path.dirname(os.path.abspath(file)) for file in beside), "",
@@ -226,13 +359,13 @@ def _references(value) -> Iterator[_Reference]:
 
 @dataclasses.dataclass(frozen=True)
 class _Binding:
-  """A binding, a macro's as that of `gin.macro.value`.
+  """A binding. A macro is a binding of `gin.macro.value` in a scope.
 
   Attributes:
-    scope: its scope, of a macro its name.
-    selector: as it is written.
+    scope: the scope, which for a macro is its name.
+    selector: the function's name, as the text has it.
     argument: the parameter's name.
-    references: all in its value.
+    references: all references in the value.
   """
   scope: str
   selector: str
@@ -249,20 +382,20 @@ class _Binding:
 
   @property
   def function(self):
-    """What is bound: the same for all names that it has."""
+    """The function that is bound, whichever of its names the text has."""
     return gin.get_configurable(self.selector)
 
 
 def _holds(scope: str, called: str) -> bool:
-  """Whether a binding in `scope` counts where gin calls in the scope `called`."""
+  """Whether a binding in `scope` counts for a call in the scope `called`."""
   return not scope or f"{called}/".startswith(f"{scope}/")
 
 
 def _calls(bindings: Iterable[_Binding]) -> dict:
   """The scopes in which gin may call each function, by the function.
 
-  A reference with a scope is called in it. One without is called in that of the
-  function whose argument it is.
+  gin calls a reference with a scope in that scope, and one without in the scope
+  of the function whose argument it is.
   """
   scopes = collections.defaultdict(set)
   by_function = collections.defaultdict(list)
@@ -284,20 +417,20 @@ def _calls(bindings: Iterable[_Binding]) -> dict:
 
 
 def _counts(binding: _Binding, calls: dict) -> bool:
-  """Whether gin may ever look at a binding. Those without a scope always."""
+  """Whether gin may ever use a binding. One without a scope always counts."""
   return not binding.scope or any(
       _holds(binding.scope, scope) for scope in calls[binding.function])
 
 
 def _check_effects(bindings: list[_Binding]) -> None:
-  """Refuses what no text uses: gin takes a misspelt name for a new one.
+  """Refuses bindings without a use: gin takes a misspelt name for a new one.
 
   Args:
-    bindings: of all files and the command line, also those that later ones
-      replace. So what lost its last use to an override is fine.
+    bindings: all bindings of the files and the command line, replaced ones too.
+      So a binding whose last use was replaced is accepted.
 
   Raises:
-    ValueError: a macro without a use, or a scope in which nothing is called.
+    ValueError: nothing uses a macro, or nothing is called in a scope.
   """
   calls = _calls(bindings)
   for binding in bindings:
@@ -320,10 +453,10 @@ def _check_effects(bindings: list[_Binding]) -> None:
 
 
 def _leave_out_dead() -> None:
-  """Takes back the bindings that overrides have left without an effect.
+  """Takes back the bindings whose every use a later binding has replaced.
 
   Raises:
-    ValueError: macros that are made of each other.
+    ValueError: macros are made of each other.
   """
   bindings = list(map(_Binding.of, (
       statement for statement in config_parser.ConfigParser(
@@ -339,15 +472,15 @@ def _leave_out_dead() -> None:
     for each in dead:
       key = gin.config.ParsedBindingKey.parse(
           (each.scope, each.selector, each.argument)).config_key
-      # gin has no way to take a binding back.
+      # gin has no function that takes a binding back.
       gin.config._CONFIG.pop(key, None)  # pylint: disable=protected-access
 
 
 def _check_macros(bindings: list[_Binding]) -> None:
-  """Refuses macros that are made of each other: gin would not come to an end.
+  """Refuses macros that are made of each other: gin would expand them for ever.
 
   Raises:
-    ValueError: with their names.
+    ValueError: names the macros.
   """
   inside = {binding.scope: [reference.scope for reference in binding.references
                             if reference.selector == _MACRO]
@@ -359,7 +492,7 @@ def _check_macros(bindings: list[_Binding]) -> None:
                        f"{' -> '.join([*chain[chain.index(name):], name])}")
     for other in inside.get(name, ()):
       follow(other, [*chain, name])
-    inside[name] = ()  # All is well from here.
+    inside[name] = ()  # Nothing that follows from here leads back.
 
   for name in list(inside):
     follow(name, [])

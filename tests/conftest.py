@@ -68,8 +68,8 @@ def main_in_process():
       folders[:] = before
       gin.clear_config()
       flags.FLAGS.unparse_flags()
-      for name in ("gin_file", "gin_param", "run_dir", "mode", "dry_run",
-                   "sampler"):
+      for name in ("gin_file", "gin_param", "plugin", "run_dir", "mode",
+                   "dry_run", "sampler"):
         flags.FLAGS[name].unparse()
 
   return run

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import metrics
-from ddss_tf import registry  # pylint: disable=unused-import
+from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import hub as hub_lib
 from ddss_tf.features import keras_models
