@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from project import ROOT
@@ -82,6 +84,25 @@ def test_gin_binds_what_a_plugin_registers(
   config = (folder / "run" / "config.gin").read_text()
   assert "DATASET = @plugged_images()" in config
   assert "plugged_images.number = 120" in config
+
+
+def test_the_plugin_of_the_readme(
+    main_in_process, folder, gaussian_config, capsys):
+  with open(os.path.join(ROOT, "README.md")) as f:
+    (code,) = re.findall(r"^```py\n(.*?)^```", f.read(), re.M | re.S)
+  flags = re.match(r"# my_module\.py, for --plugin=my_module --gin_param='(.+)'",
+                   code)
+  (folder / "plug_readme.py").write_text(code)
+  np.save(folder / "my_images.npy", np.zeros((8, 4, 4, 1), np.float32))
+  command = [f"--gin_file={gaussian_config}", "--dry_run",
+             *arguments("plug_readme", params=[flags.group(1)])]
+  main_in_process(command)
+  assert f"\n{flags.group(1)}\n" in capsys.readouterr().out
+  # It is used: images of another shape do not fit.
+  np.save(folder / "my_images.npy", np.zeros((8, 5, 4, 1), np.float32))
+  with pytest.raises(SystemExit):
+    main_in_process(command)
+  assert "(5, 4, 1)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["run", "inspect", "report", "zoo"])
