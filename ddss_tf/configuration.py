@@ -1,156 +1,150 @@
-"""The configuration: gin files, what they may bind, and that all has an effect.
+"""The configuration: gin files, their includes, and what a command calls.
 
-The roots, one for each mode, are `search`, `evaluate`, `compare`, `sample`,
-`export`, `inspect` and `report`. `make_strategy` is bound for all of them.
+gin opens no file itself. Given a file, gin would import the modules that it
+names, which runs code, and would look for includes only in the folders of the
+command line. So this module reads each file and each include once, checks the
+statements, and hands their text to gin.
 
-gin reads no file itself. All are read here, once, whatever they include with
-them, and what was looked at is what gin is then given, statement by statement:
-gin would import the modules that a configuration names while it reads it, which
-runs code, and would look for includes in the folders of the command line only.
+Importing this module imports every function that gin may bind.
 """
 
 import collections
 import dataclasses
 import difflib
-import importlib
 import inspect
 import io
 import os
 import re
-import sys
 import tokenize
-from typing import Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import gin
 from gin import config_parser
 
 from ddss_tf import storage
+from ddss_tf import zoo
+from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import compare
+from ddss_tf.evaluation import evaluate
+from ddss_tf.exporting import export
+from ddss_tf.exporting import sample
+from ddss_tf.features import network as network_lib
+from ddss_tf.reporting import inspection
+from ddss_tf.reporting import report
+from ddss_tf.searching import options as options_lib
+from ddss_tf.searching import search
+from ddss_tf.datasets.load import load_dataset
+from ddss_tf.denoisers.clocks import on_schedule
+from ddss_tf.denoisers.gaussian import gaussian_denoiser
+from ddss_tf.distribution import make_strategy
 from ddss_tf.errors import UserError
+from ddss_tf.features.load import load_features
+from ddss_tf.formats.load import load_denoiser
+from ddss_tf.samplers.families import make_sampler
+from ddss_tf.schedules import make_schedule
 
+# What gin may bind: the parts, and a root for each stage.
+PARTS = (gaussian_denoiser, load_dataset, load_denoiser, load_features,
+         make_sampler, make_schedule, make_strategy, on_schedule)
+_STAGES = {
+    "run": [search.search, evaluate.evaluate, export.export, report.report],
+    "compare": [compare.compare, report.report],
+    "search": [search.search], "evaluate": [evaluate.evaluate],
+    "sample": [sample.sample], "export": [export.export],
+    "inspect": [inspection.inspect], "report": [report.report]}
+_CHECKS = {
+    "compare": compare.check_compare, "evaluate": evaluate.check_evaluate,
+    "sample": sample.check_sample, "search": options_lib.check_search}
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _COMMAND_LINE = "the command line"
 _MACRO = "gin.macro"
-# Of includes inside of includes, and of files in all: more is a slip.
+# The most includes inside of each other, and the most files in all. A
+# configuration with more has a mistake in it.
 _DEEPEST, _MOST = 100, 10_000
-# The longer ones first, which begin like others.
+# The mark of UTF-32 begins with that of UTF-16, so it is tried first.
 _OTHER_ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
 
-# The functions that a mode runs, and the modules of these and of the factories.
-_STAGES = {"run": ("search", "evaluate", "export", "report"),
-           "compare": ("compare", "report")}
-_ROOTS = {"search": "searching.search", "evaluate": "evaluation.evaluate",
-          "compare": "evaluation.compare", "sample": "exporting.sample",
-          "export": "exporting.export", "inspect": "reporting.inspection",
-          "report": "reporting.report"}
-_FACTORIES = (
-    "datasets.load", "denoisers.clocks", "denoisers.gaussian", "distribution",
-    "features.load", "formats.load", "samplers.families", "schedules")
-
-
-def register() -> dict[str, Callable]:
-  """Imports all that gin may bind; gives the roots by name."""
-  for module in _FACTORIES:
-    importlib.import_module(f"ddss_tf.{module}")
-  return {name: getattr(importlib.import_module(f"ddss_tf.{module}"), name)
-          for name, module in _ROOTS.items()}
-
-
-def load_plugins(names: list[str]) -> None:
-  """Imports modules of the user, which register what gin may bind.
-
-  Args:
-    names: of modules that can be imported from here, the working folder among
-      other places.
-
-  Raises:
-    UserError: there is no such module, or it fails.
-  """
-  if names and "" not in sys.path and os.getcwd() not in sys.path:
-    sys.path.insert(0, os.getcwd())
-  for name in names:
-    try:
-      importlib.import_module(name)
-    except Exception as error:  # A plugin may raise anything.
-      raise UserError(
-          f"--plugin must name a module that can be imported. Received: "
-          f"{name!r}, {type(error).__name__}: {error}") from error
-
-
 def stages(mode: str) -> list[Callable]:
-  """The functions of a mode, in order."""
-  roots = register()
-  return [roots[name] for name in _STAGES.get(mode, (mode,))]
+  """The functions that a mode of the command line calls, in order."""
+  return _STAGES[mode]
 
 
-def build(functions: list[Callable]) -> None:
-  """Builds what stages will be given, and checks that it fits together.
+def build(functions: Sequence[Callable]) -> None:
+  """Builds the arguments of stages and checks that they fit together.
 
-  A fault in what the last stage alone needs shows here, before the first has run
-  for hours. Large parts are `gin.singleton`s, and so they are built once.
+  So a fault in what only the last stage needs is found before the first has run
+  for hours. Large parts are `gin.singleton`s: the stages get those built here.
 
   Args:
-    functions: the stages.
+    functions: the stages, see `stages`.
 
   Raises:
-    UserError: a required binding is missing, or parts do not fit.
+    UserError: a required argument is not bound, an option is out of range, or
+      the parts do not fit together.
   """
-  # pylint: disable=g-import-not-at-top
-  from ddss_tf import zoo
-  from ddss_tf.datasets import dataset as dataset_lib
-  from ddss_tf.evaluation import evaluate as evaluate_lib
-  from ddss_tf.features import network as network_lib
-  # pylint: enable=g-import-not-at-top
-  num_steps = None  # K of the searched sampler, once it is known.
+  num_steps = None  # K of the searched sampler, once a stage tells it.
   for function in functions:
-    name, arguments = function.__name__, _bound_arguments(function)
-    _check_numbers(name, arguments)
-    denoiser = arguments.get("denoiser")
+    name = function.__name__
+    arguments = _bound_arguments(function)
+    if name in _CHECKS:
+      _CHECKS[name](arguments)
+    if name == "compare":
+      _check_searches_of(arguments)
     if "dataset" in arguments:
       networks = network_lib.as_networks(
           f"{name}.features", arguments["features"], several=name == "search")
       networks += network_lib.as_networks(
           f"{name}.heldout_features", arguments.get("heldout_features"),
           optional=True)
-      network_lib.check_shapes(
-          denoiser, dataset_lib.as_dataset(arguments["dataset"]), *networks)
+      dataset = dataset_lib.as_dataset(arguments["dataset"])
+      network_lib.check_shapes(arguments["denoiser"], dataset, *networks)
     if name == "search":
-      num_steps = arguments["sampler"](denoiser.schedule).num_steps
+      sampler = arguments["sampler"](arguments["denoiser"].schedule)
+      num_steps = sampler.num_steps
     elif arguments.get("sampler") is not None:
       num_steps = zoo.load(arguments["sampler"]).coefficients.num_steps
     if name == "evaluate":
-      evaluate_lib.check_baselines(
-          arguments["baselines"], denoiser.schedule,
-          arguments["num_steps"] or num_steps)
+      _build_baselines(arguments, num_steps)
 
 
-def _check_numbers(name: str, arguments: Mapping[str, object]) -> None:
-  """Checks what can be said of a stage's arguments before anything is built."""
-  # pylint: disable=g-import-not-at-top
-  from ddss_tf.evaluation import compare as compare_lib
-  from ddss_tf.evaluation import evaluate as evaluate_lib
-  from ddss_tf.exporting import sample as sample_lib
-  from ddss_tf.searching import options as options_lib
-  # pylint: enable=g-import-not-at-top
-  checks = {"compare": compare_lib.check_compare,
-            "evaluate": evaluate_lib.check_evaluate,
-            "sample": sample_lib.check_sample,
-            "search": options_lib.check_search}
-  if name in checks:
-    checks[name](arguments)
-  if name == "compare" and arguments["families"]:  # Then it searches.
-    # It gives the parts itself.
-    search = _bound_arguments(register()["search"], **dict.fromkeys(
-        ("denoiser", "sampler", "features", "dataset")))
-    for objective in (arguments["objectives"] or {
-        "": search["objective"]}).values():
-      options_lib.check_search({**search, "objective": objective})
+def _check_searches_of(arguments: dict[str, Any]) -> None:
+  """Checks the searches of a comparison, which supplies their parts itself."""
+  if not arguments["families"]:
+    return
+  options = _bound_arguments(search.search, **dict.fromkeys(
+      ("denoiser", "sampler", "features", "dataset")))
+  objectives = arguments["objectives"] or {"": options["objective"]}
+  for objective in objectives.values():
+    options_lib.check_search({**options, "objective": objective})
 
 
-def _bound_arguments(function: Callable, **given) -> dict:
-  """What a stage will be called with, defaults too, except the run_dir."""
+def _build_baselines(arguments: dict[str, Any], num_steps: int | None) -> None:
+  """Makes the baselines of an evaluation.
+
+  A baseline that is given by name needs K. If K is not known yet, `evaluate`
+  makes the baseline, once it has read the sampler in the run directory.
+  """
+  if arguments["num_steps"] is not None:
+    num_steps = arguments["num_steps"]
+  for baseline in arguments["baselines"]:
+    if num_steps is not None or not isinstance(baseline, str):
+      evaluate.make_baseline(
+          baseline, arguments["denoiser"].schedule, num_steps)
+
+
+def _bound_arguments(function: Callable, **given) -> dict[str, Any]:
+  """The arguments of a stage: defaults and bindings, without the run_dir.
+
+  Args:
+    function: the stage.
+    **given: arguments that take the place of bindings.
+
+  Raises:
+    UserError: a required argument is not bound.
+  """
   name = function.__name__
   parameters = inspect.signature(function).parameters.values()
   defaults = {p.name: p.default for p in parameters if p.name != "run_dir"}
@@ -162,21 +156,21 @@ def _bound_arguments(function: Callable, **given) -> dict:
 
 
 def parse(files: list[str], params: list[str]) -> None:
-  """Gives gin all bindings, and locks it; later ones win.
+  """Gives gin all bindings and locks them. A later binding wins.
 
-  What has no effect because another binding took the place of its last use is
-  left out: `gin.config_str` can be parsed again.
+  A binding loses its effect if a later one replaces its only use. Such bindings
+  are left out, so that `gin.config_str` can be parsed again.
 
   Args:
     files: paths of gin files. An include is looked for beside the file that has
       it, then in the working folder, in the package (`gin_configs/demo.gin`),
       and beside `files`.
-    params: bindings, read after them.
+    params: bindings, read after the files.
 
   Raises:
-    UserError: a file or an include that is not there or no UTF-8, includes in a
-      circle, an import, a fault in a binding, or a macro or a scope that
-      nothing uses in the text of any file, and so is misspelt.
+    UserError: a file or an include is missing or not UTF-8; files include each
+      other in a circle; a statement imports or is faulty; or a macro or a scope
+      is used by no text, and so is misspelt.
   """
   try:
     reader = _Reader(files)
@@ -193,14 +187,14 @@ def parse(files: list[str], params: list[str]) -> None:
   except (ValueError, SyntaxError, TypeError, OSError, RuntimeError,
           AttributeError, ImportError, NameError,
           tokenize.TokenError) as error:
-    # gin quotes the whole configuration where a macro is used that is not set.
+    # If a macro is unset, gin's message quotes the whole configuration.
     unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
     raise UserError(f"gin: the macro {unset[1]!r} must be bound, for a binding "
                     "uses it" if unset else f"gin: {error}") from error
 
 
-def found(file: str) -> str:
-  """Path of a gin file: where an installed package has it, if not here."""
+def _found(file: str) -> str:
+  """Path of a gin file; in the installed package if the path leads nowhere."""
   file = storage.expanded(file)
   installed = os.path.join(_PACKAGE, file)
   return installed if (
@@ -211,16 +205,16 @@ def _read_text(path: str) -> str:
   """Text of a file, its lines ended by "\\n".
 
   Raises:
-    ValueError: it is in another encoding than UTF-8.
+    ValueError: the file is not UTF-8.
   """
   with open(path, "rb") as f:
     content = f.read()
-  encoding = next((encoding for mark, encoding in _OTHER_ENCODINGS
+  encoding = next((name for mark, name in _OTHER_ENCODINGS
                    if content.startswith(mark)), None)
   if encoding is None and b"\0" in content:
     encoding = "NUL bytes, of UTF-16 or of no text"
   try:
-    # Editors of Windows begin it with a byte order mark.
+    # Editors on Windows put a byte order mark at the beginning.
     text = content.decode("utf-8-sig") if encoding is None else ""
   except UnicodeDecodeError as error:
     line = content[:error.start].count(b"\n") + 1
@@ -234,13 +228,13 @@ def _read_text(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-  """`@scope/selector` or, of the selector `gin.macro`, `%scope`."""
+  """`@scope/selector`. `%scope` is one with the selector `gin.macro`."""
   scope: str
   selector: str
 
 
 class _Unread(config_parser.ParserDelegate):
-  """Leaves the names in values as they are."""
+  """Makes a `_Reference` of every name in a value, whatever it stands for."""
 
   def configurable_reference(self, scoped_configurable_name, evaluate):
     scope, _, selector = scoped_configurable_name.rpartition("/")
@@ -251,7 +245,7 @@ class _Unread(config_parser.ParserDelegate):
 
 
 class _Named(io.StringIO):
-  """Text with the name of its file, which gin tells in messages."""
+  """Text with the name of its file, which gin puts into messages."""
 
   def __init__(self, text: str, name: str | None):
     super().__init__(text)
@@ -259,22 +253,22 @@ class _Named(io.StringIO):
 
 
 class _Reader:
-  """Reads files and what they include, in the order in which it counts.
+  """Reads files and what they include, in the order in which bindings count.
 
   Args:
-    files: of the command line.
+    files: paths from the command line.
 
   Attributes:
-    files: where they are.
+    files: the paths where the files are.
     pieces: texts without includes, for gin.
-    bindings: gin's `BindingStatement`s in them, with `_Reference`s in values.
+    bindings: gin's `BindingStatement`s, with `_Reference`s in their values.
 
   Raises:
-    UserError: one of the files is not there.
+    UserError: one of the files is missing.
   """
 
   def __init__(self, files: list[str]):
-    self.files = list(map(found, files))
+    self.files = list(map(_found, files))
     for file in self.files:
       if not os.path.isfile(file):
         raise UserError(f"gin file must exist. Received: {file!r}")
@@ -282,11 +276,14 @@ class _Reader:
     self._count = 0
 
   def take_file(self, path: str, chain: tuple[str, ...]) -> None:
-    """Takes a file.
+    """Reads a file.
 
     Args:
-      path: of the file.
-      chain: the files that include each other and this one.
+      path: the file.
+      chain: the files that led here, each of which includes the next.
+
+    Raises:
+      ValueError: a circle, too many files, or a fault of `take`.
     """
     known = list(map(os.path.realpath, chain))
     if os.path.realpath(path) in known:
@@ -301,7 +298,11 @@ class _Reader:
     self.take(_read_text(path), path, chain)
 
   def take(self, text: str, path: str | None, chain: tuple[str, ...]) -> None:
-    """Takes a text, of a file or of the command line."""
+    """Reads the text of a file, or of the command line if the path is None.
+
+    Raises:
+      ValueError: the text imports, or an include is missing.
+    """
     statements = list(config_parser.ConfigParser(
         _Named(text, path), _Unread()))
     lines = text.split("\n")
@@ -323,11 +324,15 @@ class _Reader:
     self._give(lines, begin, len(lines), path)
 
   def _give(self, lines, begin, end, path):
-    """Keeps some lines for gin, at their numbers in the file."""
+    """Keeps lines for gin. Empty lines before them keep gin's line numbers."""
     self.pieces.append(_Named("\n" * begin + "\n".join(lines[begin:end]), path))
 
   def _included(self, name: str, path: str | None) -> str:
-    """Where a file is that `path` includes."""
+    """Path of the file that `path` includes by a name.
+
+    Raises:
+      ValueError: there is no such file.
+    """
     beside = [] if path is None else [path, os.path.realpath(path)]
     folders = [
         *(os.path.dirname(os.path.abspath(file)) for file in beside), "",
@@ -355,13 +360,13 @@ def _references(value) -> Iterator[_Reference]:
 
 @dataclasses.dataclass(frozen=True)
 class _Binding:
-  """A binding, a macro's as that of `gin.macro.value`.
+  """A binding. A macro is a binding of `gin.macro.value` in a scope.
 
   Attributes:
-    scope: its scope, of a macro its name.
-    selector: as it is written.
+    scope: the scope, which for a macro is its name.
+    selector: the function's name, as the text has it.
     argument: the parameter's name.
-    references: all in its value.
+    references: all references in the value.
   """
   scope: str
   selector: str
@@ -378,20 +383,20 @@ class _Binding:
 
   @property
   def function(self):
-    """What is bound: the same for all names that it has."""
+    """The function that is bound, whichever of its names the text has."""
     return gin.get_configurable(self.selector)
 
 
 def _holds(scope: str, called: str) -> bool:
-  """Whether a binding in `scope` counts where gin calls in the scope `called`."""
+  """Whether a binding in `scope` counts for a call in the scope `called`."""
   return not scope or f"{called}/".startswith(f"{scope}/")
 
 
 def _calls(bindings: Iterable[_Binding]) -> dict:
   """The scopes in which gin may call each function, by the function.
 
-  A reference with a scope is called in it. One without is called in that of the
-  function whose argument it is.
+  gin calls a reference with a scope in that scope, and one without in the scope
+  of the function whose argument it is.
   """
   scopes = collections.defaultdict(set)
   by_function = collections.defaultdict(list)
@@ -413,20 +418,20 @@ def _calls(bindings: Iterable[_Binding]) -> dict:
 
 
 def _counts(binding: _Binding, calls: dict) -> bool:
-  """Whether gin may ever look at a binding. Those without a scope always."""
+  """Whether gin may ever use a binding. One without a scope always counts."""
   return not binding.scope or any(
       _holds(binding.scope, scope) for scope in calls[binding.function])
 
 
 def _check_effects(bindings: list[_Binding]) -> None:
-  """Refuses what no text uses: gin takes a misspelt name for a new one.
+  """Refuses bindings without a use: gin takes a misspelt name for a new one.
 
   Args:
-    bindings: of all files and the command line, also those that later ones
-      replace. So what lost its last use to an override is fine.
+    bindings: all bindings of the files and the command line, replaced ones too.
+      So a binding whose last use was replaced is accepted.
 
   Raises:
-    ValueError: a macro without a use, or a scope in which nothing is called.
+    ValueError: nothing uses a macro, or nothing is called in a scope.
   """
   calls = _calls(bindings)
   for binding in bindings:
@@ -449,10 +454,10 @@ def _check_effects(bindings: list[_Binding]) -> None:
 
 
 def _leave_out_dead() -> None:
-  """Takes back the bindings that overrides have left without an effect.
+  """Takes back the bindings whose every use a later binding has replaced.
 
   Raises:
-    ValueError: macros that are made of each other.
+    ValueError: macros are made of each other.
   """
   bindings = list(map(_Binding.of, (
       statement for statement in config_parser.ConfigParser(
@@ -468,15 +473,15 @@ def _leave_out_dead() -> None:
     for each in dead:
       key = gin.config.ParsedBindingKey.parse(
           (each.scope, each.selector, each.argument)).config_key
-      # gin has no way to take a binding back.
+      # gin has no function that takes a binding back.
       gin.config._CONFIG.pop(key, None)  # pylint: disable=protected-access
 
 
 def _check_macros(bindings: list[_Binding]) -> None:
-  """Refuses macros that are made of each other: gin would not come to an end.
+  """Refuses macros that are made of each other: gin would expand them for ever.
 
   Raises:
-    ValueError: with their names.
+    ValueError: names the macros.
   """
   inside = {binding.scope: [reference.scope for reference in binding.references
                             if reference.selector == _MACRO]
@@ -488,7 +493,7 @@ def _check_macros(bindings: list[_Binding]) -> None:
                        f"{' -> '.join([*chain[chain.index(name):], name])}")
     for other in inside.get(name, ()):
       follow(other, [*chain, name])
-    inside[name] = ()  # All is well from here.
+    inside[name] = ()  # Nothing that follows from here leads back.
 
   for name in list(inside):
     follow(name, [])

@@ -1,4 +1,8 @@
-"""Standard output and error on which nothing that is printed ends a command."""
+"""Standard output and error that never end a command.
+
+A terminal may lack a character, and a pipe or a disk may refuse more text. The
+command goes on all the same.
+"""
 
 import codecs
 import contextlib
@@ -13,7 +17,7 @@ _READABLE = {"±": "+-", "–": "-", "—": "-", "×": "x", "…": "..."}
 
 
 def _readable(error):
-  """What stands for characters that an encoding does not have."""
+  """Codec error handler: replaces the characters that an encoding lacks."""
   if not isinstance(error, UnicodeEncodeError):
     raise error
   text = error.object[error.start:error.end]
@@ -27,18 +31,22 @@ codecs.register_error(_ERRORS, _readable)
 
 
 class _Output:
-  """A text stream that takes everything.
+  """A text stream whose writes do not fail.
 
-  Characters that its encoding lacks are replaced. Where it cannot be written to
-  (`| head -1` has read enough, its disk is full) the rest is dropped.
+  Characters that the encoding lacks are replaced. Once the stream cannot be
+  written to (the reader of a pipe has gone, the disk is full), the rest of the
+  text is dropped.
 
   Args:
-    stream: a text stream; None, as Python has it where the file is closed.
+    stream: a text stream; None if the file is closed, as in `sys.stdout`.
+
+  Attributes:
+    failed: the error for which text was dropped; None if all was written.
   """
 
   def __init__(self, stream):
     self._stream = io.StringIO() if stream is None else stream
-    self.failed = None  # Why the rest was dropped.
+    self.failed = None
 
   def write(self, text: str) -> int:
     try:
@@ -57,9 +65,10 @@ class _Output:
       self._drop(error)
 
   def _drop(self, error):
+    """Sends this text and all later text nowhere."""
     self.failed = error
     with contextlib.suppress(OSError, ValueError, AttributeError):
-      # Python writes what it still has of it when the process ends.
+      # Python still holds some text, which it writes when the process ends.
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, self._stream.fileno())
       os.close(nowhere)
@@ -71,7 +80,11 @@ class _Output:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-  """Nothing that is printed in here raises; at the end all of it is written."""
+  """Lets printing inside the block never raise, and flushes at its end.
+
+  If text of the standard output was lost, a warning says why, unless the reader
+  of a pipe has gone.
+  """
   before = sys.stdout, sys.stderr
   sys.stdout, sys.stderr = outputs = tuple(map(_Output, before))
   try:
@@ -80,7 +93,7 @@ def guarded() -> Iterator[None]:
     for output in outputs:
       output.flush()
     lost = outputs[0].failed
-    # A reader that has gone wanted no more; else the results are missed.
+    # A reader that has gone (EPIPE) wanted no more. Any other loss matters.
     if lost is not None and getattr(lost, "errno", None) != errno.EPIPE:
       print(f"warning: standard output cannot be written to: {lost}",
             file=sys.stderr)

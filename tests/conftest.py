@@ -103,7 +103,7 @@ def bind():
   """Binds what gin is told, until the test ends."""
   import gin  # pylint: disable=g-import-not-at-top
   from ddss_tf import configuration  # pylint: disable=g-import-not-at-top
-  configuration.register()
+  del configuration  # Imported, it has registered all that can be bound.
   gin.clear_config()
   yield gin.parse_config
   gin.clear_config()

@@ -42,12 +42,12 @@ def cell_arguments(dataset, row, num_steps, stride=""):
           *(f"--gin_param={param}" for param in params)]
 
 
-def header_command(row):
-  """The arguments of the command in the header of a row's file."""
-  with open(os.path.join(RECIPES, f"{row}.gin")) as f:
-    header = re.match(r"(?:#.*\n)+", f.read()).group()
-  command = re.search(r"python -m ddss_tf\.main (.*(?:\n#     .*)*)", header)
-  return shlex.split(re.sub(r"\\\n#", " ", command.group(1)))
+def commands(name):
+  """The arguments of the commands in a file of the recipes."""
+  with open(os.path.join(RECIPES, name)) as f:
+    found = re.findall(r"python -m ddss_tf\.main (.*(?:\\\n.*)*?[^\\]\n)",
+                       f.read())
+  return [shlex.split(re.sub(r"\\\n#?", " ", each)) for each in found]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
 @pytest.mark.parametrize("row", ROWS)
 def test_the_command_of_a_row_builds(row, stand_ins, main_in_process, capsys):
   """The one in the header of its file, with stand-ins for what is not shipped."""
-  command = header_command(row)
+  (command,) = commands(f"{row}.gin")
   searched = row == "ggdm_pred_time"
   assert ("--mode=evaluate" in command) != searched
   assert f"--gin_file=gin_configs/papers/iclr2022/{row}.gin" in command
@@ -119,6 +119,18 @@ def test_the_command_of_a_row_builds(row, stand_ins, main_in_process, capsys):
   config = capsys.readouterr().out
   assert re.search(r"^NUM_STEPS = 5$", config, re.MULTILINE)
   assert searched or re.search(r"^STRIDE = 'quadratic'$", config, re.MULTILINE)
+
+
+def test_the_commands_of_the_readme_build(stand_ins, main_in_process, capsys):
+  searched, fixed = commands("README.md")
+  for command, line in ((searched, "NUM_STEPS = 5"),
+                        (fixed, "STRIDE = 'quadratic'")):
+    main_in_process([
+        "--dry_run", *(word.replace("gin_configs", f"{ROOT}/gin_configs")
+                       for word in command),
+        *(f"--gin_param={binding}" for binding in stand_ins["cifar10"])])
+    assert line in capsys.readouterr().out.splitlines()
+  assert not os.path.exists("runs/cifar10-k5")
 
 
 def test_published_checkpoints_are_read(

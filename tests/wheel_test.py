@@ -137,7 +137,7 @@ def test_help(elsewhere):
   result = elsewhere("ddss_tf", "--help")
   assert result.returncode == 1  # absl's.
   for words in ("few-step diffusion sampler", "--gin_file", "--[no]dry_run",
-                "--run_dir", "--sampler"):
+                "--run_dir", "--sampler", "--plugin"):
     assert words in result.stdout
 
 

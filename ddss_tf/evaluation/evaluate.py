@@ -96,23 +96,6 @@ def make_baseline(
                       stride=stride)
 
 
-def check_baselines(baselines, schedule: NoiseSchedule,
-                    num_steps: int | None) -> None:
-  """Makes all baselines that can be made yet.
-
-  Args:
-    baselines: of `evaluate`.
-    schedule: the forward process of the denoiser.
-    num_steps: K of those that are given by name; None: not known yet.
-
-  Raises:
-    UserError: one cannot be made.
-  """
-  for baseline in baselines:
-    if num_steps is not None or not isinstance(baseline, str):
-      make_baseline(baseline, schedule, num_steps)
-
-
 @gin.configurable(denylist=["run_dir"])
 def evaluate(
     run_dir: str,

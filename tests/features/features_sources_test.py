@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import metrics
-from ddss_tf import configuration
+from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import hub as hub_lib
 from ddss_tf.features import keras_models
@@ -31,8 +31,6 @@ from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 from project import ROOT
-
-configuration.register()  # All that gin may bind.
 
 HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 WIDTH, CLASSES = 12, 7
