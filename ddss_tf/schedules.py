@@ -1,4 +1,4 @@
-"""The forward process and the grids of times that samplers visit.
+"""The forward process of a model.
 
 Notation, used in the whole package: `alpha_t` and `sigma_t` are the scale of
 the image and the standard deviation of the noise in
@@ -19,12 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-_MATCHED = "matched_"
-STRIDES = ("linear", "trailing", "linspace", "linspace_open", "quadratic",
-           "logsnr", "karras", "leading", "uniform",
-           *(_MATCHED + name for name in (
-               "linear", "trailing", "linspace", "linspace_open", "quadratic")))
-_KARRAS_RHO = 7.0
 # The least log(alpha / sigma) at which a named stride begins. There 1 / alpha
 # is 164: an error of 1 % in eps is one of 1.6 in x0_hat. The linear schedule of
 # Ho et al. ends at -5.06; DPM-Solver's users cut cosine ones at -5.1.
@@ -154,131 +148,6 @@ class NoiseSchedule:
     steps = np.arange(self.num_train_steps)
     return np.interp(-log_abar, -self._log_abar, steps)
 
-  def stride(self, stride: str | npt.ArrayLike,
-             num_steps: int) -> np.ndarray:
-    """Times tau of a K-step sampler, noisiest first.
-
-    With i = 0 ... K-1, and N the number of training steps whose log-SNR is at
-    least `NOISIEST_LOG_SNR`, or K if that is more:
-
-      linear:    i (N // K). It leaves the N mod K noisiest steps out.
-      leading:   i (T // K), as the original DDIM code and diffusers have it: the
-                 same where N is T
-      uniform:   floor(i N / K), the same as linear where K divides N
-      trailing:  round((i + 1) N / K) - 1
-      linspace:  round(linspace(0, N - 1, K)_i)
-      linspace_open: round(linspace(0, N - 1, K + 1)_{i+1}), without step 0:
-                 where diffusers' multistep schedulers go by default
-      quadratic: floor(linspace(0, sqrt(0.8 N), K)_i ** 2)
-      logsnr:    lambda_tau in equal steps from lambda_0 to lambda_{N-1}
-      karras:    (sigma_tau / alpha_tau)^(1/7) in equal steps between the same
-                 ends (Karras et al. 2022, https://arxiv.org/abs/2206.00364,
-                 equation 5)
-      matched_linear, matched_trailing, matched_linspace, matched_linspace_open,
-      matched_quadratic: the training steps whose log-SNR is nearest to that of
-                 the linear schedule of Ho et al. (2020, T = 1000) at its linear,
-                 trailing, ... steps. Where the range of this schedule is
-                 smaller, the values are scaled to fit into it.
-
-    The paper names a linear and a quadratic stride without a formula. The
-    quadratic one is that of Song et al. (2021,
-    https://arxiv.org/abs/2010.02502); N and the matched strides are our choice.
-
-    N is T for the linear schedule. A cosine one has a few more steps, whose
-    images are noise to the last digit: there every error in eps becomes one
-    hundred times as large in x0_hat. So named strides leave them out, but for
-    "leading", which is as others have it. A list of times may name any step.
-
-    logsnr and karras give fractional times. Where one of the others names a step
-    twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
-    the later one moves to the next free step, so that no step is wasted. At
-    K = 1 linear, leading, uniform and quadratic give 0, the others N - 1.
-
-    Args:
-      stride: one of `STRIDES`, or the K times themselves, strictly decreasing,
-        in [0, T - 1], fractional allowed.
-      num_steps: K, from 1 to T.
-
-    Returns:
-      float64 [K], strictly decreasing, in [0, T - 1].
-
-    Raises:
-      ValueError: unknown name; K outside [1, T], or above 1000 for a matched
-        stride; given times out of order, out of range, or not K.
-    """
-    total = self.num_train_steps
-    if not 1 <= num_steps <= total:
-      raise ValueError(
-          f"num_steps must be from 1 to {total}, the training steps of the "
-          f"model. Received: num_steps={num_steps}")
-    if not isinstance(stride, str):
-      return self._given_times(stride, num_steps)
-    if stride not in STRIDES:
-      raise ValueError(
-          f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
-          f"Received: {stride!r}")
-    count = total if stride == "leading" else max(
-        self.num_visible_steps, num_steps)
-    last = count - 1
-    i = np.arange(num_steps)
-    # Cleanest first up to here.
-    if stride in ("linear", "leading"):
-      tau = i * (count // num_steps)
-    elif stride == "uniform":
-      tau = i * count // num_steps
-    elif stride == "trailing":
-      tau = np.round((i + 1) * count / num_steps) - 1
-    elif stride == "linspace":
-      tau = np.round(np.linspace(last, 0, num_steps))[::-1]
-    elif stride == "linspace_open":
-      tau = np.round(np.linspace(0, last, num_steps + 1))[1:]
-    elif stride == "quadratic":
-      tau = np.floor(np.linspace(0, np.sqrt(0.8 * count), num_steps) ** 2)
-    elif stride == "logsnr":
-      tau = self.time_of_log_snr(np.linspace(
-          self.log_snr(last), self.log_snr(0), num_steps))[::-1]
-    elif stride == "karras":
-      noise, clean = np.exp(-self.log_snr([last, 0]) / _KARRAS_RHO)
-      tau = self.time_of_log_snr(-_KARRAS_RHO * np.log(
-          np.linspace(noise, clean, num_steps)))[::-1]
-    else:
-      tau = self._matched_times(stride.removeprefix(_MATCHED), num_steps, last)
-    if stride not in ("logsnr", "karras"):
-      for k in range(1, num_steps):
-        tau[k] = max(tau[k], tau[k - 1] + 1)
-      # Beyond the last step only if K is close to N: push back from the end.
-      tau = np.minimum(tau, count - num_steps + i)
-    return tau[::-1].astype(np.float64)
-
-  def _matched_times(self, stride, num_steps, last):
-    """Steps with the log-SNR of the linear schedule's; cleanest first."""
-    linear = _linear_of_ho()
-    if num_steps > linear.num_train_steps:
-      raise ValueError(
-          f"num_steps must be at most {linear.num_train_steps} for a matched "
-          f"stride. Received: num_steps={num_steps}")
-    wanted = linear.log_snr(linear.stride(stride, num_steps)[::-1])
-    noisy, clean = linear.log_snr([linear.num_train_steps - 1, 0])
-    own_noisy, own_clean = self.log_snr([last, 0])
-    if own_noisy > noisy or own_clean < clean:
-      own_noisy, own_clean = max(noisy, own_noisy), min(clean, own_clean)
-      wanted = own_noisy + (wanted - noisy) * (own_clean - own_noisy) / (
-          clean - noisy)
-    return np.round(self.time_of_log_snr(wanted))
-
-  def _given_times(self, times, num_steps: int) -> np.ndarray:
-    times = np.asarray(times, np.float64)
-    last = self.num_train_steps - 1
-    if times.shape != (num_steps,):
-      raise ValueError(
-          f"stride must have {num_steps} times, one a step. "
-          f"Received: shape {times.shape}")
-    if np.any(np.diff(times) >= 0) or times[0] > last or times[-1] < 0:
-      raise ValueError(
-          f"times of a stride must decrease strictly and lie in [0, {last}]. "
-          f"Received: {times.tolist()}")
-    return times
-
 
 class ExplodingSchedule(NoiseSchedule):
   """A variance-exploding process in its variance-preserving form.
@@ -354,12 +223,6 @@ def from_card(card: Mapping[str, object]) -> NoiseSchedule:
   if "sigmas" in card:
     return ExplodingSchedule(card["sigmas"])
   return NoiseSchedule(card["betas"])
-
-
-@functools.cache
-def _linear_of_ho():
-  """The schedule that the default starts were measured on."""
-  return NoiseSchedule.linear()
 
 
 def interpolated(table: np.ndarray, t,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ddss_tf.samplers import strides
 from ddss_tf import schedules
 from ddss_tf.schedules import NoiseSchedule
 
@@ -49,18 +50,18 @@ def test_gradient_in_time(linear):
 
 def test_strides_by_hand(linear):
   np.testing.assert_array_equal(
-      linear.stride("linear", 5), [800, 600, 400, 200, 0])
+      strides.times_of(linear, "linear", 5), [800, 600, 400, 200, 0])
   np.testing.assert_array_equal(
-      linear.stride("uniform", 15)[:3], [933, 866, 800])
+      strides.times_of(linear, "uniform", 15)[:3], [933, 866, 800])
   np.testing.assert_array_equal(
-      linear.stride("quadratic", 10),
+      strides.times_of(linear, "quadratic", 10),
       [800, 632, 483, 355, 246, 158, 88, 39, 9, 0])
   np.testing.assert_array_equal(
-      linear.stride("trailing", 5), [999, 799, 599, 399, 199])
+      strides.times_of(linear, "trailing", 5), [999, 799, 599, 399, 199])
   np.testing.assert_array_equal(
-      linear.stride("linspace", 5), [999, 749, 500, 250, 0])
+      strides.times_of(linear, "linspace", 5), [999, 749, 500, 250, 0])
   np.testing.assert_array_equal(
-      linear.stride("linspace_open", 5), [999, 799, 599, 400, 200])
+      strides.times_of(linear, "linspace_open", 5), [999, 799, 599, 400, 200])
 
 
 def test_strides_in_noise_levels(linear):
@@ -68,7 +69,7 @@ def test_strides_in_noise_levels(linear):
   for name, level in (
       ("logsnr", linear.log_snr),
       ("karras", lambda t: np.exp(-linear.log_snr(t)) ** (1 / 7))):
-    tau = linear.stride(name, 9)
+    tau = strides.times_of(linear, name, 9)
     np.testing.assert_allclose(tau[[0, -1]], [999, 0], atol=1e-9)
     steps = np.diff(level(tau))
     np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
@@ -99,22 +100,22 @@ def test_cosine_and_scaled_linear():
 
 def test_given_times(linear):
   times = [900.5, 400, 0.25]
-  np.testing.assert_array_equal(linear.stride(times, 3), times)
+  np.testing.assert_array_equal(strides.times_of(linear, times, 3), times)
   for bad, message in (([900, 400], "3 times"), ([1, 2, 3], "decrease"),
                        ([9, 9, 1], "decrease"), ([1000, 2, 1], "999"),
                        ([9, 2, -1], "999")):
     with pytest.raises(ValueError, match=message):
-      linear.stride(bad, 3)
+      strides.times_of(linear, bad, 3)
 
 
-WHOLE = sorted(set(schedules.STRIDES) - {"logsnr", "karras"})
+WHOLE = sorted(set(strides.STRIDES) - {"logsnr", "karras"})
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("steps", [1, 2, 29, 30, 100, 950, 1000])
 def test_strides_waste_no_step(linear, name, steps):
   for schedule in (linear, NoiseSchedule.cosine()):
-    tau = schedule.stride(name, steps)
+    tau = strides.times_of(schedule, name, steps)
     assert len(tau) == steps
     assert np.all(np.diff(tau) < 0)
     assert 0 <= tau[-1] and tau[0] <= 999
@@ -126,12 +127,12 @@ def test_strides_waste_no_step(linear, name, steps):
 def test_leading_as_other_libraries_have_it(total, steps):
   theirs = [i * (total // steps) for i in range(steps)][::-1]
   for make in (NoiseSchedule.linear, NoiseSchedule.cosine):
-    np.testing.assert_array_equal(make(total).stride("leading", steps), theirs)
+    np.testing.assert_array_equal(strides.times_of(make(total), "leading", steps), theirs)
   linear = NoiseSchedule.linear(total, 0.1 / total, 10 / total)
   assert linear.num_visible_steps == total
-  np.testing.assert_array_equal(linear.stride("linear", steps), theirs)
+  np.testing.assert_array_equal(strides.times_of(linear, "linear", steps), theirs)
   np.testing.assert_array_equal(
-      linear.stride("uniform", steps),
+      strides.times_of(linear, "uniform", steps),
       [i * total // steps for i in range(steps)][::-1])
 
 
@@ -156,11 +157,11 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(),
 
 
 @every_schedule
-@pytest.mark.parametrize("name", sorted(set(schedules.STRIDES) - {"leading"}))
+@pytest.mark.parametrize("name", sorted(set(strides.STRIDES) - {"leading"}))
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 25, 50])
 def test_named_strides_begin_where_there_is_an_image(schedule, name, steps):
   """An error of 1 % in eps makes one of 2 in x0_hat at the most."""
-  tau = schedule.stride(name, steps)
+  tau = strides.times_of(schedule, name, steps)
   assert len(tau) == steps and np.all(np.diff(tau) < 0)
   assert 0 <= tau[-1] and tau[0] <= schedule.num_train_steps - 1
   if steps <= schedule.num_visible_steps:
@@ -174,10 +175,10 @@ def test_visible_steps(schedule):
   above = schedule.log_snr(np.arange(total)) >= schedules.NOISIEST_LOG_SNR
   np.testing.assert_array_equal(above, np.arange(total) < count)
   if total <= 1000:
-    for name in schedules.STRIDES:
+    for name in strides.STRIDES:
       if name not in ("logsnr", "karras"):
         np.testing.assert_array_equal(
-            schedule.stride(name, total), np.arange(total)[::-1])
+            strides.times_of(schedule, name, total), np.arange(total)[::-1])
 
 
 @pytest.mark.parametrize("name", [
@@ -186,8 +187,8 @@ def test_matched_strides(linear, name):
   """The noise levels of the linear schedule, to half a step of one's own."""
   for steps in (1, 2, 3, 5, 7, 10, 15, 20, 25, 100, 1000):
     np.testing.assert_array_equal(
-        linear.stride("matched_" + name, steps), linear.stride(name, steps))
-  wanted = linear.log_snr(linear.stride(name, 10))
+        strides.times_of(linear, "matched_" + name, steps), strides.times_of(linear, name, steps))
+  wanted = linear.log_snr(strides.times_of(linear, name, 10))
   # A range that is smaller is used whole, in the same proportions.
   narrow = SCHEDULES["scaled linear"]
   share = (wanted - linear.log_snr(999)) / np.diff(linear.log_snr([999, 0]))
@@ -197,13 +198,13 @@ def test_matched_strides(linear, name):
       ("zero SNR, cosine", wanted), ("linear of 2000, too long", wanted),
       ("exploding, far", wanted), ("scaled linear", scaled)):
     schedule = SCHEDULES[key]
-    tau = schedule.stride("matched_" + name, 10)
+    tau = strides.times_of(schedule, "matched_" + name, 10)
     half = np.abs(schedule.log_snr(np.clip(
         tau + [[-0.5], [0.5]], 0, schedule.num_train_steps - 1))
                   - schedule.log_snr(tau)).max(axis=0)
     assert np.all(np.abs(schedule.log_snr(tau) - levels) <= half * 1.1), key
   with pytest.raises(ValueError, match="at most 1000.*1001"):
-    SCHEDULES["cosine of 4000"].stride("matched_" + name, 1001)
+    strides.times_of(SCHEDULES["cosine of 4000"], "matched_" + name, 1001)
 
 
 @pytest.mark.parametrize("key", ["linear", "scaled linear", "cosine"])
@@ -226,12 +227,12 @@ def test_rescaled_to_zero_snr(key):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_number_of_steps(linear, steps):
   with pytest.raises(ValueError, match=f"1 to 1000.*num_steps={steps}"):
-    linear.stride("linear", steps)
+    strides.times_of(linear, "linear", steps)
 
 
 def test_bad_arguments(linear):
   with pytest.raises(ValueError, match="linear, trailing.*'cubic'"):
-    linear.stride("cubic", 5)
+    strides.times_of(linear, "cubic", 5)
   for betas in ([1.0, 0.1], [0.1, 1.1], [0.1, 0.0], [0.1, np.nan]):
     with pytest.raises(ValueError, match="between 0 and 1"):
       NoiseSchedule(betas)
@@ -276,7 +277,7 @@ def test_exploding_schedule_in_closed_form():
       NoiseSchedule(schedule.betas).abar(np.arange(101)),
       schedule.abar(np.arange(101)), rtol=1e-10)
   # A stride of the base class.
-  times = schedule.stride("logsnr", 5)
+  times = strides.times_of(schedule, "logsnr", 5)
   np.testing.assert_allclose(times, [100, 75, 50, 25, 0], atol=1e-9)
 
 

@@ -15,7 +15,7 @@ from absl import logging
 import gin
 import numpy as np
 
-from ddss_tf import schedules
+from ddss_tf.samplers import strides
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -49,7 +49,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
     UserError: a name or a number is out of range.
   """
   for what, known in (("solvers", solvers_lib.SOLVERS),
-                      ("strides", schedules.STRIDES),
+                      ("strides", strides.STRIDES),
                       ("families", families_lib.family_names())):
     for name in _listed(what, arguments, "list of names"):
       if name not in known:
@@ -114,7 +114,7 @@ def compare(
                        | list[network_lib.FeatureNetwork] | None) = None,
     num_steps: Sequence[int] = gin.REQUIRED,
     solvers: Sequence[str] = solvers_lib.SOLVERS,
-    strides: Sequence[str] = schedules.STRIDES,
+    strides: Sequence[str] = strides.STRIDES,
     families: Sequence[str] = families_lib.COMPARED,
     starts: str = "best",
     objectives: Mapping[str, str | Mapping[str, float]] | None = None,
@@ -154,7 +154,7 @@ def compare(
       see `evaluate.evaluate`.
     num_steps: the K, a list.
     solvers: names out of `solvers.SOLVERS`.
-    strides: names out of `schedules.STRIDES`.
+    strides: names out of `strides.STRIDES`.
     families: names of learned families, smaller ones first.
     starts: "best", as above, or "default": each family is searched once, from
       its own default start (`learned.LearnedSampler.default_start`).

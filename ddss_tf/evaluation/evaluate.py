@@ -24,7 +24,8 @@ from ddss_tf.samplers.chain import check_x0_bound
 from ddss_tf.samplers.families import make_sampler
 from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.samplers.solvers import SOLVERS
-from ddss_tf.schedules import STRIDES, NoiseSchedule
+from ddss_tf.samplers.strides import STRIDES
+from ddss_tf.schedules import NoiseSchedule
 
 
 def check_evaluate(arguments: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ def coefficients(schedule, solver: str, stride, num_steps: int) -> Coefficients:
   Args:
     schedule: of the denoiser, which the teacher shares.
     solver: a deterministic one of `solvers.SOLVERS`.
-    stride: see `NoiseSchedule.stride`.
+    stride: see `strides.times_of`.
     num_steps: of the teacher.
 
   Raises:

@@ -367,7 +367,7 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
       "+guidance", or several in this order.
     num_steps: K, from 1 to T.
     **options: of the family's class, `SolverSampler` for a plain solver, else
-      `LearnedSampler` and its subclass: `stride`, one of `schedules.STRIDES` or
+      `LearnedSampler` and its subclass: `stride`, one of `strides.STRIDES` or
       a list of times; `eta` of DDIM; of what is learned also `init`, where it
       starts (a solver, "auto", the path of a `sampler.json`, None for the
       best known), and `parameterisation`, "real" or "paper".

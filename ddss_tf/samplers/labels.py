@@ -1,7 +1,7 @@
 """What samplers are called in tables, and into which group they fall."""
 
 from ddss_tf.samplers import solvers
-from ddss_tf.schedules import STRIDES
+from ddss_tf.samplers.strides import STRIDES
 
 LABELS = {
     "ddpm": "DDPM", "ddim": "DDIM", "dpm++2m": "DPM-Solver++(2M)",

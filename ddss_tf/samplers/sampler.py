@@ -119,7 +119,7 @@ class SolverSampler(FixedSampler):
     schedule: the forward process of the denoiser.
     num_steps: K.
     solver: one of `solvers.SOLVERS`, see `solvers.solver_coefficients`.
-    stride: a name or a list of times, see `NoiseSchedule.stride`.
+    stride: a name or a list of times, see `strides.times_of`.
     eta: scale of the noise, ddim and ddpm only (Song et al. 2021, equation 16).
     lower_order_final: see `solvers.solver_coefficients`.
     label: what tables and pictures call it; made from the others if None.

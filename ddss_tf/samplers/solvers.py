@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddss_tf.samplers.coefficients import Coefficients
+from ddss_tf.samplers import strides
 from ddss_tf.schedules import NoiseSchedule
 
 
@@ -391,7 +392,7 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
     schedule: the forward process.
     solver: one of `SOLVERS`.
     num_steps: K, the network calls.
-    stride: a name or the times, see `NoiseSchedule.stride`.
+    stride: a name or the times, see `strides.times_of`.
     eta: scale of the noise, for ddim and ddpm only.
     abar_end: alpha^2 of the image, 1 for a clean one. Less stops early, as
       other libraries do for some solvers; not for ddim and ddpm.
@@ -415,15 +416,15 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
     eta = (1.0 if solver == "ddpm" else 0.0) if eta is None else eta
     if eta < 0:
       raise ValueError(f"eta must be at least 0. Received: eta={eta}")
-    return ddim_coefficients(schedule, schedule.stride(stride, num_steps), eta)
+    return ddim_coefficients(schedule, strides.times_of(schedule, stride, num_steps), eta)
   if eta:
     raise ValueError(f"{solver} has no noise to scale. Received: eta={eta}")
   step = _STEPS[solver]
   if solver == "pndm" and num_steps >= 3:
-    times = schedule.stride(stride, num_steps - 1)
+    times = strides.times_of(schedule, stride, num_steps - 1)
     times = np.insert(times, 1, times[1])
   else:
-    times = schedule.stride(stride, num_steps)
+    times = strides.times_of(schedule, stride, num_steps)
     step = _ipndm if solver == "pndm" else step
   return _linear_recursion(
       schedule, times, step, abar_end, lower_order_final)

@@ -13,7 +13,7 @@ from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.schedules import STRIDES
+from ddss_tf.samplers.strides import STRIDES
 
 _FIELDS = ("start", "samples", "sha256", "distance")
 _AGAIN = 8

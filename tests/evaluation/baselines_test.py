@@ -11,7 +11,7 @@ from ddss_tf.evaluation import evaluate as evaluate_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
-from ddss_tf.schedules import STRIDES
+from ddss_tf.samplers.strides import STRIDES
 
 SCHEDULE = ddss_tf.make_schedule("linear", 1000)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ddss_tf.samplers import strides
 from ddss_tf.denoisers import gaussian
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
@@ -80,7 +81,7 @@ def chain_moments(coefficients):
 def test_ddim_has_the_closed_form_on_gaussian_data(stride, steps, eta):
   sampler = ddim(steps, stride, eta)
   mean, variance = chain_moments(sampler.coefficients())
-  expected = gaussian_moments(SCHEDULE.stride(stride, steps), eta)
+  expected = gaussian_moments(strides.times_of(SCHEDULE, stride, steps), eta)
   np.testing.assert_allclose([mean, variance], expected, rtol=2e-4, atol=2e-5)
 
 
@@ -94,7 +95,7 @@ def test_ddim_monte_carlo():
     return sampler(x_T, noise, eps_fn=DENOISER.eps)
 
   images = sample().numpy()
-  mean, variance = gaussian_moments(SCHEDULE.stride("linear", 5), 1.0)
+  mean, variance = gaussian_moments(strides.times_of(SCHEDULE, "linear", 5), 1.0)
   np.testing.assert_allclose(images.mean(), mean, atol=4 * variance**.5 / 256)
   np.testing.assert_allclose(images.var(), variance, rtol=0.025)
 
@@ -104,13 +105,13 @@ def test_many_steps_recover_the_data():
   # moments. The closed form carries it to K = T, the chain to K = 100.
   errors = []
   for steps in (100, 200, 1000):
-    mean, variance = gaussian_moments(SCHEDULE.stride("linear", steps), 0.0)
+    mean, variance = gaussian_moments(strides.times_of(SCHEDULE, "linear", steps), 0.0)
     errors.append(abs(variance / STD**2 - 1))
   assert errors[1] < 0.6 * errors[0] and errors[2] < 0.01
   np.testing.assert_allclose(mean, MEAN, atol=3e-3)
   moments = chain_moments(ddim(100).coefficients())
   np.testing.assert_allclose(
-      moments, gaussian_moments(SCHEDULE.stride("linear", 100), 0.0), rtol=1e-3)
+      moments, gaussian_moments(strides.times_of(SCHEDULE, "linear", 100), 0.0), rtol=1e-3)
 
 
 @functools.lru_cache
@@ -386,7 +387,7 @@ def test_default_starts(family, steps, start):
   paper = families.make_sampler(
       SCHEDULE, family, steps, parameterisation="paper").coefficients()
   np.testing.assert_allclose(
-      paper.times, SCHEDULE.stride("linear", steps), atol=1e-3)
+      paper.times, strides.times_of(SCHEDULE, "linear", steps), atol=1e-3)
 
 
 def test_a_learned_family_starts_on_a_list_of_times():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf import schedules
+from ddss_tf.samplers import strides
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import solvers
 from ddss_tf.schedules import NoiseSchedule
@@ -156,7 +156,7 @@ def test_convergence_order(solver, order):
   assert order - 0.25 < measured < order + 0.6, (measured, errors)
 
 
-@pytest.mark.parametrize("stride", schedules.STRIDES)
+@pytest.mark.parametrize("stride", strides.STRIDES)
 @pytest.mark.parametrize("schedule", [
     NoiseSchedule.linear(), NoiseSchedule.cosine(),
     NoiseSchedule.scaled_linear(), NoiseSchedule(np.full(50, 0.07))])

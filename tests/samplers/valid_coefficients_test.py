@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from ddss_tf import schedules
+from ddss_tf.samplers import strides
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
@@ -27,7 +27,7 @@ def _samplers(draw):
   options = {"family": draw(st.sampled_from(_LEARNED)),
              "num_steps": draw(st.integers(1, 12))}
   if draw(st.booleans()):
-    options["stride"] = draw(st.sampled_from(sorted(schedules.STRIDES)))
+    options["stride"] = draw(st.sampled_from(sorted(strides.STRIDES)))
   if draw(st.booleans()):
     options["init"] = draw(st.sampled_from(sorted(solvers.SOLVERS)))
   if draw(st.integers(0, 3)) == 0:

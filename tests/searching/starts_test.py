@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf import schedules
+from ddss_tf.samplers import strides
 from ddss_tf.objectives import distances as distances_lib
 from ddss_tf.objectives import elbo
 from ddss_tf.runs import fingerprint
@@ -35,7 +35,7 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   with open(os.path.join(run, "starts.json")) as f:
     ranking = json.load(f)["ranking"]
   tried = {tuple(entry["start"].values()) for entry in ranking}
-  assert tried == set(itertools.product(solvers.SOLVERS, schedules.STRIDES))
+  assert tried == set(itertools.product(solvers.SOLVERS, strides.STRIDES))
   # The best with noise and the best without it are there again, at the end.
   ranking, again = ranking[:-2], ranking[-2:]
   assert {entry["samples"] for entry in ranking} == {64}
@@ -122,7 +122,7 @@ def test_a_deterministic_start_has_no_bound(parts, tmp_path, monkeypatch):
             families.make_sampler, family="ggdm+pred", num_steps=3,
             init="auto"), objective="elbo", start_candidates=[
                 {"init": "ddim", "stride": stride}
-                for stride in schedules.STRIDES]))
+                for stride in strides.STRIDES]))
 
 
 def test_starts_without_a_distance_come_last(parts, tmp_path):
