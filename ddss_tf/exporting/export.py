@@ -45,14 +45,14 @@ class SamplerModule(tf.Module):
     # NumPy: as constants of the graph, where eager tensors would become hidden
     # inputs, which other formats show.
     coefficients = denoiser.for_chain(coefficients.numpy())
-    height, width, channels = shape = denoiser.image_shape
+    height, width, channels = denoiser.image_shape
     steps = coefficients.num_steps
 
     conditional = denoiser.num_classes is not None
     label_spec = [tf.TensorSpec([None], tf.int32, "labels")]
     seed_spec = tf.TensorSpec([2], tf.int32, "seed")
 
-    # Else traced once, called K times.
+    # A compiled function is traced once and called K times.
     eps_fn = (denoiser.output if inline
               else denoiser.compiled_output(jit_compile))
 
@@ -62,8 +62,9 @@ class SamplerModule(tf.Module):
           x0_bound=x0_bound)
 
     def of_indices(seed, indices, labels):
-      x_T, step_noise = chain.draw_noise(seed, indices, shape, steps)
-      return {"images": dataset_lib.to_uint8(run(x_T, step_noise, labels))}
+      return {"images": dataset_lib.to_uint8(generator_lib.sample_chain(
+          denoiser, eps_fn, coefficients, seed, indices, labels,
+          x0_bound=x0_bound))}
 
     @tf.function(autograph=False, input_signature=[
         seed_spec, tf.TensorSpec([], tf.int32, "batch_size")])

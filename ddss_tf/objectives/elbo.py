@@ -21,8 +21,8 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
   States are drawn from q given the image, by the sampler's own rows with x_0 in
   the place of x0_hat,
 
-    x_{k+1} = x0_weights[k] x_0 + sum_{u <= k} state_weights[k, u] x_u
-              + noise_scales[k] z_k,
+    state_{k+1} = x0_weights[k] x_0 + sum_{u <= k} state_weights[k, u] state_u
+                  + noise_scales[k] z_k,
 
   and p is the sampler itself. Both are Gaussians of one variance, so a step
   costs x0_weights[k]^2 |x_0 - x0_hat_k|^2 / (2 noise_scales[k]^2)
@@ -59,7 +59,7 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
   """What the bound needs of each image.
 
   Args:
-    eps_fn: as of `negative_elbo`, like all others.
+    eps_fn: see `negative_elbo`, as of all others.
     coefficients: of K steps.
     x_0: the images.
     first_noise: of the first states.
@@ -70,24 +70,13 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
     float32 [B, 1 + K]: the mean square of each image, and of x_0 - x0_hat_k for
     each step.
   """
-  batch = tf.shape(x_0)[0]
   a, v = _first_state(coefficients)
   mean_square = lambda x: tf.reduce_mean(x**2, axis=[1, 2, 3])
-  columns = [mean_square(x_0)]
-  states = [a * x_0 + tf.sqrt(v) * first_noise]
-  coefficients = for_chain(coefficients)
-  for k in range(coefficients.num_steps):
-    t = tf.repeat(tf.reshape(coefficients.times[k], [1]), batch)
-    x0_hat = (coefficients.x0_from_state[k] * states[-1]
-              + coefficients.x0_from_eps[k] * eps_fn(states[-1], t))
-    columns.append(mean_square(x_0 - x0_hat))
-    if k == coefficients.num_steps - 1:
-      break
-    x_s = coefficients.x0_weights[k] * x_0
-    for u in range(k + 1):
-      x_s += coefficients.state_weights[k, u] * states[u]
-    states.append(x_s + coefficients.noise_scales[k] * step_noise[:, k])
-  return tf.stack(columns, axis=1)
+  _, _, x0_hats = chain.run_chain(
+      eps_fn, for_chain(coefficients), a * x_0 + tf.sqrt(v) * first_noise,
+      step_noise, trajectory=True, x_0=x_0)
+  return tf.stack([mean_square(x_0), *(
+      mean_square(x_0 - x0_hat) for x0_hat in x0_hats)], axis=1)
 
 
 def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:

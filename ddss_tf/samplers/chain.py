@@ -2,10 +2,11 @@
 
                         coefficients (a family's, differentiable)
                               |
-  x_T --> x_k --+--> eps(x_k, t_k) --> x0_hat_k --+--> x_{k+1} --> ... --> image
-           |    |     [rematerialised]            |      ^
-           |    +---- every visited state --------+      |
-           +-------------------------------------------- noise_scales[k] z_k
+  x_T = state_0 --> state_k --> eps(state_k, t_k) --> x0_hat_k --> state_{k+1}
+                      |          [rematerialised]                     ^
+                      +-- every visited state, noise_scales[k] z_k ---+
+
+and state_K is the image.
 
 The loop is unrolled in Python: `tf.recompute_grad` does not work inside a
 `tf.while_loop`, and every step reads another number of states.
@@ -67,6 +68,7 @@ def run_chain(
     step_noise: tf.Tensor | None = None,
     trajectory: bool = False,
     x0_bound: str | None = None,
+    x_0: tf.Tensor | None = None,
 ) -> tf.Tensor | tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
   """Samples: from pure noise to images, through K network calls.
 
@@ -89,6 +91,9 @@ def run_chain(
     trajectory: also return the way.
     x0_bound: see `bound_x0`, applied to every predicted image before it is
       used. A solver written in eps then uses the eps of the bounded image.
+    x_0: float32 [B, H, W, C], clean images that make the states in the place of
+      the predicted ones. The states are then those of q given these images, and
+      x_T is the first of them; the variational bound needs them.
 
   Returns:
     Images, float32 [B, H, W, C], nominally in [-1, 1] but not clipped. With
@@ -110,7 +115,7 @@ def run_chain(
     eps = eps_fn(x_t, t, *guidance)
     x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps
     x0_hat = bound_x0(x0_hat, x0_bound)
-    x_s = one.x0_weights[k] * x0_hat
+    x_s = one.x0_weights[k] * (x0_hat if x_0 is None else x_0)
     for u, weight in terms[k]:
       x_s += weight * states[u]
     if step_noise is not None and k < num_steps - 1:
@@ -136,7 +141,7 @@ def _taken_apart(coefficients, dtype):
 
   Returns:
     The coefficients, whose entries can be indexed by k; for each k the pairs
-    (u, weight) of the states x_u that make x_{k+1}; and for each k the states
+    (u, weight) of the states u that make state k + 1; and for each k the states
     that nothing reads after it.
   """
   num_steps = coefficients.num_steps
@@ -145,7 +150,7 @@ def _taken_apart(coefficients, dtype):
     one = coefficients.map(lambda value: value.tolist())
     terms = [[(u, weight) for u, weight in enumerate(row[:k + 1]) if weight]
              for k, row in enumerate(one.state_weights)]
-    # The network reads x_k at k.
+    # The network reads state k at step k.
     last = {k: k for k in range(num_steps)}
     last.update((u, k) for k, pairs in enumerate(terms) for u, _ in pairs)
     last_reads = [[] for _ in range(num_steps)]
@@ -187,8 +192,8 @@ def draw_noise(
                tuple(image_shape), num_steps)
 
 
-# Sample by sample is slow outside of a graph. Traced for every batch size, for
-# what follows may need to know it.
+# Drawing sample by sample is slow outside of a graph. The function is traced for
+# every batch size, because what follows may need to know the size.
 @tf.function(autograph=False)
 def _draw(seed, indices, image_shape, num_steps):
 

@@ -1,17 +1,17 @@
 """The one structure that every sampler family produces.
 
-With x_0 ... x_{K-1} the visited states (x_0 here the noisiest, k counting the
-steps taken; the paper counts the other way), a K-step sampler is
+state_0 = x_T is the noise, state_1 ... state_{K-1} are the states on the way,
+and state_K is the image. k counts the steps taken; the paper counts the other
+way. x0_hat_k is what step k takes for the clean image. A K-step sampler is
 
-  x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])
-  x_{k+1}  = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k, u] x_u
-             + noise_scales[k] z_k,    z_k ~ N(0, I)
+  x0_hat_k    = x0_from_state[k] state_k + x0_from_eps[k] eps(state_k, times[k])
+  state_{k+1} = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k, u] state_u
+                + noise_scales[k] z_k,    z_k ~ N(0, I)
 
-and the image is x_K. The last step adds no noise. Of a class-conditional
-network eps(x_k, t) may stand for eps(x_k, t, null) + guidance_scales[k]
-(eps(x_k, t, label) - eps(x_k, t, null)). Everything downstream of the families
-- the chain, TensorBoard, pictures, `sampler.json`, the export - reads only this
-structure.
+The last step adds no noise. For a class-conditional network eps(x, t) may stand
+for eps(x, t, null) + guidance_scales[k] (eps(x, t, label) - eps(x, t, null)).
+Everything that comes after the families, the chain, TensorBoard, pictures,
+`sampler.json` and the export, reads only this structure.
 """
 
 from typing import Any, Callable, NamedTuple

@@ -23,6 +23,32 @@ def seed_pair(seed: int) -> tf.Tensor:
   return tf.constant([seed, 0], tf.int32)
 
 
+def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
+                 seed: tf.Tensor, indices: tf.Tensor,
+                 labels: tf.Tensor | None = None, **options):
+  """Draws the noise of samples and runs their chains.
+
+  Args:
+    denoiser: the frozen network: shape, classes.
+    output: `denoiser.output`, compiled or not.
+    coefficients: of `denoiser.for_chain`.
+    seed: int32 [2].
+    indices: int32 [B], the global indices of the samples.
+    labels: int32 [B], their classes; None: drawn, if there are classes.
+    **options: of `chain.run_chain`.
+
+  Returns:
+    As `chain.run_chain`.
+  """
+  if labels is None:
+    labels = denoiser.draw_labels(seed, indices)
+  x_T, step_noise = chain.draw_noise(
+      seed, indices, denoiser.image_shape, coefficients.num_steps)
+  return chain.run_chain(
+      denoiser_lib.with_labels(output, labels), coefficients, x_T, step_noise,
+      **options)
+
+
 class Generator:
   """Samples a denoiser: image i of a seed, whatever the batch.
 
@@ -53,15 +79,9 @@ class Generator:
   def _tensors(self, coefficients):
     return self.denoiser.for_chain(coefficients.numpy()).map(tf.constant)
 
-  def _run(self, eps_fn, coefficients, seed, indices, labels=None, **options):
-    """The chains of samples, whose classes are drawn if none are given."""
-    if labels is None:
-      labels = self.denoiser.draw_labels(seed, indices)
-    x_T, step_noise = chain.draw_noise(
-        seed, indices, self.denoiser.image_shape, coefficients.num_steps)
-    return chain.run_chain(
-        denoiser_lib.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
-        x0_bound=self.x0_bound, **options)
+  def _run(self, output, coefficients, seed, indices, labels=None, **options):
+    return sample_chain(self.denoiser, output, coefficients, seed, indices,
+                        labels, x0_bound=self.x0_bound, **options)
 
   def _sample_batch(self, coefficients, seed, indices, labels=None):
     if labels is not None:

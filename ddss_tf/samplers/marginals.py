@@ -8,7 +8,7 @@ MEAN_FLOOR = 1e-6
 
 
 def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
-  """Theorem 1: the marginals q(x_k | x_0) = N(a_k x_0, v_k I) of a GGDM.
+  """Theorem 1: the marginals q(state_k | x_0) = N(a_k x_0, v_k I) of a GGDM.
 
   With M the strictly triangular matrix of the weights of earlier states, one
   triangular solve replaces the paper's recursion (Watson et al. 2022, appendix

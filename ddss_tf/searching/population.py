@@ -9,8 +9,6 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import distribution
-from ddss_tf.denoisers import denoiser as denoiser_lib
-from ddss_tf.samplers import chain
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.searching.pools import Pool, filled
 from ddss_tf.searching.variables import SamplerVariables
@@ -115,15 +113,11 @@ class PopulationGradient:
 
   def _view(self, indices, remat, coefficients=None):
     """What the objective sees of samples, made by the chain."""
-    x_T, step_noise = chain.draw_noise(
-        self._pair, indices, self._denoiser.image_shape,
-        self._sampler.num_steps)
-    eps_fn = denoiser_lib.with_labels(
-        self._outputs[remat], self._denoiser.draw_labels(self._pair, indices))
     if coefficients is None:
       coefficients = self._sampler.coefficients()
-    return self._objective.view(chain.run_chain(
-        eps_fn, self._denoiser.for_chain(coefficients), x_T, step_noise,
+    return self._objective.view(generator_lib.sample_chain(
+        self._denoiser, self._outputs[remat],
+        self._denoiser.for_chain(coefficients), self._pair, indices,
         x0_bound=self._x0_bound))
 
   def _all_views(self, indices, most):
