@@ -144,7 +144,7 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
 
   Args:
     path: of the PNG.
-    states: float [K, H, W, C], x_k as the network sees it, noisiest first;
+    states: float [K, H, W, C], as the network sees them, noisiest first;
       shown clipped to [-1, 1].
     x0_hats: float [K, H, W, C], what it predicts from each.
     image: float [H, W, C], where it ends.

@@ -22,12 +22,13 @@ _FORMAT = "ddss_tf.sampler"
 _VERSION = 1
 _LARGEST = float(np.finfo(np.float32).max)
 _EQUATIONS = [
-    "x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])",
-    "x_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] x_u + "
-    "noise_scales[k] z_k; the image is x_K",
+    "x0_hat_k = x0_from_state[k] state_k + x0_from_eps[k] eps(state_k, "
+    "times[k]); state_0 is x_T, the noise",
+    "state_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] "
+    "state_u + noise_scales[k] z_k; the image is state_K",
 ]
 _GUIDANCE = (
-    "eps(x_k, times[k]) = eps(null) + guidance_scales[k] (eps(label) - "
+    "eps(state_k, times[k]) = eps(null) + guidance_scales[k] (eps(label) - "
     "eps(null))")
 
 

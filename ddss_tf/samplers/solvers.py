@@ -9,8 +9,8 @@ row of weights over
 
 So a solver here is a function that computes the row of the next state from rows
 (`_History`) by its published formula, in float64 NumPy, and one elimination
-turns the rows into `Coefficients`: the weights of x_{k+1} on x0_hat_k and on
-the states x_0 ... x_k. It needs a non-zero weight of x0_hat_k in every state,
+turns the rows into `Coefficients`: the weights of state k + 1 on x0_hat_k and on
+the states 0 ... k. It needs a non-zero weight of x0_hat_k in every state,
 which all of these have. The deterministic ones are thereby exact points of
 GGDM+PRED.
 """
@@ -71,7 +71,7 @@ class _History:
     lower_order_final: whether the last steps may be of lower order.
     alpha, sigma: [K + 1], of the K states and of the image.
     log_snr: [K + 1]; the last is infinite if the image is clean.
-    x: rows of the states x_0 ... x_k.
+    x: rows of the states 0 ... k.
     x0: rows of x0_hat_0 ... x0_hat_k.
     eps: rows of the noises predicted at the same states.
   """
@@ -128,7 +128,7 @@ def _linear_recursion(schedule, times, step, abar_end,
   for k in range(num_steps):
     history.visit(x)
     x = step(history)
-    # x = x0_weight x0_hat_k + weights . (x_0 ... x_k), and the states span
+    # x = x0_weight x0_hat_k + weights . (states 0 ... k), and the states span
     # x_T, x0_hat_0 ... x0_hat_{k-1}, each with its newest prediction last.
     x0_weights[k] = x[k + 1]
     states = np.array(history.x)[:, :k + 1]

@@ -174,7 +174,7 @@ _COMPILED = """
 import functools, glob, sys
 import numpy as np
 import tensorflow as tf
-from ddss_tf import chain
+from ddss_tf.samplers import chain
 
 def eps(x, t):  # The gradient of a concatenation asks for shapes.
   return tf.tanh(tf.reduce_mean(

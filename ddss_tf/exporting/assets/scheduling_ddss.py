@@ -11,13 +11,13 @@ need PyTorch and diffusers, and nothing of the library that wrote them:
 
 `pipe` is a `DDPMPipeline` or a `DDIMPipeline`.
 
-With x_0 ... x_{K-1} the visited states, x_0 the noise,
+With state_0 ... state_{K-1} the visited states, state_0 = x_T the noise,
 
-  x0_hat_k = x0_from_state[k] x_k + x0_from_eps[k] eps(x_k, times[k])
-  x_{k+1}  = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k][u] x_u
-             + noise_scales[k] z_k,    z_k ~ N(0, I)
+  x0_hat_k    = x0_from_state[k] state_k + x0_from_eps[k] eps(state_k, times[k])
+  state_{k+1} = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k][u] state_u
+                + noise_scales[k] z_k,    z_k ~ N(0, I)
 
-and x_K is the image. A step uses all states before it, so a chain starts at its
+and state_K is the image. A step uses all states before it, so a chain starts at its
 first step and leaves none out; it cannot begin halfway, as image-to-image
 pipelines would have it.
 """
