@@ -174,13 +174,13 @@ _COMPILED = """
 import functools, glob, sys
 import numpy as np
 import tensorflow as tf
-from ddss_tf.samplers import chain
+from ddss_tf.denoisers import rematerialise
 
 def eps(x, t):  # The gradient of a concatenation asks for shapes.
   return tf.tanh(tf.reduce_mean(
       tf.concat([x, x * t[:, None, None, None]], -1), -1, keepdims=True))
 
-remat = chain.rematerialise(tf.function(eps, jit_compile=True), True)
+remat = rematerialise.rematerialise(tf.function(eps, jit_compile=True), True)
 
 def differentiate(eps, seed, times):
   x = tf.random.stateless_normal([2, 4, 4, 1], seed)
