@@ -234,36 +234,11 @@ def _print_results(run, results) -> None:
     print(f"{records[0]['num_samples']} samples a row against "
           f"{records[0]['num_real']} real images of {records[0]['dataset']}, "
           f"seed {records[0]['seed']}; features "
-          f"{records[0]['features']['name']}, held-out {_heldout(records[0])}.")
+          f"{records[0]['features']['name']}, held-out "
+          f"{', '.join(records_lib.heldout_names(records[0]))}.")
   if "sample" in results:
     print(f"images: {results['sample']}")
-  print(_where(run))
-
-
-def _heldout(record) -> str:
-  """Names of a record's held-out networks."""
-  networks = record["features_heldout"]
-  networks = networks if isinstance(networks, list) else [networks or {}]
-  return ", ".join(str(network.get("name")) for network in networks)
-
-
-def _where(run) -> str:
-  """The files that a run has left, a line each."""
-  notes = {
-      "report.html": "everything on one page, for a browser",
-      "table.csv": "the comparison",
-      "samples.png": "best baseline beside the searched sampler, same noise",
-      "coefficients.png": "the searched sampler, drawn",
-      "sampler.json": "the searched sampler, portable",
-      "metrics.json": "all figures",
-      "export": "SavedModel",
-      "diffusers_scheduler": "the sampler as a scheduler of diffusers",
-      "sampler.onnx": "sampler and network for ONNX Runtime",
-      "sampler.tflite": "sampler and network for TensorFlow Lite",
-      "tensorboard": f"tensorboard --logdir={run.path('tensorboard')}",
-  }
-  return "\n".join(f"{run.path(name):<40} {note}" for name, note
-                   in notes.items() if os.path.exists(run.path(name)))
+  print(run.contents())
 
 
 def cli() -> None:

@@ -24,7 +24,6 @@ import tensorflow as tf
 
 
 # Of a record: None where they are not finite.
-FIGURES = ("fid", "kid", "kid_std", "inception_score")
 _BLOCK_ROWS = 4096
 # Differences of logits beyond this are cut: exp(-600) adds nothing to a score,
 # and is a number still where exp(-800) is 0.

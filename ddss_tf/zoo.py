@@ -95,14 +95,13 @@ def add(run_dir: str, folder: str, name: str | None = None,
   """
   run_dir, folder, metrics = map(storage.expanded, (run_dir, folder, metrics))
   card = card_lib.read(os.path.join(run_dir, run_dir_lib.SAMPLER))
-  metrics = metrics or os.path.join(run_dir, "metrics.json")
+  metrics = metrics or os.path.join(run_dir, run_dir_lib.METRICS)
   if not os.path.exists(metrics):
     raise UserError(f"{metrics} must exist: run --mode=evaluate first")
   records = tuple(
       record for record in records_lib.read_records(metrics)
-      if record.get("coefficients_sha256") == card.coefficients_sha256
-      and record.get("x0_bound") == card.x0_bound
-      and record.get("denoiser") == card.denoiser)
+      if records_lib.is_of(record, card.coefficients_sha256, card.x0_bound,
+                           card.denoiser))
   if not records:
     raise UserError(f"{metrics} must have a record of the coefficients in "
                     f"{run_dir}, with SHA-256 {card.coefficients_sha256}: run "

@@ -6,6 +6,8 @@ import re
 import shlex
 
 import pytest
+
+from ddss_tf.runs import run_dir
 from project import ROOT
 
 PAGES = sorted(
@@ -181,3 +183,10 @@ def test_every_reference_exists():
         members += listed.split(", ")
       for each in members:
         assert re.search(rf"^(def|class) {each}\b", source, re.M), (page, each)
+
+
+def test_the_readme_lists_the_files_of_a_run():
+  section = text("README.md").split("## What it leaves")[1].split("\n## ")[0]
+  listed = set(re.findall(r"`([\w./]+)`", section))
+  for file in run_dir.FILES:
+    assert {file.name, file.name + "/"} & listed, file.name

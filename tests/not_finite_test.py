@@ -12,7 +12,6 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
-from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import network as network_lib
@@ -22,7 +21,7 @@ from ddss_tf.runs import records as records_lib
 from ddss_tf.errors import UserError
 import gaussian_parts
 
-FIGURES = (*metrics.FIGURES, "fid_heldout")
+FIGURES = (*records_lib.FIGURES, "fid_heldout")
 
 
 class Faulty(keras.layers.Layer):
@@ -84,7 +83,7 @@ def test_a_fault_of_the_network_costs_what_depends_on_it(
         **{where: fault}, above=above))
     for record, other in zip(records, sound, strict=True):
       assert lost(record) == expected | {"fid_heldout"}
-      for figure in set(metrics.FIGURES) - expected:
+      for figure in set(records_lib.FIGURES) - expected:
         assert record[figure] == pytest.approx(other[figure], rel=1e-6)
     told = [message for message in caplog.messages if "not finite" in message]
     assert len(told) == 2 and all(

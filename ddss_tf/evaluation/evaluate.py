@@ -176,7 +176,7 @@ def evaluate(
       logging.info("%s: %s", row.label, records[-1])
 
     if distribution.is_chief():
-      _summarise(run.path("tensorboard", "evaluate"), evaluator.known)
+      _summarise(run.path(run_dir_lib.TENSORBOARD, "evaluate"), evaluator.known)
     _draw(run, evaluator, samplers, records, seed)
     return records
 

@@ -157,20 +157,19 @@ class Evaluator:
   def _conditions(self, sampler, coefficients, num_samples, x0_bound, seed):
     """All that decides a record's values."""
     features = [network.identity for network in self._networks]
-    return {
-        "sampler": sampler.label,
-        "num_steps": sampler.num_steps,
-        "coefficients_sha256": fingerprint.coefficients_sha256(coefficients),
-        "x0_bound": x0_bound,
-        "num_samples": num_samples,
-        "num_real": len(self._dataset.images),
-        "seed": seed,
-        "features": features[0],
-        "features_heldout": _one_or_all(features[1:]),
-        "denoiser": self._denoiser.identity,
-        "dataset": self._dataset.name,
-        "dataset_sha256": self._dataset.sha256,
-    }
+    return records_lib.Record(
+        sampler=sampler.label,
+        num_steps=sampler.num_steps,
+        coefficients_sha256=fingerprint.coefficients_sha256(coefficients),
+        x0_bound=x0_bound,
+        num_samples=num_samples,
+        num_real=len(self._dataset.images),
+        seed=seed,
+        features=features[0],
+        features_heldout=_one_or_all(features[1:]),
+        denoiser=self._denoiser.identity,
+        dataset=self._dataset.name,
+        dataset_sha256=self._dataset.sha256)
 
 
 def _timed(batches, seconds):

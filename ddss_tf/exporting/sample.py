@@ -74,12 +74,12 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
       logging.warning("%d of %d images have NaN or infinity, for which there is no "
                       "byte: their pixels mean nothing", broken, num_images)
     images = dataset_lib.to_uint8(images)
-    path = run.path("generated.npz")
+    path = run.path(f"{run_dir_lib.GENERATED}.npz")
     with storage.replacing(path) as temporary:
       with open(temporary, "wb") as f:
         np.savez_compressed(f, images=images)
     grids.samples_png(
-        run.path("generated.png"),
+        run.path(f"{run_dir_lib.GENERATED}.png"),
         [(f"{found.label}, K = {found.num_steps}, seed {seed}",
           images[:64])])
     return path

@@ -18,7 +18,6 @@ import jinja2
 import markupsafe
 
 from ddss_tf import distribution
-from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf import version as version_lib
 from ddss_tf.reporting import comparison
@@ -31,27 +30,9 @@ from ddss_tf.errors import UserError
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
 # Of what may be below a run, that holds no sampler of its own.
-_NO_SAMPLERS = ("cache", "checkpoints", "tensorboard", run_dir_lib.EXPORT)
-# Of a record: what makes it comparable, what else is shown, what is a number.
-_CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
-               "denoiser", "features", "features_heldout")
-_VALUES = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
-_COUNTS = ("num_samples", "num_steps", "seed")
+_NO_SAMPLERS = (run_dir_lib.CACHE, run_dir_lib.CHECKPOINTS,
+                run_dir_lib.TENSORBOARD, run_dir_lib.EXPORT)
 _NONE = {"fid": None}  # Which every record with an FID is better than.
-_CAPTIONS = {
-    run_dir_lib.FID_BY_STEPS: "Distance to the data set of each sampler; lower "
-                            "is better.",
-    run_dir_lib.QUALITY_BY_TIME: "The same against the time that an image takes.",
-    run_dir_lib.SAMPLES_PNG: "The best baseline beside the searched sampler, on the "
-                        "same noise.",
-    "generated.png": "Samples of the searched sampler.",
-    run_dir_lib.COEFFICIENTS: "The sampler's coefficients. Filled markers were "
-                            "found; open ones are the start.",
-    run_dir_lib.PATH: "One image on its way: the states, clipped to [-1, 1], and "
-                    "the image predicted from each.",
-    run_dir_lib.BEFORE_AFTER: "Samples of the start and of the found sampler, on "
-                            "the same noise.",
-}
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -84,7 +65,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
   names = []
   if groups and len(groups[0]) > 1:
     names = comparison.draw(run.root, groups[0], shown)
-  names += [run_dir_lib.SAMPLES_PNG, "generated.png"]
+  names += [run_dir_lib.SAMPLES_PNG, f"{run_dir_lib.GENERATED}.png"]
   environment = jinja2.Environment(
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
       lstrip_blocks=True)
@@ -98,7 +79,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
         tables=[_table(records) for records in groups], more=more,
         figures=_figures(run.root, names), samplers=found,
         run_dir=run.root, version=version_lib.__version__,
-        uses=_uses(run, groups, found), config=_text(run.path("config.gin")))
+        uses=_uses(run, groups, found), config=_text(run.path(run_dir_lib.CONFIG)))
   except (jinja2.UndefinedError, TypeError) as error:
     raise UserError(f"{run_dir_lib.METRICS} or a {run_dir_lib.SAMPLER} in {run_dir!r} is "
                     f"damaged: {error}") from error
@@ -139,9 +120,9 @@ def _results(run):
   table = run.path(f"{run_dir_lib.TABLE}.csv")
   if os.path.exists(table):
     with open(table, newline="", encoding="utf-8") as f:
-      rows = [_row_key(row) for row in csv.DictReader(f)]
-    records = sorted((r for r in everything if _row_key(r) in rows),
-                     key=lambda r: rows.index(_row_key(r)))
+      rows = [records_lib.row_key(row) for row in csv.DictReader(f)]
+    records = sorted((r for r in everything if records_lib.row_key(r) in rows),
+                     key=lambda r: rows.index(records_lib.row_key(r)))
   elif os.path.exists(run.path(run_dir_lib.SAMPLER)):
     found = card.read(run.path(run_dir_lib.SAMPLER))
     sha256 = fingerprint.coefficients_sha256(found.coefficients)
@@ -149,33 +130,15 @@ def _results(run):
                or r.get("coefficients_sha256") == sha256]
   groups = {}
   for record in records:
-    for name in (*_CONDITIONS, *_VALUES, *_COUNTS, *metrics.FIGURES):
-      value = record.get(name)
-      good = name in record and (
-          name not in (*_COUNTS, *metrics.FIGURES)
-          or isinstance(value, (int, float))
-          or value is None and name in metrics.FIGURES)
-      if not good:
-        raise UserError(f"{run.path(run_dir_lib.METRICS)} is damaged: the "
-                        f"{name!r} of a record is missing or no number")
     try:
-      records_lib.heldout_fids(record)
-    except (KeyError, TypeError, ValueError) as error:
-      raise UserError(f"{run.path(run_dir_lib.METRICS)} is damaged: the "
-                      "'fid_heldout' of a record must be one for each of its "
-                      f"'features_heldout': {error}") from error
-    key = [record[name] for name in _CONDITIONS]
-    groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
+      records_lib.check(record)
+    except ValueError as error:
+      raise UserError(f"{run.path(run_dir_lib.METRICS)} is damaged: {error}"
+                      ) from error
+    groups.setdefault(records_lib.condition_key(record), []).append(record)
   ordered = sorted(groups.values(), key=lambda group: (
       -group[0]["num_samples"], -len(group)))
   return ordered, len(everything) - len(records)
-
-
-def _row_key(row):
-  """What tells rows apart, the same of a record and of a row of `table.csv`."""
-  return tuple(str(row.get(name) or "") for name in (
-      "sampler", "num_steps", "coefficients_sha256", "x0_bound", "num_samples",
-      "seed", "dataset_sha256"))
 
 
 def _found_samplers(run):
@@ -206,7 +169,7 @@ def _uses(run, groups, found):
   """How to use the sampler of a run, or the best searched ones of each K."""
   best = [(line["searched"]["sampler"], line["searched"]["coefficients_sha256"])
           for line in _headlines(groups) if line["searched"]]
-  config = run.path("config.gin")
+  config = run.path(run_dir_lib.CONFIG)
   uses = []
   for each in found:
     if each["folder"] != "." and (each["label"], each["sha256"]) not in best:
@@ -293,12 +256,14 @@ def _table(records):
                          f"{r['timing']['batch_size']}"
                          for r in records if r.get("timing")}),
       "seeds": sorted({r["seed"] for r in records}),
-      **{name: records[0][name] for name in _CONDITIONS},
+      **{name: records[0][name] for name in records_lib.CONDITIONS},
   }
 
 
 def _figures(folder, names):
   """Pictures of a folder that are there, as data, for the template."""
+  captions = {file.name: file.caption for file in run_dir_lib.FILES
+              if file.caption}
   figures = []
   for name in names:
     path = os.path.join(folder, name)
@@ -311,7 +276,7 @@ def _figures(folder, names):
     width, height = struct.unpack(">II", content[16:24])
     figures.append({
         "name": name, "width": width, "height": height,
-        "caption": _CAPTIONS.get(
+        "caption": captions.get(
             name, "The first samples of each row, on the same noise: a column "
             "shows the same image to be."),
         "data": base64.b64encode(content).decode(),

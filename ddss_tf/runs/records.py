@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+from typing import Mapping, TypedDict
 
 import numpy as np
 import tabulate
@@ -17,13 +18,119 @@ FULL_SAMPLES = 50_000  # Of published values.
 HELDOUT = "held-out"
 
 
-def sample_key(record: dict) -> str:
+class Record(TypedDict, total=False):
+  """A sampler's figures and all that decides them, as `metrics.json` has it.
+
+  Keys of other versions of the library stay where they are. `compare` adds three
+  for rows that it has searched: "objective", "search_rate", "search_seconds".
+
+  Attributes:
+    sampler: its label.
+    num_steps: K.
+    coefficients_sha256: hash of its coefficients.
+    x0_bound: see `chain.bound_x0`.
+    num_samples: generated images.
+    num_real: images of the data set.
+    seed: of the noise.
+    features: "name", "sha256" and "protocol" of the feature network.
+    features_heldout: the same of a held-out network, a list of several, or None.
+    denoiser: identity of the model, see `Denoiser.identity`.
+    dataset: its name.
+    dataset_sha256: its hash.
+    fid, kid, kid_std, inception_score: figures; None if not finite.
+    inception_score_splits: mean and deviation over splits.
+    fid_heldout: a figure for each network of `features_heldout`.
+    timing: "seconds_per_image", "batch_size" and "device", or None.
+  """
+  sampler: str
+  num_steps: int
+  coefficients_sha256: str
+  x0_bound: str | None
+  num_samples: int
+  num_real: int
+  seed: int
+  features: dict
+  features_heldout: dict | list | None
+  denoiser: dict
+  dataset: str
+  dataset_sha256: str
+  fid: float | None
+  kid: float | None
+  kid_std: float | None
+  inception_score: float | None
+  inception_score_splits: dict
+  fid_heldout: float | list | None
+  timing: dict | None
+
+
+FIGURES = ("fid", "kid", "kid_std", "inception_score")
+# Records may be compared if they agree in all of these.
+CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
+              "denoiser", "features", "features_heldout")
+_COUNTS = ("num_samples", "num_steps", "seed")
+_OTHERS = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
+
+
+def sample_key(record: Record) -> str:
   """What decides the images of a record, as `samples.npz` names them."""
   return fingerprint.text_sha256(json.dumps([record[key] for key in (
       "coefficients_sha256", "x0_bound", "seed", "denoiser")], sort_keys=True))
 
 
-def write_table(path: str, records: list[dict]) -> None:
+def sampler_key(record: Record) -> tuple:
+  """What records of one sampler share, whatever their seed."""
+  return tuple(record.get(key) for key in (
+      "sampler", "num_steps", "coefficients_sha256", "num_samples", "x0_bound"))
+
+
+def row_key(row: Mapping) -> tuple[str, ...]:
+  """What tells rows apart: the same for a record and its row of `table.csv`."""
+  return tuple(str(row.get(key) or "") for key in (
+      "sampler", "num_steps", "coefficients_sha256", "x0_bound", "num_samples",
+      "seed", "dataset_sha256"))
+
+
+def condition_key(record: Record) -> str:
+  """What records must share to be compared."""
+  return json.dumps([record[key] for key in CONDITIONS], sort_keys=True)
+
+
+def is_of(record: Record, coefficients_sha256: str, x0_bound: str | None,
+          denoiser: dict) -> bool:
+  """Whether a record is of a sampler, as it is used with a model."""
+  return (record.get("coefficients_sha256") == coefficients_sha256
+          and record.get("x0_bound") == x0_bound
+          and record.get("denoiser") == denoiser)
+
+
+def heldout_names(record: Record) -> list[str]:
+  """Names of a record's held-out networks; "None" where there is none."""
+  networks = record["features_heldout"]
+  networks = networks if isinstance(networks, list) else [networks or {}]
+  return [str(network.get("name")) for network in networks]
+
+
+def check(record: Mapping) -> None:
+  """Checks that a record of a file is one.
+
+  Raises:
+    ValueError: a key is missing, or its value is not of its kind.
+  """
+  for key in (*CONDITIONS, *_OTHERS, *_COUNTS, *FIGURES):
+    value = record.get(key)
+    good = key in record and (
+        key not in (*_COUNTS, *FIGURES) or isinstance(value, (int, float))
+        or value is None and key in FIGURES)
+    if not good:
+      raise ValueError(f"the {key!r} of a record is missing or no number")
+  try:
+    heldout_fids(record)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError("the 'fid_heldout' of a record must be one for each of its "
+                     f"'features_heldout': {error}") from error
+
+
+def write_table(path: str, records: list[Record]) -> None:
   """Writes `<path>.csv`, with the columns of `metrics.json`, and `<path>.md`.
 
   Nested values get a column each, such as `features.name`; those of a list by
@@ -68,13 +175,13 @@ def _spread(records, name):
   return f"{mean} ± {text(deviation)}"
 
 
-def row_name(record: dict) -> str:
+def row_name(record: Record) -> str:
   """The sampler, and how its predictions are bounded if they are."""
   bound = record.get("x0_bound")
   return record["sampler"] + (f", x0 bound: {bound}" if bound else "")
 
 
-def table(records: list[dict]) -> str:
+def table(records: list[Record]) -> str:
   """The records as a text table, also valid Markdown.
 
   An FID of fewer than 50 000 samples says of how many (`records.fid_label`), in
@@ -87,9 +194,7 @@ def table(records: list[dict]) -> str:
   same = len(counts) == 1
   label = fid_label(records[0]["num_samples"]) if same else "FID"
   groups = [list(group) for _, group in itertools.groupby(
-      records, lambda record: [record[key] for key in (
-          "sampler", "num_steps", "coefficients_sha256", "num_samples")]
-      + [record.get("x0_bound")])]
+      records, sampler_key)]
   heldout = [[heldout_fids(record) for record in group]
              for group in groups]
   # A column even where no network is held out: tables then look alike.
@@ -116,7 +221,7 @@ def table(records: list[dict]) -> str:
       rows, head, "github", disable_numparse=True, stralign="left")
 
 
-def rank(record: dict) -> float:
+def rank(record: Record) -> float:
   """By what records are ranked: the FID, infinity where there is none."""
   return float("inf") if record["fid"] is None else record["fid"]
 
@@ -151,7 +256,7 @@ def fid_label(num_samples: int) -> str:
   return f"FID-{num_samples}"
 
 
-def heldout_fids(record: dict) -> dict[str, float | None]:
+def heldout_fids(record: Record) -> dict[str, float | None]:
   """The FIDs of a record's held-out networks, by what to call them.
 
   Args:
@@ -180,7 +285,7 @@ def heldout_fids(record: dict) -> dict[str, float | None]:
   return fids
 
 
-def read_records(path: str) -> list[dict]:
+def read_records(path: str) -> list[Record]:
   """Reads a list of records, such as `metrics.json`; none if it is not there.
 
   Raises:

@@ -1,23 +1,10 @@
-"""The run directory: what one run leaves on disk.
-
-  config.gin          the bindings of the last command that was accepted
-  checkpoints/        of the search
-  tensorboard/        events
-  cache/              features of the real images
-  sampler.json        the found coefficients, portable
-  samples.png         of the evaluation
-  coefficients.png, path.png, before_after.png
-                      the found sampler
-  metrics.json        a list of records, one for each sampler
-  report.html         all of it on one page
-  export/             SavedModel
-"""
+"""The run directory: what one run leaves on disk, listed in `FILES`."""
 
 import contextlib
 import json
 import os
 import shutil
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 from absl import logging
 import filelock
@@ -28,27 +15,81 @@ from ddss_tf import storage
 from ddss_tf.errors import UserError
 
 SAMPLER = "sampler.json"
-TABLE = "table"
+METRICS = "metrics.json"
+TABLE = "table"  # With .csv and .md.
+REPORT = "report.html"
+STARTS = "starts.json"
+CONFIG = "config.gin"
+SAMPLES_PNG = "samples.png"
 SAMPLES_NPZ = "samples.npz"
+GENERATED = "generated"  # With .npz and .png.
+COEFFICIENTS = "coefficients.png"
+PATH = "path.png"
+BEFORE_AFTER = "before_after.png"
 FID_BY_STEPS = "fid_by_steps.png"
 QUALITY_BY_TIME = "quality_by_time.png"
-METRICS = "metrics.json"
-SAMPLES_PNG = "samples.png"
 EXPORT = "export"
 # Where other forms of the sampler go in a run directory.
 ALSO = {"diffusers": "diffusers_scheduler", "onnx": "sampler.onnx",
         "tflite": "sampler.tflite"}
-REPORT = "report.html"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+CACHE = "cache"
 # What a search leaves to look at.
-COEFFICIENTS = "coefficients.png"
-PATH = "path.png"
-BEFORE_AFTER = "before_after.png"
 PICTURES = (COEFFICIENTS, PATH, BEFORE_AFTER)
-PICTURE_EVENTS = os.path.join("tensorboard", "pictures")
-STARTS = "starts.json"
+PICTURE_EVENTS = os.path.join(TENSORBOARD, "pictures")
+
+
+class File(NamedTuple):
+  """A file or folder of a run.
+
+  Attributes:
+    name: in the run directory.
+    note: what it holds, for the list that a command ends with; "" leaves it out
+      there.
+    caption: of a picture, in the report.
+  """
+  name: str
+  note: str = ""
+  caption: str = ""
+
+
+# In the order in which a command lists what it has left.
+FILES = (
+    File(REPORT, "everything on one page, for a browser"),
+    File(f"{TABLE}.csv", "the comparison"),
+    File(f"{TABLE}.md"),
+    File(SAMPLES_PNG, "best baseline beside the searched sampler, same noise",
+         "The best baseline beside the searched sampler, on the same noise."),
+    File(COEFFICIENTS, "the searched sampler, drawn",
+         "The sampler's coefficients. Filled markers were found; open ones are "
+         "the start."),
+    File(SAMPLER, "the searched sampler, portable"),
+    File(METRICS, "all figures"),
+    File(EXPORT, "SavedModel"),
+    File(ALSO["diffusers"], "the sampler as a scheduler of diffusers"),
+    File(ALSO["onnx"], "sampler and network for ONNX Runtime"),
+    File(ALSO["tflite"], "sampler and network for TensorFlow Lite"),
+    File(TENSORBOARD, "tensorboard --logdir={path}"),
+    File(FID_BY_STEPS, caption="Distance to the data set of each sampler; lower "
+         "is better."),
+    File(QUALITY_BY_TIME,
+         caption="The same against the time that an image takes."),
+    File(f"{GENERATED}.png", caption="Samples of the searched sampler."),
+    File(f"{GENERATED}.npz"),
+    File(PATH, caption="One image on its way: the states, clipped to [-1, 1], "
+         "and the image predicted from each."),
+    File(BEFORE_AFTER, caption="Samples of the start and of the found sampler, "
+         "on the same noise."),
+    File(SAMPLES_NPZ),
+    File(STARTS),
+    File(CONFIG),
+    File(CHECKPOINTS),
+    File(CACHE),
+)
+
 
 _LOCK = ".lock"
-_CHECKPOINTS = "checkpoints"
 
 
 class RunDir:
@@ -65,7 +106,7 @@ class RunDir:
 
   def __init__(self, root: str, cache: str | None = None):
     self.root = root = storage.expanded(root)
-    self.cache = storage.expanded(cache) or self.path("cache")
+    self.cache = storage.expanded(cache) or self.path(CACHE)
     # The folders that are not there yet, the innermost first.
     self._made, folder = [], os.path.abspath(root)
     self._locks = []
@@ -89,6 +130,13 @@ class RunDir:
   def path(self, *parts: str) -> str:
     """A path inside."""
     return os.path.join(self.root, *parts)
+
+  def contents(self) -> str:
+    """The files that are there and have a note, a line each."""
+    return "\n".join(
+        f"{self.path(file.name):<40} "
+        f"{file.note.format(path=self.path(file.name))}" for file in FILES
+        if file.note and os.path.exists(self.path(file.name)))
 
   def lock(self) -> None:
     """Keeps other processes out until `release`, or the process ends.
@@ -164,7 +212,7 @@ class RunDir:
     """Writes `config.gin`, for a stage that has accepted what it is given."""
     text = gin.config_str()
     if text:
-      storage.write_text(self.path("config.gin"), text)
+      storage.write_text(self.path(CONFIG), text)
 
   def check(self, stage: str, identity: dict, restart: bool = False,
             open_to: dict[str, list] | None = None) -> bool:
@@ -228,9 +276,9 @@ class RunDir:
       # not take what is left for the new configuration's.
       folder, kept = os.path.split(claim)
       names = sorted(set(os.listdir(folder)) - {kept})
-      self.remove(*(os.path.join(_CHECKPOINTS, name) for name in names),
+      self.remove(*(os.path.join(CHECKPOINTS, name) for name in names),
                   *results)
     storage.write_json(claim, identity)
 
   def _claim_path(self, stage):
-    return self.path(_CHECKPOINTS, f"{stage}.json")
+    return self.path(CHECKPOINTS, f"{stage}.json")

@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 
-from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records
@@ -205,7 +204,7 @@ def _check_fields(values) -> None:
       raise ValueError(
           f"metrics.{i} must be an object. Received: {_shown(record)}")
     heldout = record.get("fid_heldout")
-    figures = [(name, record.get(name)) for name in metrics.FIGURES]
+    figures = [(name, record.get(name)) for name in records.FIGURES]
     figures += [("fid_heldout", value) for value in (
         heldout if isinstance(heldout, list) else [heldout])]
     for name, value in figures:

@@ -277,7 +277,8 @@ def _chosen(parts: SearchParts, candidates, goal, pools, run) -> Sampler:
 def _resume(state: loop.Search, run) -> checkpoints_lib.Checkpoints:
   """Puts the newest checkpoint of the run, if any, into the state."""
   checkpoints = checkpoints_lib.Checkpoints(
-      state.checkpoint, run.path("checkpoints"), run.path("tensorboard"))
+      state.checkpoint, run.path(run_dir_lib.CHECKPOINTS),
+      run.path(run_dir_lib.TENSORBOARD))
   checkpoints.restore()
   if checkpoints.latest:
     logging.info("going on from step %d", state.step)
