@@ -9,20 +9,12 @@ import pytest
 
 from ddss_tf.runs import run_dir
 from project import ROOT
+from pages import blocks, text  # pylint: disable=unused-import
 
 PAGES = sorted(
     os.path.relpath(page, ROOT)
     for page in glob.glob(os.path.join(ROOT, "docs", "**", "*.md"),
                           recursive=True))
-
-
-def text(page):
-  with open(os.path.join(ROOT, page), encoding="utf-8") as f:
-    return f.read()
-
-
-def blocks(page):
-  return re.findall(r"^```python\n(.*?)^```", text(page), re.M | re.S)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])

@@ -94,3 +94,20 @@ def test_parts_are_small(name):
       body = node.body[1:] if ast.get_docstring(node) else node.body
       size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
       assert size <= 100, (node.name, size)
+
+
+def test_no_test_imports_another():
+  """What several tests use lies in tests/support."""
+  folder = os.path.join(ROOT, "tests")
+  files = [os.path.join(path, file) for path, _, names in os.walk(folder)
+           for file in names if file.endswith("_test.py")]
+  assert len(files) > 50
+  tests = {os.path.basename(file)[:-3] for file in files}
+  for file in files:
+    with open(file, encoding="utf-8") as f:
+      tree = ast.parse(f.read())
+    for node in ast.walk(tree):
+      names = ([alias.name for alias in node.names]
+               if isinstance(node, ast.Import) else
+               [node.module] if isinstance(node, ast.ImportFrom) else [])
+      assert not tests & set(names), (file, names)

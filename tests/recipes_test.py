@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-import checkpoints_test
+import checkpoint_files
 import ddss_tf
 import stand_in_data
 from ddss_tf.denoisers import gaussian
@@ -20,7 +20,7 @@ RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
 SIZES = {"cifar10": 32, "imagenet64": 64, "lsun_bedroom": 128,
          "lsun_church": 128}
 ROWS = {"ddpm": "ddpm", "ddim": "ddim", "ggdm_pred_time": "ggdm+pred+time"}
-fake_torch = checkpoints_test.fake_torch  # A fixture.
+fake_torch = checkpoint_files.fake_torch  # A fixture.
 
 with open(os.path.join(RECIPES, "published.csv"), newline="") as published:
   CELLS = list(csv.DictReader(published))
@@ -136,15 +136,15 @@ def test_the_commands_of_the_readme_build(stand_ins, main_in_process, capsys):
 def test_published_checkpoints_are_read(
     stand_ins, tmp_path, main_in_process, capsys, fake_torch):
   """Small ones of their formats, with nothing but what the recipes say."""
-  weights, _ = checkpoints_test.read_fixture("ddpm_tf1")
+  weights, _ = checkpoint_files.read_fixture("ddpm_tf1")
   cifar10 = tmp_path / "diffusion_cifar10_model"
   cifar10.mkdir()
-  checkpoints_test.save_checkpoint(
+  checkpoint_files.save_checkpoint(
       str(cifar10 / "model.ckpt-790000"),
-      checkpoints_test.training_state(weights))
-  weights, _ = checkpoints_test.read_fixture("openai_learned_sigma")
+      checkpoint_files.training_state(weights))
+  weights, _ = checkpoint_files.read_fixture("openai_learned_sigma")
   fake_torch.state = {
-      name: checkpoints_test.FakeTensor(value)
+      name: checkpoint_files.FakeTensor(value)
       for name, value in weights.items()}
   with open(os.path.join(RECIPES, "imagenet64.gin")) as f:
     header = f.read()

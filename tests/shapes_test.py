@@ -8,7 +8,7 @@ import importlib.util
 import os
 import subprocess
 
-import checkpoints_test
+import checkpoint_files
 import keras
 import numpy as np
 import pytest
@@ -186,7 +186,7 @@ def _events(folder):
 
 def unet_folder(folder, **changes):
   """A folder in diffusers' layout; its configuration changed."""
-  return checkpoints_test.write_folder(str(folder), "diffusers_relu", **changes)
+  return checkpoint_files.write_folder(str(folder), "diffusers_relu", **changes)
 
 
 @pytest.mark.parametrize("told,given,shape", [
@@ -262,7 +262,7 @@ def test_a_network_of_other_sides_is_the_same_function(size):
 @pytest.mark.skipif(not TORCH, reason="DDSS_TORCH_PYTHON is not set")
 @pytest.mark.parametrize("name", ["diffusers_relu", "diffusers_timestep"])
 def test_a_network_of_other_sides_is_that_of_diffusers(name, tmp_path):
-  weights, golden = checkpoints_test.write_folder(
+  weights, golden = checkpoint_files.write_folder(
       str(tmp_path), name, sample_size=[12, 8])
   del weights
   x = np.random.default_rng(0).normal(size=(2, 12, 8, 3)).astype(np.float32)

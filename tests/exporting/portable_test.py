@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 
-import conditional_test
+import conditional_parts
 import keras
 import numpy as np
 import pytest
@@ -143,8 +143,8 @@ def inputs_of(name, content):
     (None, [0.5, 1.4, 0.8])])
 def test_classes_in_another_runtime(name, scale, scales, tmp_path):
   """Without guidance, with one scale of it, and with one of each step."""
-  denoiser = conditional_test.make(
-      null_label=conditional_test.NULL, guidance_scale=scale)
+  denoiser = conditional_parts.make(
+      null_label=conditional_parts.NULL, guidance_scale=scale)
   coefficients = ddss_tf.solver_coefficients(
       denoiser.schedule, "ddpm", 3)._replace(guidance_scales=scales)
   content = check_classes(

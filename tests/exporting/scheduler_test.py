@@ -10,8 +10,8 @@ import json
 import os
 import subprocess
 
-import conditional_test
-import docs_test
+import conditional_parts
+import pages
 import numpy as np
 import pytest
 import scheduler_cases
@@ -88,7 +88,7 @@ def test_only_a_schedulers_folder_is_replaced(cases, tmp_path):
 
 
 def test_guidance_is_refused(tmp_path):
-  denoiser = conditional_test.make(null_label=1, guidance_scale=2.0)
+  denoiser = conditional_parts.make(null_label=1, guidance_scale=2.0)
   coefficients = ddss_tf.solver_coefficients(
       denoiser.schedule, "ddim", 3, "linear").numpy()
   folder = str(tmp_path / "scheduler")
@@ -102,9 +102,9 @@ def test_guidance_is_refused(tmp_path):
   scales = np.ones(3, np.float32)
   with pytest.raises(ddss_tf.UserError, match="cannot guide.*guidance_scales"):
     write(coefficients._replace(guidance_scales=scales),
-          conditional_test.make(null_label=1))
+          conditional_parts.make(null_label=1))
   assert not os.path.exists(folder)
-  write(coefficients, conditional_test.make(null_label=1))
+  write(coefficients, conditional_parts.make(null_label=1))
 
 
 @pytest.mark.skipif(not TORCH, reason="DDSS_TORCH_PYTHON is not set")
@@ -145,7 +145,7 @@ def test_the_code_of_the_readme_in_pytorch(cases, tmp_path):
   folder.parent.mkdir(parents=True)
   diffusers_scheduler.write(str(folder), sampler, denoiser)
   (code,) = [
-      block for block in docs_test.blocks("README.md") if "DDSS" in block]
+      block for block in pages.blocks("README.md") if "DDSS" in block]
   model = os.path.join(scheduler_cases.TESTDATA, "tiny_unet2d")
   before = f"""
 import sys

@@ -6,12 +6,9 @@ Golden outputs are of the original code of each, on random tiny networks.
 import json
 import os
 import sys
-import types
 
-from absl import logging
 import numpy as np
 import pytest
-import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
@@ -19,91 +16,22 @@ from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import ddpm as ddpm_lib
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import openai as openai_lib
-from ddss_tf.errors import UserError
-from project import TESTDATA
+from checkpoint_files import (  # pylint: disable=unused-import
+    FakeTensor, OPENAI, fake_torch, numbered, openai, read_fixture, refusal,
+    save_checkpoint, state_dict, training_state, warnings, write_folder)
 
-DATA = TESTDATA
-OPENAI = ["openai_learned_sigma", "openai_plain"]
 GUIDED = ["guided_new_order", "guided_old_order", "guided_half_width",
           "openai_class_cond"]
 DIFFUSERS = ["diffusers_classes", "diffusers_timestep", "diffusers_relu",
              "diffusers_plain_middle", "diffusers_learned_variance"]
 
 
-def read_fixture(name):
-  """(weights by name, golden arrays): see tools/small_fixture.py."""
-  with np.load(os.path.join(DATA, name + ".npz")) as file:
-    golden = dict(file)
-  if "seed" in golden:
-    return seeded_weights(golden), golden
-  flat = golden.pop("weights").astype(np.float32)
-  weights = {}
-  for tensor, shape, scale in json.loads(str(golden.pop("index"))):
-    values, flat = np.split(flat, [int(np.prod(shape))])
-    weights[tensor] = (values * np.float32(scale)).reshape(shape)
-  return weights, golden
-
-
-def seeded_weights(golden):
-  """What `seeded` of tools/small_fixture.py drew."""
-  rng = np.random.RandomState(int(golden.pop("seed")))
-  return {
-      tensor: ((rng.randint(-2, 3, shape) + offset) * scale).astype(np.float32)
-      for tensor, shape, scale, offset in json.loads(str(golden.pop("index")))}
-
-
-def numbered(name, network):
-  """Weights of the shapes of a published network, each tensor another number.
-
-  The networks have the published depth and a quarter of the width.
-  """
-  with open(os.path.join(DATA, name)) as f:
-    shapes = json.load(f)[network]
-  return {tensor: np.full(shape, i, np.float32)
-          for i, (tensor, shape) in enumerate(shapes.items())}
-
-
-def refusal(function, *arguments, **keywords):
-  """The one line with which `function` refuses its arguments."""
-  with pytest.raises(UserError) as error:
-    function(*arguments, **keywords)
-  message = str(error.value).split("\n  In call to configurable")[0]
-  assert "\n" not in message
-  return message
-
-
 # --- The original DDPM ---
-
-
-def save_checkpoint(prefix, weights):
-  """Writes variables as TensorFlow 1 does."""
-  tf.raw_ops.SaveV2(
-      prefix=prefix, tensor_names=list(weights),
-      shape_and_slices=[""] * len(weights), tensors=list(weights.values()))
-
-
-def training_state(weights):
-  """All that a training run leaves: the raw weights are not the average's."""
-  state = {"global_step": np.int64(790_000), "beta1_power": np.float32(0.0)}
-  for name, value in weights.items():
-    state[name] = value + np.float32(0.1)
-    state[f"{name}/ExponentialMovingAverage"] = value
-    state[f"{name}/Adam"] = state[f"{name}/Adam_1"] = np.zeros_like(value)
-  return state
 
 
 @pytest.fixture(scope="module")
 def ddpm():
   return read_fixture("ddpm_tf1")
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-  """The warnings logged, as they read."""
-  logged = []
-  monkeypatch.setattr(logging, "warning",
-                      lambda text, *values: logged.append(text % values))
-  return logged
 
 
 def test_ddpm_checkpoint_matches_the_original(ddpm, tmp_path, warnings):
@@ -243,39 +171,6 @@ def test_damaged_ddpm_checkpoints(ddpm, tmp_path):
 # --- improved-diffusion ---
 
 
-@pytest.fixture(scope="module")
-def openai():
-  """(weights, golden, card) by fixture."""
-  fixtures = {}
-  for name in OPENAI:
-    weights, golden = read_fixture(name)
-    fixtures[name] = weights, golden, json.loads(str(golden["card"]))
-  return fixtures
-
-
-class FakeTensor:
-  """As much of torch.Tensor as the reader uses."""
-
-  def __init__(self, value):
-    self.value = value
-
-  @property
-  def dtype(self):
-    return f"torch.{self.value.dtype.name}"
-
-  def is_floating_point(self):
-    return self.value.dtype.kind == "f"
-
-  def detach(self):
-    return self
-
-  def float(self):
-    return FakeTensor(self.value.astype(np.float32))
-
-  def numpy(self):
-    return self.value
-
-
 class FakeParameter(FakeTensor):
   """A tensor that requires a gradient, which has to be detached first."""
 
@@ -287,37 +182,6 @@ class FakeParameter(FakeTensor):
 
   def numpy(self):
     raise RuntimeError("Can't call numpy() on Tensor that requires grad.\n")
-
-
-@pytest.fixture
-def fake_torch(monkeypatch):
-  """Stands in for PyTorch: its `state` is what every file holds."""
-  torch = types.ModuleType("torch")
-  torch.Tensor = FakeTensor
-
-  def load(path, map_location, weights_only):
-    assert os.path.exists(path) and map_location == "cpu" and weights_only
-    if isinstance(torch.state, Exception):
-      raise torch.state
-    return torch.state
-
-  torch.load = load
-  monkeypatch.setitem(sys.modules, "torch", torch)
-  return torch
-
-
-@pytest.fixture
-def state_dict(openai, fake_torch, tmp_path):
-  """Path of a file with a card, and its tensors."""
-  weights, _, card = openai["openai_plain"]
-  path = str(tmp_path / "lsun.pt")
-  with open(path, "w") as f:
-    f.write("PyTorch reads this, not we")
-  with open(path + ".json", "w") as f:
-    json.dump(card, f)
-  fake_torch.state = {
-      name: FakeTensor(value) for name, value in weights.items()}
-  return path
 
 
 @pytest.mark.parametrize("name", OPENAI)
@@ -701,26 +565,6 @@ def test_guided_weights_that_do_not_match(guided):
 
 
 # --- diffusers ---
-
-
-def write_folder(folder, name, suffix=".safetensors", **changes):
-  """Writes a fixture in diffusers' layout; returns its weights and goldens."""
-  weights, golden = read_fixture(name)
-  os.makedirs(folder, exist_ok=True)
-  for file in ("config", "scheduler"):
-    values = json.loads(str(golden[file]))
-    values.update(changes if file == "config" else {})
-    place = dict(config=diffusers.CONFIG,
-                 scheduler=diffusers.SCHEDULER)[file]
-    with open(os.path.join(folder, place), "w") as f:
-      json.dump(values, f)
-  path = os.path.join(folder, "diffusion_pytorch_model" + suffix)
-  if suffix == ".safetensors":
-    safetensors.numpy.save_file(weights, path)
-  else:
-    with open(path, "w") as f:
-      f.write("PyTorch reads this, not we")
-  return weights, golden
 
 
 def predict(denoiser, golden):

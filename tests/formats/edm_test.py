@@ -3,10 +3,9 @@
 import json
 import os
 
-from checkpoints_test import read_fixture, refusal
+from checkpoint_files import read_fixture, refusal
 import numpy as np
 import pytest
-import safetensors.numpy
 import tensorflow as tf
 
 import ddss_tf
@@ -15,28 +14,11 @@ from ddss_tf.formats import edm
 from ddss_tf.networks import edm_layers
 from ddss_tf.networks import edm_unet
 from ddss_tf.reporting import inspection
-from project import TESTDATA
+from edm_files import DATA, write  # pylint: disable=unused-import
 
-DATA = TESTDATA
 NETWORKS = ["edm_song", "edm_song_vp", "edm_dhariwal", "edm_dhariwal_ve",
             "edm_ncsnpp"]
 UNCONDITIONAL = ["edm_song", "edm_dhariwal_ve", "edm_ncsnpp"]
-
-
-def write(folder, name, suffix=".npz", changes=None, **words):
-  """Writes a fixture as tools/convert_edm.py does; returns (path, golden)."""
-  weights, golden = read_fixture(name)
-  weights = {**weights, **(changes or {})}
-  card = json.loads(str(golden["card"]))
-  card["init_kwargs"] |= words
-  path = str(folder / (name + suffix))
-  if suffix == ".npz":
-    np.savez(path, **weights)
-  else:
-    safetensors.numpy.save_file(weights, path)
-  with open(path + ".json", "w") as f:
-    json.dump(card, f)
-  return path, golden
 
 
 def network(folder, name):

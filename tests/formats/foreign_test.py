@@ -7,7 +7,7 @@ import json
 import os
 import re
 
-from checkpoints_test import refusal
+from checkpoint_files import refusal
 import keras
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from ddss_tf.reporting import inspection
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import families
 from ddss_tf.errors import UserError
+from foreign_models import SHAPE, small_network, write  # pylint: disable=unused-import
 
-SHAPE = (4, 4, 1)
 SCHEDULE = {"name": "linear", "num_train_steps": 1000}
 TOLD = {"prediction": "eps", "schedule": SCHEDULE}
 TIMES = [0.0, 100.5, 400.0, 999.0]
@@ -41,30 +41,6 @@ def images_of(denoiser):
   sampler = ddss_tf.make_sampler(denoiser.schedule, "ddim", 4)
   x_T, noise = chain.draw_noise([0, 1], tf.range(3), denoiser.image_shape, 4)
   return chain.run_chain(denoiser.eps, sampler.coefficients(), x_T, noise)
-
-
-def write(folder, network, shape=(None, *SHAPE), time=((None,), tf.float32),
-          names=("x", "t"), as_call=True):
-  """Saves `network(x, t)`; with `as_call` False as the signature "denoise"."""
-  specs = [tf.TensorSpec(shape, tf.float32, names[0]),
-           tf.TensorSpec(*time, names[1])]
-
-  class Module(tf.Module):
-
-    @tf.function(input_signature=specs)
-    def __call__(self, x, t):
-      return network(x, t) * self.gain
-
-  class Named(tf.Module):
-    pass
-
-  module = Module() if as_call else Named()
-  module.gain = tf.Variable(1.0)
-  signatures = None if as_call else {"denoise": tf.function(
-      lambda **k: {"eps": network(k[names[0]], k[names[1]]) * module.gain}
-      ).get_concrete_function(**dict(zip(names, specs)))}
-  tf.saved_model.save(module, str(folder), signatures=signatures)
-  return str(folder)
 
 
 def refused(path, *words, **keywords):
@@ -360,17 +336,6 @@ def test_subclassed_model(exact):
 
 
 # --- Mode inspect ---
-
-
-def small_network(activation="silu"):
-  """A convolutional network [x, t] -> eps that depends on t."""
-  keras.backend.clear_session()  # Or Keras would count on in its names.
-  x, t = keras.Input((8, 8, 1)), keras.Input(())
-  shift = keras.layers.Dense(4)(keras.layers.Reshape((1,))(t))
-  h = keras.layers.Conv2D(4, 3, padding="same", activation=activation)(x)
-  h = keras.layers.Add()([h, keras.layers.Reshape((1, 1, 4))(shift)])
-  h = keras.layers.Conv2D(4, 3, padding="same", activation=activation)(h)
-  return keras.Model([x, t], keras.layers.Conv2D(1, 3, padding="same")(h))
 
 
 def test_inspecting_a_saved_model(tmp_path):

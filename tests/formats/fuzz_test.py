@@ -10,9 +10,9 @@ import shutil
 import sys
 import types
 
-import checkpoints_test
-import edm_test
-import foreign_test
+import checkpoint_files
+import edm_files
+import foreign_models
 import h5py
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def torch():
               for name, value in file.items()}
 
   stand_in = types.ModuleType("torch")
-  stand_in.Tensor = stand_in.from_numpy = checkpoints_test.FakeTensor
+  stand_in.Tensor = stand_in.from_numpy = checkpoint_files.FakeTensor
   stand_in.save, stand_in.load = save, load
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sys.modules, "torch", stand_in)
@@ -81,20 +81,20 @@ def originals(torch, tmp_path_factory):
   folders = {name: base / name for name in FORMATS}
   for folder in folders.values():
     folder.mkdir()
-  checkpoints_test.write_folder(str(folders["diffusers"]), "diffusers_relu")
-  weights, _ = checkpoints_test.read_fixture("ddpm_tf1")
-  checkpoints_test.save_checkpoint(str(folders["ddpm"] / "model.ckpt-1"), {
+  checkpoint_files.write_folder(str(folders["diffusers"]), "diffusers_relu")
+  weights, _ = checkpoint_files.read_fixture("ddpm_tf1")
+  checkpoint_files.save_checkpoint(str(folders["ddpm"] / "model.ckpt-1"), {
       f"{name}/ExponentialMovingAverage": value
       for name, value in weights.items()})
   for name in ("edm.npz", "edm.safetensors"):
-    edm_test.write(folders[name], "edm_song", name.removeprefix("edm"))
-  weights, golden = checkpoints_test.read_fixture("openai_plain")
+    edm_files.write(folders[name], "edm_song", name.removeprefix("edm"))
+  weights, golden = checkpoint_files.read_fixture("openai_plain")
   torch.save({name: torch.from_numpy(value) for name, value in weights.items()},
              str(folders["openai.pt"] / "net.pt"))
   small_unet().save_weights(folders["weights.h5"] / "net.weights.h5")
-  foreign_test.write(folders["saved_model"] / "net", lambda x, t: tf.tanh(
+  foreign_models.write(folders["saved_model"] / "net", lambda x, t: tf.tanh(
       x * t[:, None, None, None]))
-  model = foreign_test.small_network()
+  model = foreign_models.small_network()
   model.save(folders["keras"] / "net.keras")
   for path, card in (
       ("openai.pt/net.pt", json.loads(str(golden["card"]))),

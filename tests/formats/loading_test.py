@@ -5,58 +5,30 @@ import os
 import shutil
 import sys
 
-import checkpoints_test
-import edm_test
+import checkpoint_files
+import edm_files
 import numpy as np
 import pytest
 
 import ddss_tf
 from ddss_tf.formats import cache as cache_lib
 from ddss_tf.formats import diffusers
-from ddss_tf.formats import load as loading
 from ddss_tf.errors import UserError
+from model_cache import cache, conversions, entries  # pylint: disable=unused-import
 
 # Fixtures are found by their names.
-fake_torch = checkpoints_test.fake_torch
-openai = checkpoints_test.openai
-state_dict = checkpoints_test.state_dict
-warnings = checkpoints_test.warnings
-
-
-@pytest.fixture
-def cache(tmp_path):
-  return str(tmp_path / "cache")
+fake_torch = checkpoint_files.fake_torch
+openai = checkpoint_files.openai
+state_dict = checkpoint_files.state_dict
+warnings = checkpoint_files.warnings
 
 
 @pytest.fixture
 def folder(tmp_path):
   """A diffusers folder, conditional."""
   path = str(tmp_path / "net")
-  checkpoints_test.write_folder(path, "diffusers_classes")
+  checkpoint_files.write_folder(path, "diffusers_classes")
   return path
-
-
-def entries(cache):
-  return sorted(os.listdir(os.path.join(cache, "denoisers")))
-
-
-@pytest.fixture
-def conversions(monkeypatch):
-  """The paths that were converted."""
-  paths = []
-  find = loading.find_format
-
-  def counting(path):
-    found = find(path)
-
-    def counted(path, given):
-      paths.append(path)
-      return found.read(path, given)
-
-    return found._replace(read=counted) if found and found.kept else found
-
-  monkeypatch.setattr(loading, "find_format", counting)
-  return paths
 
 
 def test_second_load_converts_nothing(folder, cache, conversions, tmp_path):
@@ -146,7 +118,7 @@ def test_pytorch_is_needed_once(state_dict, cache, monkeypatch):
 
 @pytest.mark.slow
 def test_what_was_told_is_kept(tmp_path, cache):
-  path, _ = edm_test.write(tmp_path, "edm_song")
+  path, _ = edm_files.write(tmp_path, "edm_song")
   told = {"name": "geometric", "sigma_min": 0.01, "sigma_max": 40.0}
   plain = ddss_tf.load_denoiser(path, cache_dir=cache)
   first, again, other = (

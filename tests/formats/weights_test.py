@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 
-import checkpoints_test
-from checkpoints_test import refusal
-import edm_test
+import checkpoint_files
+from checkpoint_files import refusal
+import edm_files
 import h5py
 import keras
-import loading_test
+import model_cache
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,8 +28,8 @@ from ddss_tf.networks import unet
 from project import ROOT
 
 # Fixtures are found by their names.
-cache = loading_test.cache
-conversions = loading_test.conversions
+cache = model_cache.cache
+conversions = model_cache.conversions
 
 # Fields of `UNetConfig`, with what a layer of each kind needs.
 TINY = dict(image_size=4, in_channels=1, out_channels=1, channels=[4, 8],
@@ -174,7 +174,7 @@ def test_classes_and_guidance(tmp_path):
 
 @pytest.mark.slow
 def test_edm(tmp_path):
-  npz, golden = edm_test.write(tmp_path, "edm_song")
+  npz, golden = edm_files.write(tmp_path, "edm_song")
   plain = ddss_tf.load_denoiser(npz)
   path = str(tmp_path / "net.weights.h5")
   plain.model.save_weights(path)
@@ -223,17 +223,17 @@ def test_presets_are_the_published_networks():
       time_width=config.time_width and by * config.time_width)
   for name, network in (("ddpm-cifar10-32", "cifar10"), ("ddpm-256", "lsun")):
     assert presets.PRESETS[name] == wider(ddpm.infer_config(
-        checkpoints_test.numbered("ddpm_shapes.json", network)), 4), name
+        checkpoint_files.numbered("ddpm_shapes.json", network)), 4), name
   card = dict(num_heads=4, diffusion_steps=4000, rescale_timesteps=True)
   for name, network, size in (("improved-cifar10", "cifar10", 32),
                               ("improved-imagenet64", "imagenet64", 64)):
     assert presets.PRESETS[name] == wider(openai.infer_config(
-        checkpoints_test.numbered("openai_shapes.json", network),
+        checkpoint_files.numbered("openai_shapes.json", network),
         card | {"image_size": size}), 4), name
   card = dict(num_head_channels=64, diffusion_steps=1000, image_size=64,
               rescale_timesteps=False, use_new_attention_order=True)
   guided = openai.infer_config(
-      checkpoints_test.numbered("guided_shapes.json", "imagenet64"), card)
+      checkpoint_files.numbered("guided_shapes.json", "imagenet64"), card)
   assert presets.PRESETS["guided-imagenet64"] == wider(guided, 6)
 
 
@@ -257,7 +257,7 @@ def test_diffusers_words_of_a_preset(tmp_path):
 
 
 def test_edm_words_of_presets(tmp_path):
-  with open(os.path.join(edm_test.DATA, "edm_shapes.json")) as f:
+  with open(os.path.join(edm_files.DATA, "edm_shapes.json")) as f:
     published = json.load(f)
   for name, network, words in (
       ("edm-cifar10", "cifar10", dict(model_channels=128, label_dim=0)),
@@ -418,7 +418,7 @@ def test_cache(saved, cache, conversions):
     json.dump(TINY | {"activation": "relu"}, f)
   assert load().sha256 != first.sha256
   assert load(prediction="eps").sha256 != first.sha256
-  assert len(conversions) == len(loading_test.entries(cache)) == 3
+  assert len(conversions) == len(model_cache.entries(cache)) == 3
 
 
 def test_inspect(saved, main_in_process, capsys):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
-import reporting_test
+import reported_run
 
 from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import run_dir as run_dir_lib
@@ -86,7 +86,7 @@ def look(browser, path, width, color_scheme="light"):
 def pages(tmp_path_factory):
   """Pages of a run with all its pictures and of a comparison, by name."""
   run = tmp_path_factory.mktemp("run")
-  reporting_test.write_run(str(run))
+  reported_run.write_run(str(run))
   rng = np.random.default_rng(0)
   for name, size in (
       ("samples.png", (1400, 600)), ("generated.png", (300, 300)),

@@ -6,7 +6,7 @@ Every value of a sound card is replaced by others of every kind.
 import copy
 import json
 
-import conditional_test
+import conditional_parts
 import numpy as np
 import pytest
 
@@ -217,7 +217,7 @@ def test_cards_that_do_not_fit_the_model(denoiser, sound, tmp_path):
   check("null_label", guidance_scales=[1.0] * STEPS)
   # With a model that they fit they are fine.
   path = write(tmp_path, sound, guidance_scales=[1.0] * STEPS)
-  guided = conditional_test.make(null_label=conditional_test.NULL)
+  guided = conditional_parts.make(null_label=conditional_parts.NULL)
   found, _ = zoo.load_searched(run, guided, path, force=True)
   assert found.num_steps == STEPS
 

@@ -7,8 +7,8 @@ that a chain with a scale for each step is a chain through known networks.
 import functools
 import os
 
-import conditional_test
-from conditional_test import MEANS, NULL, SHAPE, STD, STEPS
+import conditional_parts
+from conditional_parts import MEANS, NULL, SHAPE, STD, STEPS
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -35,7 +35,7 @@ def guided_mean(scale, label):
 
 @pytest.fixture(scope="module")
 def denoiser():
-  return conditional_test.make(null_label=NULL)
+  return conditional_parts.make(null_label=NULL)
 
 
 def make_sampler(denoiser, family="ddpm+guidance", **options):
@@ -52,7 +52,7 @@ def test_every_step_has_its_scale(denoiser):
   steps = iter(SCALES)
   # run_chain calls the network once a step, in order.
   expected = chain.run_chain(
-      lambda x, t: conditional_test.gaussian(
+      lambda x, t: conditional_parts.gaussian(
           guided_mean(next(steps), 2)).eps(x, t),
       coefficients._replace(guidance_scales=None), x_T, noise)
   np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -62,7 +62,7 @@ def test_every_step_has_its_scale(denoiser):
 def test_start(denoiser, scale):
   # A scale of 1 is no guidance; one for all steps is the denoiser's.
   images = functools.partial(
-      conditional_test.images, count=6, batch_size=6, label=0)
+      conditional_parts.images, count=6, batch_size=6, label=0)
   sampler = make_sampler(denoiser, guidance_scale=scale)
   assert sampler.label == "DDPM+GUIDANCE"
   found = generator_lib.Generator(denoiser, 6, False).images(
@@ -179,22 +179,22 @@ def test_what_is_refused(denoiser, searched, tmp_path):
   learned = functools.partial(
       ddss_tf.make_sampler, family="ddim+guidance", num_steps=STEPS)
   for other, words in (
-      (conditional_test.make(), "null_label is told. Received: 'classes'"),
-      (conditional_test.gaussian(0.0), "needs a class-conditional denoiser"),
+      (conditional_parts.make(), "null_label is told. Received: 'classes'"),
+      (conditional_parts.gaussian(0.0), "needs a class-conditional denoiser"),
       (denoiser.guided(2.0), "that has its own. Received: 2.0")):
     with pytest.raises(UserError, match=words):
       ddss_tf.search(
           run_dir=str(tmp_path / "run"), **{**parts, "denoiser": other},
           num_search_steps=1, batch_size=4, sampler=learned)
   with pytest.raises(UserError, match="with null_label 1.*with None"):
-    ddss_tf.export(run, conditional_test.make())
+    ddss_tf.export(run, conditional_parts.make())
   with pytest.raises(UserError, match="parameterisation='real'"):
     make_sampler(denoiser, "ggdm+guidance", init="ddim",
                  parameterisation="paper")
   with pytest.raises(UserError, match="families with .guidance"):
     make_sampler(denoiser, "ggdm", guidance_scale=2.0)
   with pytest.raises(ValueError, match="guidance needs a null_label"):
-    conditional_test.make().eps(tf.zeros([1, *SHAPE]), 3.0, 0, guidance=2.0)
+    conditional_parts.make().eps(tf.zeros([1, *SHAPE]), 3.0, 0, guidance=2.0)
   values = make_sampler(denoiser).coefficients().to_dict()
   with pytest.raises(ValueError, match="guidance_scales must have shape"):
     coefficients_lib.Coefficients.from_dict(
