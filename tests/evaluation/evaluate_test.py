@@ -16,7 +16,7 @@ from ddss_tf.runs import run_dir
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.errors import UserError
-from small_searches import SHAPE, evaluate
+from small_searches import SHAPE, check_picture, evaluate
 
 
 def test_evaluation(parts, finished, monkeypatch):
@@ -28,7 +28,9 @@ def test_evaluation(parts, finished, monkeypatch):
     for key in ("num_steps", "fid", "kid", "kid_std", "inception_score",
                 "fid_heldout", "num_samples", "num_real", "seed", "features",
                 "denoiser", "dataset"):
-      assert record[key] is not None or key == "denoiser", key
+      assert record[key] is not None, key
+    assert record["denoiser"] == parts["denoiser"].identity
+    assert record["dataset_sha256"] == parts["dataset"].sha256
     assert record["fid"] == pytest.approx(record["fid_heldout"])
     splits = record["inception_score_splits"]
     assert splits["splits"] == 10 and splits["std"] > 0
@@ -41,7 +43,7 @@ def test_evaluation(parts, finished, monkeypatch):
     assert 0 < timing["seconds_per_image"] < 0.1
   with open(os.path.join(run, "metrics.json")) as f:
     assert json.load(f) == records
-  assert os.path.getsize(os.path.join(run, "samples.png")) > 2000
+  check_picture(os.path.join(run, "samples.png"))
   # Another call measures nothing again, and says the same.
   monkeypatch.setattr(evaluator_lib, "_measure", None)
   assert evaluate(parts, run) == records

@@ -11,28 +11,53 @@ import ddss_tf
 from ddss_tf.reporting import grids
 from ddss_tf.reporting import sampler as sampler_figures
 from ddss_tf.runs import run_dir
+from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import generator as generator_lib
 from small_searches import ROUNDING, SHAPE, events, options
 
 
 def test_tensorboard_has_every_coefficient_by_name(finished):
-  tags = set()
-  for root, _, files in os.walk(os.path.join(finished[0], "tensorboard")):
+  """With its values: at the start, and at the step that was the best."""
+  run, sampler = finished
+  found, pictures = {}, set()
+  for root, _, files in os.walk(os.path.join(run, "tensorboard")):
     for file in files:
       for event in tf.compat.v1.train.summary_iterator(
           os.path.join(root, file)):
-        tags.update(value.tag for value in event.summary.value)
-  for name in finished[1].coefficients().named_scalars():
-    assert f"coefficients/{name}" in tags
+        for value in event.summary.value:
+          found.setdefault(value.tag, {})[event.step] = tf.make_ndarray(
+              value.tensor)
+          if value.metadata.plugin_data.plugin_name == "images":
+            pictures.add(value.tag)
+  card_ = card.read(os.path.join(run, run_dir.SAMPLER))
+  best = card_.search["best_step"]
+  start = options()["sampler"](sampler.schedule).coefficients().numpy()
+  for step, coefficients in ((0, start), (best, card_.coefficients)):
+    for name, value in coefficients.named_scalars().items():
+      np.testing.assert_allclose(
+          found[f"coefficients/{name}"][step], value, rtol=1e-6)
+  # A validation every 4 of 12 steps, and before the first.
+  values = found["validation/objective"]
+  assert sorted(values) == [0, 4, 8, 12]
+  np.testing.assert_allclose(
+      min(values.values()), card_.search["validation"], rtol=1e-6)
+  assert values[best] == min(values.values())
   for name in ("search/loss", "search/gradient_norm",
-               "search/seconds_per_step", "validation/objective", "samples"):
-    assert name in tags
-  assert "config" in tags
-  for name in run_dir.PICTURES:
-    assert name.removesuffix(".png") in tags
-  for name in finished[1].coefficients().arrays():
-    assert f"coefficients/{name}" in tags  # Distributions.
+               "search/seconds_per_step"):
+    assert sorted(found[name]) == [5, 10, 12]
+    assert all(np.isfinite(v) and v > 0 for v in found[name].values()), name
+  assert b"" != found["config"][0]
+  assert {"samples", *(name.removesuffix(".png") for name in run_dir.PICTURES)
+          } <= pictures
+  for name, values in card_.coefficients.arrays().items():
+    # Rows of a histogram are [left, right, count].
+    buckets = found[f"coefficients/{name}"][best]
+    count = 6 if name == "state_weights" else 3
+    assert buckets.shape[1] == 3 and buckets[:, 2].sum() == count
+    lower = values[np.tril_indices(3)] if name == "state_weights" else values
+    np.testing.assert_allclose(
+        [buckets[0, 0], buckets[-1, 1]], [lower.min(), lower.max()], rtol=1e-6)
 
 
 def test_tensorboard_has_the_hyper_parameters(finished):

@@ -5,6 +5,7 @@ import glob
 import os
 
 import numpy as np
+from PIL import Image
 import pytest
 import tensorflow as tf
 
@@ -103,3 +104,13 @@ def evaluate(parts, run, **changes):
   return ddss_tf.evaluate(run, **parts, **{**dict(
       heldout_features=parts["features"], baselines=baselines, num_samples=300,
       batch_size=128, jit_compile=False), **changes})
+
+
+def check_picture(path):
+  """Checks that a PNG is whole, and that something is drawn in it."""
+  with Image.open(path) as picture:
+    pixels = np.asarray(picture.convert("RGB"))
+  assert min(pixels.shape[:2]) >= 30, pixels.shape
+  # Neither one shade nor noise: most pixels of some shade, and others.
+  shades, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+  assert len(shades) > 8 and counts.max() < 0.995 * counts.sum()
