@@ -157,8 +157,8 @@ def gradients(eps_fn, coefficients, jit=False):
   return float(loss), [np.asarray(g) for g in gradient]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "jit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_remat_changes_nothing(small, jit):
   c = random_coefficients()
   loss, plain = gradients(small.eps, c)

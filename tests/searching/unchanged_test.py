@@ -1,8 +1,8 @@
 """Searches give what they gave before the code was taken apart.
 
 `testdata/searches.npz` holds the coefficients of three searches of the digits at
-commit 263e1da, made on a CPU with AVX-512. On that machine they are equal bit
-for bit. Another machine rounds otherwise, and a search carries such differences
+commit 263e1da, made on a CPU with AVX-512. Compiled by XLA, as they were, they
+are equal bit for bit on that machine. Another machine rounds otherwise, and a search carries such differences
 on, so the comparison allows for them.
 """
 
@@ -39,16 +39,16 @@ SEARCHES = {
         validation_samples=1000, validate_every=5, checkpoint_every=5)}
 
 
-@pytest.mark.parametrize("name", [
-    "elbo", *(pytest.param(name, marks=pytest.mark.slow)
-              for name in ("teacher", "demo"))])
-def test_a_search_is_what_it_was(name, digits, tmp_path):
+@pytest.mark.parametrize("name,jit", [
+    ("elbo", False), *(pytest.param(name, True, marks=pytest.mark.slow)
+                       for name in SEARCHES)])
+def test_a_search_is_what_it_was(name, jit, digits, tmp_path):
   options = dict(SEARCHES[name])
   sampler = functools.partial(ddss_tf.make_sampler, **options.pop("family"))
   found = ddss_tf.search(
       ddss_tf.load_denoiser("digits16-ddpm"), sampler,
       ddss_tf.load_features("digits_cnn"), digits, run_dir=str(tmp_path),
-      learning_rate=0.15, **options)
+      learning_rate=0.15, jit_compile=jit, **options)
   with np.load(os.path.join(TESTDATA, "searches.npz")) as before:
     for part, values in found.coefficients().numpy().arrays().items():
       np.testing.assert_allclose(
