@@ -198,7 +198,7 @@ def _found(file: str) -> str:
   file = storage.expanded(file)
   installed = os.path.join(_PACKAGE, file)
   return installed if (
-      not os.path.isfile(file) and os.path.isfile(installed)) else file
+      not storage.isfile(file) and storage.isfile(installed)) else file
 
 
 def _read_text(path: str) -> str:
@@ -207,7 +207,7 @@ def _read_text(path: str) -> str:
   Raises:
     ValueError: the file is not UTF-8.
   """
-  with open(path, "rb") as f:
+  with storage.open(path, "rb") as f:
     content = f.read()
   encoding = next((name for mark, name in _OTHER_ENCODINGS
                    if content.startswith(mark)), None)
@@ -270,7 +270,7 @@ class _Reader:
   def __init__(self, files: list[str]):
     self.files = list(map(_found, files))
     for file in self.files:
-      if not os.path.isfile(file):
+      if not storage.isfile(file):
         raise UserError(f"gin file must exist. Received: {file!r}")
     self.pieces, self.bindings = [], []
     self._count = 0
@@ -340,7 +340,7 @@ class _Reader:
                     for file in self.files)]
     expanded = storage.expanded(name)
     for folder in folders:
-      if os.path.isfile(os.path.join(folder, expanded)):
+      if storage.isfile(os.path.join(folder, expanded)):
         return os.path.join(folder, expanded)
     raise ValueError("an included file must be there. Received: "
                      f"{name!r}, which {path or _COMMAND_LINE} includes")

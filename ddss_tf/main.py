@@ -121,7 +121,7 @@ def _run():
   if _MODE.value == "zoo":
     print(zoo.table(folder))
     return
-  if _MODE.value == "report" and not os.path.isdir(folder):
+  if _MODE.value == "report" and not storage.isdir(folder):
     raise UserError("--run_dir must name the folder of a run. "
                     f"Received: {_RUN_DIR.value!r}")
   params = list(_GIN_PARAM.value)

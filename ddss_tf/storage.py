@@ -1,11 +1,19 @@
-"""Files that appear whole or not at all."""
+"""All access to files: the one module that opens, lists and removes them.
 
+Files and folders that are written appear whole or not at all (`replacing`,
+`replacing_folder`). The other functions do what those of the same name in `os`,
+`os.path`, `shutil` and `glob` do. Paths that are not local can come here, and
+nowhere else. Readers of libraries (h5py, Pillow, Keras, TensorFlow) get paths.
+"""
+
+import builtins
 import contextlib
+import glob as glob_lib
 import json
 import os
 import shutil
 import tempfile
-from typing import Iterator
+from typing import IO, Iterator
 
 import numpy as np
 
@@ -78,7 +86,7 @@ def write_text(path: str, text: str) -> None:
   """Writes a text file atomically: UTF-8 with "\\n", whatever the locale."""
   with replacing(path) as temporary:
     # Of file names that are no text Python has halves of characters.
-    with open(temporary, "w", encoding="utf-8", newline="\n",
+    with builtins.open(temporary, "w", encoding="utf-8", newline="\n",
               errors="backslashreplace") as f:
       f.write(text)
 
@@ -105,7 +113,7 @@ def read_json(path: str):
     OSError: it cannot be read.
     ValueError: it is not JSON.
   """
-  with open(path, "rb") as f:
+  with builtins.open(path, "rb") as f:
     try:
       return json.loads(f.read())
     except RecursionError as error:
@@ -138,12 +146,97 @@ def expanded(path):
   return found
 
 
+def read_text(path: str) -> str:
+  """The content of a text file in UTF-8."""
+  with builtins.open(path, encoding="utf-8") as f:
+    return f.read()
+
+
+def open(path: str, mode: str = "r", **options) -> IO:  # pylint: disable=redefined-builtin
+  """Opens a file."""
+  return builtins.open(path, mode, **options)
+
+
+def load_arrays(path: str):
+  """Opens an npy or npz file of NumPy that holds no Python objects."""
+  return np.load(path, allow_pickle=False)
+
+
 def exists(path: str) -> bool:
   """Whether there is a file or a folder."""
   return os.path.exists(path)
 
 
-def read_text(path: str) -> str:
-  """The content of a text file in UTF-8."""
-  with open(path, encoding="utf-8") as f:
-    return f.read()
+def lexists(path: str) -> bool:
+  """Whether there is a file, a folder or a link, one that leads nowhere too."""
+  return os.path.lexists(path)
+
+
+def isfile(path: str) -> bool:
+  """Whether there is a file."""
+  return os.path.isfile(path)
+
+
+def isdir(path: str) -> bool:
+  """Whether there is a folder."""
+  return os.path.isdir(path)
+
+
+def size(path: str) -> int:
+  """Bytes of a file."""
+  return os.path.getsize(path)
+
+
+def listdir(path: str) -> list[str]:
+  """Names in a folder, in no order."""
+  return os.listdir(path)
+
+
+def scandir(path: str):
+  """Entries of a folder, see `os.scandir`."""
+  return os.scandir(path)
+
+
+def walk(path: str, **options) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Folders below a folder, see `os.walk`."""
+  return os.walk(path, **options)
+
+
+def glob(pattern: str) -> list[str]:
+  """Paths that match a pattern."""
+  return glob_lib.glob(pattern)
+
+
+def makedirs(path: str, exist_ok: bool = False) -> None:
+  """Makes a folder and those above it."""
+  os.makedirs(path, exist_ok=exist_ok)
+
+
+def rename(path: str, new: str) -> None:
+  """Moves a file or a folder, in the place of what is there."""
+  os.replace(path, new)
+
+
+def copy(path: str, new: str) -> None:
+  """Copies a file."""
+  shutil.copy(path, new)
+
+
+def remove(path: str) -> None:
+  """Removes a file."""
+  os.remove(path)
+
+
+def rmdir(path: str) -> None:
+  """Removes a folder that is empty."""
+  os.rmdir(path)
+
+
+def remove_tree(path: str, ignore_errors: bool = False) -> None:
+  """Removes a folder and all in it."""
+  shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+def truncate(path: str, length: int) -> None:
+  """Cuts a file off."""
+  os.truncate(path, length)

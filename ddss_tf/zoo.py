@@ -39,9 +39,9 @@ def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
     UserError: no such folder, or a card is damaged.
   """
   folder = storage.expanded(folder) or FOLDER
-  if not os.path.isdir(folder):
+  if not storage.isdir(folder):
     raise UserError(f"zoo must be a folder of cards. Received: {folder!r}")
-  names = sorted(name.removesuffix(_SUFFIX) for name in os.listdir(folder)
+  names = sorted(name.removesuffix(_SUFFIX) for name in storage.listdir(folder)
                  if name.endswith(_SUFFIX))
   return {name: card_lib.read(os.path.join(folder, name + _SUFFIX))
           for name in names}
@@ -58,12 +58,12 @@ def find(sampler: str, folder: str | None = None) -> str:
     UserError: neither.
   """
   sampler = storage.expanded(sampler)
-  if isinstance(sampler, str) and os.path.isfile(sampler):
+  if isinstance(sampler, str) and storage.isfile(sampler):
     return sampler
   folder = storage.expanded(folder) or FOLDER
   path = os.path.join(folder, f"{sampler}{_SUFFIX}")
   if os.path.basename(path) != f"{sampler}{_SUFFIX}" or (
-      not os.path.isfile(path)):
+      not storage.isfile(path)):
     raise UserError("sampler must be the path of a card, or one of "
                     f"{', '.join(list_cards(folder)) or 'an empty zoo'}. "
                     f"Received: {sampler!r}")
@@ -96,7 +96,7 @@ def add(run_dir: str, folder: str, name: str | None = None,
   run_dir, folder, metrics = map(storage.expanded, (run_dir, folder, metrics))
   card = card_lib.read(os.path.join(run_dir, run_dir_lib.SAMPLER))
   metrics = metrics or os.path.join(run_dir, run_dir_lib.METRICS)
-  if not os.path.exists(metrics):
+  if not storage.exists(metrics):
     raise UserError(f"{metrics} must exist: run --mode=evaluate first")
   records = tuple(
       record for record in records_lib.read_records(metrics)

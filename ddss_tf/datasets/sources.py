@@ -19,6 +19,7 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import storage
 from ddss_tf.datasets import decoding
 from ddss_tf.errors import UserError
 
@@ -258,7 +259,7 @@ def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
     above: real paths of the folders on the way to it: a link back to one of
       them is not followed.
   """
-  with os.scandir(folder) as entries:
+  with storage.scandir(folder) as entries:
     for entry in entries:
       if entry.name.startswith("."):
         continue
@@ -268,7 +269,7 @@ def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
           for parts in _image_files(pathlib.Path(entry.path), (*above, real)):
             yield entry.name, *parts
       elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-        if entry.is_symlink() and not os.path.exists(entry.path):
+        if entry.is_symlink() and not storage.exists(entry.path):
           raise UserError(f"image {entry.path!r} must be a file. Received: a "
                           "link to nothing")
         if entry.is_file():  # Not a pipe, which would be waited for.
@@ -287,13 +288,13 @@ def npz_source(path: str) -> ImageSource:
     UserError: if there is no such file, it is damaged or not of this form.
   """
   file = os.path.expanduser(path)
-  if not os.path.isfile(file):
+  if not storage.isfile(file):
     raise UserError(f"npz file of images must exist. Received: {path!r}, "
                     "which is missing")
   try:
     if not zipfile.is_zipfile(file):  # NumPy would speak of pickles.
       raise ValueError("a file of another kind, or the beginning of one")
-    with np.load(file, allow_pickle=False) as archive:
+    with storage.load_arrays(file) as archive:
       keys = list(archive)
       arrays = {key: archive[key] for key in ("images", "labels")
                 if key in keys}
@@ -345,10 +346,10 @@ def tfrecords_source(path: str) -> ImageSource:
     UserError: if there is no such file, it is damaged or holds nothing.
   """
   file = os.path.expanduser(path)
-  if not os.path.isfile(file):
+  if not storage.isfile(file):
     received = "which is missing"
-    if path and os.path.isdir(file):
-      inside = sorted(name for name in os.listdir(file)
+    if path and storage.isdir(file):
+      inside = sorted(name for name in storage.listdir(file)
                       if name.endswith(".tfrecords"))
       received = f"a folder with {', '.join(inside) or 'none'}"
     raise UserError("a TFRecord file, the one of the wanted size, must exist. "

@@ -351,7 +351,7 @@ class _Race:
 
 def _write_samples(path, images):
   with storage.replacing(path) as temporary:
-    with open(temporary, "wb") as f:
+    with storage.open(temporary, "wb") as f:
       np.savez_compressed(f, **images)
 
 

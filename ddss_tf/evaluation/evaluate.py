@@ -1,7 +1,5 @@
 """The comparison: FID, KID and IS of samplers, side by side."""
 
-import os
-import shutil
 from typing import Any, Callable, Mapping, Sequence
 
 from absl import logging
@@ -9,6 +7,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import storage
 from ddss_tf import distribution
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -159,7 +158,7 @@ def evaluate(
   dataset = dataset_lib.as_dataset(dataset)
   with run_dir_lib.RunDir(run_dir, cache_dir).locked() as run:
     searched = []
-    if sampler or os.path.exists(run.path(run_dir_lib.SAMPLER)) or not baselines:
+    if sampler or storage.exists(run.path(run_dir_lib.SAMPLER)) or not baselines:
       searched.append(zoo.load_searched(run, denoiser, sampler, force))
       if num_steps is None:
         num_steps = searched[0][0].num_steps
@@ -183,7 +182,7 @@ def evaluate(
 
 def _summarise(folder, records):
   """Writes all records to TensorBoard, in place of what is there."""
-  shutil.rmtree(folder, ignore_errors=True)
+  storage.remove_tree(folder, ignore_errors=True)
   with tf.summary.create_file_writer(folder).as_default():
     for record in records:
       values = {name: record.get(name)

@@ -6,7 +6,6 @@ here), and `scheduler_config.json`, the coefficients.
 """
 
 import os
-import shutil
 
 from ddss_tf import storage
 from ddss_tf.formats import diffusers
@@ -80,15 +79,15 @@ def write(folder: str, card: SamplerCard, denoiser: Denoiser,
   Raises:
     UserError: something else is there.
   """
-  if os.path.exists(folder) and not (
-      os.path.isdir(folder)
-      and set(os.listdir(folder)) <= {
+  if storage.exists(folder) and not (
+      storage.isdir(folder)
+      and set(storage.listdir(folder)) <= {
           MODULE, diffusers.SCHEDULER, "__pycache__"}):
     raise UserError(
         f"folder of a scheduler must be new, or hold {MODULE} and "
         f"{diffusers.SCHEDULER} only. Received: {folder!r}")
   with storage.replacing_folder(folder) as temporary:
-    shutil.copyfile(_TEMPLATE, os.path.join(temporary, MODULE))
+    storage.copy(_TEMPLATE, os.path.join(temporary, MODULE))
     storage.write_json(
         os.path.join(temporary, diffusers.SCHEDULER),
         config(card, denoiser, integer_timesteps))

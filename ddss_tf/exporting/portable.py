@@ -74,7 +74,7 @@ def write(path: str, name: str, module: tf.Module, from_noise,
         f"images of the {name} file must equal those in memory to "
         f"{_PARITY_TOLERANCE:g}. Received: a difference of {difference:g}")
   with storage.replacing(path) as temporary:
-    with open(temporary, "wb") as f:
+    with storage.open(temporary, "wb") as f:
       f.write(content)
 
 

@@ -76,7 +76,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     images = dataset_lib.to_uint8(images)
     path = run.path(f"{run_dir_lib.GENERATED}.npz")
     with storage.replacing(path) as temporary:
-      with open(temporary, "wb") as f:
+      with storage.open(temporary, "wb") as f:
         np.savez_compressed(f, images=images)
     grids.samples_png(
         run.path(f"{run_dir_lib.GENERATED}.png"),

@@ -41,9 +41,9 @@ def hub_folder(handle: str) -> str:
   else:
     cache = os.path.join(tempfile.gettempdir(), "tfhub_modules")
   folder = os.path.join(cache, hashlib.sha1(handle.encode()).hexdigest())
-  if not os.path.isdir(folder):
+  if not storage.isdir(folder):
     lock = folder + ".lock"
-    if os.path.exists(lock):
+    if storage.exists(lock):
       state = f"a download that has not ended, {lock}"
     else:
       try:

@@ -1,12 +1,11 @@
 """Classifiers of Keras: any model, and those of `keras.applications`."""
 
-import os
-
 from absl import logging
 import keras
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import storage
 from ddss_tf.features import preprocessing
 from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
@@ -128,7 +127,7 @@ def keras_application(name: str, weights: str | None, seed: int,
         f"value_range of features {APPLICATION_PREFIX}{name} must be one of "
         f"{', '.join(map(repr, preprocessing.VALUE_RANGES))}. "
         f"Received: {value_range!r}")
-  if weights not in (None, "imagenet") and not os.path.isfile(weights):
+  if weights not in (None, "imagenet") and not storage.isfile(weights):
     raise UserError(
         "weights of features must be a file, 'imagenet', or None for random "
         f"ones. Received: {weights!r}")

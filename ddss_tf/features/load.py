@@ -25,7 +25,7 @@ _SUFFIX = ".keras"
 
 def embedded_features() -> list[str]:
   """Names of the networks that come with the package."""
-  return sorted(name.removesuffix(_SUFFIX) for name in os.listdir(_ASSETS)
+  return sorted(name.removesuffix(_SUFFIX) for name in storage.listdir(_ASSETS)
                 if name.endswith(_SUFFIX))
 
 
@@ -141,7 +141,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
         application, weights, seed, size, value_range)
     name = path if weights is not None else f"{path}-random"
     layers = ("avg_pool", "predictions")
-  elif is_handle or os.path.isdir(path):
+  elif is_handle or storage.isdir(path):
     folder = hub.hub_folder(path) if is_handle else path
     network = saved_models.SavedModelNetwork(folder)
     name = os.path.basename(os.path.normpath(path))
@@ -182,7 +182,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
 def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
   """The network of a `.keras` file, and its name."""
   # Other formats that Keras reads can run code of their own.
-  if not path.endswith(_SUFFIX) or not os.path.isfile(path):
+  if not path.endswith(_SUFFIX) or not storage.isfile(path):
     raise UserError(
         f"features must be the path of a {_SUFFIX} file or of a SavedModel's "
         "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
@@ -199,7 +199,7 @@ def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
 def _check_card(path: str, sha256: str) -> None:
   """Compares the weights' hash with the one on record."""
   card_path = path.removesuffix(_SUFFIX) + ".json"
-  if not os.path.exists(card_path):
+  if not storage.exists(card_path):
     if os.path.dirname(path) == _ASSETS:
       raise UserError(f"{path} must have {os.path.basename(card_path)} beside "
                       "it. Received: no such file")

@@ -120,10 +120,10 @@ def collect(batches, count: int) -> list[np.ndarray]:
 
 def _read_cache(path: str, count: int) -> Reference | None:
   """What a cache file holds; None if there is none, or no sound one."""
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return None
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with storage.load_arrays(path) as file:
       found = Reference(file["pool"], file["logits"], metrics.Moments(
           file["mean"], file["covariance"]))
     if len(found.pool) != count or len(found.logits) != count:

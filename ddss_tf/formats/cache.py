@@ -52,7 +52,7 @@ def cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
   if not cache_dir:
     return convert(path, given)
   folder = os.path.join(cache_dir, "denoisers", _cache_key(path, given))
-  if os.path.exists(os.path.join(folder, own.CARD)):
+  if storage.exists(os.path.join(folder, own.CARD)):
     try:
       return Denoiser.load(folder)
     except UserError as error:
@@ -77,7 +77,7 @@ def _cache_key(path: str, given: dict) -> str:
       [version.__version__, _CACHE_REVISION, given], sort_keys=True,
       default=plain).encode())
   for file in _files(path):
-    with open(file, "rb") as f:
+    with storage.open(file, "rb") as f:
       content = hashlib.file_digest(f, "sha256").hexdigest()
     # Of a single file the name means nothing, of several it says which is what.
     name = os.path.basename(file).removeprefix(os.path.basename(path))
@@ -87,14 +87,14 @@ def _cache_key(path: str, given: dict) -> str:
 
 def _files(path: str) -> list[str]:
   """The files that make a checkpoint."""
-  prefix = None if os.path.isfile(path) else ddpm.find_prefix(path)
+  prefix = None if storage.isfile(path) else ddpm.find_prefix(path)
   if prefix is not None:
     folder, start = os.path.split(os.path.abspath(prefix))
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+    return [os.path.join(folder, name) for name in sorted(storage.listdir(folder))
             if name.startswith((f"{start}.index", f"{start}.data-"))]
   path = diffusers.find_network(path)
-  files = [path, path + ".json"] if os.path.isfile(path) else [
+  files = [path, path + ".json"] if storage.isfile(path) else [
       os.path.join(path, name)
       for name in (diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS)]
   files += diffusers.config_files(path)
-  return [file for file in files if os.path.exists(file)]
+  return [file for file in files if storage.exists(file)]

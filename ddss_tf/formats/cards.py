@@ -72,7 +72,7 @@ def merged_card(path: str, given: Mapping[str, object],
   """
   source = _card_path(path)
   card = {}
-  if os.path.exists(source):
+  if storage.exists(source):
     card = read_json_object(source)
   unknown = sorted(set(card) - set(keys))
   if unknown:

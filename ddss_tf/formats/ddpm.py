@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import storage
 from ddss_tf import errors
 from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError
@@ -40,9 +41,9 @@ def find_prefix(path: str) -> str | None:
   Raises:
     UserError: the folder holds several.
   """
-  if os.path.exists(path + ".index"):
+  if storage.exists(path + ".index"):
     return path
-  found = sorted(glob.glob(os.path.join(glob.escape(path), "*.index")))
+  found = sorted(storage.glob(os.path.join(glob.escape(path), "*.index")))
   if len(found) > 1:
     raise UserError(
         "a checkpoint folder must hold one checkpoint; name its prefix. "

@@ -14,6 +14,7 @@ import re
 import numpy as np
 import safetensors.numpy
 
+from ddss_tf import storage
 from ddss_tf import errors
 from ddss_tf import schedules
 from ddss_tf.formats import cards
@@ -75,9 +76,9 @@ _USED = {
 
 def is_diffusers(path: str) -> bool:
   """Whether it is such a folder, a pipeline of one, or a file of weights."""
-  if os.path.isfile(path):
+  if storage.isfile(path):
     return path.endswith(SUFFIXES)
-  return os.path.exists(os.path.join(path, _PIPELINE)) or os.path.exists(
+  return storage.exists(os.path.join(path, _PIPELINE)) or storage.exists(
       os.path.join(path, CONFIG))
 
 
@@ -93,7 +94,7 @@ def find_network(path: str) -> str:
   Raises:
     UserError: a pipeline with other parts, such as a latent one.
   """
-  if not os.path.exists(os.path.join(path, _PIPELINE)):
+  if not storage.exists(os.path.join(path, _PIPELINE)):
     return path
   index = os.path.join(path, _PIPELINE)
   parts = {name for name, value in cards.read_json_object(index).items()
@@ -111,20 +112,20 @@ def config_files(path: str) -> tuple[str, str]:
     path: as `find_network` gives it. A scheduler that is not beside the weights
       is looked for where pipelines have it.
   """
-  folder = os.path.dirname(path) or "." if os.path.isfile(path) else path
+  folder = os.path.dirname(path) or "." if storage.isfile(path) else path
   scheduler = os.path.join(folder, SCHEDULER)
   other = os.path.join(os.path.dirname(os.path.abspath(folder)),
                        _SCHEDULER_FOLDER, SCHEDULER)
-  if not os.path.exists(scheduler) and os.path.exists(other):
+  if not storage.exists(scheduler) and storage.exists(other):
     scheduler = other
   return os.path.join(folder, CONFIG), scheduler
 
 
 def _read_json(path: str) -> dict:
   folder, name = os.path.split(path)
-  if not os.path.exists(path):
-    received = (f"{folder!r} with {sorted(os.listdir(folder))}"
-                if os.path.isdir(folder) else f"no folder {folder!r}")
+  if not storage.exists(path):
+    received = (f"{folder!r} with {sorted(storage.listdir(folder))}"
+                if storage.isdir(folder) else f"no folder {folder!r}")
     raise UserError(f"a diffusers folder must hold {name} beside the weights. "
                     f"Received: {received}")
   return cards.read_json_object(path)
@@ -365,13 +366,13 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     UserError: missing, truncated, or with values that are not finite; a .bin
       file without PyTorch.
   """
-  if os.path.isdir(path):
+  if storage.isdir(path):
     found = [name for name in (WEIGHTS, PICKLED_WEIGHTS)
-             if os.path.exists(os.path.join(path, name))]
+             if storage.exists(os.path.join(path, name))]
     if not found:
       raise UserError(
           f"a diffusers folder must hold {WEIGHTS} or {PICKLED_WEIGHTS}. "
-          f"Received: {path!r} with {sorted(os.listdir(path))}")
+          f"Received: {path!r} with {sorted(storage.listdir(path))}")
     path = os.path.join(path, found[0])
   if path.endswith(".bin"):
     return tensors.read_state_dict(path)

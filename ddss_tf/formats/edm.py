@@ -11,13 +11,13 @@ of the words with which the original built the network. Weights keep the licence
 of what they were made from (CC BY-NC-SA 4.0 for the published ones).
 """
 
-import os
 from typing import Mapping
 
 import keras
 import numpy as np
 import safetensors.numpy
 
+from ddss_tf import storage
 from ddss_tf import errors
 from ddss_tf import schedules
 from ddss_tf.formats import cards
@@ -69,8 +69,8 @@ _IGNORED = ("use_fp16", "augment_dim", "dropout", "epsilon_t")
 
 def is_edm(path: str) -> bool:
   """Whether it is such a file; safetensors are others', too, without a card."""
-  return path.endswith(SUFFIXES) and os.path.isfile(path) and (
-      path.endswith(".npz") or os.path.exists(path + ".json"))
+  return path.endswith(SUFFIXES) and storage.isfile(path) and (
+      path.endswith(".npz") or storage.exists(path + ".json"))
 
 
 def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
@@ -88,7 +88,7 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
     UserError: no card, or one of a network that is not implemented.
   """
   source = path + ".json"
-  if not os.path.exists(source):
+  if not storage.exists(source):
     raise UserError(f"{path} must have a card, {source}, as "
                     "tools/convert_edm.py writes it. Received: none")
   return read_config(source)
@@ -204,7 +204,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   """
   try:
     if path.endswith(".npz"):
-      with np.load(path, allow_pickle=False) as file:
+      with storage.load_arrays(path) as file:
         weights = dict(file)
     else:
       weights = safetensors.numpy.load_file(path)

@@ -39,7 +39,7 @@ CARD_KEYS = ("preset", "prediction", "schedule", "null_label",
 
 def is_weights(path: str) -> bool:
   """Whether it is such a file."""
-  return path.endswith(SUFFIX) and os.path.isfile(path)
+  return path.endswith(SUFFIX) and storage.isfile(path)
 
 
 def read_card(path: str, given: Mapping[str, object]) -> dict:

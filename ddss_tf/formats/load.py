@@ -239,7 +239,7 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
 
 def _unknown(path: str) -> UserError:
   """What is said of a path that is of no format."""
-  if not os.path.isdir(path):
+  if not storage.isdir(path):
     return UserError(
         "denoiser path must be a folder, a checkpoint prefix, a .pt, "
         ".safetensors or .bin file, a .keras file, weights of Keras "
@@ -251,7 +251,7 @@ def _unknown(path: str) -> UserError:
       f"denoiser folder must hold {own.CARD} (ours), "
       f"{diffusers.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
       f"checkpoint (*.index). Received: {path!r} with "
-      f"{sorted(os.listdir(path))}")
+      f"{sorted(storage.listdir(path))}")
 
 
 def _check_given(path, given, allowed):
@@ -265,19 +265,19 @@ def _check_given(path, given, allowed):
 def embedded_denoisers() -> list[str]:
   """Names of the models that come with the package."""
   return sorted(
-      name for name in os.listdir(_ASSETS)
-      if os.path.exists(os.path.join(_ASSETS, name, own.CARD)))
+      name for name in storage.listdir(_ASSETS)
+      if storage.exists(os.path.join(_ASSETS, name, own.CARD)))
 
 
 def _own_folder(path: str) -> str:
   """The folder of a model in our own format, an embedded one by its name."""
-  if not os.path.exists(path) and os.sep not in path:
+  if not storage.exists(path) and os.sep not in path:
     return os.path.join(_ASSETS, path)
   return path
 
 
 def _is_own(path: str) -> bool:
-  return os.path.exists(os.path.join(_own_folder(path), own.CARD))
+  return storage.exists(os.path.join(_own_folder(path), own.CARD))
 
 
 def _load_own(path: str, given: dict) -> Denoiser:
@@ -290,7 +290,7 @@ def _is_foreign(path: str) -> bool:
 
 
 def _is_openai(path: str) -> bool:
-  return path.endswith(openai.SUFFIX) and os.path.isfile(path)
+  return path.endswith(openai.SUFFIX) and storage.isfile(path)
 
 
 def _is_ddpm(path: str) -> bool:

@@ -18,13 +18,13 @@ PyTorch is needed to read the file, and only for that. Of a training run of your
 own, take `ema_*.pt`, not `model*.pt`: the file does not say which it is.
 """
 
-import os
 import re
 from typing import Mapping
 
 import keras
 import numpy as np
 
+from ddss_tf import storage
 from ddss_tf import schedules
 from ddss_tf.formats import cards
 from ddss_tf.formats import tensors
@@ -71,7 +71,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   """
   source = path + ".json"
   card = {}
-  if os.path.exists(source):
+  if storage.exists(source):
     card = cards.read_json_object(source)
   known = {**_NEEDED, **_OPTIONAL, **dict.fromkeys(_CHECKED, _FLAG)}
   unknown = sorted(set(card) - set(known))

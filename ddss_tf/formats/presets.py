@@ -9,7 +9,6 @@ the fields of `UNetConfig`, or a card of EDM's words (see `edm_format`):
 """
 
 import dataclasses
-import os
 import typing
 
 from ddss_tf import storage
@@ -94,7 +93,7 @@ def read(preset: str) -> tuple[UNetConfig | EDMConfig,
     return config, (edm.sigmas() if isinstance(config, EDMConfig)
                     else None)
   preset = storage.expanded(preset)
-  if not isinstance(preset, str) or not os.path.isfile(preset):
+  if not isinstance(preset, str) or not storage.isfile(preset):
     raise UserError(f"preset must be {WANTED}. Received: {preset!r}")
   words = cards.read_json_object(preset)
   if "class_name" in words:

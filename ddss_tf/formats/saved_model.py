@@ -5,6 +5,7 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import storage
 from ddss_tf import errors
 from ddss_tf.denoisers import inputs as inputs_lib
 from ddss_tf.networks import files as network_files
@@ -15,12 +16,12 @@ KERAS_SUFFIX = ".keras"
 
 def is_keras_file(path: str) -> bool:
   """Whether it is a Keras model in one file."""
-  return path.endswith(KERAS_SUFFIX) and os.path.isfile(path)
+  return path.endswith(KERAS_SUFFIX) and storage.isfile(path)
 
 
 def is_saved_model(path: str) -> bool:
   """Whether it is a folder with a SavedModel, perhaps a damaged one."""
-  return any(os.path.exists(os.path.join(path, name))
+  return any(storage.exists(os.path.join(path, name))
              for name in ("saved_model.pb", "saved_model.pbtxt", "variables"))
 
 

@@ -7,6 +7,7 @@ import re
 import keras
 import tensorflow as tf
 
+from ddss_tf import storage
 from ddss_tf import errors
 # Keras finds layers by the names under which these modules register them.
 from ddss_tf.networks import edm_layers  # pylint: disable=unused-import
@@ -61,14 +62,14 @@ def load(folder: str):
   """
   _check_complete(folder)
   # TF-Hub's first format has no tags.
-  tags = ([] if os.path.exists(os.path.join(folder, "tfhub_module.pb"))
+  tags = ([] if storage.exists(os.path.join(folder, "tfhub_module.pb"))
           else None)
   try:
     with frozen_variables():
       return tf.saved_model.load(folder, tags=tags)
   except Exception as error:  # TensorFlow raises many kinds for damage.
     hint = ""
-    if not os.path.exists(os.path.join(folder, "variables",
+    if not storage.exists(os.path.join(folder, "variables",
                                        "variables.index")):
       hint = "variables/variables.index is missing; "
     raise UserError(f"{folder} is not a complete SavedModel: {hint}"
@@ -86,13 +87,13 @@ def freeze_signature(signature) -> None:
 
 def _check_complete(folder: str) -> None:
   """Refuses what an interrupted download or copy leaves."""
-  files = set(os.listdir(folder))
+  files = set(storage.listdir(folder))
   if not files & {"saved_model.pb", "saved_model.pbtxt"}:
     raise UserError(
         f"{folder} must be a SavedModel. Received: a folder without "
         "saved_model.pb, perhaps half-written: delete it and unpack it again")
   variables = os.path.join(folder, "variables")
-  shards = os.listdir(variables) if os.path.isdir(variables) else []
+  shards = storage.listdir(variables) if storage.isdir(variables) else []
   present = [name for name in shards if name.startswith("variables.data-")]
   if "variables.index" in shards or present:
     count = int(present[0].rsplit("-", 1)[-1]) if present else 1
@@ -107,13 +108,13 @@ def sha256(folder: str) -> str:
   """Hash of the names and contents of what a SavedModel computes with."""
   paths = ["saved_model.pb", "saved_model.pbtxt", "tfhub_module.pb"]
   for part in ("variables", "assets"):
-    for root, _, files in os.walk(os.path.join(folder, part)):
+    for root, _, files in storage.walk(os.path.join(folder, part)):
       paths += [os.path.relpath(os.path.join(root, file), folder)
                 for file in files]
   digest = hashlib.sha256()
   for path in sorted(paths):
-    if os.path.isfile(os.path.join(folder, path)):
-      with open(os.path.join(folder, path), "rb") as f:
+    if storage.isfile(os.path.join(folder, path)):
+      with storage.open(os.path.join(folder, path), "rb") as f:
         part = hashlib.file_digest(f, "sha256").hexdigest()
       digest.update(f"{path} {part}\n".encode())
   return digest.hexdigest()

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import numpy as np
 from scipy import optimize
 
+from ddss_tf import storage
 from ddss_tf.reporting import grids
 from ddss_tf.reporting import style as style_lib
 from ddss_tf.runs import records as records_lib
@@ -382,10 +383,10 @@ def _is_named(record, name):
 
 def read_samples(path) -> dict[str, np.ndarray]:
   """uint8 [N, H, W, C] by `sample_key`; none if there is no such file."""
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return {}
   try:
-    with np.load(path) as arrays:
+    with storage.load_arrays(path) as arrays:
       return dict(arrays)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile,
           zlib.error) as error:

@@ -71,7 +71,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
       lstrip_blocks=True)
   environment.filters["number"] = _number
   environment.filters["count"] = lambda value: _number(value, "d")
-  with open(_TEMPLATE, encoding="utf-8") as f:
+  with storage.open(_TEMPLATE, encoding="utf-8") as f:
     template = environment.from_string(f.read())
   try:
     page = template.render(
@@ -100,9 +100,9 @@ def _number(value, form: str) -> markupsafe.Markup:
 
 
 def _text(path):
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return ""
-  with open(path, encoding="utf-8", errors="replace") as f:
+  with storage.open(path, encoding="utf-8", errors="replace") as f:
     return f.read()
 
 
@@ -118,12 +118,12 @@ def _results(run):
   everything = records_lib.read_records(run.path(run_dir_lib.METRICS))
   records = everything
   table = run.path(f"{run_dir_lib.TABLE}.csv")
-  if os.path.exists(table):
-    with open(table, newline="", encoding="utf-8") as f:
+  if storage.exists(table):
+    with storage.open(table, newline="", encoding="utf-8") as f:
       rows = [records_lib.row_key(row) for row in csv.DictReader(f)]
     records = sorted((r for r in everything if records_lib.row_key(r) in rows),
                      key=lambda r: rows.index(records_lib.row_key(r)))
-  elif os.path.exists(run.path(run_dir_lib.SAMPLER)):
+  elif storage.exists(run.path(run_dir_lib.SAMPLER)):
     found = card.read(run.path(run_dir_lib.SAMPLER))
     sha256 = fingerprint.coefficients_sha256(found.coefficients)
     records = [r for r in everything if r.get("sampler") != found.label
@@ -144,7 +144,7 @@ def _results(run):
 def _found_samplers(run):
   """The searched samplers below a folder, for the template."""
   found = []
-  for folder, below, files in os.walk(run.root):
+  for folder, below, files in storage.walk(run.root):
     below[:] = sorted(set(below) - set(_NO_SAMPLERS))
     if run_dir_lib.SAMPLER not in files:
       continue
@@ -180,14 +180,14 @@ def _uses(run, groups, found):
               for name, file in run_dir_lib.ALSO.items()}
     uses.append({
         "label": each["label"], "num_steps": each["num_steps"],
-        "exported": os.path.isdir(model), "model": repr(model),
-        **{name: os.path.exists(path) and repr(path)
+        "exported": storage.isdir(model), "model": repr(model),
+        **{name: storage.exists(path) and repr(path)
            for name, path in others.items()},
         "card": os.path.join(folder, run_dir_lib.SAMPLER),
         "command": shlex.join([
             "python", "-m", "ddss_tf.main", "--mode=export",
             f"--gin_file={config}", f"--run_dir={folder}"])
-                   if os.path.exists(config) else
+                   if storage.exists(config) else
                    f"ddss_tf.export({folder!r}, denoiser)",
     })
   return uses
@@ -267,9 +267,9 @@ def _figures(folder, names):
   figures = []
   for name in names:
     path = os.path.join(folder, name)
-    if not os.path.exists(path):
+    if not storage.exists(path):
       continue
-    with open(path, "rb") as f:
+    with storage.open(path, "rb") as f:
       content = f.read()
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
       raise UserError(f"{path} is damaged: not a PNG")

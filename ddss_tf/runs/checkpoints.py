@@ -9,7 +9,6 @@ import contextlib
 import glob
 import os
 import re
-import shutil
 
 from absl import logging
 import tensorflow as tf
@@ -75,7 +74,7 @@ class Checkpoints:
       found = step
       break
     # TensorFlow's list comes last: without it the first one was not finished.
-    begun = os.path.exists(os.path.join(self._folder, "checkpoint"))
+    begun = storage.exists(os.path.join(self._folder, "checkpoint"))
     if damaged and found is None and begun:
       raise UserError("checkpoints must be readable; delete the run_dir to "
                       f"begin anew. Received: {', '.join(damaged)} "
@@ -84,9 +83,9 @@ class Checkpoints:
       logging.warning("checkpoint %s is damaged (%s): going on from the one "
                       "before", path, reason)
     for path in self._begun():
-      shutil.rmtree(path, ignore_errors=True)
+      storage.remove_tree(path, ignore_errors=True)
     for path in damaged:
-      os.replace(f"{path}.index", f"{path}.index.damaged")
+      storage.rename(f"{path}.index", f"{path}.index.damaged")
     notes = {}
     if found is not None:
       with contextlib.suppress(OSError, ValueError):
@@ -121,7 +120,7 @@ class Checkpoints:
     except (OSError, tf.errors.OpError) as error:
       # What TensorFlow has begun would fill a full disk for good.
       for path in self._begun():
-        shutil.rmtree(path, ignore_errors=True)
+        storage.remove_tree(path, ignore_errors=True)
       raise UserError(
           f"checkpoint {self._path(step)} cannot be written: "
           f"{' '.join(str(error).split())[:200]}; the last good one is "
@@ -132,21 +131,21 @@ class Checkpoints:
     # Before the checkpoint, which does not count without it.
     storage.write_json(f"{self._path(step)}.json", {
         "seconds": seconds,
-        "events": {os.path.basename(path): os.path.getsize(path)
+        "events": {os.path.basename(path): storage.size(path)
                    for path in self._event_files()}})
     if self._manager is None:
       self._manager = tf.train.CheckpointManager(
           self._checkpoint, self._folder, max_to_keep=_KEPT)
     self.latest = self._manager.save(checkpoint_number=step)
     kept = self._steps()
-    for path in glob.glob(os.path.join(glob.escape(self._folder),
+    for path in storage.glob(os.path.join(glob.escape(self._folder),
                                        "ckpt-*.json")):
       if int(re.search(r"-(\d+)\.json$", path)[1]) not in kept:
-        os.remove(path)
+        storage.remove(path)
 
   def _begun(self):
     """Folders of checkpoints that were not finished."""
-    return glob.glob(os.path.join(glob.escape(self._folder), "ckpt-*_temp*"))
+    return storage.glob(os.path.join(glob.escape(self._folder), "ckpt-*_temp*"))
 
   def _path(self, step):
     return os.path.join(self._folder, f"ckpt-{step}")
@@ -154,18 +153,18 @@ class Checkpoints:
   def _steps(self):
     """Of the checkpoints on disk: TensorFlow's own list may be damaged too."""
     found = (re.fullmatch(r"ckpt-(\d+)\.index", name)
-             for name in (os.listdir(self._folder)
-                          if os.path.isdir(self._folder) else ()))
+             for name in (storage.listdir(self._folder)
+                          if storage.isdir(self._folder) else ()))
     return [int(match[1]) for match in found if match]
 
   def _event_files(self):
-    return glob.glob(os.path.join(glob.escape(self._events), f"*{_EVENTS}"))
+    return storage.glob(os.path.join(glob.escape(self._events), f"*{_EVENTS}"))
 
   def _take_back_events(self, sizes):
     """Cuts the event files to the sizes they had at a checkpoint."""
     for path in self._event_files():
       size = sizes.get(os.path.basename(path), 0)
       if size:
-        os.truncate(path, size)
+        storage.truncate(path, size)
       else:
-        os.remove(path)
+        storage.remove(path)

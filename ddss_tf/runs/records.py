@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import os
 from typing import Mapping, TypedDict
 
 import numpy as np
@@ -291,7 +290,7 @@ def read_records(path: str) -> list[Record]:
   Raises:
     UserError: it is damaged.
   """
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return []
   try:
     records = storage.read_json(path)

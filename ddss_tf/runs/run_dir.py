@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 from typing import Iterator, NamedTuple
 
 from absl import logging
@@ -113,15 +112,15 @@ class RunDir:
     self._locked_first = False  # Whether `lock` made the lock's file.
     if not distribution.is_chief():
       return
-    while not os.path.lexists(folder):
+    while not storage.lexists(folder):
       self._made.append(folder)
       folder = os.path.dirname(folder)
     try:
-      os.makedirs(root, exist_ok=True)
+      storage.makedirs(root, exist_ok=True)
       # Tried, not asked: os.access says yes to root on read-only systems.
       with storage.replacing(self.path(".writable")):
         pass
-      os.remove(self.path(".writable"))
+      storage.remove(self.path(".writable"))
     except OSError as error:
       self.withdraw()
       raise UserError(f"run_dir must be a folder that can be written to. "
@@ -136,7 +135,7 @@ class RunDir:
     return "\n".join(
         f"{self.path(file.name):<40} "
         f"{file.note.format(path=self.path(file.name))}" for file in FILES
-        if file.note and os.path.exists(self.path(file.name)))
+        if file.note and storage.exists(self.path(file.name)))
 
   def lock(self) -> None:
     """Keeps other processes out until `release`, or the process ends.
@@ -152,7 +151,7 @@ class RunDir:
       return
     path = os.path.realpath(self.path(_LOCK))
     while True:
-      is_new = not os.path.exists(path)
+      is_new = not storage.exists(path)
       lock = filelock.FileLock(
           path, timeout=0, is_singleton=True, thread_local=False)
       try:
@@ -164,10 +163,10 @@ class RunDir:
         logging.warning(
             "run_dir %r cannot be locked (%s): give it to one command at a "
             "time", self.root, error.strerror or repr(error))
-        if is_new and os.path.exists(path):
-          os.remove(path)
+        if is_new and storage.exists(path):
+          storage.remove(path)
         return
-      if os.path.exists(path):
+      if storage.exists(path):
         break
       lock.release()  # `withdraw` has removed the file: it keeps nobody out.
     self._locks.append(lock)
@@ -193,20 +192,20 @@ class RunDir:
     To be called before `release`.
     """
     if self._locked_first and self._locks:
-      os.remove(self.path(_LOCK))
+      storage.remove(self.path(_LOCK))
       self._locked_first = False
     with contextlib.suppress(OSError):  # Not empty: of others as well.
       for folder in self._made:
-        if os.path.isdir(folder):
-          os.rmdir(folder)
+        if storage.isdir(folder):
+          storage.rmdir(folder)
 
   def remove(self, *paths: str) -> None:
     """Removes files and folders inside, those that are there."""
     for path in map(self.path, paths if distribution.is_chief() else ()):
-      if os.path.isdir(path):
-        shutil.rmtree(path)
-      elif os.path.exists(path):
-        os.remove(path)
+      if storage.isdir(path):
+        storage.remove_tree(path)
+      elif storage.exists(path):
+        storage.remove(path)
 
   def keep_config(self) -> None:
     """Writes `config.gin`, for a stage that has accepted what it is given."""
@@ -232,7 +231,7 @@ class RunDir:
       UserError: the directory belongs to another; names the differences.
     """
     path = self._claim_path(stage)
-    if not os.path.exists(path):
+    if not storage.exists(path):
       return False
     identity, open_to = (
         json.loads(json.dumps(values, default=storage.plain))
@@ -275,7 +274,7 @@ class RunDir:
       # The other claim stays till the last: whoever is killed in between must
       # not take what is left for the new configuration's.
       folder, kept = os.path.split(claim)
-      names = sorted(set(os.listdir(folder)) - {kept})
+      names = sorted(set(storage.listdir(folder)) - {kept})
       self.remove(*(os.path.join(CHECKPOINTS, name) for name in names),
                   *results)
     storage.write_json(claim, identity)

@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 
 import numpy as np
@@ -107,11 +106,11 @@ def read(path: str) -> SamplerCard:
       coefficients; names the field.
   """
   path = storage.expanded(path)
-  if not os.path.exists(path):
+  if not storage.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
   try:
     # A byte order mark is some editors' own.
-    with open(path, encoding="utf-8-sig") as f:
+    with storage.open(path, encoding="utf-8-sig") as f:
       values = json.load(f, object_pairs_hook=_unique)
     _check_fields(values)
     card = SamplerCard(

@@ -107,9 +107,9 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
       fingerprint.coefficients_sha256(known), denoiser.key, num_samples,
       seed, x0_bound, *identity]))
   path = os.path.join(cache_dir, f"views-{key[:32]}.npz")
-  if os.path.exists(path):
+  if storage.exists(path):
     try:
-      with np.load(path, allow_pickle=False) as file:
+      with storage.load_arrays(path) as file:
         found = file["views"]
       if len(found) == num_samples:
         return found

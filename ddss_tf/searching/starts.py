@@ -1,7 +1,6 @@
 """Where a search starts: every solver on every stride, tried on fixed noise."""
 
 import functools
-import os
 from typing import Callable
 
 from absl import logging
@@ -136,7 +135,7 @@ def _worse(entry):
 
 
 def _read(path, conditions):
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return []
   try:
     values = storage.read_json(path)

@@ -5,6 +5,8 @@ import os
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ddss_tf import storage
+
 _CITATION = """\
 @article{lecun1998gradient,
   title={Gradient-based learning applied to document recognition},
@@ -31,7 +33,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   RELEASE_NOTES = {"1.0.0": "First release."}
 
   def _info(self) -> tfds.core.DatasetInfo:
-    with open(os.path.join(_HERE, "README.md"), encoding="utf-8") as f:
+    with storage.open(os.path.join(_HERE, "README.md"), encoding="utf-8") as f:
       description = f.read()
     return tfds.core.DatasetInfo(
         builder=self,
