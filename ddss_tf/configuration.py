@@ -449,7 +449,7 @@ def _check_effects(bindings: list[_Binding]) -> None:
       called = [f"{binding.selector}.{binding.argument}"]
     raise ValueError(
         f"binding {binding.scope}/{binding.selector}.{binding.argument} has no "
-        f"effect, for nothing refers to @{binding.scope}/{binding.selector}; "
+        f"effect, because nothing refers to @{binding.scope}/{binding.selector}; "
         f"is it misspelt? With an effect: {', '.join(called)}")
 
 

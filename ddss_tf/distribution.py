@@ -6,7 +6,7 @@ has a default one, of one replica, whose work is that of a plain `tf.function`.
 
 An image depends on its seed and its index only, so a share is a range of
 indices, and the images are the same whatever the number of replicas. A distance
-between sets of images is no mean over replicas: their rows are gathered, each
+between sets of images is not a mean over replicas: their rows are gathered, each
 replica computes the value of the whole, and pulls the gradient of its own rows
 back; the sum over replicas is the gradient. (With a mean it would be too small
 by their number; reducing the gradients of local values would be biased.)
@@ -123,7 +123,7 @@ def is_chief() -> bool:
 def everyones(value: float) -> list[float]:
   """The values that all workers give, the chief's first; they wait for it.
 
-  Of a worker with several replicas the value is there as often.
+  A worker with several replicas has its value in the list as often.
   """
   if _cluster() is None:
     return [value]
@@ -165,7 +165,7 @@ def outside(fn: Callable):
 
 
 def num_replicas() -> int:
-  """Of the strategy in force."""
+  """The number of replicas of the strategy in force."""
   return tf.distribute.get_strategy().num_replicas_in_sync
 
 

@@ -23,7 +23,6 @@ import scipy.linalg
 import tensorflow as tf
 
 
-# Of a record: None where they are not finite.
 _BLOCK_ROWS = 4096
 # Differences of logits beyond this are cut: exp(-600) adds nothing to a score,
 # and is a number still where exp(-800) is 0.

@@ -262,11 +262,11 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       `ExplodingSchedule`.
     num_train_steps: T; the number of `betas` or `sigmas` where they are given.
     beta_start: of the two linear ones.
-    beta_end: likewise.
+    beta_end: the last beta of these.
     betas: float [T], for "betas" only.
     sigma_min: of the geometric one; its default and the next are those of Song
       et al. (2021, https://arxiv.org/abs/2011.13456) for CIFAR-10.
-    sigma_max: likewise.
+    sigma_max: the largest of these.
     sigmas: float [T], for "sigmas" only.
     zero_snr: rescale it so that it ends in pure noise, see
       `NoiseSchedule.rescaled_to_zero_snr`; not of variance-exploding ones.

@@ -85,7 +85,7 @@ def replacing_folder(path: str) -> Iterator[str]:
 def write_text(path: str, text: str) -> None:
   """Writes a text file atomically: UTF-8 with "\\n", whatever the locale."""
   with replacing(path) as temporary:
-    # Of file names that are no text Python has halves of characters.
+    # Python has halves of characters where a file name is not valid text.
     with builtins.open(temporary, "w", encoding="utf-8", newline="\n",
               errors="backslashreplace") as f:
       f.write(text)
@@ -127,7 +127,8 @@ def expanded(path):
   of a binding.
 
   Args:
-    path: as it was given; what is no path is given back, for others to refuse.
+    path: as it was given. A value that is not a path is given back, and others
+      refuse it.
 
   Returns:
     The path, as text.

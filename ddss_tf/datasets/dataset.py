@@ -67,5 +67,5 @@ def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
     return tf.cast(tf.clip_by_value(pixels, 0.0, 255.0), tf.uint8)
   pixels = np.round(np.float32(127.5) * np.asarray(images, np.float32)
                     + np.float32(127.5))
-  with np.errstate(invalid="ignore"):  # There is no byte for NaN.
+  with np.errstate(invalid="ignore"):  # NaN has no byte.
     return np.clip(pixels, 0, 255).astype(np.uint8)

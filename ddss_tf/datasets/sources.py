@@ -137,7 +137,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
     raise UserError(
         f"dataset {name!r} must be prepared first, by `tfds build {name}` "
         "where tensorflow-io loads, such as 0.37.1 beside TensorFlow 2.16: then "
-        "pass its folder as data_dir, for to read it takes no tensorflow-io. "
+        "pass its folder as data_dir: reading it takes no tensorflow-io. "
         f"Received: nothing at {builder.data_dir}, and here {obstacle}")
   if not download and builder.name not in EMBEDDED:
     raise UserError(
@@ -154,7 +154,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
 
   try:
     prepare(builder)
-  except Exception as error:  # Of the disk, the network or the data set.
+  except Exception as error:  # A fault of the disk, the network or the data set.
     # Another process may have been first; then its result serves as well.
     if builder.data_path.exists():
       return find()

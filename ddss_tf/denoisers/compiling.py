@@ -10,7 +10,7 @@ from ddss_tf.networks import edm_layers
 from ddss_tf.networks import group_norm
 from ddss_tf.networks import layers
 
-# Of the networks that we build: XLA is known to compile them, and asking takes
+# Layers of the networks that we build: XLA is known to compile them, and asking takes
 # as long as tracing them once more.
 _KNOWN = (
     keras.layers.InputLayer, keras.layers.Rescaling, keras.layers.Dense,
@@ -31,7 +31,7 @@ def _is_known(layer) -> bool:
 def obstacle(denoiser) -> str | None:
   """Why XLA cannot compile a denoiser's eps; None if it can.
 
-  Its gradient counts, too, for an operation may have a kernel and its gradient
+  Its gradient counts, too, because an operation may have a kernel and its gradient
   none. A bicubic resize has neither.
 
   Args:

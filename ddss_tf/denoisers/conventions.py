@@ -17,7 +17,7 @@ from ddss_tf.schedules import NoiseSchedule
 PREDICTIONS = ("eps", "x0", "v", "score")
 PROCESSES = ("vp", "ve")
 TIME_INPUTS = ("step", "sigma", "log_sigma")
-# Of these an image follows that is exact where there is hardly any signal, and
+# From these an image follows that is exact where there is hardly any signal, and
 # where eps, as a difference from the state, would have lost it.
 EXACT = ("x0", "v")
 # The relative rounding of two float32, with some room: a coefficient that is as
@@ -47,7 +47,7 @@ class Convention:
     time_scale: the network is fed with time_scale * clock + time_offset.
       1 / (T - 1) makes steps of [0, T - 1] times of [0, 1]; 1 / T with the
       offset 1 / T makes them (t + 1) / T.
-    time_offset: likewise.
+    time_offset: it is added to the scaled time.
 
   Raises:
     ValueError: a value that is none of these, or "v" with "ve".
@@ -139,7 +139,7 @@ class Convention:
 
     where dp and dq are 0 unless they have been learned. Through eps it would be
     the difference of two images 1 / alpha_t times as large, which is 2e4 at the
-    end of a cosine schedule. With x0, likewise, it is (dp + dq / sigma_t) x_t +
+    end of a cosine schedule. With x0 it is (dp + dq / sigma_t) x_t +
     (1 - dq alpha_t / sigma_t) x0.
 
     Args:

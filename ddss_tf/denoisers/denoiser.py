@@ -32,7 +32,7 @@ class Denoiser:
   Args:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
       [B, H, W, C]; a class-conditional one `[x_t, t, labels]`, labels int [B].
-      Of a functional Keras model these may come in another order, and be of
+      A functional Keras model may take these in another order, and be of
       other shapes and integers (see `inputs.adapted`). Where it gives 2 C
       channels, the last C are taken for a learned variance and left out:
       samplers bring their own. Loaded or built under
@@ -136,7 +136,7 @@ class Denoiser:
 
     Args:
       guidance_scale: see the class; None: as it is.
-      null_label: likewise.
+      null_label: see the class; None: as it is.
 
     Raises:
       ValueError: see the class.
@@ -355,7 +355,7 @@ class Denoiser:
     return self._compile(self.eps, jit_compile, remat)
 
   def compiled_output(self, jit_compile: bool = True, remat: bool = False):
-    """`output` likewise; of a network that predicts eps it is `compiled_eps`.
+    """`output` as a `tf.function`; it is `compiled_eps` if eps is predicted.
 
     Args:
       jit_compile: see `compiled_eps`.
@@ -446,7 +446,7 @@ def _image_shape(model, told) -> tuple[int, int, int]:
     raise ValueError(f"image_shape must be {shape_text(shape)}. "
                      f"Received: {shape_text(told)}")
   if None in told:
-    raise ValueError("image_shape must be given, for the model takes "
+    raise ValueError("image_shape must be given, because the model takes "
                      f"{shape_text(shape)}")
   return told
 

@@ -21,8 +21,8 @@ from ddss_tf.errors import UserError
 from ddss_tf.features.network import check_shapes
 from ddss_tf.samplers.sampler import Sampler
 
-_SPLITS = 10  # Of the Inception Score, as published.
-LEAST_IMAGES = 4  # Of KID with an error, generated and real.
+_SPLITS = 10  # The Inception Score is published as a mean of 10 parts.
+LEAST_IMAGES = 4  # KID has an error only then; generated and real images.
 _TIMED = 4  # Batches, the first of which does not count.
 
 
@@ -109,7 +109,7 @@ class Evaluator:
       UserError: too few samples.
     """
     if num_samples < 4:
-      raise UserError("num_samples must be at least 4, for KID has an error "
+      raise UserError("num_samples must be at least 4, because KID has an error "
                       f"only then. Received: {num_samples}")
     coefficients = sampler.coefficients().numpy()
     seed = self._seed if seed is None else seed
@@ -214,7 +214,7 @@ def _measure(batches, extract, reference, num_samples, label):
       rows = [found[0]["logits"], *(output["pool"] for output in found)]
       bad = ~np.all(np.isfinite(batch), axis=(1, 2, 3))
       broken += np.sum(bad)
-      # There is no byte for NaN: what a network sees of it would look fine.
+      # NaN has no byte. Rounded, such an image would look fine to a network.
       yield [np.where(bad[:, None], np.nan, values) for values in rows]
 
   logits, *pools = reference_lib.collect(outputs(), num_samples)

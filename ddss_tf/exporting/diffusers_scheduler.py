@@ -73,8 +73,8 @@ def write(folder: str, card: SamplerCard, denoiser: Denoiser,
   Args:
     folder: its path; only a folder of such files is replaced.
     card: see `config`, as the others.
-    denoiser: likewise.
-    integer_timesteps: likewise.
+    denoiser: see `write`.
+    integer_timesteps: see `write`.
 
   Raises:
     UserError: something else is there.

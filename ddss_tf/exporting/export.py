@@ -150,7 +150,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     with storage.replacing_folder(run.path(run_dir_lib.EXPORT)) as temporary:
       try:
         tf.saved_model.save(module, temporary, signatures=module.endpoints)
-      except tf.errors.OpError as error:  # Of a full disk, say.
+      except tf.errors.OpError as error:  # A full disk, say.
         raise UserError(f"{run.path(run_dir_lib.EXPORT)} cannot be written: "
                         f"{' '.join(str(error).split())[:200]}") from error
       _check(temporary, inputs, expected)

@@ -18,7 +18,7 @@ INCEPTION_SIZE = 299
 def _fetched(handle: str) -> str:
   """Has tensorflow_hub download a handle into its cache."""
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Of pkg_resources, which it imports.
+    warnings.simplefilter("ignore")  # pkg_resources, which it imports, warns.
     import tensorflow_hub  # pylint: disable=g-import-not-at-top
   logging.info("fetching %s", handle)
   return tensorflow_hub.resolve(handle)

@@ -92,7 +92,7 @@ class FeatureNetwork:
   def identity(self) -> dict[str, str]:
     """How results name it: name, "sha256", "protocol".
 
-    And the `key`, for the weights do not tell an activation; what comes with
+    And the `key`, because weights do not tell an activation; what comes with
     the package is known by its weights.
     """
     told = {"name": self.name, "sha256": self.sha256, "protocol": self.protocol}
@@ -204,7 +204,7 @@ def check_features(features: FeatureNetwork, dataset: ImageDataset,
                     "finite. Received: NaN or infinity")
   spread = np.sum(np.var(pool, axis=0, dtype=np.float64))
   size = np.sum(np.mean(pool, axis=0, dtype=np.float64) ** 2)
-  # Of the same image in batches of other sizes the last bits differ.
+  # The last bits of an image's features depend on the size of its batch.
   if spread <= (4 * np.finfo(np.float32).eps) ** 2 * size:
     raise UserError(
         f"features {features.name!r} of {dataset.name!r} must differ: a search "

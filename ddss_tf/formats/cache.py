@@ -79,7 +79,8 @@ def _cache_key(path: str, given: dict) -> str:
   for file in _files(path):
     with storage.open(file, "rb") as f:
       content = hashlib.file_digest(f, "sha256").hexdigest()
-    # Of a single file the name means nothing, of several it says which is what.
+    # The name of a single file means nothing. Names of several files tell which
+    # is which.
     name = os.path.basename(file).removeprefix(os.path.basename(path))
     digest.update(f"{name}\0{content}\0".encode())
   return digest.hexdigest()

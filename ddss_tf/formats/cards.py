@@ -181,7 +181,7 @@ def json_value(source: str, key: str, value, kind: type, least: int = 1):
 
   Args:
     source: the file, for the message.
-    key: likewise.
+    key: the key of the value, for messages.
     value: as JSON has it.
     kind: int; float; bool; str; or tuple, of whole numbers.
     least: whether numbers are positive, 1, or may be 0.

@@ -75,7 +75,7 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
     missing = sorted(set(chosen) - set(averaged))
     if not missing:
       chosen = averaged
-    elif averaged:  # Of some variables only, which is no network.
+    elif averaged:  # Averages of some variables only do not make a network.
       raise UserError(f"{prefix} must have the {_EMA[1:]} of all variables, or "
                       f"of none. Received: none of {len(missing)}, among them "
                       f"{missing[0]}")

@@ -65,10 +65,10 @@ _USED = {
     "act_fn", "add_attention", "attention_head_dim", "attn_norm_num_groups",
     "block_out_channels", "center_input_sample", "class_embed_type",
     "down_block_types", "downsample_padding", "downsample_type",
-    "dropout",  # Of training: it is off when a network is used.
+    "dropout",  # It is off when a network is used.
     "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
     "mid_block_scale_factor", "norm_eps", "norm_num_groups", "num_class_embeds",
-    "num_train_timesteps",  # Of a learned time embedding only.
+    "num_train_timesteps",  # Only a learned time embedding has it.
     "out_channels", "resnet_time_scale_shift", "sample_size",
     "time_embedding_dim", "up_block_types", "upsample_type",
 }
@@ -215,7 +215,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
     unet_config = UNetConfig(
         image_size=size,
         in_channels=config["in_channels"],
-        # Of learned variances nothing is used: a sampler brings its own.
+        # A learned variance is not used, because a sampler brings its own.
         out_channels=config["in_channels"],
         channels=tuple(channels),
         blocks_per_level=config["layers_per_block"],

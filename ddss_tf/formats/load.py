@@ -104,14 +104,14 @@ def load_denoiser(
     guidance_scale: see `Denoiser`; needs a null label.
     prediction: of a SavedModel, a Keras file or weights with a preset, "eps",
       "x0", "v" or "score"; this and all below see `conventions.Convention`.
-    schedule: likewise, the process it was trained for: a schedule, or the
+    schedule: told with `prediction`; the process it was trained for: a schedule, or the
       arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
       "geometric" or "sigmas".
-    image_shape: likewise, (H, W, C), where its inputs do not tell.
-    process: likewise, "vp" or "ve".
-    time_input: likewise, "step", "sigma" or "log_sigma".
-    time_scale: likewise, of the times that it is fed with.
-    time_offset: likewise.
+    image_shape: told with `prediction`; (H, W, C), where its inputs do not tell.
+    process: told with `prediction`; "vp" or "ve".
+    time_input: told with `prediction`; "step", "sigma" or "log_sigma".
+    time_scale: told with `prediction`; a factor of the times that it is fed with.
+    time_offset: told with `prediction`; it is added to those times.
     signature: of a SavedModel, if there is a choice.
     num_classes: of a SavedModel or a Keras file that takes labels too.
     preset: the architecture of a `.weights.h5` file: a name of
@@ -368,9 +368,9 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
       a convolution or the epsilon of a normalisation.
     schedule: see `Denoiser`, as all below; of EDM's networks, whose process and
       prediction are their own, the only one.
-    prediction: likewise.
-    null_label: likewise.
-    **convention: likewise.
+    prediction: see `Denoiser`.
+    null_label: see `Denoiser`.
+    **convention: see `Denoiser`.
   """
   # Only what is not as by default: a field that is added changes no hash.
   architecture = {
@@ -381,7 +381,7 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
   classes = getattr(config, "num_classes", None)
   if isinstance(config, EDMConfig):
     convention = {"process": "ve", "time_input": "sigma"}
-    # The label after the last is no class: all zeros, see `layers.OneHot`.
+    # The label after the last stands for no class: all zeros, see `layers.OneHot`.
     # Only training with dropped labels has shown it to the network.
     knows_null = bool(config.label_dim and config.label_dropout)
     null_label = config.label_dim if knows_null else None
@@ -437,7 +437,7 @@ def _told_sha256(sha256: str | None, prediction: str,
   Args:
     sha256: of the weights, or of the files.
     prediction: see `Denoiser`.
-    schedule: likewise.
+    schedule: see `Denoiser`.
     others: by name, the convention and the architecture among them.
     num_classes: of a foreign network.
   """

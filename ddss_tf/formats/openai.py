@@ -188,7 +188,7 @@ def infer_config(weights: Mapping[str, np.ndarray],
   return UNetConfig(
       image_size=card["image_size"],
       in_channels=in_channels,
-      # Of learned variances nothing is used: a sampler brings its own.
+      # A learned variance is not used, because a sampler brings its own.
       out_channels=in_channels,
       channels=tuple(channels),
       blocks_per_level=blocks[0],
@@ -276,7 +276,7 @@ def _source_name(path: str, config: UNetConfig) -> str:
     blocks = config.blocks_per_level
     start = int(stage) * (blocks + 1) + (1 if side == "down" else 0)
     index = start + (blocks if number is None else int(number))
-    level = len(config.channels) - 1 - int(stage)  # Of the way up.
+    level = len(config.channels) - 1 - int(stage)  # Counted on the way up.
     residual = bool(layers[1:])  # Convolutions have no layers inside.
     member = {
         "block": "0",

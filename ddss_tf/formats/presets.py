@@ -19,7 +19,7 @@ from ddss_tf.networks.edm_unet import EDMConfig
 from ddss_tf.networks.unet import UNetConfig
 from ddss_tf.schedules import ExplodingSchedule
 
-# Of improved- and guided-diffusion, whose networks are PyTorch's.
+# What the networks of improved- and guided-diffusion share: they are PyTorch's.
 _OPENAI = dict(
     in_channels=3, out_channels=3, blocks_per_level=3, norm_epsilon=1e-5,
     sin_first=False, frequency_shift=0.0, symmetric_downsample=True,

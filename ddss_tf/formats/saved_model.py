@@ -117,7 +117,7 @@ def _entry_points(loaded):
   """Yields (name, function of the tensor inputs in order, their specs)."""
   if callable(loaded):
     concretes = getattr(loaded.__call__, "concrete_functions", [])
-    # Of a Keras model, that without dropout first.
+    # A Keras model has several. The one without dropout comes first.
     for concrete in sorted(concretes, key=lambda c: True in tf.nest.flatten(
         c.structured_input_signature)):
       structure = concrete.structured_input_signature

@@ -14,7 +14,7 @@ from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
 from ddss_tf.networks.frozen import frozen_variables
 
-# Of a variable: where its value comes from, and how it is laid out there.
+# Where a variable's value comes from, and how it is laid out there.
 Relayout = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray]
 
 

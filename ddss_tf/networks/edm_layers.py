@@ -211,7 +211,7 @@ class EDMBlock(keras.layers.Layer):
 
   def _attended(self, h):
     _, height, width, channels = h.shape
-    # Of the 3 C channels, query, key and value change fastest, heads slowest.
+    # Along the 3 C channels query, key and value change fastest, heads slowest.
     qkv = ops.reshape(self.qkv(h), (
         -1, height * width, self.num_heads, channels // self.num_heads, 3))
     h = ops.dot_product_attention(qkv[..., 0], qkv[..., 1], qkv[..., 2])
@@ -246,9 +246,9 @@ class _Preconditioning(keras.layers.Layer):
   Args:
     kind: one of `PRECONDITIONINGS`.
     sigma_data: see `EDMConfig`, as all below.
-    beta_d: likewise.
-    beta_min: likewise.
-    timesteps: likewise.
+    beta_d: see `EDMConfig`.
+    beta_min: see `EDMConfig`.
+    timesteps: see `EDMConfig`.
   """
 
   def __init__(self, kind, sigma_data, beta_d, beta_min, timesteps, **kwargs):

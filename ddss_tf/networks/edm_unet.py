@@ -23,7 +23,8 @@ PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond")
 # See `layers.check_sizes`; of what the multipliers make of `model_channels`.
 _MOST = {"image_channels": 2**13, "widths": 2**13, "num_blocks": 64,
          "classes": 2**16}
-_HEAD_CHANNELS = 64  # Of DhariwalUNet; a narrower layer has no attention.
+# Channels of a head of DhariwalUNet; a narrower layer has no attention.
+_HEAD_CHANNELS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class EDMConfig:
     preconditioning: one of `PRECONDITIONINGS`.
     model_channels: the width that the multipliers multiply.
     channel_mult: of each level, finest first.
-    channel_mult_emb: width of the embedding, likewise.
-    channel_mult_noise: width of the sinusoids, likewise.
+    channel_mult_emb: width of the embedding, in units of `model_channels`.
+    channel_mult_noise: width of the sinusoids, in units of `model_channels`.
     num_blocks: residual blocks of a level on the way down; the way up has one
       more.
     attn_resolutions: heights of the levels with attention.
@@ -52,8 +53,8 @@ class EDMConfig:
       of an even number of taps; others have (1, 1), a box.
     sigma_data: of "EDMPrecond".
     beta_d: of "VPPrecond".
-    beta_min: likewise.
-    timesteps: likewise, there called M.
+    beta_min: the same.
+    timesteps: the same; there called M.
   """
 
   image_size: int

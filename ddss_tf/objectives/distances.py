@@ -12,7 +12,7 @@ from ddss_tf.errors import UserError
 # White noise of the smoothed Frechet distance, as a share of the largest
 # variance of the real features along an axis.
 SMOOTHING = 1e-3
-_LEAST_SMOOTHING = 1e-12  # Of real features that are all the same.
+_LEAST_SMOOTHING = 1e-12  # Where all real features are the same.
 # A mean of as many deviations costs float32 more than two of its seven digits.
 _LARGE_MEAN = 16.0
 # Real features that a kernel is evaluated against, at the most.
@@ -29,7 +29,8 @@ class Control(NamedTuple):
 
     E f  ~  mean_i (f_i - c_i) + E c,
 
-  and likewise for second moments, with the variance of f - c where f's own was.
+  and the same for second moments, with the variance of f - c in the place of
+  that of f.
   Unbiased, but for the error of E c, which does not change from step to step.
   Our choice; the textbook method of control variates with the factor 1.
 
@@ -111,7 +112,7 @@ def centred_cubic_kernel(a: tf.Tensor, b: tf.Tensor,
 
   Args:
     a: float32 [N, D], features less the centre.
-    b: float32 [M, D], likewise.
+    b: float32 [M, D], others, less the centre too.
     centre: float32 [D].
   """
   width = len(centre)

@@ -29,12 +29,12 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
   (Watson et al. 2022, section 3; Ho et al. 2020, equation 5). The first state
   is N(a x_0, v) with a = 1 / x0_from_state[0] and v = (x0_from_eps[0] a)^2,
   against N(0, 1). The last step is a Gaussian around x0_hat whose variance is
-  the best one for the batch: our choice, for the paper says nothing of it.
+  the best one for the batch: our choice, because the paper does not say.
 
   Gradients reach every coefficient through states and network. The estimate is
   unbiased but for the last step's variance, which is fitted to the batch.
 
-  Of the images it needs means only: `bound` of the mean of `squares`, whose
+  It needs means over the images only: `bound` of the mean of `squares`, whose
   rows may be made apart.
 
   Args:
@@ -99,6 +99,6 @@ def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:
 
 
 def _first_state(coefficients):
-  """Of the first state given x_0, the factor of x_0 and the variance."""
+  """The first state given x_0: the factor of x_0, and the variance."""
   a = 1.0 / coefficients.x0_from_state[0]
   return a, (coefficients.x0_from_eps[0] * a) ** 2

@@ -213,7 +213,7 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
     figure = _ranking(records, label)
   else:
     curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
-    if labels_lib.FULL_CHAIN in curves:  # Of no K: a line across all of them.
+    if labels_lib.FULL_CHAIN in curves:  # It has no K: a line across all.
       ((_, *y),) = curves[labels_lib.FULL_CHAIN]
       curves[labels_lib.FULL_CHAIN] = [(steps[0], *y), (steps[-1], *y)]
     figure, axis = _curves_figure(curves)
@@ -237,7 +237,7 @@ def _ranking(records, label):
   """A row for each sampler of one K, sorted by FID."""
   curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
   fids = [records_lib.heldout_fids(record) for record in records]
-  heldout = {}  # Of each held-out network, as many as can be told apart.
+  heldout = {}  # By network, as many as can be told apart.
   for network in list(dict.fromkeys(itertools.chain(*fids)))[:len(style_lib.OPEN)]:
     heldout[network] = _curves(
         [{**record, "fid": own[network]} for record, own in zip(records, fids)

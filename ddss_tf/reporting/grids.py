@@ -100,7 +100,7 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
   titled = [(title, as_pixels(images)) for title, images in titled]
   rows = -(-max(len(images) for _, images in titled) // columns)
   height, width = titled[0][1].shape[1:3]
-  inches = 3.3 * rows * height / (columns * width)  # Of a grid.
+  inches = 3.3 * rows * height / (columns * width)  # The height of a grid.
   figure = Figure((3.4 * len(titled), inches + 0.6))
   figure.subplots_adjust(0.02, 0.05 / (inches + 0.6), 0.98,
                          1 - 0.5 / (inches + 0.6), wspace=0.06)
@@ -133,7 +133,7 @@ def sample_rows_png(path: str, title: str,
   """
   images = as_pixels(np.concatenate([images for *_, images in titled]))
   columns, (height, width) = len(titled[0][-1]), images.shape[1:3]
-  inches = 0.42  # Of an image's height.
+  inches = 0.42  # The height of an image.
   wide = columns * inches * width / height
   left, right = (text_room(texts) for texts in list(zip(*titled))[:2])
   size = (wide + left + right, len(titled) * inches + 0.6)

@@ -29,7 +29,7 @@ from ddss_tf.samplers import labels
 from ddss_tf.errors import UserError
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
-# Of what may be below a run, that holds no sampler of its own.
+# Folders of a run in which no sampler of its own lies.
 _NO_SAMPLERS = (run_dir_lib.CACHE, run_dir_lib.CHECKPOINTS,
                 run_dir_lib.TENSORBOARD, run_dir_lib.EXPORT)
 _NONE = {"fid": None}  # Which every record with an FID is better than.

@@ -9,7 +9,7 @@ from ddss_tf.reporting import style as style_lib
 from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
-_MOST_COLUMNS = 11  # Of a path, before it goes on below.
+_MOST_COLUMNS = 11  # A longer path goes on in a second row.
 
 
 def coefficients_png(path: str, coefficients: Coefficients, label: str,
@@ -153,7 +153,7 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
   """
   steps = len(states)
   panels = grids.num_panels(image)
-  # Of the image nothing is predicted.
+  # The last column is the image, from which nothing is predicted.
   above, below = (grids.as_pixels(np.concatenate([images, image[None]]))
                   for images in (states, x0_hats))
   names = [f"$x_{{{steps - k}}}$\nt = {t:.0f}" for k, t in enumerate(times)]

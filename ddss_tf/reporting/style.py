@@ -6,7 +6,7 @@ from ddss_tf import storage
 from ddss_tf.samplers import labels as labels_lib
 
 _DPI = 120
-# Of Okabe and Ito's set, which colour-blind people can tell apart. Groups also
+# Colours of Okabe and Ito's set, which colour-blind people can tell apart. Groups also
 # differ in their markers, so that they survive a black-and-white print.
 BLUE, ORANGE, VERMILION, _GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 GROUPS = {

@@ -151,7 +151,7 @@ class Checkpoints:
     return os.path.join(self._folder, f"ckpt-{step}")
 
   def _steps(self):
-    """Of the checkpoints on disk: TensorFlow's own list may be damaged too."""
+    """Steps of the checkpoints on disk. TensorFlow's own list may be damaged."""
     found = (re.fullmatch(r"ckpt-(\d+)\.index", name)
              for name in (storage.listdir(self._folder)
                           if storage.isdir(self._folder) else ()))

@@ -13,7 +13,7 @@ from ddss_tf import storage
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
-FULL_SAMPLES = 50_000  # Of published values.
+FULL_SAMPLES = 50_000  # Published values are of so many images.
 HELDOUT = "held-out"
 
 

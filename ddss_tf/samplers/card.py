@@ -154,7 +154,7 @@ def _check_fields(values) -> None:
 
   Raises:
     ValueError: names the field.
-    KeyError: likewise, one that is missing.
+    KeyError: one is missing.
   """
   if not isinstance(values, dict):
     raise ValueError("it must be a JSON object. Received: "

@@ -16,8 +16,8 @@ def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
 
   Args:
     state_weights: [K, K]; row k makes state k + 1, the last row is not used.
-    x0_weights: [K], likewise.
-    noise_scales: [K], likewise.
+    x0_weights: [K]; the last one is not used.
+    noise_scales: [K]; the last one is not used.
     first_mean: scalar, weight of x_0 in the noisiest state.
     first_std: scalar, standard deviation of the noisiest state.
 

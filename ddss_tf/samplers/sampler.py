@@ -30,7 +30,7 @@ class Sampler(keras.layers.Layer):
 
   Call arguments:
     x_T, step_noise: as in `chain.run_chain`.
-    eps_fn: likewise.
+    eps_fn: as in `chain.run_chain`.
 
   Returns:
     Images, float32 [B, H, W, C].
@@ -51,7 +51,7 @@ class Sampler(keras.layers.Layer):
     self.num_steps = num_steps
     self.label = label
     self.variables_by_kind = {}
-    self._starts = {}  # Of the variables, by name.
+    self._starts = {}  # Where each variable starts, by its name.
     self.built = True
 
   def _learn(self, kind: str, name: str, start, constraint=None):

@@ -36,7 +36,7 @@ def _quadratic(count, num_steps):
   return np.floor(np.linspace(0, np.sqrt(0.8 * count), num_steps) ** 2)
 
 
-# Of N steps and K: whole times, the cleanest first.
+# Functions of N and K that give whole times, the cleanest first.
 _WHOLE = {
     "linear": _linear, "trailing": _trailing, "linspace": _linspace,
     "linspace_open": _linspace_open, "quadratic": _quadratic}

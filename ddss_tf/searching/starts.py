@@ -59,7 +59,7 @@ def choose(candidates: list[tuple[dict, Sampler]],
   known; entries that are there already under the same conditions are kept.
 
   Samplers without noise make their images of the same x_T: few images tell them
-  apart, for the chance is common to all. One that adds noise has a chance of
+  apart, because they share their chance. One that adds noise has a chance of
   its own. So the best of either kind are compared once more, on `_AGAIN` times
   as many images.
 
