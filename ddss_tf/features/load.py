@@ -143,7 +143,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
     layers = ("avg_pool", "predictions")
   elif is_handle or storage.isdir(path):
     folder = hub.hub_folder(path) if is_handle else path
-    network = saved_models.SavedModelNetwork(folder)
+    network = saved_models.SavedModelFeatures(folder)
     name = os.path.basename(os.path.normpath(path))
     layers = ("pool_3", "logits")
     tfgan = (pool_layer or layers[0], logits_layer or layers[1]) == layers

@@ -24,7 +24,7 @@ class FeatureNetwork:
 
   Args:
     model: with one input, images [B, H, W, C]: a Keras model, or a
-      `saved_models.SavedModelNetwork`.
+      `saved_models.SavedModelFeatures`.
     name: what results call it.
     pool_layer: the layer, or a SavedModel's output, whose values [B, D] are the
       features.

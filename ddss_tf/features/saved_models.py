@@ -8,7 +8,7 @@ from ddss_tf.networks import files as network_files
 from ddss_tf.errors import UserError, shape_text
 
 
-class SavedModelNetwork:
+class SavedModelFeatures:
   """A SavedModel with a dictionary of outputs, loaded once.
 
   To `network.FeatureNetwork` it looks as `keras_models.KerasNetwork` does.

@@ -21,7 +21,8 @@ OPEN = {"open": {"mfc": "none"}, **{
                         ("upper", "top"), ("lower", "bottom"))}}
 PALE = 0.35
 TEXT = "#444444"
-# Names come from files, where a dollar is a dollar.
+# Names beside an axis are placed by hand: Matplotlib's constrained layout cuts
+# the longest of them off. Names come from files, where a dollar is a dollar.
 PLAIN = {"parse_math": False}
 
 
