@@ -18,6 +18,7 @@ import tensorflow as tf
 from ddss_tf.objectives import distances as distances_lib
 from ddss_tf.errors import check_positive
 from ddss_tf.objectives.distances import Control
+from ddss_tf.objectives.view import ViewLayout
 
 MATCHING = ("teacher_pixels", "teacher_features")
 ELBO = "elbo"
@@ -126,6 +127,7 @@ class Objective:
 
   Attributes:
     terms: weights by name.
+    layout: where the parts of a view are.
     width: of a view.
     uses_teacher: whether `value` needs the teacher's view.
     is_elbo: whether it is the bound, which does not depend on a view.
@@ -143,7 +145,6 @@ class Objective:
     self.uses_teacher = uses(self.terms, MATCHING)
     self._networks = networks
     self._weights = weights_of_networks(network_weights, networks)
-    self._sizes = [real.shape[1] for real in reals]
     self._variances = [float(np.sum(np.var(real, axis=0, dtype=np.float64)))
                        for real in reals]
     self._distances = {
@@ -152,26 +153,20 @@ class Objective:
     self._means = [real.mean(axis=0, dtype=np.float64) for real in reals]
     self.uses_control = uses(self.terms, distances_lib.MOMENTS)
     self._pixels = "teacher_pixels" in self.terms
-    self.width = sum(self._sizes)
-    if self._pixels:
-      self.width += int(np.prod(image_shape))
+    self.layout = ViewLayout(
+        [real.shape[1] for real in reals],
+        int(np.prod(image_shape)) if self._pixels else 0)
+    self.width = self.layout.width
 
   @property
   def feature_std(self) -> float:
     """Root of the total variance of the first network's real features."""
     return self._variances[0] ** 0.5
 
-  @property
-  def feature_width(self) -> int:
-    """D of the first network, whose features open every view."""
-    return self._sizes[0]
-
   def view(self, images: tf.Tensor) -> tf.Tensor:
     """What the terms see of images [N, H, W, C]: float32 [N, width]."""
-    parts = [network(images)["pool"] for network in self._networks]
-    if self._pixels:
-      parts.append(tf.reshape(images, [-1, np.prod(images.shape[1:])]))
-    return tf.concat(parts, axis=1)
+    return self.layout.join(
+        [network(images)["pool"] for network in self._networks], images)
 
   def control_moments(self, views: np.ndarray):
     """What `value` needs to know of a control variate.
@@ -182,12 +177,11 @@ class Objective:
     Returns:
       For each network, mean and second moment as in `Control`.
     """
-    moments, start = [], 0
-    for size, mean in zip(self._sizes, self._means):
-      own = views[:, start:start + size] - mean
+    moments = []
+    for features, mean in zip(self.layout.split(views).features, self._means):
+      own = features - mean
       moments.append((tf.constant(own.mean(axis=0), tf.float32),
                       tf.constant(own.T @ own / len(own), tf.float32)))
-      start += size
     return moments
 
   def value(self, view: tf.Tensor, teacher: tf.Tensor | None = None,
@@ -201,12 +195,11 @@ class Objective:
       control: None, or a pair of a control variate's views of the same noise,
         [N, width], and its `control_moments`.
     """
-    total = sum(self._sizes)
-    pools = tf.split(view[:, :total], self._sizes, axis=1)
+    pools, pixels = self.layout.split(view)
     loss = tf.zeros([])
     controls = [None] * len(pools)
     if control is not None:
-      rows = tf.split(control[0][:, :total], self._sizes, axis=1)
+      rows = self.layout.split(control[0]).features
       controls = [Control(own, *moments)
                   for own, moments in zip(rows, control[1])]
     for name, distances in self._distances.items():
@@ -215,7 +208,7 @@ class Objective:
         values = (pool, known) if name in distances_lib.MOMENTS else (pool,)
         loss += self.terms[name] * weight * distance(*values)
     if "teacher_features" in self.terms:
-      targets = tf.split(teacher[:, :total], self._sizes, axis=1)
+      targets = self.layout.split(teacher).features
       for pool, target, weight, variance in zip(
           pools, targets, self._weights, self._variances):
         squares = tf.reduce_sum((pool - target) ** 2, axis=1)
@@ -223,5 +216,5 @@ class Objective:
             tf.reduce_mean(squares) / variance)
     if self._pixels:
       loss += self.terms["teacher_pixels"] * tf.reduce_mean(
-          (view[:, total:] - teacher[:, total:]) ** 2)
+          (pixels - self.layout.split(teacher).pixels) ** 2)
     return loss

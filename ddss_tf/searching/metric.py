@@ -142,11 +142,8 @@ class FeatureMetric:
     for draw in range(draws * before, draws * (before + 1)):
       # The samples of the metric have indices from the far end, below 2^31.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
-      # The view holds the first network's features first.
-      r = tf.pad(
-          tf.random.stateless_normal(
-              [size, objective.feature_width], [draw, 0], alg="philox"),
-          [[0, 0], [0, objective.width - objective.feature_width]])
+      r = objective.layout.first_only(tf.random.stateless_normal(
+          [size, objective.layout.feature_width], [draw, 0], alg="philox"))
       rows = self._population.per_sample(indices, r)
       metric = metric + rows.T @ rows
     return metric / (draws * size) / objective.feature_std**2

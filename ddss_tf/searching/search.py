@@ -243,7 +243,7 @@ def search(
 def _first_rate(parts: SearchParts, goal, other: np.ndarray) -> float:
   """The highest rate: less where the start has little way to go."""
   options = parts.options
-  distance = metrics.fid(parts.reals[0], other[:, :goal.feature_width])
+  distance = metrics.fid(parts.reals[0], goal.layout.split(other).features[0])
   rate = min(options.learning_rate,
              options.rate_of_distance * max(distance, 0.0) ** 0.5
              / goal.feature_std)
