@@ -45,7 +45,8 @@ def make_strategy(name: str = "none", devices: Sequence[str] | None = None,
       environment variable TF_CONFIG names, each of which is given the same
       command and a run_dir that all can read; "tpu",
       `tf.distribute.TPUStrategy`.
-    devices: of "mirrored", such as ["GPU:0", "GPU:1"]; all GPUs if None.
+    devices: the devices of "mirrored", such as ["GPU:0", "GPU:1"]; all GPUs if
+      None.
     tpu: address of the TPU; "" is the local one.
 
   Returns:
@@ -197,7 +198,7 @@ def replicated(fn: Callable) -> Callable:
   the time to trace: control flow that depends on tensors must be TensorFlow's.
 
   Args:
-    fn: of tensors, to tensors in any nest.
+    fn: a function of tensors, to tensors in any nest.
 
   Returns:
     A `tf.function`.

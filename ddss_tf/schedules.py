@@ -232,7 +232,7 @@ def interpolated(table: np.ndarray, t,
   Args:
     table: float [T].
     t: float, any shape.
-    dtype: of the result.
+    dtype: the type of the result.
 
   Returns:
     The shape of `t`: linear between the entries.
@@ -261,11 +261,12 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       variance-exploding processes "geometric", or "sigmas" for given ones, see
       `ExplodingSchedule`.
     num_train_steps: T; the number of `betas` or `sigmas` where they are given.
-    beta_start: of the two linear ones.
+    beta_start: the first beta of the two linear ones.
     beta_end: the last beta of these.
     betas: float [T], for "betas" only.
-    sigma_min: of the geometric one; its default and the next are those of Song
-      et al. (2021, https://arxiv.org/abs/2011.13456) for CIFAR-10.
+    sigma_min: the smallest sigma of the geometric one; its default and the next
+      are those of Song et al. (2021, https://arxiv.org/abs/2011.13456) for
+      CIFAR-10.
     sigma_max: the largest of these.
     sigmas: float [T], for "sigmas" only.
     zero_snr: rescale it so that it ends in pure noise, see

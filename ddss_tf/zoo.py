@@ -30,7 +30,7 @@ def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
   """All samplers of a zoo, by name.
 
   Args:
-    folder: of the cards; None: those that come with the package.
+    folder: the folder of the cards; None: those that come with the package.
 
   Returns:
     The cards, in the order of their names.
@@ -52,7 +52,7 @@ def find(sampler: str, folder: str | None = None) -> str:
 
   Args:
     sampler: its path, or its name in the zoo.
-    folder: of the zoo; None: the one that comes with the package.
+    folder: the folder of the zoo; None: the one that comes with the package.
 
   Raises:
     UserError: neither.
@@ -81,8 +81,8 @@ def add(run_dir: str, folder: str, name: str | None = None,
 
   Args:
     run_dir: folder of the run, with `sampler.json`.
-    folder: of the zoo; made if need be.
-    name: of the card; None: `<denoiser>-k<K>-<family>`.
+    folder: the folder of the zoo; made if need be.
+    name: the name of the card; None: `<denoiser>-k<K>-<family>`.
     metrics: the file with its records; None: `metrics.json` of the run.
     note: what a reader should know.
 

@@ -218,7 +218,7 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
     process: from a batch of examples with `image`, pixels [B, H, W, C], to
       one with `images`, float32 [B, H', W', C'], and `size`, (H, W, C).
     check: raises a `UserError` for a `size` at a position that does not fit.
-    name: of the data set.
+    name: the name of the data set.
     copies: images to make room for, per image read.
     max_bytes: that the room may take.
 

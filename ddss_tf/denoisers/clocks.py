@@ -50,7 +50,7 @@ def on_schedule(denoiser: Denoiser = gin.REQUIRED,
   the nearest one that it does: its first or its last step.
 
   Args:
-    denoiser: of a Keras network.
+    denoiser: a denoiser whose network is a Keras model.
     schedule: the schedule to serve, of any number of steps.
 
   Returns:

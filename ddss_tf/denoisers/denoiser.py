@@ -41,7 +41,7 @@ class Denoiser:
     prediction: "eps", "x0", "v" or "score", see `conventions.Convention`.
     name: what results call it.
     num_classes: given exactly if the model is class-conditional.
-    guidance_scale: of classifier-free guidance (Ho and Salimans 2022,
+    guidance_scale: the scale of classifier-free guidance (Ho and Salimans 2022,
       https://arxiv.org/abs/2207.12598), s in eps(null) + s (eps(label) -
       eps(null)): 1 is none, 0 unconditional. It takes two network calls, made
       as one of twice the batch. None: no guidance, one call.
@@ -404,7 +404,7 @@ class Denoiser:
     """Checks that a sampler may learn the times that the network is fed with.
 
     Args:
-      label: of the sampler.
+      label: the label of the sampler.
 
     Raises:
       UserError: the network takes whole steps, or has no gradient in the time.
@@ -419,7 +419,7 @@ class Denoiser:
     """Checks that a sampler's own guidance scales, if any, can be used.
 
     Args:
-      scales: of the sampler, or None.
+      scales: the scales of the sampler, or None.
 
     Raises:
       UserError: the network has no null label, or a scale of its own.

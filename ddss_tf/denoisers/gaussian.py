@@ -41,8 +41,8 @@ def gaussian_denoiser(image_shape: tuple[int, int, int] = (8, 8, 1),
 
   Args:
     image_shape: (H, W, C).
-    mean: of every pixel.
-    std: of every pixel.
+    mean: the mean of every pixel.
+    std: the standard deviation of every pixel.
     schedule: forward process; linear betas, T = 1000, if None.
 
   Returns:

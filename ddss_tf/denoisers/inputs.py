@@ -46,7 +46,8 @@ def input_places(specs, num_classes: int | None = None) -> tuple[int, ...] | Non
 
   Args:
     specs: things with `name`, `shape` and `dtype`.
-    num_classes: of a class-conditional network, else None.
+    num_classes: the number of classes of a class-conditional network, else
+      None.
 
   Returns:
     Their indices in this order; None if they are not `_wanted`, or cannot be

@@ -43,7 +43,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   """Checks all that can be said of a comparison before anything is loaded.
 
   Args:
-    arguments: of `compare`, by name; the parts are not looked at.
+    arguments: the arguments of `compare`, by name; the parts are not looked at.
 
   Raises:
     UserError: a name or a number is out of range.
@@ -169,7 +169,7 @@ def compare(
       samples).
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
-    seed: of the rows' noise.
+    seed: the seed of the rows' noise.
     more_seeds: of further noise with which every row but the full chain is
       measured again: a record for each, their mean in the table, a band in the
       pictures.
@@ -222,13 +222,13 @@ class _Table:
     run: its run directory.
     evaluator: measures the rows.
     bar: moves by one for each row.
-    num_samples: of each row.
+    num_samples: the number of images of each row.
     more_seeds: with which each row is measured again.
     searched: whether records say how their sampler was searched.
 
   Attributes:
     run: the run directory.
-    records: of all rows, in order.
+    records: the records of all rows, in order.
   """
 
   def __init__(self, run, evaluator, bar, num_samples, more_seeds, searched):
@@ -242,7 +242,7 @@ class _Table:
     """Measures a row, and writes the table anew.
 
     Args:
-      sampler: of the row.
+      sampler: the sampler of the row.
       x0_bound: see `chain.bound_x0`.
       search: how it was searched, from its card; None: it was not.
       more_seeds: in place of those of all rows.

@@ -135,7 +135,7 @@ def evaluate(
       "ddim" on the stride "quadratic"; functions from a noise schedule to a
       sampler; or samplers.
     num_samples: generated images of each sampler.
-    seed: of their noise.
+    seed: the seed of their noise.
     batch_size: images per call.
     x0_bound: see `chain.bound_x0`; of the baselines. The searched sampler keeps
       the one it was searched with.

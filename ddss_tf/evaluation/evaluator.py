@@ -40,7 +40,7 @@ class Evaluator:
     features: the network of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, a list of them, or
       None. All see the same images, which are made once.
-    seed: of the noise.
+    seed: the seed of the noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
 
@@ -96,10 +96,10 @@ class Evaluator:
     """Measures one sampler, or remembers it.
 
     Args:
-      sampler: of any family.
+      sampler: a sampler of any family.
       num_samples: generated images, at least 4.
       x0_bound: see `chain.bound_x0`.
-      seed: of the noise, in place of the evaluator's.
+      seed: the seed of the noise, in place of the evaluator's.
 
     Returns:
       Its conditions and metrics, as `metrics.json` has them; None for a metric

@@ -24,7 +24,7 @@ def config(card: SamplerCard, denoiser: Denoiser,
   """The scheduler's configuration.
 
   Args:
-    card: of the sampler.
+    card: the card of the sampler.
     denoiser: the model it is used with, in PyTorch: its betas and what it
       predicts.
     integer_timesteps: round the times, for models that cannot take fractions;

@@ -30,7 +30,7 @@ class SamplerModule(tf.Module):
 
   Args:
     denoiser: the frozen model.
-    coefficients: of the sampler.
+    coefficients: the coefficients of the sampler.
     x0_bound: see `chain.bound_x0`.
     jit_compile: have XLA compile the network where it is served.
     inline: trace the network K times, not once: see `portable.INLINED`.

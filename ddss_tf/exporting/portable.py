@@ -48,7 +48,7 @@ def write(path: str, name: str, module: tf.Module, from_noise,
   for where a network is large; the weights are in the file once.
 
   Args:
-    path: of the file; what is there stays if anything fails.
+    path: the path of the file; what is there stays if anything fails.
     name: one of `FORMATS`.
     module: that owns the weights.
     from_noise: the `tf.function` to write, with a signature.

@@ -20,7 +20,7 @@ def check_sample(arguments: Mapping[str, Any]) -> None:
   """Checks the numbers that `sample` is given.
 
   Args:
-    arguments: of `sample`, by name; the parts are not looked at.
+    arguments: the arguments of `sample`, by name; the parts are not looked at.
 
   Raises:
     UserError: one is out of range.
@@ -42,7 +42,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     run_dir: folder of the run, with `sampler.json`.
     denoiser: the frozen model.
     num_images: how many; the grid shows the first 64.
-    seed: of their noise.
+    seed: the seed of their noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
     label: the class of all images of a class-conditional denoiser; None: each

@@ -103,10 +103,10 @@ def keras_application(name: str, weights: str | None, seed: int,
   """One of `keras.applications`, with logits.
 
   Args:
-    name: of the function, such as "InceptionV3".
+    name: the name of the function, such as "InceptionV3".
     weights: path of a file; "imagenet", which Keras downloads into its cache;
       or None for random ones, see `randomise`.
-    seed: of random weights.
+    seed: the seed of random weights.
     image_size: (height, width), or None for the network's own.
     value_range: what it expects, one of `preprocessing.VALUE_RANGES`.
 
@@ -150,7 +150,7 @@ def keras_application(name: str, weights: str | None, seed: int,
     logging.warning(
         "features %s: they compare images, but their FID and Inception Score "
         "mean nothing beside published ones", label)
-    # Of what the seed gives, which is the same on all machines; what
+    # The hash is that of what the seed gives, which is the same on all machines; what
     # `calibrate` adds follows from it up to rounding.
     randomise(model, seed)
     sha256 = fingerprint.arrays_sha256(model.get_weights())

@@ -105,9 +105,9 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
       network itself says, or else 299 for TF-GAN's outputs.
     value_range: what the network expects, one of `preprocessing.VALUE_RANGES`.
       None: what an application was trained with, or "[-1, 1]".
-    weights: of an application: a file, "imagenet" (downloaded by Keras), or
-      None for random ones.
-    seed: of random weights.
+    weights: the weights of an application: a file, "imagenet" (downloaded by
+      Keras), or None for random ones.
+    seed: the seed of random weights.
 
   Returns:
     The network, frozen. If a `.json` of the same name with a "sha256" lies

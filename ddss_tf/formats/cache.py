@@ -41,7 +41,7 @@ def cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
 
   Args:
     cache_dir: "" for none.
-    path: of the checkpoint.
+    path: the path of the checkpoint.
     given: arguments of the conversion.
     convert: from both to a `Denoiser`.
 

@@ -35,7 +35,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   """Reads what the file does not tell.
 
   Args:
-    path: of the model; `<path>.json` is read if it is there.
+    path: the path of the model; `<path>.json` is read if it is there.
     given: values of `CARD_KEYS` that take precedence.
 
   Returns:
@@ -63,7 +63,7 @@ def merged_card(path: str, given: Mapping[str, object],
   """The card beside a file, if there is one, and what was given.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     given: values that take precedence.
     keys: those that it may have.
 
@@ -85,7 +85,7 @@ def parsed_card(path: str, card: Mapping[str, object]) -> dict:
   """What a network means, by the words of a card.
 
   Args:
-    path: of the model.
+    path: the path of the model.
     card: as `merged_card` gives it.
 
   Returns:
@@ -117,7 +117,7 @@ def read_schedule(path: str, value) -> schedules.NoiseSchedule:
   """A schedule from itself or from the arguments of `make_schedule`.
 
   Args:
-    path: of the model, for messages.
+    path: the path of the model, for messages.
     value: a `NoiseSchedule`, or a dictionary.
 
   Raises:

@@ -86,7 +86,7 @@ def find_network(path: str) -> str:
   """The folder or file of the network itself.
 
   Args:
-    path: of a pipeline, of a network's folder or of a file of weights.
+    path: the path of a pipeline, of a network's folder or of a file of weights.
 
   Returns:
     `unet/` of a pipeline, all else as it is.
@@ -153,7 +153,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
   """Reads both configuration files.
 
   Args:
-    path: of the network's folder, or of a weights file in it.
+    path: the path of the network's folder, or of a weights file in it.
     image_size: height and width where `sample_size` is null.
 
   Returns:
@@ -356,8 +356,8 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   """Reads the weights.
 
   Args:
-    path: of the network's folder, whose safetensors file is preferred, or of
-      a file.
+    path: the path of the network's folder, whose safetensors file is preferred,
+      or of a file.
 
   Returns:
     float32 arrays by diffusers' names.

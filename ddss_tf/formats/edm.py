@@ -77,7 +77,7 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
   """Reads what the tensors do not tell.
 
   Args:
-    path: of the weights; `<path>.json` is read.
+    path: the path of the weights; `<path>.json` is read.
 
   Returns:
     The architecture, and 1000 sigmas in equal ratios between the ends of the
@@ -194,7 +194,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   """Reads the tensors, without those that make no difference to images.
 
   Args:
-    path: of the file.
+    path: the path of the file.
 
   Returns:
     float32 arrays by the original's names, without the leading "model.".

@@ -46,8 +46,8 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   """Reads what the arrays do not tell.
 
   Args:
-    path: of the weights; `<path>.json` is read if it is there, and a path in it
-      starts in its folder.
+    path: the path of the weights; `<path>.json` is read if it is there, and a
+      path in it starts in its folder.
     given: values of `CARD_KEYS` that take precedence.
 
   Returns:
@@ -86,7 +86,7 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
   """Builds the network of a preset, with the weights of a file.
 
   Args:
-    path: of the weights.
+    path: the path of the weights.
     config: the architecture.
 
   Returns:
@@ -127,7 +127,7 @@ def dataset_names(model: keras.Model) -> dict[str, str]:
   by its attributes, which in our networks have the names of what they hold.
 
   Args:
-    model: of `unet.build_unet` or `edm_unet.build_edm`.
+    model: a model of `unet.build_unet` or `edm_unet.build_edm`.
 
   Returns:
     Names of datasets, such as "layers/residual_block_2/conv1/vars/0", by the

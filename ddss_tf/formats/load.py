@@ -91,19 +91,21 @@ def load_denoiser(
     image_size: a number, or (height, width), for the formats that do not say;
       None: the card's, or, for DDPM, such that attention is at 16x16. Of
       diffusers' where `sample_size` is null.
-    num_heads: of a `.pt` network; None: the card's, as for all below.
-    num_head_channels: of each head, instead of their number.
+    num_heads: the number of heads of a `.pt` network; None: the card's, as for
+      all below.
+    num_head_channels: the channels of each head, instead of their number.
     use_new_attention_order: of guided-diffusion, whose networks differ in it
       without a trace in names or shapes.
     diffusion_steps: T.
     noise_schedule: "linear" or "cosine".
     rescale_timesteps: whether the network was fed with t * 1000 / T. The
       denoiser's own times are training steps either way.
-    null_label: of a class-conditional network, the label that stands for no
-      class; None: it has none, or our own format's card says.
+    null_label: the null label of a class-conditional network, the label that
+      stands for no class; None: it has none, or our own format's card says.
     guidance_scale: see `Denoiser`; needs a null label.
-    prediction: of a SavedModel, a Keras file or weights with a preset, "eps",
-      "x0", "v" or "score"; this and all below see `conventions.Convention`.
+    prediction: the prediction of a SavedModel, a Keras file or weights with a
+      preset, "eps", "x0", "v" or "score"; this and all below see
+      `conventions.Convention`.
     schedule: told with `prediction`; the process it was trained for: a schedule, or the
       arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
       "geometric" or "sigmas".
@@ -112,8 +114,9 @@ def load_denoiser(
     time_input: told with `prediction`; "step", "sigma" or "log_sigma".
     time_scale: told with `prediction`; a factor of the times that it is fed with.
     time_offset: told with `prediction`; it is added to those times.
-    signature: of a SavedModel, if there is a choice.
-    num_classes: of a SavedModel or a Keras file that takes labels too.
+    signature: the signature of a SavedModel, if there is a choice.
+    num_classes: the number of classes of a SavedModel or a Keras file that
+      takes labels too.
     preset: the architecture of a `.weights.h5` file: a name of
       `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file
       of the fields of `unet.UNetConfig`, or of EDM's words.
@@ -435,11 +438,11 @@ def _told_sha256(sha256: str | None, prediction: str,
   A run must not go on, and no cached result be taken, where these change.
 
   Args:
-    sha256: of the weights, or of the files.
+    sha256: the hash of the weights, or of the files.
     prediction: see `Denoiser`.
     schedule: see `Denoiser`.
     others: by name, the convention and the architecture among them.
-    num_classes: of a foreign network.
+    num_classes: the number of classes of a foreign network.
   """
   told = [sha256, prediction, schedule.card(), others]
   if num_classes is not None:

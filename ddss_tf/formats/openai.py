@@ -58,7 +58,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   """Reads what the tensors do not tell.
 
   Args:
-    path: of the `.pt` file; `<path>.json` is read if it is there.
+    path: the path of the `.pt` file; `<path>.json` is read if it is there.
     given: values that take precedence.
 
   Returns:

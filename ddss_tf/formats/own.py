@@ -21,7 +21,7 @@ def save(denoiser: Denoiser, path: str) -> None:
   """Writes a denoiser: its card, and its network as Keras saves it.
 
   Args:
-    denoiser: of a Keras model.
+    denoiser: a denoiser whose network is a Keras model.
     path: a folder, made if need be.
 
   Raises:

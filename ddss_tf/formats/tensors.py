@@ -22,7 +22,7 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
   """Reads a state dict of PyTorch. Runs no code from the file.
 
   Args:
-    path: of the file, ".pt" or ".bin".
+    path: the path of the file, ".pt" or ".bin".
 
   Returns:
     float32 arrays by the file's names.
@@ -94,9 +94,9 @@ def torch_layout(path: str, value: np.ndarray,
   What does not fit passes unchanged, for `matched` to refuse.
 
   Args:
-    path: of the variable; only kernels change.
+    path: the path of the variable; only kernels change.
     value: the tensor.
-    shape: of the variable.
+    shape: the shape of the variable.
   """
   if not path.endswith("/kernel"):
     return value

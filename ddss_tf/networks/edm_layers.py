@@ -131,8 +131,8 @@ class EDMBlock(keras.layers.Layer):
   Args:
     channels: channels of the output.
     resample: "down", "up" or None.
-    num_heads: of the attention; 0: none.
-    epsilon: of the normalisations.
+    num_heads: the number of heads of the attention; 0: none.
+    epsilon: the epsilon of the normalisations.
     skip_scale: factor on both sums.
     scale_shift: the embedding enters as norm(h) * (1 + scale) + shift if True,
       as norm(h + shift) if False.

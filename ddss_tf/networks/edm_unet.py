@@ -33,11 +33,11 @@ class EDMConfig:
 
   Attributes:
     image_size: height and width, a multiple of 2 ** (levels - 1).
-    image_channels: of images and predictions.
+    image_channels: the channels of images and predictions.
     architecture: one of `ARCHITECTURES`.
     preconditioning: one of `PRECONDITIONINGS`.
     model_channels: the width that the multipliers multiply.
-    channel_mult: of each level, finest first.
+    channel_mult: the factor on the width of each level, finest first.
     channel_mult_emb: width of the embedding, in units of `model_channels`.
     channel_mult_noise: width of the sinusoids, in units of `model_channels`.
     num_blocks: residual blocks of a level on the way down; the way up has one
@@ -51,8 +51,8 @@ class EDMConfig:
       filtered, to every level below the first.
     resample_filter: of "SongUNet", the filter of both resamplings, symmetric,
       of an even number of taps; others have (1, 1), a box.
-    sigma_data: of "EDMPrecond".
-    beta_d: of "VPPrecond".
+    sigma_data: the parameter of "EDMPrecond".
+    beta_d: the parameter of "VPPrecond".
     beta_min: the same.
     timesteps: the same; there called M.
   """

@@ -62,9 +62,9 @@ class GroupNormalization(keras.layers.GroupNormalization):
   its convolutions read is.
 
   Args:
-    groups: of channels; must divide their number.
+    groups: the number of groups; it must divide that of the channels.
     epsilon: added to the variance.
-    **kwargs: of `keras.layers.Layer`.
+    **kwargs: options of `keras.layers.Layer`.
 
   Call arguments:
     inputs: float [B, ..., C].

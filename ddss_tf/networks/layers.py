@@ -75,7 +75,7 @@ class ResidualBlock(keras.layers.Layer):
     activation: one of `ACTIVATIONS`.
     resample: "down" halves height and width by averages, "up" doubles them by
       repetition, on both branches before their convolutions; None: neither.
-    divisor: of the sum of both branches.
+    divisor: a divisor of the sum of both branches.
 
   Call arguments:
     x: float [B, H, W, C].
@@ -170,7 +170,7 @@ class SelfAttention(keras.layers.Layer):
     norm_groups: groups of the normalisation; None: no normalisation.
     norm_epsilon: its epsilon.
     head_channels: channels of one head; None: a single head.
-    divisor: of the sum of attention and residual.
+    divisor: a divisor of the sum of attention and residual.
 
   Call arguments:
     x: float [B, H, W, C].

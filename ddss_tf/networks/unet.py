@@ -55,8 +55,8 @@ class UNetConfig:
       repeats pixels instead of repetition and a convolution.
     scale_shift: the time enters as h * (1 + scale) + shift after the second
       normalisation if True, as an addition before it if False.
-    activation: of the residual blocks, one of `ACTIVATIONS`; "silu" everywhere
-      else.
+    activation: the activation of the residual blocks, one of `ACTIVATIONS`;
+      "silu" everywhere else.
     time_scale: the embedded time is `t` times this; networks of any T may be
       trained on times from 0 to 1000.
     time_features: sines and cosines of the time; None: `channels[0]`.

@@ -39,8 +39,9 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
 
   Args:
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
-    coefficients: of K steps. A noise scale of 0 before the last step makes the
-      bound infinite: a deterministic sampler has no likelihood of this kind.
+    coefficients: the coefficients of K steps. A noise scale of 0 before the
+      last step makes the bound infinite: a deterministic sampler has no
+      likelihood of this kind.
     x_0: float32 [B, H, W, C], images.
     first_noise: float32 [B, H, W, C], standard normal.
     step_noise: float32 [B, K - 1, H, W, C], standard normal.
@@ -60,10 +61,10 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
 
   Args:
     eps_fn: see `negative_elbo`, as of all others.
-    coefficients: of K steps.
+    coefficients: the coefficients of K steps.
     x_0: the images.
-    first_noise: of the first states.
-    step_noise: of the others.
+    first_noise: the noise of the first states.
+    step_noise: the noise of the others.
     for_chain: `Denoiser.for_chain`, if `eps_fn` is an `output` of a denoiser.
 
   Returns:
@@ -83,7 +84,7 @@ def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:
   """`negative_elbo` of a batch of which the mean of `squares` is known.
 
   Args:
-    coefficients: of K steps.
+    coefficients: the coefficients of K steps.
     means: float32 [1 + K].
 
   Returns:

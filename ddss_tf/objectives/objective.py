@@ -128,7 +128,7 @@ class Objective:
   Attributes:
     terms: weights by name.
     layout: where the parts of a view are.
-    width: of a view.
+    width: the width of a view.
     uses_teacher: whether `value` needs the teacher's view.
     is_elbo: whether it is the bound, which does not depend on a view.
     uses_control: whether a control variate helps any of the terms.

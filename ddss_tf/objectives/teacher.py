@@ -17,10 +17,10 @@ def coefficients(schedule, solver: str, stride, num_steps: int) -> Coefficients:
   """The teacher's coefficients, NumPy.
 
   Args:
-    schedule: of the denoiser, which the teacher shares.
+    schedule: the schedule of the denoiser, which the teacher shares.
     solver: a deterministic one of `solvers.SOLVERS`.
     stride: see `strides.times_of`.
-    num_steps: of the teacher.
+    num_steps: the number of steps of the teacher.
 
   Raises:
     ValueError: unknown solver or stride, or a teacher that adds noise, whose

@@ -29,7 +29,7 @@ class ViewLayout:
     num_pixels: H W C if pixels are seen, else 0.
 
   Attributes:
-    width: of a row.
+    width: the width of a row.
     feature_width: D of the first network, whose features open every row.
   """
 

@@ -46,7 +46,7 @@ def _curves(records, position, value):
   samplers of their own.
 
   Args:
-    records: of `metrics.json`.
+    records: the records of `metrics.json`.
     position: function from a record to x.
     value: function from a record to y.
   """
@@ -201,9 +201,10 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
   up to five, as half open ones.
 
   Args:
-    path: of the PNG.
-    records: of `metrics.json`, comparable ones: of the same data, networks and
-      number of samples. Those without an FID are left out; one must have one.
+    path: the path of the PNG.
+    records: the records of `metrics.json`, comparable ones: of the same data,
+      networks and number of samples. Those without an FID are left out; one
+      must have one.
   """
   records = _with_fid(records)
   label = records_lib.fid_label(records[0]["num_samples"])
@@ -298,7 +299,7 @@ def quality_by_time_png(path: str, records: list[dict]) -> None:
   drawn, and the axis says how many are left out.
 
   Args:
-    path: of the PNG.
+    path: the path of the PNG.
     records: as of `fid_by_steps_png`, with a `timing` each.
   """
   records = _with_fid(records)
@@ -334,8 +335,9 @@ def draw(folder: str, records: list[dict],
   rows without an FID of the first two.
 
   Args:
-    folder: of the comparison, with its `samples.npz` if there is one.
-    records: of its `metrics.json`, comparable ones.
+    folder: the folder of the comparison, with its `samples.npz` if there is
+      one.
+    records: the records of its `metrics.json`, comparable ones.
     shown: names of the rows whose samples are drawn, as in the table, with or
       without the stride; None: all.
 

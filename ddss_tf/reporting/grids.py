@@ -91,7 +91,7 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
   """Draws samples of several samplers side by side.
 
   Args:
-    path: of the PNG.
+    path: the path of the PNG.
     titled: (title, images float [N, H, W, C] in [-1, 1]) of each sampler, on
       the same noise, so that the same place shows the same digit to be.
     columns: images in a row of each grid; fewer if each is several panels.
@@ -126,8 +126,8 @@ def sample_rows_png(path: str, title: str,
   """Draws a row of samples of each of many samplers, one below the other.
 
   Args:
-    path: of the PNG.
-    title: of all.
+    path: the path of the PNG.
+    title: the title of all.
     titled: (name, note, images float [N, H, W, C] in [-1, 1]) of each sampler,
       on the same noise, so that a column shows the same image to be.
   """

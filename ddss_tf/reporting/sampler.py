@@ -18,8 +18,8 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str,
   """Draws all coefficients of a sampler.
 
   Args:
-    path: of the PNG.
-    coefficients: of the sampler.
+    path: the path of the PNG.
+    coefficients: the coefficients of the sampler.
     label: its name.
     start: where its search started, which is drawn beside it.
     schedule: the forward process; with it, times are drawn by their
@@ -144,13 +144,13 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
   """Draws the way of one image through the steps.
 
   Args:
-    path: of the PNG.
+    path: the path of the PNG.
     states: float [K, H, W, C], as the network sees them, noisiest first;
       shown clipped to [-1, 1].
     x0_hats: float [K, H, W, C], what it predicts from each.
     image: float [H, W, C], where it ends.
     times: [K], fed to the network.
-    label: of the sampler.
+    label: the label of the sampler.
   """
   steps = len(states)
   panels = grids.num_panels(image)

@@ -26,7 +26,7 @@ class Checkpoints:
 
   Args:
     checkpoint: the state.
-    folder: of the checkpoints.
+    folder: the folder of the checkpoints.
     events: folder of the TensorBoard events.
 
   Attributes:

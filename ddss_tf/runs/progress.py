@@ -16,7 +16,7 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
   Args:
     total: what it counts up to.
     description: text before it; no bar is shown if empty.
-    unit: of what it counts.
+    unit: what it counts, such as "image".
     initial: where it starts, for work that goes on.
 
   Returns:

@@ -30,7 +30,7 @@ class Record(TypedDict, total=False):
     x0_bound: see `chain.bound_x0`.
     num_samples: generated images.
     num_real: images of the data set.
-    seed: of the noise.
+    seed: the seed of the noise.
     features: "name", "sha256" and "protocol" of the feature network.
     features_heldout: the same of a held-out network, a list of several, or None.
     denoiser: identity of the model, see `Denoiser.identity`.
@@ -229,7 +229,7 @@ def text(value: float | None, form: str = ".2f") -> str:
   """A figure for people: "-" for none, and never 0 for what is not.
 
   Args:
-    value: of a record.
+    value: a value of a record.
     form: how it is written, unless nothing would be left of it: FIDs of small
       features are small.
   """
@@ -259,8 +259,9 @@ def heldout_fids(record: Record) -> dict[str, float | None]:
   """The FIDs of a record's held-out networks, by what to call them.
 
   Args:
-    record: of `metrics.json`. Its `fid_heldout` is a number if there is one
-      such network, a list in the order of `features_heldout` if there are
+    record: a record of `metrics.json`. Its `fid_heldout` is a number if there
+      is one such network, a list in the order of `features_heldout` if there
+      are
       several, else None.
 
   Returns:

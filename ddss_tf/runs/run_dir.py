@@ -46,7 +46,7 @@ class File(NamedTuple):
     name: in the run directory.
     note: what it holds, for the list that a command ends with; "" leaves it out
       there.
-    caption: of a picture, in the report.
+    caption: the caption of a picture, in the report.
   """
   name: str
   note: str = ""
@@ -219,7 +219,7 @@ class RunDir:
 
     Args:
       stage: its name.
-      identity: of all that decides its result, what is known so far; JSON.
+      identity: what decides its result, as far as it is known; JSON.
       restart: accept another configuration, which `claim` will delete.
       open_to: values that the stage has yet to choose from, by their names in
         the identity; not empty, JSON.

@@ -37,7 +37,8 @@ class SamplerCard:
   Attributes:
     label: what tables and pictures call it.
     coefficients: NumPy, float32.
-    denoiser: of the model it was found for, see `Denoiser.identity`.
+    denoiser: the denoiser of the model it was found for, see
+      `Denoiser.identity`.
     search: how it was found.
     x0_bound: the bound on x0_hat it was found with, see `chain.bound_x0`.
     metrics: records of `metrics.json` with these coefficients, which say under
@@ -95,7 +96,7 @@ def read(path: str) -> SamplerCard:
   """Reads a card.
 
   Args:
-    path: of the file; `~` is the home folder.
+    path: the path of the file; `~` is the home folder.
 
   Returns:
     The card, validated.

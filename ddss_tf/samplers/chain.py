@@ -79,8 +79,9 @@ def run_chain(
       the scale of its guidance, float32 [B], as a third argument if the
       coefficients have one. Or `Denoiser.output`, with coefficients that have
       gone through `Denoiser.for_chain`.
-    coefficients: of the K steps, float32. NumPy arrays are constants: the
-      states that have no weight in them are not read, and are let go of, so
+    coefficients: the coefficients of the K steps, float32. NumPy arrays are
+      constants: the states that have no weight in them are not read, and are
+      let go of, so
       that a Markovian sampler costs as much at every step, and the images are
       the same. Tensors may have trailing dimensions [B, 1, 1, 1], of samples
       with coefficients of their own.

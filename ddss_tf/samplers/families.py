@@ -366,8 +366,9 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
       one that was registered (`register_family`); either with "+pred", "+time",
       "+guidance", or several in this order.
     num_steps: K, from 1 to T.
-    **options: of the family's class, `SolverSampler` for a plain solver, else
-      `LearnedSampler` and its subclass: `stride`, one of `strides.STRIDES` or
+    **options: options of the family's class, `SolverSampler` for a plain
+      solver, else `LearnedSampler` and its subclass: `stride`, one of
+      `strides.STRIDES` or
       a list of times; `eta` of DDIM; of what is learned also `init`, where it
       starts (a solver, "auto", the path of a `sampler.json`, None for the
       best known), and `parameterisation`, "real" or "paper".

@@ -31,11 +31,11 @@ def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
   Args:
     denoiser: the frozen network: shape, classes.
     output: `denoiser.output`, compiled or not.
-    coefficients: of `denoiser.for_chain`.
+    coefficients: the coefficients of `denoiser.for_chain`.
     seed: int32 [2].
     indices: int32 [B], the global indices of the samples.
     labels: int32 [B], their classes; None: drawn, if there are classes.
-    **options: of `chain.run_chain`.
+    **options: options of `chain.run_chain`.
 
   Returns:
     As `chain.run_chain`.
@@ -106,9 +106,9 @@ class Generator:
     """How one image comes about.
 
     Args:
-      coefficients: of the sampler.
+      coefficients: the coefficients of the sampler.
       seed: as of `batches`.
-      index: of the image.
+      index: the index of the image.
 
     Returns:
       The image [H, W, C], which is image `index` of `batches` to float
@@ -125,9 +125,9 @@ class Generator:
     """Yields images 0 ... num_images - 1 of a seed.
 
     Args:
-      coefficients: of the sampler.
+      coefficients: the coefficients of the sampler.
       num_images: how many.
-      seed: of the run; image i depends on it and on i only.
+      seed: the seed of the run; image i depends on it and on i only.
       description: text of the progress bar; none is shown if empty.
       label: the class of all images of a class-conditional network; None:
         each image's class is drawn (`Denoiser.draw_labels`).

@@ -19,13 +19,13 @@ class BoundGradient:
 
   Args:
     denoiser: the frozen model.
-    variables: of the sampler that is learned.
+    variables: the variables of the sampler that is learned.
     pool: the samples of every step.
     images: float32 [R, H, W, C], the training set.
     gradient_samples: images of a step.
     micro_batch_size: images at a time, which divides `gradient_samples`.
-    seed: of the run. The images and the noise of a step depend on it and on
-      the step only.
+    seed: the seed of the run. The images and the noise of a step depend on it
+      and on the step only.
     jit_compile: compile the network with XLA.
     remat: recompute the network's activations; False keeps them all.
   """

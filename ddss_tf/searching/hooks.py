@@ -33,11 +33,11 @@ class SaveCheckpoints(Hook):
   """Saves the state and the seconds that the steps alone took.
 
   Args:
-    checkpoints: of the run, restored.
+    checkpoints: the checkpoints of the run, restored.
     every: steps between checkpoints; the last step has one.
 
   Attributes:
-    seconds: of all steps so far, those before a restart too.
+    seconds: the seconds of all steps so far, those before a restart too.
   """
 
   def __init__(self, checkpoints: checkpoints_lib.Checkpoints, every: int):

@@ -68,7 +68,7 @@ class FeatureMetric:
 
   Args:
     population: gives the gradient of each sample.
-    variables: of the sampler that is learned.
+    variables: the variables of the sampler that is learned.
     objective: its first network's features are measured, in units of their
       standard deviation.
     free: bool [n], the entries that are not held where they are.
@@ -95,7 +95,7 @@ class FeatureMetric:
     """Measures the metric where the variables are, besides before.
 
     Args:
-      step: of the search, for messages.
+      step: the step of the search, for messages.
 
     Raises:
       UserError: the first measurement is not finite, or 0.

@@ -51,8 +51,8 @@ class MetricAdam:
   one learning rate serves weights, times and noise scales, and every K.
 
   Args:
-    variables: of the sampler that is learned.
-    metric: of the features.
+    variables: the variables of the sampler that is learned.
+    metric: the metric of the features.
     num_search_steps: steps in all. The rate rises over a tenth of them and then
       decays to 0 (cosine).
     learning_rate: the highest rate, in feature standard deviations for all
@@ -107,7 +107,7 @@ class MetricAdam:
     that are not, changes nothing.
 
     Args:
-      step: of the search, which decides the rate.
+      step: the step of the search, which decides the rate.
       loss: the objective.
       gradient: float [n], its gradient in all variables.
     """

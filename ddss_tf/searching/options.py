@@ -193,7 +193,8 @@ def check_search(arguments: Mapping[str, Any]) -> None:
   """Checks all that can be said of a search before anything is loaded.
 
   Args:
-    arguments: of `search`, by name; the parts and others are not looked at.
+    arguments: the arguments of `search`, by name; the parts and others are not
+      looked at.
 
   Raises:
     UserError: a value is out of range, or values do not fit together.

@@ -24,7 +24,7 @@ class Pool:
   Args:
     objective: an `objectives.Objective`.
     batch_size: samples of a step.
-    seed: of the run.
+    seed: the seed of the run.
     teacher: float32 [M, width], the teacher's views of the first M samples of
       the seed, or None.
     control: float32 [M, width], a control variate's views of the same samples,
@@ -92,13 +92,13 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
     denoiser: the frozen model.
     known: the sampler's coefficients, NumPy.
     num_samples: images 0 ... num_samples - 1 of the seed.
-    seed: of the noise.
+    seed: the seed of the noise.
     cache_dir: folder of the cache.
     identity: all else that decides a view, such as the networks' keys; JSON.
     batch_size: images at a time.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
-    description: of the progress bar.
+    description: the text of the progress bar.
 
   Returns:
     float32 [num_samples, width].

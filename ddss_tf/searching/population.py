@@ -30,13 +30,13 @@ class PopulationGradient:
 
   Args:
     denoiser: the frozen model.
-    variables: of the sampler that is learned.
+    variables: the variables of the sampler that is learned.
     objective: what is minimised, an `objectives.Objective` other than the ELBO.
     pool: the samples of every step.
     gradient_samples: how many of a step's samples the gradient passes through.
     micro_batch_size: images per chain. If it does not divide the population,
       the last chain is filled up with images that do not count.
-    seed: of the run. An image depends on it and on its index only.
+    seed: the seed of the run. An image depends on it and on its index only.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
     remat: recompute the network's activations; False keeps them all.
@@ -67,7 +67,7 @@ class PopulationGradient:
     """The objective and its gradient.
 
     Args:
-      step: of the search, which decides the noise.
+      step: the step of the search, which decides the noise.
 
     Returns:
       The loss and float32 [n], the gradient in all variables as one vector.

@@ -156,8 +156,8 @@ def search(
       weights by name. The best step is chosen by the same on the validation
       images.
     feature_weights: weights of the networks in it; 1 each if None.
-    teacher: of the matching objectives: solver, stride and num_steps; those
-      left out keep `teacher.DEFAULT`.
+    teacher: the teacher of the matching objectives: solver, stride and
+      num_steps; those left out keep `teacher.DEFAULT`.
     control_variate: whether the start's images from the same noise correct the
       moments of the population, for objectives made of moments
       (`distances.MOMENTS`): more precise, for the price of `pool_samples`
@@ -174,7 +174,7 @@ def search(
       images, and without one there is no such limit.
     rate_multipliers: factors on the rate by kind of variable
       (`sampler.KINDS`), 1 for kinds left out.
-    seed: of the search's noise; validation uses seed + 1.
+    seed: the seed of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
     start_samples: images by which `init="auto"` chooses; see `starts.choose`.
     start_candidates: what it chooses from, see `starts.possible`.

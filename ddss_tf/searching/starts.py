@@ -67,8 +67,8 @@ def choose(candidates: list[tuple[dict, Sampler]],
     candidates: as of `possible`.
     distance: from a number of images to the search's objective, of that many
       images of coefficients.
-    num_samples: of the ranking.
-    path: of the file.
+    num_samples: the number of images of the ranking.
+    path: the path of the file.
     conditions: all else that decides the figures; JSON.
 
   Returns:

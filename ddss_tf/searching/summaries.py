@@ -28,9 +28,9 @@ class WriteTensorBoard(Hook):
 
   Args:
     run: the run directory.
-    options: of the search.
+    options: the options of the search.
     dataset: its name.
-    generator: of images.
+    generator: a generator of images.
   """
 
   def __init__(self, run: run_dir_lib.RunDir, options: SearchOptions,
@@ -98,9 +98,9 @@ def draw(run: run_dir_lib.RunDir, sampler: Sampler, first,
     run: the run directory.
     sampler: with its best coefficients.
     first: coefficients of its start.
-    generator: of images.
-    seed: of their noise.
-    step: of the best coefficients.
+    generator: a generator of images.
+    seed: the seed of their noise.
+    step: the step of the best coefficients.
   """
   best, label = sampler.coefficients().numpy(), sampler.label
   sampler_figures.coefficients_png(

@@ -24,12 +24,12 @@ class Validation:
     teacher: the teacher's views of these samples, or None.
     control: a control variate on them, as `Objective.value` takes it, or None.
     batch_size: images at a time.
-    seed: of the noise.
+    seed: the seed of the noise.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
 
   Attributes:
-    generator: of images without gradient.
+    generator: a generator of images without gradient.
   """
 
   def __init__(self, objective, denoiser, images, num_samples, teacher,
@@ -88,7 +88,7 @@ class BestSoFar:
   """The variables of the lowest validation so far.
 
   Args:
-    variables: of the sampler that is learned.
+    variables: the variables of the sampler that is learned.
   """
 
   def __init__(self, variables: SamplerVariables):
