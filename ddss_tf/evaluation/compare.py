@@ -140,10 +140,11 @@ def compare(
   family holds: its default, DDPM and DDIM on their best strides, and the
   smaller families' searched ones. So a larger family never starts worse. The
   first family that holds multistep solvers is searched from the best solver,
-  and again from the best one at other times; its row is the better, chosen as
-  strides are, and larger families may start at either. For two starts of one
-  distance can end far apart: at K = 5 the searches of the digits end lower from
-  t = 800 than from t = 999, whose first prediction says little.
+  and again from the best one at other times. Its row is the better of the two,
+  chosen as strides are, and larger families may start at either. The reason is
+  that two starts of one distance can end far apart: at K = 5 the searches of the
+  digits end lower from t = 800 than from t = 999, whose first prediction says
+  little.
 
   Args:
     run_dir: folder of the comparison; each search has its own below it.
@@ -160,7 +161,7 @@ def compare(
       its own default start (`learned.LearnedSampler.default_start`).
     objectives: what is minimised, for a row of each family with each of them:
       a dict of labels to what `search.objective` takes. Then all searches start
-      at DDPM, for the ELBO of a start without noise is infinite. None: one row,
+      at DDPM, because the ELBO of a start without noise is infinite. None: one row,
       with the binding of `search`.
     cards: samplers that were found before, measured as they are: paths of
       their cards, or names in the zoo; see `zoo.load_searched`.
@@ -170,7 +171,7 @@ def compare(
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: the seed of the rows' noise.
-    more_seeds: of further noise with which every row but the full chain is
+    more_seeds: seeds of further noise with which every row but the full chain is
       measured again: a record for each, their mean in the table, a band in the
       pictures.
     batch_size: images per call.

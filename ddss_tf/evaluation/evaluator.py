@@ -131,10 +131,11 @@ class Evaluator:
 
   def timed_record(self, sampler: Sampler, num_samples: int,
                    x0_bound: str | None = None) -> dict:
-    """`record`, whose `timing` is measured now if it has none.
+    """As `record`, but the result always has a timing.
 
-    It has none if its images came in one batch, whose time is that of the
-    compilation, or if it was written before times were.
+    A stored record lacks one if all its images fitted into a single batch, whose
+    time would include compilation, or if it is older than timings. Such a record
+    is timed now.
     """
     record = self.record(sampler, num_samples, x0_bound)
     if not record.get("timing"):

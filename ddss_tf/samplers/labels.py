@@ -31,7 +31,9 @@ def without_stride(label: str) -> str:
 def group(label: str) -> str:
   """Which of the three groups a label belongs to.
 
-  What is neither DDPM or DDIM nor another solver by its name was searched.
+  Any label that is neither DDPM, DDIM nor a training-free solver belongs to a
+  searched sampler. Records and cards hold labels only, so this is the one place
+  where a label is read.
   """
   name = without_stride(label)
   if (name in (LABELS["ddpm"], LABELS["ddim"], FULL_CHAIN)
