@@ -189,8 +189,8 @@ def parse(files: list[str], params: list[str]) -> None:
           tokenize.TokenError) as error:
     # If a macro is unset, gin's message quotes the whole configuration.
     unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
-    raise UserError(f"gin: the macro {unset[1]!r} must be bound, for a binding "
-                    "uses it" if unset else f"gin: {error}") from error
+    raise UserError(f"gin: the macro {unset[1]!r} must be bound, because a "
+                    "binding uses it" if unset else f"gin: {error}") from error
 
 
 def _found(file: str) -> str:

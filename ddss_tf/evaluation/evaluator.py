@@ -66,8 +66,8 @@ class Evaluator:
     check_shapes(denoiser, dataset, *self._networks)
     if len(dataset.images) < LEAST_IMAGES:
       raise UserError(f"data set {dataset.name!r} must have at least "
-                      f"{LEAST_IMAGES} images, for the error of KID. "
-                      f"Received: {len(dataset.images)}")
+                      f"{LEAST_IMAGES} images, because KID needs them for its "
+                      f"error. Received: {len(dataset.images)}")
     self._seed = seed
     self._batch_size = batch_size
     self._jit_compile = jit_compile

@@ -84,7 +84,7 @@ class SavedModelNetwork:
                       f"Received: {shape_text(known)}")
     shape = tuple(a or b for a, b in zip(shape, known))
     if None in shape:
-      raise UserError(f"{folder}: image_shape must be given, for its "
+      raise UserError(f"{folder}: image_shape must be given, because its "
                       f"{self.entry_point} takes {shape_text(shape)}")
     self.input_shape = ((None, *shape), *[(None,)] * (len(places) - 1))
     self.variables = _variables(self._loaded)

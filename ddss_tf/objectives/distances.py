@@ -220,9 +220,9 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor, root: tf.Tensor,
   of its own: it asks for a population of several times D.
 
   Our choice: both covariances get `smoothing` I, which makes it the distance of
-  features with as much white noise. For the root of an eigenvalue near 0 has a
-  gradient without bound, and is mostly chance. It stays a distance, and is least
-  at S = C.
+  features with as much white noise. The reason is that the root of an eigenvalue
+  near 0 has a gradient without bound, and is mostly chance. It stays a distance,
+  and is least at S = C.
 
   Args:
     features: float [N, D].

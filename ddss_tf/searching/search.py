@@ -146,15 +146,15 @@ def search(
       population stands, at the cost of a forward chain. See
       `population.PopulationGradient`.
     micro_batch_size: images per chain; `gradient_samples` if None. The last
-      chain is filled up with images that count nothing. Smaller ones need less
-      memory; the gradient is the same, but for the ELBO, whose last variance is
-      fitted to each of them.
+      chain is filled up with images that do not count. Smaller chains need less
+      memory. The gradient is the same, except for the ELBO, whose last variance
+      is fitted to each of them.
     sampling_batch_size: images per chain without gradient, of the validation,
-      the starts and the pools; None: four times `micro_batch_size`, for they
-      need less memory, but not above 250.
-    objective: what is minimised, out of `objective.objective_names()`: a name, or
-      weights by name. The best step is chosen by the same on the validation
-      images.
+      the starts and the pools; None: four times `micro_batch_size`, because
+      they need less memory, but not above 250.
+    objective: what is minimised: a name out of `objective.objective_names()`, or
+      weights by name. The best step is chosen by the same objective on the
+      validation images.
     feature_weights: weights of the networks in it; 1 each if None.
     teacher: the teacher of the matching objectives: solver, stride and
       num_steps; those left out keep `teacher.DEFAULT`.
