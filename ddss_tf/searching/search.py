@@ -84,7 +84,8 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
                          options.micro_batch_size)
   optimizer = MetricAdam(
       variables, metric, num_search_steps=options.num_search_steps,
-      learning_rate=learning_rate or options.learning_rate,
+      learning_rate=(options.learning_rate if learning_rate is None
+                     else learning_rate),
       rate_multipliers=options.rate_multipliers)
   return loop.Search(sampler, gradient, optimizer, BestSoFar(variables),
                      options.num_search_steps)

@@ -1,5 +1,7 @@
 """Steps, and steps that are not taken."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,11 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf.features import network as network_lib
+from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.samplers import families
 from ddss_tf.searching import loop
+from ddss_tf.searching import options as options_lib
+from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
 from small_searches import SHAPE, make_search, options
 
@@ -161,3 +167,17 @@ def test_a_kind_with_rate_0_is_held(parts, tmp_path):
   found = sampler.coefficients()
   np.testing.assert_array_equal(found.times, start.times)
   assert np.any(np.abs(found.state_weights - start.state_weights) > 1e-3)
+
+
+def test_a_start_without_distance_has_the_rate_0(parts):
+  """And not that of the options, as None has."""
+  numbers = options_lib.SearchOptions(
+      num_search_steps=20, batch_size=8, pool_samples=8, learning_rate=0.5)
+  make = functools.partial(
+      search_lib.assemble, parts["denoiser"], families.make_sampler(
+          parts["denoiser"].schedule, "ggdm", 2),
+      objective_lib.Objective(
+          "kid_linear", [parts["features"]], [np.eye(12, dtype=np.float32)],
+          SHAPE), numbers)
+  rates = [make(learning_rate=rate).optimizer.rate(2) for rate in (0.0, None)]
+  assert rates[0] == 0 and 0.4 < rates[1] <= 0.5
