@@ -29,8 +29,7 @@ def registered():
 
 def test_a_family_from_outside(parts, tmp_path, bind):
   run = str(tmp_path / "run")
-  bind("make_sampler.family = 'one-eta+pred'\n"
-       "make_sampler.num_steps = 3")
+  bind("make_sampler.family = 'one-eta+pred'\nmake_sampler.num_steps = 3")
   sampler = ddss_tf.search(
       run_dir=run, **parts, sampler=families.make_sampler,
       num_search_steps=4, batch_size=8, pool_samples=16,
@@ -49,8 +48,7 @@ def test_it_is_compared(parts, tmp_path, bind):
        "search.start_samples = 8")
   records = ddss_tf.compare(
       str(tmp_path), **parts, num_steps=[2], solvers=["ddpm"],
-      families=["one-eta"], num_samples=16, stride_samples=16,
-      jit_compile=False)
+      families=["one-eta"], num_samples=16, stride_samples=16, jit_compile=False)
   assert [r["sampler"].split()[0] for r in records] == ["DDPM", "ONE-ETA"]
 
 
