@@ -142,7 +142,7 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
       num_inference_steps: K; None is the same.
-      device: where `timesteps` are.
+      device: of `timesteps`.
 
     Raises:
       ValueError: another number of steps, for which there are no coefficients.
@@ -187,7 +187,7 @@ class DDSSScheduler(SchedulerMixin, ConfigMixin):
       sample: [B, C, H, W], the current state.
       eta: must be 0, as `DDIMPipeline` has it: the noise is the sampler's own.
       use_clipped_model_output: must be None or False, likewise.
-      generator: draws the noise of the steps that add any.
+      generator: of the noise, in the steps that add any.
       variance_noise: [B, C, H, W], standard normal noise to use instead.
       return_dict: return a tuple if False.
 
