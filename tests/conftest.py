@@ -15,8 +15,10 @@ from ddss_tf.datasets import load as data
 
 # Files that take a minute or more: first, for a worker that begins one last
 # would be waited for.
-_LONG = ("main_test", "search_test", "distribution_test", "checkpoints_test",
-         "compare_test")
+_LONG = ("main_test", "machines_test", "image_files_test", "chain_test",
+         "distribution_test", "docs_test", "scales_test", "conditional_test",
+         "checkpoints_test", "compare_test", "denoisers_test", "conventions_test",
+         "bad_input_test", "resume_test")
 
 
 def pytest_collection_modifyitems(items):
