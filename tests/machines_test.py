@@ -118,7 +118,8 @@ def fixture_evaluated(small, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", [
+    "ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_output_that_is_not_utf_8(encoding, small, evaluated):
   done = call("--mode=evaluate", f"--gin_file={small}",
               f"--run_dir={evaluated}", PYTHONIOENCODING=encoding,

@@ -192,7 +192,8 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
     load(tmp_path)
 
 
-@pytest.mark.parametrize("home", ["/proc/nobody", None])
+@pytest.mark.parametrize("home", [
+    "/proc/nobody", pytest.param(None, marks=pytest.mark.slow)])
 def test_embedded_digits_need_no_home(home, tmp_path):
   """A home that cannot be made, or none: a temporary folder serves."""
   environment = {**os.environ, "TMPDIR": str(tmp_path)}

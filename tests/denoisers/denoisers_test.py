@@ -332,7 +332,8 @@ def test_schedules_that_are_refused(tiny_folder, changes, words):
                 6.27736440605986e-08]),
     ("squaredcos_cap_v2", [0.9999587535858154, 0.4922648072242737,
                            2.277813109685667e-06])])
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("kind", [
+    "v_prediction", pytest.param("sample", marks=pytest.mark.slow)])
 def test_schedules_of_zero_snr(tiny_folder, name, abar, kind):
   edit(tiny_folder, "scheduler_config.json", beta_schedule=name,
        beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,

@@ -105,6 +105,7 @@ def test_a_part_of_the_population_estimates_its_gradient(parts):
       part.gradient(0)[1], estimates[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chains_of_any_size(parts, tmp_path):
   """Of 7, which divides nothing: the metric alone is of other images."""
   moves = []
