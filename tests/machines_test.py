@@ -156,14 +156,23 @@ LONG = ["search.num_search_steps = 4000", "search.checkpoint_every = 4000",
         "search.validate_every = 4000"]
 
 
+def long_search(gin_file, run) -> subprocess.Popen:
+  """A search that goes on until it gets a signal, as in a terminal.
+
+  A shell that starts the tests in the background lets them ignore SIGINT.
+  """
+  return subprocess.Popen(
+      command("--mode=search", f"--gin_file={gin_file}", f"--run_dir={run}",
+              *(f"--gin_param={param}" for param in LONG)),
+      stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 @pytest.mark.parametrize("number,status", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_search(number, status, small, tmp_path):
   run = tmp_path / "run"
-  process = subprocess.Popen(
-      command("--mode=search", f"--gin_file={small}", f"--run_dir={run}",
-              *(f"--gin_param={param}" for param in LONG)),
-      stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+  process = long_search(small, run)
 
   def begun():  # Events are written once steps are made.
     return any(os.path.getsize(path) > 2000 for path in glob.glob(
@@ -191,11 +200,7 @@ def test_a_signal_saves_the_search(number, status, small, tmp_path):
 @pytest.mark.parametrize("seconds", [0.3, 2.0])
 def test_a_command_that_had_not_begun_leaves_nothing(
     number, status, seconds, small, tmp_path):
-  process = subprocess.Popen(
-      command("--mode=search", f"--gin_file={small}",
-              f"--run_dir={tmp_path / 'a' / 'run'}",
-              *(f"--gin_param={param}" for param in LONG)),
-      stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+  process = long_search(small, tmp_path / "a" / "run")
   time.sleep(seconds)  # In Python's own start, and among the imports.
   process.send_signal(number)
   _, error = process.communicate(timeout=60)

@@ -13,7 +13,6 @@ from typing import Any, Mapping, Sequence
 
 from absl import logging
 import gin
-import numpy as np
 
 from ddss_tf.samplers import strides
 from ddss_tf import storage
@@ -270,7 +269,8 @@ class _Table:
       return
     self._images[key] = dataset_lib.to_uint8(
         self._evaluator.images(sampler, _SHOWN, x0_bound))
-    _write_samples(self.run.path(run_dir_lib.SAMPLES_NPZ), self._images)
+    storage.save_arrays(
+        self.run.path(run_dir_lib.SAMPLES_NPZ), self._images, compressed=True)
 
   def add_card(self, path: str, denoiser: Denoiser) -> None:
     """Measures a sampler that was found before."""
@@ -348,12 +348,6 @@ class _Race:
         start_candidates=candidates, cache_dir=self._table.run.cache,
         jit_compile=self._jit_compile, **changes)
     return zoo.load_searched(run_dir_lib.RunDir(folder), self._denoiser)
-
-
-def _write_samples(path, images):
-  with storage.replacing(path) as temporary:
-    with storage.open(temporary, "wb") as f:
-      np.savez_compressed(f, **images)
 
 
 def _card_name(path):

@@ -75,9 +75,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
                       "byte: their pixels mean nothing", broken, num_images)
     images = dataset_lib.to_uint8(images)
     path = run.path(f"{run_dir_lib.GENERATED}.npz")
-    with storage.replacing(path) as temporary:
-      with storage.open(temporary, "wb") as f:
-        np.savez_compressed(f, images=images)
+    storage.save_arrays(path, {"images": images}, compressed=True)
     grids.samples_png(
         run.path(f"{run_dir_lib.GENERATED}.png"),
         [(f"{found.label}, K = {found.num_steps}, seed {seed}",

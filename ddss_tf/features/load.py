@@ -13,6 +13,7 @@ from ddss_tf.features import keras_models
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import saved_models
 from ddss_tf.networks import files as network_files
+from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 from ddss_tf.features.network import FeatureNetwork
 from ddss_tf.features.preprocessing import Preprocessing
@@ -50,8 +51,7 @@ def register_features(name: str) -> Callable:
     known = _registered.get(name)
     if (f"{name}:" == keras_models.APPLICATION_PREFIX
         or name in embedded_features() or known is not None
-        and (known.__module__, known.__qualname__)
-        != (make.__module__, make.__qualname__)):
+        and fingerprint.definition(known) != fingerprint.definition(make)):
       raise ValueError("a name of feature networks must be new. "
                        f"Received: {name!r}")
     _registered[name] = make

@@ -80,11 +80,11 @@ def reference(features: FeatureNetwork, dataset: dataset_lib.ImageDataset, *,
                       dataset.name)
       path = None
   if path is not None:
-    with storage.replacing(path) as temporary:
-      np.savez(temporary, pool=pool, logits=logits,
-               mean=result.moments.mean, covariance=result.moments.covariance,
-               protocol=f"{dataset.name}, {features.name}, {features.protocol}"
-                        f"{', rounded to bytes' if quantise else ''}")
+    storage.save_arrays(path, {
+        "pool": pool, "logits": logits, "mean": result.moments.mean,
+        "covariance": result.moments.covariance,
+        "protocol": f"{dataset.name}, {features.name}, {features.protocol}"
+                    f"{', rounded to bytes' if quantise else ''}"})
   return result
 
 

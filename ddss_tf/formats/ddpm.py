@@ -140,15 +140,7 @@ def infer_config(weights: Mapping[str, np.ndarray],
 
 def _shape(weights, name: str, rank: int) -> tuple[int, ...]:
   """Shape of a tensor that every such checkpoint has."""
-  name = _ROOT + name
-  if name not in weights:
-    raise UserError(f"a DDPM checkpoint must hold {name}. "
-                    f"Received: {sorted(weights)[:5]}")
-  shape = weights[name].shape
-  if len(shape) != rank:
-    raise UserError(
-        f"tensor {name} must have {rank} dimensions. Received: shape {shape}")
-  return shape
+  return tensors.shape_of(weights, _ROOT + name, rank, "a DDPM checkpoint")
 
 
 _FIXED = {

@@ -205,8 +205,7 @@ def register_format(name: str, recognises: Callable[[str], bool],
   def register(read):
     known = _registered.get(name)
     if name in (each.name for each in _FORMATS) or known is not None and (
-        (known.read.__module__, known.read.__qualname__)
-        != (read.__module__, read.__qualname__)):
+        fingerprint.definition(known.read) != fingerprint.definition(read)):
       raise ValueError(f"a format's name must be new. Received: {name!r}")
     _registered[name] = Format(name, recognises, read, tuple(arguments))
     return read

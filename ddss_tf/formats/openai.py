@@ -232,14 +232,8 @@ def _residual_downs(weights, last: int) -> set[int]:
 
 def _shape(weights, name: str, rank: int) -> tuple[int, ...]:
   """Shape of a tensor that every such network has."""
-  if name not in weights:
-    raise UserError(f"an OpenAI diffusion state dict must hold {name}. "
-                    f"Received: {sorted(weights)[:5]}")
-  shape = weights[name].shape
-  if len(shape) != rank:
-    raise UserError(
-        f"tensor {name} must have {rank} dimensions. Received: shape {shape}")
-  return shape
+  return tensors.shape_of(
+      weights, name, rank, "an OpenAI diffusion state dict")
 
 
 _FIXED = {

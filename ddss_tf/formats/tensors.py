@@ -107,6 +107,29 @@ def torch_layout(path: str, value: np.ndarray,
   return value.T if value.ndim == 2 else value
 
 
+def shape_of(weights: Mapping[str, np.ndarray], name: str, rank: int,
+             source: str) -> tuple[int, ...]:
+  """Shape of a tensor that every checkpoint of a kind has.
+
+  Args:
+    weights: the tensors of the checkpoint by its names.
+    name: the tensor's name.
+    rank: its number of dimensions.
+    source: the kind, for the message, such as "a DDPM checkpoint".
+
+  Raises:
+    UserError: there is no such tensor, or it has another rank.
+  """
+  if name not in weights:
+    raise UserError(f"{source} must hold {name}. "
+                    f"Received: {sorted(weights)[:5]}")
+  shape = weights[name].shape
+  if len(shape) != rank:
+    raise UserError(
+        f"tensor {name} must have {rank} dimensions. Received: shape {shape}")
+  return shape
+
+
 def matched(
     weights: Mapping[str, np.ndarray],
     variables: Iterable[tuple[str, tuple[int, ...]]],

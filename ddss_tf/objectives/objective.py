@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf.objectives import distances as distances_lib
+from ddss_tf.runs import fingerprint
 from ddss_tf.errors import check_positive
 from ddss_tf.objectives.distances import Control
 from ddss_tf.objectives.view import ViewLayout
@@ -54,8 +55,7 @@ def register_objective(name: str, *, moments: bool = False) -> Callable:
   def register(make):
     known = distances_lib.DISTANCES.get(name)
     if name in (*MATCHING, ELBO) or known is not None and (
-        (known.make.__module__, known.make.__qualname__)
-        != (make.__module__, make.__qualname__)):
+        fingerprint.definition(known.make) != fingerprint.definition(make)):
       raise ValueError(f"an objective's name must be new. Received: {name!r}")
     distances_lib.register_distance(name, make, moments)
     return make

@@ -1,4 +1,4 @@
-"""Content hashes: what results, caches and cards are keyed by."""
+"""Content hashes: what results, caches and cards are keyed by; and which code is the same."""
 
 import hashlib
 from typing import Iterable
@@ -23,6 +23,15 @@ def arrays_sha256(arrays: Iterable[np.ndarray]) -> str:
 def coefficients_sha256(coefficients) -> str:
   """`arrays_sha256` of the arrays of `Coefficients`."""
   return arrays_sha256(coefficients.arrays().values())
+
+
+def definition(code) -> tuple[str, str]:
+  """Module and name of a class or function.
+
+  A module that is imported again defines its classes and functions anew; their
+  definitions are equal.
+  """
+  return code.__module__, code.__qualname__
 
 
 def text_sha256(text: str) -> str:

@@ -86,8 +86,6 @@ FILES = (
     File(CHECKPOINTS),
     File(CACHE),
 )
-
-
 _LOCK = ".lock"
 
 

@@ -30,6 +30,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.runs import fingerprint
 from ddss_tf.samplers import labels
 from ddss_tf.samplers import learned
 from ddss_tf.samplers import marginals as marginals_lib
@@ -281,19 +282,15 @@ def register_family(name: str, *, label: str, contains: tuple[str, ...] = (),
 
   def register(make):
     known = LEARNED.get(name)
-    if known is not None and _where(known.make) != _where(make):
+    if known is not None and (fingerprint.definition(known.make)
+                              != fingerprint.definition(make)):
       raise ValueError(f"a family's name must be new. Received: {name!r}, which "
-                       f"is {'.'.join(_where(known.make))}")
+                       f"is {'.'.join(fingerprint.definition(known.make))}")
     LEARNED[name] = Family(name, label, make, tuple(contains), multistep)
     labels.LABELS[name] = label
     return make
 
   return register
-
-
-def _where(make) -> tuple[str, str]:
-  """Where a class or function was defined; one that is imported again is the same."""
-  return make.__module__, make.__qualname__
 
 
 def _rddim(schedule, num_steps, family, **options):

@@ -136,7 +136,7 @@ class FeatureMetric:
   def _measured(self) -> np.ndarray:
     """The metric here, float64 [n, n], from samples that were not used yet."""
     size, objective = self._micro_batch_size, self._objective
-    metric = 0.0
+    jacobian, metric = self._population.jacobian(), 0.0
     draws = max(_DRAWS, -(-_ROWS * len(self._free) // size))
     before = int(self.count.numpy())
     for draw in range(draws * before, draws * (before + 1)):
@@ -144,6 +144,6 @@ class FeatureMetric:
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
       r = objective.layout.first_only(tf.random.stateless_normal(
           [size, objective.layout.feature_width], [draw, 0], alg="philox"))
-      rows = self._population.per_sample(indices, r)
+      rows = self._population.per_sample(indices, r) @ jacobian
       metric = metric + rows.T @ rows
     return metric / (draws * size) / objective.feature_std**2

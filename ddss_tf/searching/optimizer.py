@@ -57,7 +57,7 @@ class MetricAdam:
       decays to 0 (cosine).
     learning_rate: the highest rate, in feature standard deviations for all
       variables together.
-    rate_multipliers: factors on it by kind of variable.
+    multipliers: float32 [n], factors on it, of every entry.
 
   Attributes:
     moments: tf.Variables, float64: the first moment [n], the second, and of how
@@ -66,10 +66,9 @@ class MetricAdam:
 
   def __init__(self, variables: SamplerVariables, metric: FeatureMetric, *,
                num_search_steps: int, learning_rate: float,
-               rate_multipliers: dict[str, float]):
+               multipliers: np.ndarray):
     self.variables, self.metric = variables, metric
-    self._multipliers = multipliers_by_entry(variables, rate_multipliers)
-    size = len(self._multipliers)
+    self._multipliers, size = multipliers, len(multipliers)
     self._factor, *self.moments = distribution.outside(lambda: [
         tf.Variable(value, dtype=tf.float64, trainable=False)
         for value in (1.0, np.zeros(size), 0.0, 0.0)])
@@ -163,10 +162,3 @@ class MetricAdam:
               for part, variable in self.variables.split(gradient)
               if not np.all(np.isfinite(part))]
     return ", ".join(parts) or "the norm of the gradient"
-
-
-def multipliers_by_entry(variables: SamplerVariables,
-                         rate_multipliers: dict[str, float]) -> np.ndarray:
-  """The factor on the rate of every entry, float32 [n]."""
-  return np.array([rate_multipliers[kind] for kind in variables.kind_of_entry],
-                  np.float32)

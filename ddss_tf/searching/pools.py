@@ -120,8 +120,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
   view = distribution.row_wise(objective.view)
   found = np.concatenate([view(images).numpy() for images in generator.batches(
       known, num_samples, seed, description)])
-  with storage.replacing(path) as temporary:
-    np.savez(temporary, views=found)
+  storage.save_arrays(path, {"views": found})
   return found
 
 

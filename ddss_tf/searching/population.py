@@ -93,23 +93,27 @@ class PopulationGradient:
          cotangents[i:i + size]) for i in range(0, count, size)])
     return float(loss), scale * gradient.numpy()
 
+  def jacobian(self) -> np.ndarray:
+    """The derivative of all coefficients, float64 [coefficients, n]."""
+    return self._jacobian().numpy().astype(np.float64)
+
   def per_sample(self, indices: np.ndarray, cotangents: tf.Tensor
                  ) -> np.ndarray:
-    """The gradient of each sample in all variables.
+    """The gradient of each sample in all coefficients.
 
     Args:
       indices: [B] of samples.
       cotangents: float32 [B, width], the gradient in each sample's view.
 
     Returns:
-      float64 [B, n].
+      float64 [B, coefficients]. Its product with `jacobian` is the gradient in
+      all variables.
     """
     count = len(indices)
     rows = distribution.filled(count)
     each = self._pull_back_each(
         filled(indices, rows), tf.pad(cotangents, [[0, rows - count], [0, 0]]))
-    jacobian = self._jacobian().numpy().astype(np.float64)
-    return each.numpy()[:count].astype(np.float64) @ jacobian
+    return each.numpy()[:count].astype(np.float64)
 
   def _view(self, indices, remat, coefficients=None):
     """What the objective sees of samples, made by the chain."""

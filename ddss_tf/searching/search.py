@@ -39,7 +39,7 @@ from ddss_tf.searching import starts
 from ddss_tf.searching import summaries
 from ddss_tf.searching.bound import BoundGradient
 from ddss_tf.searching.metric import FeatureMetric
-from ddss_tf.searching.optimizer import MetricAdam, multipliers_by_entry
+from ddss_tf.searching.optimizer import MetricAdam
 from ddss_tf.searching.options import SearchOptions
 from ddss_tf.searching.parts import SearchParts
 from ddss_tf.searching.population import PopulationGradient
@@ -79,14 +79,13 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
       denoiser, variables, objective, pool, x0_bound=options.x0_bound, **common)
   if objective.is_elbo:
     gradient = BoundGradient(denoiser, variables, pool, images, **common)
-  multipliers = multipliers_by_entry(variables, options.rate_multipliers)
+  multipliers = variables.by_entry(options.rate_multipliers)
   metric = FeatureMetric(population, variables, objective, multipliers > 0,
                          options.micro_batch_size)
   optimizer = MetricAdam(
       variables, metric, num_search_steps=options.num_search_steps,
       learning_rate=(options.learning_rate if learning_rate is None
-                     else learning_rate),
-      rate_multipliers=options.rate_multipliers)
+                     else learning_rate), multipliers=multipliers)
   return loop.Search(sampler, gradient, optimizer, BestSoFar(variables),
                      options.num_search_steps)
 

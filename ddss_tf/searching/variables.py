@@ -1,6 +1,6 @@
 """All variables of a sampler as one vector."""
 
-from typing import Iterator
+from typing import Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -38,6 +38,10 @@ class SamplerVariables:
   def values(self) -> list[tf.Variable]:
     """TensorFlow's variables inside of Keras'."""
     return [v.value for v in self.variables]
+
+  def by_entry(self, by_kind: Mapping[str, float]) -> np.ndarray:
+    """The number of every entry's kind, float32 [n]."""
+    return np.array([by_kind[kind] for kind in self.kind_of_entry], np.float32)
 
   def split(self, vector: np.ndarray) -> Iterator[tuple]:
     """The parts of a vector [n], each with its variable."""

@@ -1,7 +1,6 @@
 """Run directories."""
 
 import contextlib
-import fcntl
 import os
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from ddss_tf import storage
 from ddss_tf.runs import run_dir
 from ddss_tf.errors import UserError
+from run_files import is_locked
 
 
 def test_a_restart_that_is_killed_restarts(tmp_path, monkeypatch):
@@ -51,20 +51,12 @@ def test_a_process_may_lock_twice_and_releases_as_often(tmp_path):
   first, second = (run_dir.RunDir(str(tmp_path / "run")) for _ in range(2))
   path = tmp_path / "run" / ".lock"
 
-  def is_free():
-    with open(path, "w") as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        return False
-    return True
-
   with first.locked() as run:
     assert run is first
     with second.locked():
-      assert not is_free()
-    assert not is_free()
-  assert is_free()
+      assert is_locked(path)
+    assert is_locked(path)
+  assert not is_locked(path)
   with pytest.raises(RuntimeError), first.locked():
     raise RuntimeError
-  assert is_free()
+  assert not is_locked(path)

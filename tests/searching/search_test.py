@@ -18,6 +18,7 @@ from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.searching import loop
 from ddss_tf.errors import UserError
+from run_files import is_locked
 from small_searches import (
     ROUNDING, SHAPE, check_picture, evaluate, events, options, same_sampler)
 
@@ -98,24 +99,16 @@ def test_the_run_dir_of_a_search_is_its_own(parts, tmp_path, monkeypatch):
   advance = loop.Search.advance
   path = str(tmp_path / ".lock")
 
-  def locked():
-    with open(path, "w") as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        return True
-    return False
-
   seen = []
 
   def watched(self):
-    seen.append(locked())
+    seen.append(is_locked(path))
     return advance(self)
 
   monkeypatch.setattr(loop.Search, "advance", watched)
   searched = options(num_search_steps=1, validate_every=1)
   ddss_tf.search(run_dir=str(tmp_path), **parts, **searched)
-  assert seen == [True] and not locked()
+  assert seen == [True] and not is_locked(path)
   with open(path, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     for call in (
