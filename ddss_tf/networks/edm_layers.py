@@ -292,8 +292,9 @@ class EDMInput(_Preconditioning):
       c_noise = ops.log(sigma) / 4
     else:
       c_in = ops.rsqrt(sigma**2 + 1.0)
-      # (M - 1) t, where t solves sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1.
-      # The usual root has a difference that cancels where sigma is small.
+      # It is (M - 1) t, and t solves
+      # sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, written without the
+      # difference that cancels where sigma is small.
       log = ops.log1p(sigma**2)
       c_noise = (self.timesteps - 1) * 2 * log / (
           self.beta_min + ops.sqrt(self.beta_min**2 + 2 * self.beta_d * log))
