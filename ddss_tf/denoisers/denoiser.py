@@ -335,7 +335,7 @@ class Denoiser:
     def one(index):
       own = tf.random.experimental.stateless_fold_in(
           tf.cast(seed, tf.int32), index, alg="philox")
-      # 0 and 1 are used for the noise, see chain.draw_noise.
+      # The noise is drawn from `own` itself and from 1, see chain.draw_noise.
       own = tf.random.experimental.stateless_fold_in(own, 2, alg="philox")
       return tf.random.stateless_uniform(
           [], own, 0, count, tf.int32, alg="philox")
