@@ -1,20 +1,22 @@
 """Work spread over devices: every replica makes a share of the samples.
 
 Everything that makes or looks at images goes through `replicated` or `row_wise`
-and so through the strategy in force (`tf.distribute.get_strategy()`): TensorFlow
-has a default one, of one replica, whose work is that of a plain `tf.function`.
+and so through the strategy in force (`tf.distribute.get_strategy()`).
+TensorFlow's default strategy has one replica, whose work is that of a plain
+`tf.function`.
 
-An image depends on its seed and its index only, so a share is a range of
+An image depends on its seed and its index only. So a share is a range of
 indices, and the images are the same whatever the number of replicas. A distance
-between sets of images is not a mean over replicas: their rows are gathered, each
-replica computes the value of the whole, and pulls the gradient of its own rows
-back; the sum over replicas is the gradient. (With a mean it would be too small
-by their number; reducing the gradients of local values would be biased.)
+between sets of images is not a mean over replicas. Instead, all rows are
+gathered, and each replica computes the value of the whole and pulls the
+gradient of its own rows back. The sum over replicas is the gradient. (A mean
+would be too small by their number; reducing the gradients of local values would
+be biased.)
 
-With several worker processes each runs the same program on a share of the
-replicas. What is read from disk and what one of them alone is told must be the
-same for all of them or be agreed on (`everyones`), or they would wait for each
-other for ever; and the chief alone writes (`is_chief`).
+With several worker processes, each runs the same program on a share of the
+replicas. What they read from disk, and what one of them alone is told, must be
+the same for all of them or be agreed on (`everyones`). Otherwise they would
+wait for each other for ever. Only the chief writes (`is_chief`).
 """
 
 import concurrent.futures
@@ -54,8 +56,8 @@ def make_strategy(name: str = "none", devices: Sequence[str] | None = None,
     in its `scope()`.
 
   Raises:
-    UserError: an unknown name, devices that are not there, or a TF_CONFIG that
-      is missing or cannot be right.
+    UserError: the name is unknown, a device or the TPU is not there, or
+      TF_CONFIG is missing or cannot be right.
   """
   if name == "none":
     return tf.distribute.get_strategy()
@@ -106,7 +108,7 @@ def _multi_worker():
 
 
 def _cluster():
-  """The resolver of the workers; None where there is but one process."""
+  """The resolver of the workers; None if there is only one process."""
   strategy = tf.distribute.get_strategy()
   if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
     return strategy.cluster_resolver
@@ -122,9 +124,9 @@ def is_chief() -> bool:
 
 
 def everyones(value: float) -> list[float]:
-  """The values that all workers give, the chief's first; they wait for it.
+  """The values of all workers, the chief's first; they wait for each other.
 
-  A worker with several replicas has its value in the list as often.
+  The value of a worker with several replicas is in the list once for each.
   """
   if _cluster() is None:
     return [value]
@@ -134,17 +136,17 @@ def everyones(value: float) -> list[float]:
 
 @functools.lru_cache(maxsize=None)
 def _gather(strategy):
-  del strategy  # In force; traced once for each.
+  del strategy  # It is the one in force; the cache keeps a trace for each.
   # Collectives take the device from the operation that made their input.
   return replicated(lambda value: all_rows(tf.identity(value)))
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-  """Says so where another worker has ended while this one waits for it.
+  """Turns TensorFlow's errors into one that says that another worker has ended.
 
   Raises:
-    WorkerLost: that is what has happened.
+    WorkerLost: another worker has ended while this one waited for it.
   """
   try:
     yield
@@ -161,7 +163,8 @@ def watched() -> Iterator[None]:
 
 def outside(fn: Callable):
   """Calls a function where no strategy is in force, and gives its result."""
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Scopes are threads'.
+  # A scope is in force in its own thread only.
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
     return pool.submit(fn).result()
 
 
@@ -175,7 +178,7 @@ def device_name() -> str:
   gpus = tf.config.get_visible_devices("GPU")
   if not gpus:
     try:
-      cores = len(os.sched_getaffinity(0))  # Those that it may use.
+      cores = len(os.sched_getaffinity(0))  # Those that the process may use.
     except (AttributeError, OSError):  # macOS and Windows do not tell.
       cores = os.cpu_count() or 1
     return f"{cores} CPU core{'s' if cores > 1 else ''}"
@@ -193,9 +196,10 @@ def replicated(fn: Callable) -> Callable:
   """Compiles a function that all replicas call with the same arguments.
 
   Inside, `own_rows`, `all_rows` and `total` tell what is the replica's own and
-  what is everybody's. All of them must return the same values. Without
-  AutoGraph, whose translation of every function on the way is a good part of
-  the time to trace: control flow that depends on tensors must be TensorFlow's.
+  what is everybody's. All replicas must return the same values. AutoGraph is
+  off, because its translation of every function on the way is a good part of
+  the time to trace. So control flow that depends on tensors must be
+  TensorFlow's.
 
   Args:
     fn: a function of tensors, to tensors in any nest.
@@ -219,10 +223,10 @@ def replicated(fn: Callable) -> Callable:
 def summed(fn: Callable) -> Callable:
   """Compiles a function to be called several times for the sum of its results.
 
-  Every replica adds its own, and what they have is reduced once.
+  Every replica adds up its own results, and these sums are reduced once.
 
   Args:
-    fn: as in `replicated`, to one tensor, of the replica's own rows.
+    fn: as in `replicated`, but of the replica's own rows, and to one tensor.
 
   Returns:
     A function of a list of arguments, a tuple for each call.
@@ -245,7 +249,7 @@ def summed(fn: Callable) -> Callable:
 
 
 def row_wise(fn: Callable) -> Callable:
-  """Compiles a function of rows, such as a network, each replica its share.
+  """Compiles a function of rows, such as a network; replicas share the rows.
 
   Args:
     fn: from tensors [B, ...] to tensors [B, ...] in any nest, each row by

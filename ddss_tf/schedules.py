@@ -25,7 +25,7 @@ import tensorflow as tf
 NOISIEST_LOG_SNR = -5.1
 # What abar = 0 is taken for, so that log-SNR and 1 / alpha stay finite.
 _ZERO_ABAR = 1e-12
-# More is a slip, or of a damaged file, and would fill the memory.
+# More is a mistake or from a damaged file, and would fill the memory.
 _MOST_STEPS = 10**6
 
 
@@ -37,11 +37,12 @@ class NoiseSchedule:
 
   Args:
     betas: float [T], the variances of the T training steps, each in (0, 1).
-      The last one may be 1: the process then ends in pure noise, as one that is
-      rescaled to zero SNR does. Its last abar is taken for 1e-12.
+      The last one may be 1. The process then ends in pure noise, as one that is
+      rescaled to zero SNR does, and its last abar is taken for 1e-12.
 
   Raises:
-    ValueError: `betas` is empty, not one-dimensional, or leaves (0, 1).
+    ValueError: `betas` is empty, not one-dimensional, or leaves these bounds;
+      or no signal is left before a last beta of 1.
   """
 
   def __init__(self, betas: npt.ArrayLike):
@@ -117,7 +118,7 @@ class NoiseSchedule:
                             self._log_abar))
 
   def card(self) -> dict:
-    """What `from_card` makes it again of, exactly; for JSON."""
+    """What `from_card` makes the same schedule of, exactly; for JSON."""
     return {"betas": self.betas.tolist()}
 
   def alpha_sigma(self, t: tf.Tensor, dtype: tf.DType = tf.float32
@@ -143,7 +144,8 @@ class NoiseSchedule:
 
   def time_of_log_snr(self, log_snr: npt.ArrayLike) -> np.ndarray:
     """The inverse of `log_snr`: fractional times, clipped to [0, T - 1]."""
-    # log abar = -log(1 + exp(-2 lambda)); increasing in -t for interp.
+    # log abar = -log(1 + exp(-2 lambda)). It decreases in t, and np.interp
+    # needs what increases: hence the minus signs below.
     log_abar = -np.logaddexp(0.0, -2 * np.asarray(log_snr, np.float64))
     steps = np.arange(self.num_train_steps)
     return np.interp(-log_abar, -self._log_abar, steps)
@@ -154,7 +156,8 @@ class ExplodingSchedule(NoiseSchedule):
 
   x_0 + s eps, divided by sqrt(1 + s^2), has alpha = 1 / sqrt(1 + s^2) and
   sigma = s alpha; so log(alpha / sigma) = -log s. Between steps log s is
-  interpolated linearly, exact at integers: a geometric process stays one.
+  interpolated linearly, exact at integers, so a geometric process stays
+  geometric.
 
   Args:
     sigmas: float [T], the s of the T steps, positive, increasing.
@@ -214,10 +217,10 @@ class ExplodingSchedule(NoiseSchedule):
 
 
 def from_card(card: Mapping[str, object]) -> NoiseSchedule:
-  """The schedule whose `card()` is, or is among, the given.
+  """The schedule of a `card()`, which may have other keys as well.
 
   Raises:
-    KeyError: no betas and no sigmas.
+    KeyError: the card has neither betas nor sigmas.
     ValueError: see the classes.
   """
   if "sigmas" in card:
@@ -257,27 +260,27 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
   """Makes a noise schedule from its name.
 
   Args:
-    name: "linear", "scaled_linear", "cosine", or "betas" for given ones; of
-      variance-exploding processes "geometric", or "sigmas" for given ones, see
-      `ExplodingSchedule`.
-    num_train_steps: T; the number of `betas` or `sigmas` where they are given.
+    name: "linear", "scaled_linear", "cosine", or "betas" for given ones. For a
+      variance-exploding process (see `ExplodingSchedule`), "geometric", or
+      "sigmas" for given ones.
+    num_train_steps: T. If `betas` or `sigmas` are given, their number is T.
     beta_start: the first beta of the two linear ones.
     beta_end: the last beta of these.
     betas: float [T], for "betas" only.
-    sigma_min: the smallest sigma of the geometric one; its default and the next
-      are those of Song et al. (2021, https://arxiv.org/abs/2011.13456) for
-      CIFAR-10.
+    sigma_min: the smallest sigma of the geometric one. Its default and that of
+      `sigma_max` are those of Song et al. (2021,
+      https://arxiv.org/abs/2011.13456) for CIFAR-10.
     sigma_max: the largest of these.
     sigmas: float [T], for "sigmas" only.
-    zero_snr: rescale it so that it ends in pure noise, see
-      `NoiseSchedule.rescaled_to_zero_snr`; not of variance-exploding ones.
+    zero_snr: whether to rescale the schedule so that it ends in pure noise, see
+      `NoiseSchedule.rescaled_to_zero_snr`; not for variance-exploding ones.
 
   Returns:
     The schedule.
 
   Raises:
-    ValueError: unknown name, or betas or sigmas missing, not asked for, or out
-      of range.
+    ValueError: the name is unknown; betas or sigmas are missing, not asked for,
+      or out of range; `zero_snr` for a variance-exploding process.
   """
   for key, values in (("betas", betas), ("sigmas", sigmas)):
     if (values is not None) != (name == key):

@@ -1,9 +1,9 @@
 """A network of one noise schedule, asked on another.
 
-What a network has learned is the noise level of its input; the index of the
-training step is only the name by which it is told. So a network that was
-trained on one variance-preserving process serves every other one, if it is told
-the step of its own process that has the same log-SNR.
+What matters to a network is the noise level of its input. The index of the
+training step only tells it that level. So a network that was trained on one
+variance-preserving process serves every other one, if it is told the step of
+its own process that has the same log-SNR.
 """
 
 import gin

@@ -10,8 +10,8 @@ from ddss_tf.networks import edm_layers
 from ddss_tf.networks import group_norm
 from ddss_tf.networks import layers
 
-# Layers of the networks that we build: XLA is known to compile them, and asking takes
-# as long as tracing them once more.
+# Layers of the networks that we build. XLA is known to compile them, and asking
+# takes as long as tracing them once more.
 _KNOWN = (
     keras.layers.InputLayer, keras.layers.Rescaling, keras.layers.Dense,
     keras.layers.Conv2D, keras.layers.GroupNormalization,
@@ -31,11 +31,12 @@ def _is_known(layer) -> bool:
 def obstacle(denoiser) -> str | None:
   """Why XLA cannot compile a denoiser's eps; None if it can.
 
-  Its gradient counts, too, because an operation may have a kernel and its gradient
-  none. A bicubic resize has neither.
+  Its gradient counts, too, because an operation may have a kernel and its
+  gradient none. A bicubic resize has neither.
 
   Args:
-    denoiser: the `Denoiser`; both are lowered for one image, and not compiled.
+    denoiser: the `Denoiser`. Its eps and the gradient are lowered for one
+      image, and not compiled.
   """
   if all(_is_known(layer) for layer in denoiser.model.layers):
     return None
@@ -47,7 +48,7 @@ def obstacle(denoiser) -> str | None:
     return eps, tape.gradient(eps, [x_t, t], unconnected_gradients="zero")
 
   try:
-    with tf.init_scope():  # Whoever asks may be tracing.
+    with tf.init_scope():  # The caller may be tracing.
       labels = None if denoiser.num_classes is None else tf.zeros([1], tf.int32)
       compiled = tf.function(gradient, jit_compile=True)
       lower = compiled.experimental_get_compiler_ir(

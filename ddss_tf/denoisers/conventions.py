@@ -17,11 +17,11 @@ from ddss_tf.schedules import NoiseSchedule
 PREDICTIONS = ("eps", "x0", "v", "score")
 PROCESSES = ("vp", "ve")
 TIME_INPUTS = ("step", "sigma", "log_sigma")
-# From these an image follows that is exact where there is hardly any signal, and
-# where eps, as a difference from the state, would have lost it.
+# These give an exact image even where the state has hardly any signal. There
+# the image would be lost in eps, which is a difference from the state.
 EXACT = ("x0", "v")
-# The relative rounding of two float32, with some room: a coefficient that is as
-# close as this to that of the schedule is meant to be the same.
+# The relative rounding of two float32, with some room. A coefficient that is as
+# close as this to that of the schedule is taken to be equal to it.
 _ROUNDING = 3e-7
 
 
@@ -132,15 +132,17 @@ class Convention:
     """`Coefficients` of x0_hat for the prediction itself instead of its eps.
 
     A chain with them is fed with what the network predicts. The images are the
-    same, but for rounding: with v, x0_hat = p x_t + q eps is
+    same but for rounding. With v, x0_hat = p x_t + q eps is
 
       (alpha_t + dp + dq sigma_t) x_t + (-sigma_t + dq alpha_t) v,
       dp = p - 1 / alpha_t,  dq = q + sigma_t / alpha_t,
 
-    where dp and dq are 0 unless they have been learned. Through eps it would be
-    the difference of two images 1 / alpha_t times as large, which is 2e4 at the
-    end of a cosine schedule. With x0 it is (dp + dq / sigma_t) x_t +
-    (1 - dq alpha_t / sigma_t) x0.
+    where dp and dq are 0 unless they have been learned. With x0 it is
+
+      (dp + dq / sigma_t) x_t + (1 - dq alpha_t / sigma_t) x0.
+
+    Through eps it would be the difference of two images 1 / alpha_t times as
+    large; 1 / alpha_t is 2e4 at the end of a cosine schedule.
 
     Args:
       schedule: the process in its "vp" form.
@@ -148,15 +150,15 @@ class Convention:
         trailing dimensions, stay differentiable.
 
     Returns:
-      Coefficients whose `x0_from_eps` multiplies the prediction; those of eps
-      and of scores as they are.
+      Coefficients whose `x0_from_eps` multiplies the prediction. If that is eps
+      or a score, they are the ones that were given.
     """
     if self.prediction not in EXACT:
       return coefficients
     arrays = (coefficients.times, coefficients.x0_from_state,
               coefficients.x0_from_eps)
     if isinstance(coefficients.times, np.ndarray):
-      with tf.init_scope():  # At once, whoever may be tracing.
+      with tf.init_scope():  # At once, even if the caller is tracing.
         values = [value.numpy()
                   for value in self._of_prediction(schedule, *arrays)]
     else:

@@ -1,9 +1,9 @@
 """The frozen, pre-trained network, behind one boundary.
 
-What a foreign model is - its architecture, what it predicts, how its times are
-scaled - ends here. Beyond this module there is `eps(x_t, t)`, NHWC, images in
-[-1, 1], `t` a (fractional) index of a training step; and `eps(x_t, t, labels)`
-of a class-conditional network.
+The rest of the package need not know a foreign model's architecture, what it
+predicts, or how its times are scaled. It calls `eps(x_t, t)` or, if the network
+is class-conditional, `eps(x_t, t, labels)`: NHWC, images in [-1, 1], `t` a
+(fractional) index of a training step.
 """
 
 import functools
@@ -32,47 +32,50 @@ class Denoiser:
   Args:
     model: maps `[x_t, t]`, float [B, H, W, C] and float [B], to the prediction
       [B, H, W, C]; a class-conditional one `[x_t, t, labels]`, labels int [B].
-      A functional Keras model may take these in another order, and be of
-      other shapes and integers (see `inputs.adapted`). Where it gives 2 C
-      channels, the last C are taken for a learned variance and left out:
-      samplers bring their own. Loaded or built under
-      `frozen.frozen_variables()`, a search of it is cheaper by a third.
+      A functional Keras model may take them in another order, other shapes or
+      as integers (see `inputs.adapted`). If it gives 2 C channels, the last C
+      are taken for a learned variance and left out, because samplers bring
+      their own. If it was loaded or built under `frozen.frozen_variables()`,
+      a search is cheaper by a third.
     schedule: its forward process.
     prediction: "eps", "x0", "v" or "score", see `conventions.Convention`.
     name: what results call it.
-    num_classes: given exactly if the model is class-conditional.
+    num_classes: the number of classes, given exactly if the model is
+      class-conditional.
     guidance_scale: the scale of classifier-free guidance (Ho and Salimans 2022,
       https://arxiv.org/abs/2207.12598), s in eps(null) + s (eps(label) -
-      eps(null)): 1 is none, 0 unconditional. It takes two network calls, made
-      as one of twice the batch. None: no guidance, one call.
-    null_label: the label that stands for no class, with which the network was
-      trained to be unconditional; never drawn.
+      eps(null)). 1 is without guidance, 0 unconditional. It takes two network
+      calls, made as one of twice the batch. None: no guidance, one call.
+    null_label: the label that stands for no class. The network was trained with
+      it to be unconditional. It is never drawn.
     image_shape: (H, W, C), needed if the model has no `input_shape`.
     sha256: hash, if not that of the weights.
     continuous_time: whether fractional times mean something to the network;
-      None: unless it takes integers.
-    architecture: what is known of the network's, for `inspect`: its "format"
-      and "kind", then numbers and words by name; JSON.
-    **convention: the rest of `conventions.Convention`, for networks of another
-      process or another clock: process, time_input, time_scale, time_offset.
+      None: they do unless it takes integers.
+    architecture: what is known of the network's architecture, for `inspect`:
+      "format" and "kind", then numbers and words by name, as JSON has them.
+    **convention: the other arguments of `conventions.Convention`, for networks
+      of another process or another clock: process, time_input, time_scale,
+      time_offset.
 
   Attributes:
     convention: how the network is called and read.
     image_shape: (H, W, C).
     continuous_time: False if times are rounded to integers, or have no
-      gradient: they cannot be learned then, all else works.
-    sha256: hash of all weights; of a network that `load_denoiser` read from
-      another format than ours, together with its architecture, prediction and
-      schedule, which weights do not tell. None if there are none.
+      gradient. They cannot be learned then; all else works.
+    sha256: hash of all weights; None if there are none. If `load_denoiser` read
+      the network from another format than ours, the hash also covers its
+      architecture, prediction and schedule, which weights do not tell.
     dtype_policy: what the network computes in, see `precision`.
-    key: `sha256`, or a hash that covers what else decides the images, where it
-      is not as by default: the convention, null label and guidance, the format.
+    key: `sha256`, or a hash that also covers what else decides the images, if
+      any of it is not the default: convention, null label, guidance scale and
+      `dtype_policy`.
 
   Raises:
-    ValueError: unknown prediction, a convention that there is not, or an image
-      shape that is missing or not the model's; `num_classes` does not fit the
-      model; guidance of an unconditional network or without a null label; a
-      number that is none.
+    ValueError: the prediction or another word of the convention is unknown; the
+      image shape is missing or not the model's; `num_classes` does not fit the
+      model; guidance is without a null label, or of an unconditional network; a
+      value is not the number that it must be.
   """
 
   def __init__(self, model, schedule: NoiseSchedule, prediction: str = "eps",
@@ -146,7 +149,7 @@ class Denoiser:
         self.null_label if null_label is None else null_label)
 
   def with_policy(self, dtype_policy: str) -> "Denoiser":
-    """The same weights in another number format; this object changes with it.
+    """The same weights in another number format; it changes this object too.
 
     Args:
       dtype_policy: one of `precision.POLICIES`.
@@ -164,11 +167,11 @@ class Denoiser:
 
   @property
   def identity(self) -> dict:
-    """How results name it: "name", "sha256", and `key`'s rest if there."""
+    """How results name it: "name", "sha256", and what else `key` covers."""
     return {"name": self.name, "sha256": self.sha256, **self._told()}
 
   def _told(self) -> dict:
-    """What decides the images beside the weights and the coefficients."""
+    """What decides the images beside weights and coefficients."""
     told = {"guidance_scale": self.guidance_scale,
             "null_label": self.null_label}
     told = {name: value for name, value in told.items() if value is not None}
@@ -193,8 +196,8 @@ class Denoiser:
 
     Raises:
       UserError: the model gives another shape.
-      ValueError: labels are missing, not wanted, not whole numbers or out of
-        range.
+      ValueError: labels are missing, must not be given, are not whole numbers
+        or out of range.
     """
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
@@ -204,12 +207,12 @@ class Denoiser:
     # training=False: no dropout, or rematerialisation would redraw its mask.
     output = self.model(inputs, training=False)
     output = tf.cast(self._without_variance(output), tf.float32)
-    if output.shape != x.shape:  # A SavedModel tells less than it takes.
+    if output.shape != x.shape:  # A SavedModel may not tell its output's shape.
       output = tf.ensure_shape(output, x.shape)
     return output
 
   def _without_variance(self, output):
-    """[B, H, W, C] of [B, H, W, C] or [B, H, W, 2 C]."""
+    """Leaves out a learned variance: [B, H, W, C or 2 C] to [B, H, W, C]."""
     *size, channels = self.image_shape
     if not any(output.shape.is_compatible_with((None, *size, c))
                for c in (channels, 2 * channels)):
@@ -265,10 +268,10 @@ class Denoiser:
   def output(self, x_t: tf.Tensor, t: tf.Tensor,
              labels: tf.Tensor | None = None,
              guidance: tf.Tensor | None = None) -> tf.Tensor:
-    """What a chain with coefficients of `for_chain` is fed with.
+    """What a chain with the coefficients of `for_chain` is fed with.
 
-    The prediction itself of a network that predicts x0 or v; else `eps`, whose
-    arguments these are.
+    It is the prediction itself if the network predicts x0 or v, else `eps`. The
+    arguments are those of `eps`.
     """
     if self.prediction not in conventions.EXACT:
       return self.eps(x_t, t, labels, guidance)
@@ -283,7 +286,7 @@ class Denoiser:
     return self.convention.of_prediction(self.schedule, coefficients)
 
   def _predicted(self, x_t, t, labels, guidance):
-    """The network's prediction, with guidance if it is told or has one."""
+    """The prediction, with `guidance` or else `guidance_scale`, if either."""
     if guidance is not None and self.null_label is None:
       raise ValueError(f"guidance needs a null_label, which {self.name!r} has "
                        "none of")
@@ -294,7 +297,10 @@ class Denoiser:
             self._guided(x, time, labels, guidance))
 
   def _guided(self, x_t, t, labels, scale):
-    """The prediction with guidance: all kinds are affine in each other."""
+    """The prediction with guidance, in the form that is written for eps.
+
+    It is right for every kind of prediction: they are affine in each other.
+    """
     batch_size = tf.shape(x_t)[0]
     (labels,) = self._label_input(labels, batch_size)
     t = tf.convert_to_tensor(t, tf.float32)
@@ -312,8 +318,8 @@ class Denoiser:
   def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
     """Draws a class for every sample, from its own seed.
 
-    All classes but the null one are as frequent: our choice, and right for a
-    data set with as many images of each.
+    All classes but the null one are equally frequent. That is our choice, and
+    right for a data set with as many images of each.
 
     Args:
       seed: int32 [2].
@@ -329,7 +335,7 @@ class Denoiser:
     def one(index):
       own = tf.random.experimental.stateless_fold_in(
           tf.cast(seed, tf.int32), index, alg="philox")
-      # 0 and 1 are the noise's, see chain.draw_noise.
+      # The noise is drawn from `own` itself and from 1, see chain.draw_noise.
       own = tf.random.experimental.stateless_fold_in(own, 2, alg="philox")
       return tf.random.stateless_uniform(
           [], own, 0, count, tf.int32, alg="philox")
@@ -343,14 +349,15 @@ class Denoiser:
     """`eps` as a `tf.function`, the same one at every call.
 
     Compiling a U-Net takes longer than many steps of a search. TensorFlow keeps
-    what it compiled, gradients too, with the function; so all chains, searches
+    what it compiled, gradients too, with the function. So all chains, searches
     and evaluations of a process share this one.
 
     Args:
-      jit_compile: compile it with XLA, if that knows all its operations and
-        their gradients: else a warning names one, and it is not compiled.
+      jit_compile: compile it with XLA, if XLA knows all its operations and
+        their gradients. If not, a warning says why, and it is not compiled.
       remat: backpropagation recomputes its activations, see
-        `rematerialise.rematerialise`; then all arguments must be given by position.
+        `rematerialise.rematerialise`. Then all arguments must be given by
+        position.
     """
     return self._compile(self.eps, jit_compile, remat)
 
@@ -437,7 +444,7 @@ class Denoiser:
 
 
 def _image_shape(model, told) -> tuple[int, int, int]:
-  """(H, W, C) of a model, or what was told of it, where it is open."""
+  """(H, W, C) of a model; where the model leaves it open, as told."""
   shape = model.input_shape[0][1:] if hasattr(model, "input_shape") else None
   shape = tuple(shape or (None,) * 3)
   told = tuple(told or shape)

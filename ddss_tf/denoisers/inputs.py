@@ -50,10 +50,10 @@ def input_places(specs, num_classes: int | None = None) -> tuple[int, ...] | Non
       None.
 
   Returns:
-    Their indices in this order; None if they are not `_wanted`, or cannot be
-    told apart by dtype and rank. Where both times and labels may be whole
-    numbers [B], labels are those whose name is "y" or has "label" or "class" in
-    it; or else those that come last.
+    Their indices in this order; None if they are not `wanted_inputs`, or cannot
+    be told apart by dtype and rank. If two inputs may each be times or labels
+    (whole numbers [B]), labels are the one whose name is "y" or has "label" or
+    "class" in it, or else the one that comes last.
   """
   roles = "xt" if num_classes is None else "xty"
   if len(specs) != len(roles):
@@ -68,7 +68,7 @@ def input_places(specs, num_classes: int | None = None) -> tuple[int, ...] | Non
 
 
 def as_input(labels, spec):
-  """int32 [B] as an input takes it."""
+  """Labels, int32 [B], in the form that an input takes."""
   if spec.shape.rank == 2 and spec.shape[1] > 1:
     return tf.one_hot(labels, spec.shape[1], dtype=spec.dtype)
   labels = tf.cast(labels, spec.dtype)
@@ -77,10 +77,10 @@ def as_input(labels, spec):
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
 class TimeInput(keras.layers.Layer):
-  """Times as another model takes them.
+  """Times in the form that another model takes.
 
   Args:
-    integer: the integer type they are rounded to; None: floats.
+    integer: the integer type that they are rounded to; None: floats.
     column: [B, 1] if True, [B] if False.
 
   Call arguments:
@@ -105,20 +105,21 @@ class TimeInput(keras.layers.Layer):
 
 
 def adapted(model, num_classes: int | None = None):
-  """A Keras model of [x_t, t] or [x_t, t, labels].
+  """Makes a Keras model one of [x_t, t] or [x_t, t, labels].
 
   Args:
-    model: one that takes these in any order; times as integers or as [B, 1],
-      too; labels as [B, 1] or as [B, classes] of zeros and a one. Models with
-      other numbers of inputs, and subclassed ones, which do not tell, pass as
-      they are.
-    num_classes: given exactly if it takes labels.
+    model: one that takes these in any order. Its times may be integers or
+      [B, 1], and its labels [B, 1], or [B, classes] of zeros and a one. A
+      subclassed model, which does not tell its inputs, and one with more than
+      one but another number of inputs pass as they are.
+    num_classes: the number of classes, given exactly if it takes labels.
 
   Returns:
-    From float32 [B, H, W, C], float32 [B] and int32 [B].
+    A model from float32 [B, H, W, C], float32 [B] and, if it takes labels,
+    int32 [B].
 
   Raises:
-    ValueError: an input is none of these; see `_places`.
+    ValueError: the inputs are not these; see `input_places`.
   """
   inputs = getattr(model, "inputs", None)
   if inputs is None or (len(inputs) > 1 and

@@ -21,9 +21,10 @@ _CACHE_REVISION = 4
 
 
 def default_cache_dir() -> str:
-  """$DDSS_TF_CACHE ("": none), or ddss_tf in $XDG_CACHE_HOME or ~/.cache.
+  """The folder of the cache; "" if there is none.
 
-  "" where nobody knows the home folder.
+  It is $DDSS_TF_CACHE ("" turns the cache off), or else the folder ddss_tf in
+  $XDG_CACHE_HOME or in ~/.cache. It is "" too if the home folder is not known.
   """
   folder = os.environ.get("DDSS_TF_CACHE")
   if folder is None:
@@ -40,14 +41,14 @@ def cached(cache_dir: str, path: str, given: dict, convert) -> Denoiser:
   """Takes a converted checkpoint from the cache, or converts it and keeps it.
 
   Args:
-    cache_dir: "" for none.
+    cache_dir: the folder of the cache; "" for none.
     path: the path of the checkpoint.
     given: arguments of the conversion.
-    convert: from both to a `Denoiser`.
+    convert: a function of `path` and `given` to a `Denoiser`.
 
   Raises:
     UserError: see `load_denoiser`. A copy that is damaged, or cannot be
-      written, is warned of only.
+      written, causes a warning only.
   """
   if not cache_dir:
     return convert(path, given)
@@ -70,7 +71,7 @@ def _cache_key(path: str, given: dict) -> str:
   """Hash of all that a conversion depends on."""
 
   def plain(value):
-    # Architectures show all their fields.
+    # The repr of an architecture has all its fields.
     return value.card() if isinstance(value, NoiseSchedule) else repr(value)
 
   digest = hashlib.sha256(json.dumps(
@@ -87,7 +88,7 @@ def _cache_key(path: str, given: dict) -> str:
 
 
 def _files(path: str) -> list[str]:
-  """The files that make a checkpoint."""
+  """The files that make up a checkpoint."""
   prefix = None if storage.isfile(path) else ddpm.find_prefix(path)
   if prefix is not None:
     folder, start = os.path.split(os.path.abspath(prefix))

@@ -1,20 +1,20 @@
-"""Denoisers of any maker: TensorFlow SavedModels and Keras models.
+"""Cards: what the file of a network does not tell, in JSON.
 
-Such a file says what is computed, not what it means: prediction and schedule
-are arguments of `load_denoiser`, or in a card beside it, `<path>.json`, of the
-same words, such as
+A TensorFlow SavedModel or a Keras file says what is computed, not what it
+means. Prediction and schedule are given as arguments of `load_denoiser`, or by
+the same names in a card beside the file, `<path>.json`, such as
 
   {"prediction": "v", "schedule": {"name": "cosine", "num_train_steps": 1000},
    "time_scale": 0.001}
 
-and, where a third input takes classes, "num_classes" and perhaps "null_label".
-A SavedModel and a Keras file are programs: load only those that you trust.
+If a third input takes classes, the card has "num_classes" too, and perhaps
+"null_label". A SavedModel and a Keras file are programs: load only those that
+you trust.
 """
 
 import math
 import os
 from typing import Mapping
-
 
 from ddss_tf import errors
 from ddss_tf import schedules
@@ -22,9 +22,9 @@ from ddss_tf import storage
 from ddss_tf.denoisers import conventions
 from ddss_tf.errors import UserError, check_whole
 
-# More of anything is a slip; a network of 10**9 blocks would be built all day.
+# The largest whole number of an architecture. A larger one is a mistake, and a
+# network of 10**9 blocks would take all day to build.
 _LARGEST = 2**16
-
 
 CONVENTION_KEYS = ("process", "time_input", "time_scale", "time_offset")
 CARD_KEYS = ("prediction", "schedule", "image_shape", "signature",
@@ -39,11 +39,11 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     given: values of `CARD_KEYS` that take precedence.
 
   Returns:
-    See `parsed_card`; and "image_shape", "signature" and "num_classes", None if
-    not given.
+    What `parsed_card` gives, and "image_shape", "signature" and "num_classes",
+    each None if not given.
 
   Raises:
-    UserError: keys that are missing, unknown, or of a value that is none.
+    UserError: a key is missing or unknown, or has a value that is not allowed.
   """
   card = merged_card(path, given, CARD_KEYS)
   return {
@@ -60,15 +60,15 @@ def _card_path(path: str) -> str:
 
 def merged_card(path: str, given: Mapping[str, object],
                 keys: tuple[str, ...]) -> dict:
-  """The card beside a file, if there is one, and what was given.
+  """Merges what was given into the card beside a file, if there is one.
 
   Args:
     path: the path of the file.
     given: values that take precedence.
-    keys: those that it may have.
+    keys: the keys that the card may have.
 
   Raises:
-    UserError: unknown keys, or not JSON.
+    UserError: the card has unknown keys, or is not JSON.
   """
   source = _card_path(path)
   card = {}
@@ -82,18 +82,18 @@ def merged_card(path: str, given: Mapping[str, object],
 
 
 def parsed_card(path: str, card: Mapping[str, object]) -> dict:
-  """What a network means, by the words of a card.
+  """Reads from a card what a network's output means.
 
   Args:
     path: the path of the model.
     card: as `merged_card` gives it.
 
   Returns:
-    "prediction"; "schedule", a `NoiseSchedule`; "convention", the rest of
-    `conventions.Convention`; "null_label", None if not given.
+    "prediction"; "schedule", a `NoiseSchedule`; "convention", the other
+    arguments of `conventions.Convention`; "null_label", None if not given.
 
   Raises:
-    UserError: keys that are missing, or of a value that is none.
+    UserError: a key is missing, or has a value that is not allowed.
   """
   missing = [key for key in ("prediction", "schedule") if key not in card]
   if missing:
@@ -114,14 +114,14 @@ def parsed_card(path: str, card: Mapping[str, object]) -> dict:
 
 
 def read_schedule(path: str, value) -> schedules.NoiseSchedule:
-  """A schedule from itself or from the arguments of `make_schedule`.
+  """A schedule, made from the arguments of `make_schedule` if need be.
 
   Args:
     path: the path of the model, for messages.
-    value: a `NoiseSchedule`, or a dictionary.
+    value: a `NoiseSchedule`, or a dictionary of those arguments.
 
   Raises:
-    UserError: neither, or no such arguments.
+    UserError: the value is neither, or `make_schedule` refuses the arguments.
   """
   if isinstance(value, schedules.NoiseSchedule):
     return value
@@ -152,20 +152,11 @@ def _whole_number(path, card, key, least):
   return value
 
 
-# --- SavedModels ---
-
-
-# --- Keras models ---
-
-
-# --- Both ---
-
-
 def read_json_object(path: str) -> dict:
   """Reads a JSON file that holds an object.
 
   Raises:
-    UserError: not JSON, or not an object.
+    UserError: the file is not JSON, or not an object.
   """
   try:
     values = storage.read_json(path)
@@ -177,17 +168,17 @@ def read_json_object(path: str) -> dict:
 
 
 def json_value(source: str, key: str, value, kind: type, least: int = 1):
-  """A value of a JSON file as a field of an architecture.
+  """Turns a value of a JSON file into a field of an architecture.
 
   Args:
     source: the file, for the message.
-    key: the key of the value, for messages.
+    key: the key of the value, for the message.
     value: as JSON has it.
-    kind: int; float; bool; str; or tuple, of whole numbers.
-    least: whether numbers are positive, 1, or may be 0.
+    kind: int; float; bool; str; or tuple, for a list of whole numbers.
+    least: 1 if numbers must be positive, 0 if they may be 0.
 
   Raises:
-    UserError: of another kind, or out of range.
+    UserError: the value is of another kind, or out of range.
   """
   # type(), because True is an int.
   whole = lambda n: type(n) is int and least <= n <= _LARGEST

@@ -1,8 +1,9 @@
 """Reads the TensorFlow checkpoints of Ho et al. (2020), the original DDPM.
 
-https://github.com/hojonathanho/diffusion, unconditional networks. There is no
-configuration file: names and shapes give the architecture, all but the size of
-the images. Layouts are those of Keras already.
+The source is https://github.com/hojonathanho/diffusion; its networks are
+unconditional. There is no configuration file. Names and shapes give the
+architecture, except for the size of the images. Layouts are those of Keras
+already.
 """
 
 import glob
@@ -39,7 +40,7 @@ def find_prefix(path: str) -> str | None:
     The prefix, or None if there is no checkpoint.
 
   Raises:
-    UserError: the folder holds several.
+    UserError: the folder holds several checkpoints.
   """
   if storage.exists(path + ".index"):
     return path
@@ -52,7 +53,7 @@ def find_prefix(path: str) -> str | None:
 
 
 def read_weights(prefix: str) -> dict[str, np.ndarray]:
-  """Reads the network's variables, averaged ones if there are.
+  """Reads the network's variables, the averaged ones if there are any.
 
   Args:
     prefix: path of the checkpoint without ".index".
@@ -62,8 +63,8 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
     slots and step counters are left out.
 
   Raises:
-    UserError: truncated, with values that are not finite, or with averages of
-      some variables only.
+    UserError: the checkpoint is truncated, has values that are not finite, or
+      has averages of some variables only.
   """
   try:
     reader = tf.train.load_checkpoint(prefix)
@@ -87,7 +88,7 @@ def read_weights(prefix: str) -> dict[str, np.ndarray]:
                for name, stored in chosen.items()}
   except UserError:
     raise
-  # IndexError and RuntimeError among them, beside those of tf.errors.
+  # These are IndexError and RuntimeError, too, beside those of tf.errors.
   except Exception as error:
     raise UserError(f"{prefix} is not a complete TensorFlow checkpoint: "
                     f"{errors.one_line(error)}") from error
@@ -104,12 +105,12 @@ def infer_config(weights: Mapping[str, np.ndarray],
       all published models.
 
   Raises:
-    UserError: not such a network, or an image size that cannot be inferred.
+    UserError: it is not such a network, or its image size cannot be inferred.
   """
   input_shape = _shape(weights, "conv_in/W", 4)
   output_shape = _shape(weights, "conv_out/W", 4)
   if input_shape[2] != output_shape[3]:
-    # A learned variance has no counterpart in this code's published models.
+    # None of the original's published models has a learned variance.
     raise UserError(
         f"{_ROOT}conv_out/W must have {input_shape[2]} outputs, as many as "
         f"conv_in has inputs. Received: {output_shape[3]}")
@@ -167,7 +168,8 @@ def _source_name(path: str, levels: int) -> str:
   else:
     side, level, kind, *number = re.fullmatch(
         r"(down|up)_(\d+)_([a-z]+)(?:_(\d+))?", place).groups()
-    # Ours count from the coarsest level upwards, theirs are level indices.
+    # On the way up, our numbers count from the coarsest level; theirs are level
+    # indices.
     level = int(level) if side == "down" else levels - 1 - int(level)
     layer = {"block": f"block_{number[0]}", "attention": f"attn_{number[0]}",
              "downsample": "downsample/conv", "upsample": "upsample/conv"}
@@ -194,7 +196,7 @@ def convert(prefix: str, weights: Mapping[str, np.ndarray],
     image_size: see `infer_config`.
 
   Returns:
-    A frozen network, from images and times in [0, 999] to eps.
+    A frozen network. It maps images and times in [0, 999] to eps.
 
   Raises:
     UserError: see `infer_config`; weights and architecture do not match.

@@ -32,10 +32,11 @@ WEIGHTS, PICKLED_WEIGHTS = (
 
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-# Their names, and ours.
+# diffusers' names, and ours.
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear",
                    "squaredcos_cap_v2": "cosine"}
-# Schedulers of a process with betas: theirs where the configuration has none.
+# Schedulers of a process with betas, and the defaults of their configuration:
+# beta_schedule, beta_start and beta_end.
 _SCHEDULERS = {
     **dict.fromkeys((
         "DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler",
@@ -56,7 +57,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu",
                 "relu": "relu"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
-# Keys with a single implemented value; absent ones have it as their default.
+# Keys with a single implemented value, which is also their default.
 _REQUIRED = {
     "mid_block_type": "UNetMidBlock2D",
     "time_embedding_type": "positional",
@@ -68,14 +69,14 @@ _USED = {
     "dropout",  # It is off when a network is used.
     "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
     "mid_block_scale_factor", "norm_eps", "norm_num_groups", "num_class_embeds",
-    "num_train_timesteps",  # Only a learned time embedding has it.
+    "num_train_timesteps",  # Only a learned time embedding uses it.
     "out_channels", "resnet_time_scale_shift", "sample_size",
     "time_embedding_dim", "up_block_types", "upsample_type",
 }
 
 
 def is_diffusers(path: str) -> bool:
-  """Whether it is such a folder, a pipeline of one, or a file of weights."""
+  """Whether a path is such a folder, a pipeline, or a file of weights."""
   if storage.isfile(path):
     return path.endswith(SUFFIXES)
   return storage.exists(os.path.join(path, _PIPELINE)) or storage.exists(
@@ -89,10 +90,10 @@ def find_network(path: str) -> str:
     path: the path of a pipeline, of a network's folder or of a file of weights.
 
   Returns:
-    `unet/` of a pipeline, all else as it is.
+    The folder `unet/` of a pipeline; any other path as it is.
 
   Raises:
-    UserError: a pipeline with other parts, such as a latent one.
+    UserError: the pipeline has other parts, as a latent one has.
   """
   if not storage.exists(os.path.join(path, _PIPELINE)):
     return path
@@ -132,7 +133,7 @@ def _read_json(path: str) -> dict:
 
 
 def _choice(source, config, key, known, default=None):
-  """The value of a key, or its default, if it is known."""
+  """The value of a key, or its default; refused if it is not in `known`."""
   value = config.get(key, default)
   if value not in known:
     raise UserError(f"{source}: {key} must be one of "
@@ -141,7 +142,7 @@ def _choice(source, config, key, known, default=None):
 
 
 def _list(source, config, key) -> list:
-  """The list that a key has."""
+  """The value of a key; refused if it is not a list."""
   if not isinstance(config[key], list):
     raise UserError(f"{source}: {key} must be a list. "
                     f"Received: {config[key]!r}")
@@ -154,15 +155,15 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
 
   Args:
     path: the path of the network's folder, or of a weights file in it.
-    image_size: height and width where `sample_size` is null.
+    image_size: height and width, needed if `sample_size` is null.
 
   Returns:
     The architecture, the betas (float64 [T]) and the prediction type in our
     words.
 
   Raises:
-    UserError: a file is missing or damaged; a key has a value that is not
-      implemented, or is not known.
+    UserError: a file is missing or damaged; a key is not known, or has a value
+      that is not implemented.
   """
   source, _ = config_files(path)
   config = _read_json(source)
@@ -196,7 +197,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
           f"levels. Received: {attention} and {attention_up}")
     scale_shift = _choice(source, config, "resnet_time_scale_shift",
                           ("default", "scale_shift"), "default")
-    # DownBlock2D and UpBlock2D ignore these two keys.
+    # DownBlock2D ignores downsample_type, UpBlock2D ignores upsample_type.
     residual_down = tuple(
         i for i, n in enumerate(down) if n.startswith("Resnet")
         or n.startswith("Attn") and downsample == "resnet")
@@ -254,7 +255,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
 
 
 def _image_size(source, sample_size, told):
-  """Height and width in one number or, if they differ, two."""
+  """Height and width as one number or, if they differ, as a pair."""
   known = None if sample_size is None else side_or_sides(sample_size)
   if sample_size is not None and known is None:
     raise UserError(f"{source}: sample_size must be a whole number, or height "
@@ -275,7 +276,7 @@ def side_or_sides(size) -> int | tuple[int, int] | None:
     size: a number, or a list or tuple of height and width.
 
   Returns:
-    None if it is neither.
+    That; None if `size` is not a size.
   """
   sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
   # type(), because True is an int.
@@ -286,7 +287,7 @@ def side_or_sides(size) -> int | tuple[int, int] | None:
 
 
 def _classes(source, config) -> tuple[int | None, str]:
-  """Number of classes and kind of label embedding, in our words."""
+  """The number of classes and the kind of label embedding, in our words."""
   kind, count = config.get("class_embed_type"), config.get("num_class_embeds")
   if kind not in (None, "timestep"):
     raise UserError(
@@ -306,7 +307,7 @@ def _classes(source, config) -> tuple[int | None, str]:
 def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
   """Betas and prediction type of `scheduler_config.json`.
 
-  What only says how to sample, such as `use_karras_sigmas`, is not looked at.
+  Keys that only say how to sample, such as `use_karras_sigmas`, are ignored.
   """
   _, source = config_files(path)
   config = _read_json(source)
@@ -322,7 +323,7 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
     raise UserError(f"{source}: timestep_type must be 'discrete'. "
                     f"Received: {config['timestep_type']!r}")
   kind = config.get("prediction_type", "epsilon")
-  if kind not in list(PREDICTIONS):  # A list, of no hash, is in none either.
+  if kind not in list(PREDICTIONS):  # list(): the value may have no hash.
     raise UserError(f"{source}: prediction_type must be among "
                     f"{', '.join(PREDICTIONS)}. Received: {kind!r}")
   zero_snr = config.get("rescale_betas_zero_snr")
@@ -344,7 +345,7 @@ def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
             _BETA_SCHEDULES[name], config.get("num_train_timesteps", 1000),
             config.get("beta_start", usual_start),
             config.get("beta_end", usual_end)))
-    # diffusers' DDPM and others rescale given betas as well.
+    # DDPMScheduler and others rescale trained_betas as well.
     if zero_snr and schedule.betas[-1] < 1:
       schedule = schedule.rescaled_to_zero_snr()
   except (TypeError, ValueError) as error:
@@ -363,8 +364,8 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     float32 arrays by diffusers' names.
 
   Raises:
-    UserError: missing, truncated, or with values that are not finite; a .bin
-      file without PyTorch.
+    UserError: the file is missing, truncated, or has values that are not
+      finite; or it is a .bin file, and PyTorch is not installed.
   """
   if storage.isdir(path):
     found = [name for name in (WEIGHTS, PICKLED_WEIGHTS)
@@ -378,7 +379,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     return tensors.read_state_dict(path)
   try:
     weights = safetensors.numpy.load_file(path)
-  except Exception as error:  # It knows types that NumPy does not.
+  except Exception as error:  # safetensors has types that NumPy has not.
     raise UserError(f"{path} is not a complete safetensors file of floats: "
                     f"{errors.one_line(error)}") from error
   return tensors.finite_float32(path, weights)
@@ -386,17 +387,18 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
 
 def without_variance(
     path: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Takes the last convolution's channels of a learned variance away.
+  """Removes the channels of a learned variance from the last convolution.
 
   Args:
     path: as in `read_config`.
     weights: as `read_weights` gives them.
 
   Returns:
-    The weights, of as many output as input channels.
+    The weights, with as many output channels as input channels.
 
   Raises:
-    UserError: a tensor has other channels than the configuration says.
+    UserError: a tensor of that convolution has another number of channels than
+      the configuration says.
   """
   config = _read_json(config_files(path)[0])
   before, kept = config["out_channels"], config["in_channels"]
@@ -446,7 +448,7 @@ def _source_name(path: str) -> str:
   else:
     side, level, kind, *number = re.fullmatch(
         r"(down|up)_(\d+)_([a-z]+)(?:_(\d+))?", place).groups()
-    conv = "" if layers[1:] else ".conv"  # Residual blocks have layers.
+    conv = "" if layers[1:] else ".conv"  # Residual blocks have layers inside.
     layer = {
         "block": f"resnets.{number[0]}",
         "attention": f"attentions.{number[0]}",
@@ -472,8 +474,7 @@ def to_keras(
     Arrays by our paths.
 
   Raises:
-    UserError: a variable finds no tensor or one of another shape, or a tensor
-      finds no variable; with the names.
+    UserError: see `tensors.matched`.
   """
 
   def source_name(path):

@@ -1,14 +1,15 @@
 """Reads weights of EDM networks (https://github.com/NVlabs/edm).
 
-The published pickles hold source code, which unpickling runs; this library
-never does. `tools/convert_edm.py` makes of one, on a machine where it is
-trusted, what is read here: the tensors of its `ema` in a `.npz` or
-`.safetensors` file, and beside it `<file>.json`,
+The published pickles hold source code, and unpickling would run it, so this
+library never unpickles. `tools/convert_edm.py` does, on a machine where the
+pickle is trusted, and writes what is read here: the tensors of its `ema` in a
+`.npz` or `.safetensors` file, and beside it a card, `<file>.json`, of the
+arguments with which the original built the network:
 
   {"class_name": "EDMPrecond", "init_kwargs": {...}}
 
-of the words with which the original built the network. Weights keep the licence
-of what they were made from (CC BY-NC-SA 4.0 for the published ones).
+The weights keep the licence of the pickle (CC BY-NC-SA 4.0 for the published
+ones).
 """
 
 from typing import Mapping
@@ -28,11 +29,13 @@ from ddss_tf.networks.edm_unet import EDMConfig
 
 SUFFIXES = (".npz", ".safetensors")
 
-# Where the original's samplers begin and end, whatever the network allows.
+# The least and the largest sigma of the original's samplers. A network may
+# narrow them.
 _SIGMAS = (0.002, 80.0)
 _NUM_STEPS = 1000
 
-# The words of both networks that are ours as well, and their types.
+# Arguments of both networks that `EDMConfig` has under the same names, and
+# their types.
 _SHARED = {
     "model_channels": int, "channel_mult": tuple, "channel_mult_emb": int,
     "num_blocks": int, "attn_resolutions": tuple, "label_dropout": float,
@@ -42,7 +45,7 @@ _ARCHITECTURES = {
         **_SHARED, "channel_mult_noise": int, "resample_filter": tuple},
     "DhariwalUNet": _SHARED,
 }
-# What the original has where nothing is said, as far as `EDMConfig` has not.
+# The original's defaults where they differ from those of `EDMConfig`.
 _DEFAULTS = {
     "DhariwalUNet": dict(
         model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
@@ -60,15 +63,15 @@ _PRECONDITIONINGS = {
     "VEPrecond": {},
 }
 _DEFAULT_MODEL = {"EDMPrecond": "DhariwalUNet"}
-# Sigmas that the preconditionings allow by default.
+# The sigmas that a preconditioning allows by default, if not all.
 _DEFAULT_SIGMAS = {"VEPrecond": (0.02, 100.0)}
-# What changes nothing of an image: training, precision, and the augmentation,
-# whose labels are zero when images are made.
+# Arguments that do not change an image. They are of training, of precision, and
+# of the augmentation, whose labels are zero when images are made.
 _IGNORED = ("use_fp16", "augment_dim", "dropout", "epsilon_t")
 
 
 def is_edm(path: str) -> bool:
-  """Whether it is such a file; safetensors are others', too, without a card."""
+  """Whether a path is such a file; a safetensors file must have a card."""
   return path.endswith(SUFFIXES) and storage.isfile(path) and (
       path.endswith(".npz") or storage.exists(path + ".json"))
 
@@ -80,12 +83,11 @@ def read_card(path: str) -> tuple[EDMConfig, schedules.ExplodingSchedule]:
     path: the path of the weights; `<path>.json` is read.
 
   Returns:
-    The architecture, and 1000 sigmas in equal ratios between the ends of the
-    original's samplers, 0.002 and 80, or those of the network if it is
-    narrower.
+    The architecture, and 1000 sigmas in equal ratios. They go from 0.002 to 80,
+    as in the original's samplers, within what the network allows.
 
   Raises:
-    UserError: no card, or one of a network that is not implemented.
+    UserError: there is no card, or its network is not implemented.
   """
   source = path + ".json"
   if not storage.exists(source):
@@ -105,7 +107,7 @@ def read_config(
     See `read_card`.
 
   Raises:
-    UserError: a network that is not implemented.
+    UserError: the network is not implemented.
   """
   card = cards.read_json_object(source)
   if set(card) != {"class_name", "init_kwargs"} or not isinstance(
@@ -164,11 +166,11 @@ def read_config(
 
 def sigmas(low: float = 0.0,
            high: float = float("inf")) -> schedules.ExplodingSchedule:
-  """Where the original's samplers go, as far as a network allows.
+  """The sigmas of the original's samplers, as far as a network allows.
 
   Args:
-    low: its least sigma.
-    high: its largest.
+    low: the least sigma that the network allows.
+    high: the largest.
 
   Raises:
     ValueError: nothing is left between them.
@@ -178,10 +180,10 @@ def sigmas(low: float = 0.0,
 
 
 def read_schedule(path: str, value) -> schedules.ExplodingSchedule:
-  """Other sigmas than its own for a network; see `cards.read_schedule`.
+  """Reads sigmas that replace a network's own; see `cards.read_schedule`.
 
   Raises:
-    UserError: a schedule that is not of sigmas, or none.
+    UserError: it is not a schedule, or not one of sigmas.
   """
   schedule = cards.read_schedule(path, value)
   if not isinstance(schedule, schedules.ExplodingSchedule):
@@ -200,7 +202,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     float32 arrays by the original's names, without the leading "model.".
 
   Raises:
-    UserError: the file is truncated, or values are not finite.
+    UserError: the file is truncated, or has values that are not finite.
   """
   try:
     if path.endswith(".npz"):
@@ -208,7 +210,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
         weights = dict(file)
     else:
       weights = safetensors.numpy.load_file(path)
-  except Exception as error:  # Zip files alone break in five ways.
+  except Exception as error:  # A damaged zip file alone raises five kinds.
     raise UserError(f"{path} is not a complete {path.rsplit('.', 1)[-1]} file: "
                     f"{errors.one_line(error)}") from error
   weights = {name.removeprefix("model."): value
@@ -230,8 +232,8 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     A frozen network, see `edm_unet.build_edm`.
 
   Raises:
-    UserError: it cannot be built, or weights and architecture do not match,
-      resampling filters among them.
+    UserError: the network cannot be built, or weights or resampling filters do
+      not match the architecture.
   """
   model = tensors.frozen(source, edm_unet.build_edm, config)
   size = config.image_size

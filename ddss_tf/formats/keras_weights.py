@@ -1,8 +1,8 @@
 """Reads weights of our own networks as Keras saves them, `.weights.h5`.
 
-`model.save_weights` writes arrays without an architecture: a preset gives it,
-see `presets`. What the network means comes as with other files of Keras, see
-`foreign`, by arguments or in a card beside it, `<file>.json`:
+`model.save_weights` writes arrays without an architecture. A preset gives it,
+see `presets`. What the network's output means is told as for other Keras files
+(see `cards`), by arguments or in a card beside the file, `<file>.json`:
 
   {"preset": "ddpm-cifar10-32", "prediction": "eps",
    "schedule": {"name": "linear", "num_train_steps": 1000}}
@@ -38,7 +38,7 @@ CARD_KEYS = ("preset", "prediction", "schedule", "null_label",
 
 
 def is_weights(path: str) -> bool:
-  """Whether it is such a file."""
+  """Whether a path is such a file."""
   return path.endswith(SUFFIX) and storage.isfile(path)
 
 
@@ -46,17 +46,17 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
   """Reads what the arrays do not tell.
 
   Args:
-    path: the path of the weights; `<path>.json` is read if it is there, and a
-      path in it starts in its folder.
+    path: the path of the weights; `<path>.json` is read if it is there. A
+      relative path in that card starts in the card's folder.
     given: values of `CARD_KEYS` that take precedence.
 
   Returns:
     "config", the architecture; "schedule", a `NoiseSchedule`; "prediction",
-    "null_label" and "convention" as of `cards.read_card`.
+    "null_label" and "convention" as in `cards.parsed_card`.
 
   Raises:
-    UserError: keys that are missing, unknown, not of such a network, or of a
-      value that is none.
+    UserError: a key is missing, unknown or not of such a network, or has a
+      value that is not allowed.
   """
   source = path + ".json"
   card = cards.merged_card(path, given, CARD_KEYS)
@@ -93,8 +93,9 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
     The network, frozen.
 
   Raises:
-    UserError: it cannot be built; the file is truncated; its arrays are not
-      those of the network, one for one, or not finite; with their names.
+    UserError: the network cannot be built; the file is truncated; its arrays
+      are not those of the network, one for one, or not finite. The message
+      names the arrays.
   """
   model = tensors.frozen(
       path, edm_unet.build_edm if isinstance(config, EDMConfig)
@@ -123,8 +124,9 @@ def convert(path: str, config: unet.UNetConfig | EDMConfig) -> keras.Model:
 def dataset_names(model: keras.Model) -> dict[str, str]:
   """Where Keras saves the variables of one of our networks.
 
-  Layers are numbered by their kinds, in order; what is inside of one is named
-  by its attributes, which in our networks have the names of what they hold.
+  Keras numbers the layers of each kind in order. What is inside a layer is
+  named by the layer's attributes. In our networks an attribute has the name of
+  what it holds.
 
   Args:
     model: a model of `unet.build_unet` or `edm_unet.build_edm`.
@@ -149,12 +151,12 @@ def dataset_names(model: keras.Model) -> dict[str, str]:
 
 
 def _datasets(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
-  """All datasets of a file by their names, whatever Keras would ignore."""
+  """All datasets of a file by name, also those that Keras would ignore."""
   links, found = [], {}
-  # All links first: HDF5 hands no exception on.
+  # The links are collected first: HDF5 passes on no exception of a visitor.
   file.visititems_links(lambda name, link: links.append((name, link)))
   for name, link in links:
-    # Others than hard ones lead out of the file, or to a second name.
+    # A link that is not hard leads out of the file, or to a second name.
     whole = isinstance(link, h5py.HardLink)
     place = file[name] if whole else None
     if isinstance(place, h5py.Dataset):
@@ -166,7 +168,7 @@ def _datasets(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
 
 
 def _array(dataset: h5py.Dataset) -> np.ndarray:
-  """Its array; Keras marks bfloat16, which HDF5 has not."""
+  """The array of a dataset. Keras marks bfloat16, which HDF5 does not have."""
   value = dataset[()]
   if dataset.attrs.get("dtype") == "bfloat16":
     value = value.view(tf.bfloat16.as_numpy_dtype)

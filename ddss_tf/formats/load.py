@@ -1,9 +1,9 @@
 """Pre-trained networks from disk, of any format that we read.
 
-Each format has a module. Here is the table of what they are told apart by, and
-what is made of each. A checkpoint is weights, and what is converted of one is
-kept (`load_denoiser.cache_dir`). SavedModels and Keras files are programs, which
-are used as they are.
+Each format has a module. The table here says how each is recognised and read. A
+checkpoint holds weights, and the network that they are converted to is kept in
+a cache (`load_denoiser.cache_dir`). SavedModels and Keras files are programs,
+which are used as they are.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def load_denoiser(
   """Loads a frozen, pre-trained denoiser.
 
   Args:
-    path: one of, with `~` for the home folder,
+    path: one of the following, with `~` for the home folder:
       - a folder in our own format (`denoiser.json`, see `Denoiser.save`);
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
         `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
@@ -76,63 +76,65 @@ def load_denoiser(
       - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
         by its prefix ("folder/model.ckpt-790000") or its folder;
       - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
-        it needs PyTorch), with a card beside it, `<path>.json`, of what tensors
-        do not tell: the arguments below by their names;
+        it needs PyTorch). What its tensors do not tell is given as arguments,
+        or by the same names in a card beside it, `<path>.json`;
       - weights of EDM (`.npz` or `.safetensors`) with their card, as
-        tools/convert_edm.py makes them (see `edm_format`);
+        tools/convert_edm.py makes them (see `edm`);
       - a folder with a TensorFlow SavedModel, or a Keras file (`.keras`), from
-        images and times to a prediction (see `Denoiser`), with what it does not
-        tell as arguments, `prediction` and `schedule` at least, or in a card
-        beside it, `<path>.json`, of the same words;
+        images and times to a prediction (see `Denoiser`). What it does not
+        tell, `prediction` and `schedule` at least, is given as arguments, or by
+        the same names in a card beside it, `<path>.json`;
       - weights of one of our networks as Keras saves them (`.weights.h5`), with
         `preset` and, unless that is one of EDM's, `prediction` and `schedule`,
         as arguments or in such a card;
       - the name of an embedded model: "digits16-ddpm".
-    image_size: a number, or (height, width), for the formats that do not say;
-      None: the card's, or, for DDPM, such that attention is at 16x16. Of
-      diffusers' where `sample_size` is null.
+    image_size: a number, or (height, width), for the files that do not say:
+      `.pt`, DDPM's, and diffusers' if `sample_size` is null. None: the card's
+      or, for DDPM, such that attention is at 16x16.
     num_heads: the number of heads of a `.pt` network; None: the card's, as for
-      all below.
+      the next five arguments.
     num_head_channels: the channels of each head, instead of their number.
-    use_new_attention_order: of guided-diffusion, whose networks differ in it
-      without a trace in names or shapes.
+    use_new_attention_order: the order of attention's channels in a network of
+      guided-diffusion, which names and shapes do not tell.
     diffusion_steps: T.
     noise_schedule: "linear" or "cosine".
     rescale_timesteps: whether the network was fed with t * 1000 / T. The
       denoiser's own times are training steps either way.
     null_label: the null label of a class-conditional network, the label that
-      stands for no class; None: it has none, or our own format's card says.
+      stands for no class; None: the one that the card or file tells, if any.
     guidance_scale: see `Denoiser`; needs a null label.
-    prediction: the prediction of a SavedModel, a Keras file or weights with a
-      preset, "eps", "x0", "v" or "score"; this and all below see
-      `conventions.Convention`.
-    schedule: told with `prediction`; the process it was trained for: a schedule, or the
-      arguments of `make_schedule` by name. Of EDM, other sigmas than its own:
-      "geometric" or "sigmas".
-    image_shape: told with `prediction`; (H, W, C), where its inputs do not tell.
-    process: told with `prediction`; "vp" or "ve".
-    time_input: told with `prediction`; "step", "sigma" or "log_sigma".
-    time_scale: told with `prediction`; a factor of the times that it is fed with.
-    time_offset: told with `prediction`; it is added to those times.
+    prediction: what a SavedModel, a Keras file or weights with a preset
+      predict: "eps", "x0", "v" or "score". The arguments from here to
+      `num_classes` are for these only. `conventions.Convention` explains this
+      one, and those from `process` to `time_offset`.
+    schedule: the process that the network was trained for: a schedule, or the
+      arguments of `make_schedule` by name. EDM's weights take it as well, for
+      other sigmas than their own: "geometric" or "sigmas".
+    image_shape: (H, W, C), needed if the inputs of a SavedModel or a Keras file
+      do not tell.
+    process: "vp" or "ve".
+    time_input: "step", "sigma" or "log_sigma".
+    time_scale: a factor of the times that the network is fed with.
+    time_offset: it is added to those times.
     signature: the signature of a SavedModel, if there is a choice.
     num_classes: the number of classes of a SavedModel or a Keras file that
       takes labels too.
     preset: the architecture of a `.weights.h5` file: a name of
-      `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file
-      of the fields of `unet.UNetConfig`, or of EDM's words.
+      `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file,
+      which has the fields of `unet.UNetConfig` or is a card of EDM.
     dtype_policy: what the network computes in, one of `precision.POLICIES`;
       None: as it was saved, which is float32 for all that we convert.
-    cache_dir: where converted checkpoints are kept in our own format, each by
-      the hash of its files, so that PyTorch, say, is needed but once; None: see
-      `default_cache_dir`; "": nowhere.
+    cache_dir: the folder that keeps converted checkpoints in our own format,
+      each by the hash of its files, so that PyTorch, for example, is needed
+      only once; None: see `cache.default_cache_dir`; "": they are not kept.
 
   Returns:
     The denoiser, frozen.
 
   Raises:
-    UserError: nothing there, not a format we read, an architecture switch we do
-      not implement, a truncated or mismatched file, an argument that the file
-      itself answers; in one line.
+    UserError: nothing is at the path, or not a format that we read; the
+      architecture has a switch that we do not implement; a file is truncated or
+      mismatched; the file itself answers an argument. In one line.
   """
   arguments = {
       "image_size": image_size, "num_heads": num_heads,
@@ -170,7 +172,8 @@ class Format(NamedTuple):
   Attributes:
     name: what messages call it.
     recognises: whether a path is of this format.
-    read: from a path, and what was given of `arguments`, to a `Denoiser`.
+    read: a function of a path, and of those `arguments` that were given, to a
+      `Denoiser`.
     arguments: names of the arguments of `load_denoiser` that it takes.
     kept: whether what was read is kept in the cache of converted models.
   """
@@ -196,8 +199,8 @@ def register_format(name: str, recognises: Callable[[str], bool],
       others are refused.
 
   Returns:
-    A decorator of the function that reads a path: of the path and a dict of
-    those arguments that were given, to a `Denoiser`.
+    A decorator of the function that reads a path. That function takes the path
+    and a dict of those arguments that were given, and returns a `Denoiser`.
 
   Raises:
     ValueError: the name is taken.
@@ -228,7 +231,7 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
   if not found.kept:
     return found.read(path, given)
   if keras_weights.is_weights(path):
-    # For the key of the cache: what a preset's name or file stands for.
+    # The key of the cache must cover what a preset's name or file stands for.
     given = keras_weights.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
   for suffix in (openai.SUFFIX, keras_weights.SUFFIX,
@@ -240,7 +243,7 @@ def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
 
 
 def _unknown(path: str) -> UserError:
-  """What is said of a path that is of no format."""
+  """The error for a path that is of no known format."""
   if not storage.isdir(path):
     return UserError(
         "denoiser path must be a folder, a checkpoint prefix, a .pt, "
@@ -257,7 +260,7 @@ def _unknown(path: str) -> UserError:
 
 
 def _check_given(path, given, allowed):
-  """Refuses arguments that the file answers itself."""
+  """Refuses arguments that the file itself answers."""
   for key, value in given.items():
     if key not in allowed:
       raise UserError(f"{key} must not be given for {path!r}, which has its "
@@ -314,7 +317,7 @@ def _convert_diffusers(path: str, given: dict) -> Denoiser:
 
 
 def _convert_ddpm(path: str, given: dict) -> Denoiser:
-  """Reads a checkpoint of the original DDPM; all use one process."""
+  """Reads a checkpoint of the original DDPM; all have the same schedule."""
   prefix = ddpm.find_prefix(path)
   weights = ddpm.read_weights(prefix)
   image_size = given.get("image_size")
@@ -331,7 +334,8 @@ def _convert_openai(path: str, given: dict) -> Denoiser:
   betas = openai.betas(card)
   weights = tensors.read_state_dict(path)
   model = openai.convert(path, weights, card)
-  # The order of attention's channels is in the weights by now.
+  # The weights are in our order of attention's channels by now, so their hash
+  # covers use_new_attention_order.
   return _converted(
       "improved- or guided-diffusion", model,
       openai.infer_config(weights, card), NoiseSchedule(betas),
@@ -366,15 +370,15 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
   Args:
     source: what it was read from, in words.
     model: the network, frozen.
-    config: its architecture, part of the hash: no weight tells the padding of
-      a convolution or the epsilon of a normalisation.
-    schedule: see `Denoiser`, as all below; of EDM's networks, whose process and
-      prediction are their own, the only one.
+    config: its architecture. It is part of the hash, because no weight tells
+      the padding of a convolution or the epsilon of a normalisation.
+    schedule: see `Denoiser`, as for all below. It is the only one of these for
+      a network of EDM, whose process and prediction are its own.
     prediction: see `Denoiser`.
     null_label: see `Denoiser`.
     **convention: see `Denoiser`.
   """
-  # Only what is not as by default: a field that is added changes no hash.
+  # Defaults are left out, so that a field that is added changes no hash.
   architecture = {
       "kind": type(config).__name__,
       **{field.name: getattr(config, field.name)
@@ -383,8 +387,9 @@ def _converted(source: str, model, config: UNetConfig | EDMConfig,
   classes = getattr(config, "num_classes", None)
   if isinstance(config, EDMConfig):
     convention = {"process": "ve", "time_input": "sigma"}
-    # The label after the last stands for no class: all zeros, see `layers.OneHot`.
-    # Only training with dropped labels has shown it to the network.
+    # The label after the last stands for no class: all zeros, see
+    # `layers.OneHot`. The network has seen it only if it was trained with
+    # dropped labels.
     knows_null = bool(config.label_dim and config.label_dropout)
     null_label = config.label_dim if knows_null else None
     classes = config.label_dim + knows_null or None
@@ -408,7 +413,7 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
                       f"{card['signature']!r}")
     model = network_files.load_keras(path)
     sha256 = denoiser_lib.weights_sha256(model)
-    # The hash of a SavedModel is of its graph, too.
+    # This hash is of weights only. That of a SavedModel covers its graph.
     told["architecture"] = fingerprint.text_sha256(
         network_files.graph_text(model))
   else:
@@ -434,13 +439,13 @@ def _told_sha256(sha256: str | None, prediction: str,
                  num_classes: int | None = None) -> str:
   """Hash of a network and of what its weights do not tell.
 
-  A run must not go on, and no cached result be taken, where these change.
+  If any of it changes, a run must not go on, and no cached result may be used.
 
   Args:
     sha256: the hash of the weights, or of the files.
     prediction: see `Denoiser`.
     schedule: see `Denoiser`.
-    others: by name, the convention and the architecture among them.
+    others: the rest by name, such as the convention and the architecture.
     num_classes: the number of classes of a foreign network.
   """
   told = [sha256, prediction, schedule.card(), others]
@@ -449,7 +454,7 @@ def _told_sha256(sha256: str | None, prediction: str,
   return fingerprint.text_sha256(json.dumps(told, sort_keys=True))
 
 
-# Our formats, in the order in which a path is asked for them.
+# Our formats, in the order in which they are tried on a path.
 _FORMATS = (
     Format("own", _is_own, _load_own),
     Format("saved model or keras file", _is_foreign, _load_foreign,

@@ -1,11 +1,13 @@
 """Reads state dicts (`.pt`) of improved-diffusion and guided-diffusion.
 
-Nichol and Dhariwal (2021, https://arxiv.org/abs/2102.09672),
-https://github.com/openai/improved-diffusion, and Dhariwal and Nichol (2021,
-https://arxiv.org/abs/2105.05233), https://github.com/openai/guided-diffusion;
-unconditional and class-conditional. Names and shapes give the architecture; the
-rest, which there are command-line flags, is in a card of the same words:
-`<file>.json`, or arguments. Those of cifar10_uncond_50M_500K.pt and
+Sources: Nichol and Dhariwal (2021, https://arxiv.org/abs/2102.09672),
+https://github.com/openai/improved-diffusion; Dhariwal and Nichol (2021,
+https://arxiv.org/abs/2105.05233), https://github.com/openai/guided-diffusion.
+Their networks are unconditional or class-conditional.
+
+Names and shapes of the tensors give the architecture. The original takes the
+rest as command-line flags. Here it is given by the same names, as arguments or
+in a card, `<file>.json`. The cards of cifar10_uncond_50M_500K.pt and
 64x64_diffusion.pt are
 
   {"image_size": 32, "num_heads": 4, "diffusion_steps": 4000,
@@ -14,8 +16,8 @@ rest, which there are command-line flags, is in a card of the same words:
    "noise_schedule": "cosine", "rescale_timesteps": false,
    "use_new_attention_order": true}
 
-PyTorch is needed to read the file, and only for that. Of a training run of your
-own, take `ema_*.pt`, not `model*.pt`: the file does not say which it is.
+PyTorch is needed only to read the file. From a training run of your own, take
+`ema_*.pt`, not `model*.pt`: the file does not say which it is.
 """
 
 import re
@@ -49,7 +51,7 @@ _OPTIONAL = {
     "use_new_attention_order": _FLAG,
     "predict_xstart": _FLAG,
 }
-# What the tensors tell too, and must agree with.
+# Flags that the tensors tell too. A card must agree with them.
 _CHECKED = ("class_cond", "learn_sigma", "resblock_updown",
             "use_scale_shift_norm")
 
@@ -62,11 +64,11 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     given: values that take precedence.
 
   Returns:
-    The card. `predict_xstart` is there always, of `num_heads` and
-    `num_head_channels` one, the rest of the optional keys if they are given.
+    The card. It always has `predict_xstart`, and one of `num_heads` and
+    `num_head_channels`. It has the other optional keys if they are given.
 
   Raises:
-    UserError: keys that are missing, unknown, or of a value that is not
+    UserError: a key is missing or unknown, or has a value that is not
       implemented.
   """
   source = path + ".json"
@@ -82,9 +84,9 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     card.pop("num_head_channels", None)
   card |= given
   for key in ("num_head_channels", "num_heads_upsample"):
-    if card.get(key) == -1:  # There, it stands for nothing.
+    if card.get(key) == -1:  # The original's word for None.
       del card[key]
-  if "num_head_channels" in card:  # There too, it comes first.
+  if "num_head_channels" in card:  # It takes precedence, as in the original.
     card.pop("num_heads", None)
     card.pop("num_heads_upsample", None)
   missing = [key for key in _NEEDED if key not in card and not (
@@ -103,7 +105,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
 
 
 def betas(card: Mapping[str, object]) -> np.ndarray:
-  """float64 [T]; the linear ones are those of T = 1000, scaled by 1000 / T."""
+  """Betas, float64 [T]; linear ones are those of T = 1000 times 1000 / T."""
   steps = card["diffusion_steps"]
   scale = 1000 / steps
   try:
@@ -116,7 +118,7 @@ def betas(card: Mapping[str, object]) -> np.ndarray:
 
 
 def num_classes(weights: Mapping[str, np.ndarray]) -> int | None:
-  """Classes of a class-conditional network; None of another."""
+  """The number of classes; None if the network is unconditional."""
   if "label_emb.weight" not in weights:
     return None
   return _shape(weights, "label_emb.weight", 2)[0]
@@ -131,8 +133,8 @@ def infer_config(weights: Mapping[str, np.ndarray],
     card: as `read_card` gives it.
 
   Raises:
-    UserError: not such a network, or a variant that is not implemented, with
-      the tensor that tells; tensors and card do not agree.
+    UserError: it is not such a network, or a variant that is not implemented;
+      the message names the tensor that tells. Or tensors and card do not agree.
   """
   in_channels = _shape(weights, "input_blocks.0.0.weight", 4)[1]
   if in_channels not in (1, 3):
@@ -214,8 +216,9 @@ def infer_config(weights: Mapping[str, np.ndarray],
 def _residual_downs(weights, last: int) -> set[int]:
   """Numbers of the input blocks of resblock_updown that end a level.
 
-  They look like the others; the way up tells, where the first block with a
-  second residual block has the number of blocks per level.
+  Their names are as those of other blocks. The way up tells which they are: the
+  number of its first block with a second residual block is the number of blocks
+  per level.
   """
   ups = [int(match[1]) for match in (
       re.fullmatch(r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight", name)
@@ -256,9 +259,9 @@ _LEAF = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias",
 def _source_name(path: str, config: UNetConfig) -> str:
   """The state dict's name of our variable `path`.
 
-  Its blocks are numbered through all levels. Each level takes one number more
-  than it has blocks: going down for the downsampling, going up for one more
-  block, whose last member is the upsampling.
+  The state dict numbers blocks through all levels. Each level takes one number
+  more than `blocks_per_level`. On the way down, that one is the downsampling.
+  On the way up, it is one more block, whose last member is the upsampling.
   """
   *layers, leaf = path.split("/")
   place = layers[0]
@@ -294,8 +297,8 @@ def convert(source: str, weights: Mapping[str, np.ndarray],
     card: as `read_card` gives it.
 
   Returns:
-    A frozen network, from images, training-step indices t in [0, T - 1] and,
-    if it is class-conditional, labels to the prediction; without the channels
+    A frozen network. It maps images, training-step indices t in [0, T - 1] and,
+    if it is class-conditional, labels to the prediction, without the channels
     of a learned variance.
 
   Raises:
@@ -317,7 +320,8 @@ def _to_keras(weights, config, variables, new_attention_order):
     if parts[-2] in ("query", "key", "value"):
       width = shape[-1]
       if value.shape[:1] == (3 * width,):
-        # Head by head, each [query, key, value]; or as with a single head.
+        # The old order has [query, key, value] head by head. The new one has
+        # them once, as if there were a single head.
         heads = 1 if new_attention_order else _heads(config, parts[0], width)
         split = value.reshape(heads, 3, width // heads, *value.shape[1:])
         value = split[:, ("query", "key", "value").index(parts[-2])].reshape(

@@ -25,7 +25,7 @@ def save(denoiser: Denoiser, path: str) -> None:
     path: a folder, made if need be.
 
   Raises:
-    UserError: the network is a SavedModel, which is a format itself.
+    UserError: the network is a SavedModel, which is a format already.
   """
   if isinstance(denoiser.model, saved_model.SavedModelNetwork):
     raise UserError(
@@ -59,11 +59,11 @@ def load(folder: str) -> Denoiser:
   """Reads what `save` wrote, frozen, and checks the weights' hash.
 
   Args:
-    folder: with `denoiser.json` and `network.keras`.
+    folder: the folder with `denoiser.json` and `network.keras`.
 
   Raises:
-    UserError: in one line, a card or a network that is missing or damaged, or
-      weights of another hash than the card's.
+    UserError: the card or the network is missing or damaged, or the hash of the
+      weights is not the card's; in one line.
   """
   folder = storage.expanded(folder)
   card_path = os.path.join(folder, CARD)

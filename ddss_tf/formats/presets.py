@@ -1,8 +1,8 @@
 """Architectures by name, for weights that come without one.
 
-A preset is what readers of other formats find out about a network: a
-`UNetConfig` or an `EDMConfig`. For a network of one's own it is a JSON file of
-the fields of `UNetConfig`, or a card of EDM's words (see `edm_format`):
+A preset is a `UNetConfig` or an `EDMConfig`, which readers of other formats
+find out from the file. For a network of your own it is a JSON file: a card of
+EDM (see `edm`), or the fields of `UNetConfig`, such as
 
   {"image_size": 32, "in_channels": 3, "out_channels": 3,
    "channels": [64, 128, 128], "blocks_per_level": 2, "attention_levels": [1]}
@@ -19,13 +19,14 @@ from ddss_tf.networks.edm_unet import EDMConfig
 from ddss_tf.networks.unet import UNetConfig
 from ddss_tf.schedules import ExplodingSchedule
 
-# What the networks of improved- and guided-diffusion share: they are PyTorch's.
+# What the networks of improved- and guided-diffusion, made for PyTorch, share.
 _OPENAI = dict(
     in_channels=3, out_channels=3, blocks_per_level=3, norm_epsilon=1e-5,
     sin_first=False, frequency_shift=0.0, symmetric_downsample=True,
     scale_shift=True)
 
-# Without the channels of a learned variance, as all readers leave them out.
+# They have no channels of a learned variance, because all readers leave those
+# out.
 PRESETS = {
     # The embedded model.
     "digits16-ddpm": UNetConfig(
@@ -69,7 +70,7 @@ PRESETS = {
 # What a preset may be, for messages.
 WANTED = (f"one of {', '.join(PRESETS)}, or the path of a JSON file of the "
           "fields of UNetConfig or of a card of EDM")
-# Fields that may be 0, or hold it: levels are counted from there.
+# Fields that may be 0, or contain it: levels are counted from 0.
 _FROM_0 = ("attention_levels", "residual_down_levels", "residual_up_levels",
            "frequency_shift")
 
@@ -82,11 +83,11 @@ def read(preset: str) -> tuple[UNetConfig | EDMConfig,
     preset: one of `PRESETS`, or the path of a JSON file.
 
   Returns:
-    It, and the sigmas of a network of EDM; None of another.
+    The architecture; and the sigmas of a network of EDM, or None for another.
 
   Raises:
-    UserError: neither; or a file with keys that are unknown, missing or of
-      another type.
+    UserError: the preset is neither, or the file has keys that are unknown,
+      missing or of another type.
   """
   if isinstance(preset, str) and preset in PRESETS:
     config = PRESETS[preset]
@@ -116,11 +117,11 @@ def read(preset: str) -> tuple[UNetConfig | EDMConfig,
 
 def _typed(source, key, value, kind):
   """A value of the file as `UNetConfig` has it."""
-  if type(None) in typing.get_args(kind):  # All of these are whole numbers.
+  if type(None) in typing.get_args(kind):  # All of them are whole numbers.
     if value is None:
       return None
     kind = int
-  elif key == "image_size":  # Or a pair of them.
+  elif key == "image_size":  # A whole number, or a pair of them.
     kind = tuple if isinstance(value, list) else int
   return cards.json_value(
       source, key, value, typing.get_origin(kind) or kind,

@@ -15,12 +15,12 @@ KERAS_SUFFIX = ".keras"
 
 
 def is_keras_file(path: str) -> bool:
-  """Whether it is a Keras model in one file."""
+  """Whether a path is a Keras model in one file."""
   return path.endswith(KERAS_SUFFIX) and storage.isfile(path)
 
 
 def is_saved_model(path: str) -> bool:
-  """Whether it is a folder with a SavedModel, perhaps a damaged one."""
+  """Whether a path is a folder with a SavedModel, perhaps a damaged one."""
   return any(storage.exists(os.path.join(path, name))
              for name in ("saved_model.pb", "saved_model.pbtxt", "variables"))
 
@@ -31,21 +31,21 @@ class SavedModelNetwork:
   To `Denoiser` it looks as a Keras model does.
 
   Args:
-    folder: with saved_model.pb and variables.
-    signature: the one to call, "__call__" for the object itself; None: that
-      one, or else "serving_default", or else the only one.
-    image_shape: (H, W, C) where the signature does not say.
-    num_classes: given exactly if it takes labels too.
+    folder: the folder with saved_model.pb and variables.
+    signature: the signature to call, or "__call__" for the object itself; None:
+      "__call__", or else "serving_default", or else the only one.
+    image_shape: (H, W, C), needed if the signature does not say.
+    num_classes: the number of classes, given exactly if it takes labels too.
 
   Attributes:
-    continuous_time: False if it takes whole numbers for times; those given are
-      rounded.
+    continuous_time: False if it takes whole numbers as times. Other times are
+      then rounded.
     sha256: hash of the files, which hold weights and graph.
-    variables: all of them.
+    variables: all variables.
 
   Raises:
-    UserError: in one line, a folder that is not a complete SavedModel, without
-      such a signature, or with one that takes anything else.
+    UserError: the folder is not a complete SavedModel, has no such signature,
+      or has one that takes other inputs; in one line.
   """
 
   def __init__(self, folder: str, signature: str | None = None,
@@ -94,7 +94,7 @@ class SavedModelNetwork:
     self.tracked = [self._loaded]
 
   def __call__(self, inputs, training: bool = False):
-    del training  # Decided when it was exported.
+    del training  # It was decided when the model was exported.
     x, t, *labels = inputs
     x = tf.cast(x, self._image.dtype)
     t = tf.cast(t if self.continuous_time else tf.round(t), self._time.dtype)
@@ -155,7 +155,7 @@ def _variables(loaded) -> list[tf.Variable]:
 
 
 def check(denoiser, source: str) -> bool:
-  """Tries a network that nobody knows, on two images at four times.
+  """Tries a foreign network at four times, on two images in each call.
 
   Args:
     denoiser: the `Denoiser`.
@@ -165,8 +165,8 @@ def check(denoiser, source: str) -> bool:
     Whether its prediction depends on the time in a differentiable way.
 
   Raises:
-    UserError: in one line, a network that fails, whose output has another shape
-      or is not finite, or without a gradient with respect to its images.
+    UserError: the network fails, its output has another shape or is not finite,
+      or it has no finite gradient with respect to its images; in one line.
   """
   last = denoiser.schedule.num_train_steps - 1
   by_time = False
@@ -197,7 +197,7 @@ def check(denoiser, source: str) -> bool:
       raise UserError(
           f"{source} must have a gradient with respect to its images: "
           f"{errors.one_line(error)}") from error
-    # A called function without one gives zeros, not None.
+    # A called function without a gradient gives zeros, not None.
     if by_x is None or not np.any(by_x):
       raise UserError(f"{source} must have a gradient with respect to its "
                       "images. Received: none")

@@ -1,7 +1,8 @@
 """What the readers of foreign checkpoints share.
 
-A reader knows its format's names and layouts. That no tensor is left over, no
-variable left unfilled, and no weight NaN, is checked here for all of them.
+A reader knows its format's names and layouts. This module checks for all of
+them that no tensor is left over, no variable is left unfilled, and no weight is
+NaN.
 """
 
 from typing import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from ddss_tf.networks import unet
 from ddss_tf.errors import UserError
 from ddss_tf.networks.frozen import frozen_variables
 
-# Where a variable's value comes from, and how it is laid out there.
+# From (path of a variable, tensor, shape of the variable) to its value.
 Relayout = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray]
 
 
@@ -69,12 +70,12 @@ def finite_float32(
     weights: arrays by name.
 
   Raises:
-    UserError: one of them is not of floats, or holds NaN, infinity or what
-      float32 cannot hold; with its name.
+    UserError: an array does not hold floats, or holds NaN, infinity or a value
+      that float32 cannot hold. The message names the array.
   """
   result = {}
   for name, value in weights.items():
-    # bfloat16, which NumPy knows from ml_dtypes only, is of no kind of its own.
+    # bfloat16 is not NumPy's own (ml_dtypes adds it), so its kind is not "f".
     if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
       raise UserError(f"{source}: {name} must hold floats. "
                       f"Received: {value.dtype.name}")
@@ -89,9 +90,9 @@ def torch_layout(path: str, value: np.ndarray,
                  shape: tuple[int, ...]) -> np.ndarray:
   """Re-lays a tensor of PyTorch for a variable of Keras.
 
-  Convolutions go from OIHW to HWIO, dense layers from [out, in] to [in, out];
-  1x1 convolutions of one or two dimensions stand in for some dense layers.
-  What does not fit passes unchanged, for `matched` to refuse.
+  Convolutions go from OIHW to HWIO, dense layers from [out, in] to [in, out].
+  For some dense layers the checkpoint has 1x1 convolutions of one or two
+  dimensions. What does not fit passes unchanged, and `matched` refuses it.
 
   Args:
     path: the path of the variable; only kernels change.
@@ -150,7 +151,7 @@ def matched(
 
   Raises:
     UserError: a variable finds no tensor or one of another shape, or a tensor
-      finds no variable; with the names.
+      finds no variable. The message has the names.
   """
   names = {path: source_name(path) for path, _ in variables}
   missing = list(dict.fromkeys(
@@ -181,7 +182,7 @@ def frozen(source: str, build: Callable[..., keras.Model],
 
   Args:
     source: what is read, for the message.
-    build: from the architecture to the network.
+    build: a function from the architecture to the network.
     config: the architecture.
 
   Raises:
@@ -215,7 +216,8 @@ def build_frozen(
   Args:
     source: what is read, for the message.
     config: the architecture.
-    to_keras: from (path, shape) of every variable to their values by path.
+    to_keras: a function from the list of (path, shape) of every variable to
+      their values by path.
 
   Raises:
     UserError: the architecture cannot be built, or what `to_keras` raises.

@@ -14,10 +14,10 @@ def resampled(x, direction, taps, padding=None):
   Args:
     x: float [B, H, W, C].
     direction: "down", "up" or None.
-    taps: the filter of one side, symmetric, of an even number of taps; they are
-      divided by their sum. (1, 1) gives means of 2x2 pixels, or each pixel four
-      times.
-    padding: zeros on every side before "down"; None for those that halve H.
+    taps: the filter along one side, symmetric, with an even number of taps;
+      they are divided by their sum. (1, 1) gives means of 2x2 pixels, or each
+      pixel four times.
+    padding: zeros on every side before "down"; None: as many as halve H and W.
 
   Returns:
     float [B, H', W', C].
@@ -59,7 +59,7 @@ class FilteredDown(keras.layers.Layer):
   """`resampled` without padding, as a layer.
 
   Args:
-    taps: the filter.
+    taps: the filter, see `resampled`.
 
   Call arguments:
     x: float [B, H, W, C].
@@ -125,8 +125,8 @@ def group_norm_layer(channels, epsilon, name):
 class EDMBlock(keras.layers.Layer):
   """A residual block that may resample first and attend last.
 
-  Resampling, see `resampled`, comes before the first convolution, and before
-  that of the shortcut.
+  Resampling (see `resampled`) comes before the first convolution and, on the
+  shortcut, before its convolution.
 
   Args:
     channels: channels of the output.
@@ -136,8 +136,8 @@ class EDMBlock(keras.layers.Layer):
     skip_scale: factor on both sums.
     scale_shift: the embedding enters as norm(h) * (1 + scale) + shift if True,
       as norm(h + shift) if False.
-    project_resampled: a resampled shortcut has a convolution even where the
-      width stays.
+    project_resampled: whether a resampled shortcut has a convolution even if
+      the width stays.
     resample_filter: see `EDMConfig`.
 
   Call arguments:
@@ -244,8 +244,8 @@ class _Preconditioning(keras.layers.Layer):
   """What both ends of the network know.
 
   Args:
-    kind: one of `PRECONDITIONINGS`.
-    sigma_data: see `EDMConfig`, as all below.
+    kind: one of `edm_unet.PRECONDITIONINGS`.
+    sigma_data: see `EDMConfig`.
     beta_d: see `EDMConfig`.
     beta_min: see `EDMConfig`.
     timesteps: see `EDMConfig`.
@@ -281,7 +281,7 @@ class EDMInput(_Preconditioning):
     sigma: float [B], positive.
 
   Returns:
-    The images c_in x, and c_noise, float [B].
+    The images c_in x, float [B, H, W, C], and c_noise, float [B].
   """
 
   def call(self, x, sigma):
@@ -292,7 +292,8 @@ class EDMInput(_Preconditioning):
       c_noise = ops.log(sigma) / 4
     else:
       c_in = ops.rsqrt(sigma**2 + 1.0)
-      # t of sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, without the
+      # It is (M - 1) t, and t solves
+      # sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, written without the
       # difference that cancels where sigma is small.
       log = ops.log1p(sigma**2)
       c_noise = (self.timesteps - 1) * 2 * log / (
@@ -307,8 +308,8 @@ class EDMInput(_Preconditioning):
 class EDMOutput(_Preconditioning):
   """eps = (x - D) / sigma of the denoised D = c_skip x + c_out F.
 
-  Written such that nothing cancels: D itself is x but for the last digits where
-  sigma is small.
+  The difference is not computed, because it would cancel where sigma is small:
+  D is then x but for the last digits.
 
   Call arguments:
     x: float [B, H, W, C], x_0 + sigma eps.

@@ -1,11 +1,11 @@
 """The networks of EDM as Keras functional models (`keras.ops`).
 
-Karras et al. (2022, https://arxiv.org/abs/2206.00364) name two: "SongUNet", as
-DDPM++ and NCSN++ of Song et al. (2021, https://arxiv.org/abs/2011.13456), and
-"DhariwalUNet", ADM of Dhariwal and Nichol (2021,
-https://arxiv.org/abs/2105.05233). Both are `unet`'s idea with other blocks:
-these resample inside, and attend inside. Around them is a preconditioning by
-sigma; what leaves here is eps of x_0 + sigma eps.
+Karras et al. (2022, https://arxiv.org/abs/2206.00364) name two. "SongUNet" is
+DDPM++ and NCSN++ of Song et al. (2021, https://arxiv.org/abs/2011.13456).
+"DhariwalUNet" is ADM of Dhariwal and Nichol (2021,
+https://arxiv.org/abs/2105.05233). Both are U-Nets like that of `unet`, but
+their blocks also resample and attend. A preconditioning by sigma surrounds
+them. The model that is built here predicts eps of x_0 + sigma eps.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from ddss_tf.networks.layers import OneHot, TimeEmbedding, check_sizes
 ARCHITECTURES = ("SongUNet", "DhariwalUNet")
 PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond")
 
-# See `layers.check_sizes`; of what the multipliers make of `model_channels`.
+# See `layers.check_sizes`. "widths" are `model_channels` times the multipliers.
 _MOST = {"image_channels": 2**13, "widths": 2**13, "num_blocks": 64,
          "classes": 2**16}
-# Channels of a head of DhariwalUNet; a narrower layer has no attention.
+# Channels of one head of DhariwalUNet; a narrower layer has no attention.
 _HEAD_CHANNELS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class EDMConfig:
-  """Everything that fixes the network; the words are the original's.
+  """Everything that fixes the network; most names are the original's.
 
   Attributes:
     image_size: height and width, a multiple of 2 ** (levels - 1).
@@ -43,18 +43,20 @@ class EDMConfig:
     num_blocks: residual blocks of a level on the way down; the way up has one
       more.
     attn_resolutions: heights of the levels with attention.
-    label_dim: classes; 0 for none.
-    label_dropout: how often it was trained without one, which is told by its
-      `label_dim`; 0: never, so that there is no null label for guidance.
-    fourier: of "SongUNet", sinusoids of learned frequencies.
-    residual_encoder: of "SongUNet", the way down adds the images themselves,
-      filtered, to every level below the first.
-    resample_filter: of "SongUNet", the filter of both resamplings, symmetric,
-      of an even number of taps; others have (1, 1), a box.
+    label_dim: number of classes; 0 for none.
+    label_dropout: how often the network was trained without a class, for which
+      the label `label_dim` stands; 0: never, so that there is no null label for
+      guidance.
+    fourier: for "SongUNet", whether the sinusoids have frequencies that are
+      weights.
+    residual_encoder: for "SongUNet", whether the way down adds the images
+      themselves, filtered, to every level below the first.
+    resample_filter: for "SongUNet", the filter of both resamplings, symmetric,
+      with an even number of taps; "DhariwalUNet" has (1, 1), a box.
     sigma_data: the parameter of "EDMPrecond".
-    beta_d: the parameter of "VPPrecond".
-    beta_min: the same.
-    timesteps: the same; there called M.
+    beta_d: a parameter of "VPPrecond".
+    beta_min: a parameter of "VPPrecond".
+    timesteps: a parameter of "VPPrecond", called M there.
   """
 
   image_size: int
@@ -88,13 +90,15 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
     name: name of the model.
 
   Returns:
-    A functional model from `x` = x_0 + sigma eps, float [B, S, S, C]; `sigma`,
-    float [B], positive; and, if there are classes, `labels`, int32 [B], those
-    outside [0, label_dim) for no class; to eps, float [B, S, S, C].
+    A functional model to eps, float [B, S, S, C]. Its inputs are `x` = x_0 +
+    sigma eps, float [B, S, S, C]; `sigma`, float [B], positive; and, if there
+    are classes, `labels`, int32 [B]. A label outside [0, label_dim) stands for
+    no class.
 
   Raises:
-    ValueError: unknown names, an image size or widths that do not divide, or
-      a size that no network has.
+    ValueError: a name is unknown; the image size or `model_channels` is not
+      the multiple that it must be; `resample_filter` is not as described; a
+      size is below 1, or larger than any network has.
   """
   _check(config)
   song = config.architecture == "SongUNet"
@@ -123,7 +127,7 @@ def build_edm(config: EDMConfig, name: str = "edm") -> keras.Model:
 
 
 def _check(config: EDMConfig) -> None:
-  """Raises what `build_edm` does."""
+  """Raises what `build_edm` raises."""
   for key, known in (("architecture", ARCHITECTURES),
                      ("preconditioning", PRECONDITIONINGS)):
     if getattr(config, key) not in known:
@@ -173,7 +177,7 @@ def _embedding(config: EDMConfig, noise, label):
     embedding = keras.layers.Add(name="add_label")([
         embedding,
         keras.layers.Dense(wide, use_bias=False, name="map_label")(label)])
-  # In other networks the blocks do this.
+  # In `unet` each block applies this activation itself.
   return keras.layers.Activation("silu", name="map_silu")(embedding)
 
 
@@ -223,10 +227,10 @@ class _Parts:
     return h
 
   def _with_images(self, h, images, place):
-    """The states beside the images of their size (the residual encoder)."""
+    """Adds the images, in their size, to the states (the residual encoder)."""
     taps = self._config.resample_filter
-    # Zeros are put around the images first, and then neither layer pads. So the
-    # bias of the one may come before the filter of the other.
+    # Zeros are put around the images first, so that neither layer pads. Then
+    # the convolution's bias may come before the filter.
     images = keras.layers.ZeroPadding2D(
         1 + (len(taps) - 1) // 2, name=f"{place}_pad")(images)
     images = keras.layers.Conv2D(
@@ -236,7 +240,7 @@ class _Parts:
     return keras.layers.Rescaling(0.5**0.5, name=f"{place}_scale")(images)
 
   def decoded(self, h):
-    """Back to the images' resolution, beside what the encoder kept."""
+    """Back to the images' resolution, with what the encoder kept."""
     config, levels = self._config, len(self._resolutions)
     for level in reversed(range(levels)):
       place = f"dec_{self._resolutions[level]}x{self._resolutions[level]}"

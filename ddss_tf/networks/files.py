@@ -21,7 +21,8 @@ def load_keras(path: str) -> keras.Model:
   """Loads a Keras file, frozen.
 
   Raises:
-    UserError: not a complete Keras file, or classes that nobody registered.
+    UserError: it is not a complete Keras file, or nobody has registered its
+      classes.
   """
   try:
     with frozen_variables():
@@ -52,13 +53,14 @@ def load(folder: str):
   """Loads a SavedModel with all variables frozen.
 
   Args:
-    folder: with saved_model.pb and variables.
+    folder: the folder with saved_model.pb and variables.
 
   Returns:
-    What TensorFlow makes of it; its variables live only as long as it does.
+    The object that TensorFlow loads. Its variables live only as long as it
+    does.
 
   Raises:
-    UserError: not a complete SavedModel; in one line.
+    UserError: it is not a complete SavedModel; in one line.
   """
   _check_complete(folder)
   # TF-Hub's first format has no tags.
@@ -77,16 +79,17 @@ def load(folder: str):
 
 
 def freeze_signature(signature) -> None:
-  """Freezes TensorFlow 1's variables, which come out of a collection.
+  """Freezes the variables of a signature of TensorFlow 1.
 
-  They come past `frozen_variables`; there is no public way to freeze them.
+  They come out of a collection, so `frozen_variables` does not reach them.
+  There is no public way to freeze them.
   """
   for variable in signature.graph.variables:
     variable._trainable = False  # pylint: disable=protected-access
 
 
 def _check_complete(folder: str) -> None:
-  """Refuses what an interrupted download or copy leaves."""
+  """Refuses what an interrupted download or copy leaves behind."""
   files = set(storage.listdir(folder))
   if not files & {"saved_model.pb", "saved_model.pbtxt"}:
     raise UserError(

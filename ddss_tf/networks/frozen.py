@@ -9,10 +9,9 @@ import tensorflow as tf
 def frozen_variables():
   """Makes every variable created inside non-trainable for TensorFlow itself.
 
-  `layer.trainable = False` is Keras's word only: the `tf.Variable` beneath
-  stays trainable, so tapes and `tf.recompute_grad` watch it and compute
-  gradients of weights that nobody needs, at about a third of the cost of a
-  search step.
+  `layer.trainable = False` tells Keras only: the `tf.Variable` beneath stays
+  trainable. Tapes and `tf.recompute_grad` then watch it and compute gradients
+  of weights that nobody needs, at about a third of the cost of a search step.
   """
 
   def creator(next_creator, **kwargs):

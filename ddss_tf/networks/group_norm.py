@@ -1,10 +1,11 @@
 """Group normalisation with sums that are fast on a CPU.
 
-Same layer, variables and results (to rounding) as Keras's. What XLA makes of
-that one's gradient on a CPU is a loop for each sum over a group, with all that
-comes before the sum in it, the activation's exponentials too: a fifth of the
-gradient of a U-Net. A sum written as the product with the matrix of which
-channel is of which group is a sum that nothing is fused into.
+The layer, its variables and its results (to rounding) are those of Keras. On a
+CPU, XLA makes a loop of each sum over a group in the gradient of Keras's layer,
+and computes in that loop all that comes before the sum, the activation's
+exponentials too. This takes a fifth of the gradient of a U-Net. Here a sum is
+the product with a matrix that says which channel is of which group, and XLA
+fuses nothing into a product.
 """
 
 import math
@@ -56,10 +57,10 @@ def _normalise(groups, epsilon):
 class GroupNormalization(keras.layers.GroupNormalization):
   """`keras.layers.GroupNormalization` of the last axis, with scale and centre.
 
-  Computed in float32 at least, whatever the policy. But where a device
-  multiplies matrices of float32 with fewer bits (TensorFloat-32 on a GPU,
-  bfloat16 on a TPU), a group's mean and its scale are rounded to those, as what
-  its convolutions read is.
+  It computes in float32 at least, whatever the policy. Some devices multiply
+  matrices of float32 with fewer bits (TensorFloat-32 on a GPU, bfloat16 on a
+  TPU). There a group's mean and its scale are rounded to those bits, as the
+  inputs of convolutions are.
 
   Args:
     groups: the number of groups; it must divide that of the channels.

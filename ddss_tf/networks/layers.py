@@ -82,9 +82,9 @@ class ResidualBlock(keras.layers.Layer):
     time_features: float [B, E].
 
   Returns:
-    float [B, H, W, channels], or of half or twice the height and width.
+    float [B, H, W, channels], or with half or twice the height and width.
 
-  Reference: of `resample`, Dhariwal and Nichol (2021),
+  Reference for `resample`: Dhariwal and Nichol (2021),
   https://arxiv.org/abs/2105.05233, section 3.
   """
 
@@ -227,14 +227,14 @@ class SelfAttention(keras.layers.Layer):
 
 
 def check_sizes(sizes, most) -> None:
-  """Refuses sizes that no network has, before memory is asked for them.
+  """Refuses sizes that no network has, before memory is taken for them.
 
   Args:
-    sizes: whole numbers, tuples of them, or None for any, by name.
-    most: the largest of each.
+    sizes: by name, whole numbers, tuples of them, or None, which always passes.
+    most: by name, the largest that passes.
 
   Raises:
-    ValueError: a number out of [1, most], or none in a tuple.
+    ValueError: a number is out of [1, most], or a tuple is empty.
   """
   for key, value in sizes.items():
     values = value if isinstance(value, tuple) else (value,)
@@ -246,7 +246,10 @@ def check_sizes(sizes, most) -> None:
 
 @keras.saving.register_keras_serializable(package="ddss_tf")
 class OneHot(keras.layers.Layer):
-  """Class indices, int [B], to float [B, classes]; zeros for those outside."""
+  """Class indices, int [B], to `scale` or 0, float [B, classes].
+
+  An index outside of [0, classes) gives zeros only.
+  """
 
   def __init__(self, classes, scale=1.0, **kwargs):
     super().__init__(**kwargs)

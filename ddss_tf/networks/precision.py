@@ -1,8 +1,9 @@
 """The number format in which a frozen network computes.
 
 Weights, coefficients and losses stay float32; see
-https://keras.io/api/mixed_precision/. Half the memory of the activations, and
-faster where the hardware has bfloat16; slower where it has not.
+https://keras.io/api/mixed_precision/. In bfloat16 the activations take half the
+memory. It is faster on hardware that has bfloat16, and slower on other
+hardware.
 """
 
 import keras
@@ -11,14 +12,17 @@ from ddss_tf.errors import UserError
 
 FLOAT32 = "float32"
 BFLOAT16 = "mixed_bfloat16"
-# What can be asked for. A network that was saved in float16 is used as it is;
-# its gradients would need a loss scale.
+# What can be asked for. float16 cannot, because its gradients would need a loss
+# scale. A network that was saved in it is used as it is.
 POLICIES = (FLOAT32, BFLOAT16)
 FLOAT16 = "mixed_float16"
 
 
 def policy(model) -> str:
-  """One of `POLICIES` or `FLOAT16`: not the first if any layer differs."""
+  """A model's policy, one of `POLICIES` or `FLOAT16`.
+
+  It is not float32 if any layer computes in another of them.
+  """
   layers = model.layers if isinstance(model, keras.Model) else ()
   computed = {layer.compute_dtype for outer in layers
               for layer in outer._flatten_layers()}  # pylint: disable=protected-access
@@ -31,17 +35,18 @@ def policy(model) -> str:
 def set_policy(model, name: str) -> None:
   """Lets a functional Keras model compute in another format.
 
-  Our choice of what stays in float32: what takes numbers, such as times, of
-  which bfloat16 would merge neighbours beyond 256; and what gives the outputs.
+  Two kinds of layers stay in float32 (our choice). The first take one number
+  for each image, such as a time: bfloat16 would merge neighbouring times beyond
+  256. The others give the outputs.
 
   Args:
-    model: changed in place, its weights are not.
+    model: the model, changed in place; its weights are not changed.
     name: one of `POLICIES`.
 
   Raises:
-    UserError: an unknown policy; not a functional Keras model, such as a
-      SavedModel, whose format was decided when it was written; weights that are
-      not float32.
+    UserError: the policy is unknown; the model is not a functional Keras model
+      (the format of a SavedModel was decided when it was written); its weights
+      are not float32.
   """
   if name not in POLICIES:
     raise UserError(f"dtype_policy must be one of {', '.join(POLICIES)}. "
@@ -74,5 +79,5 @@ def set_policy(model, name: str) -> None:
 
 
 def _is_a_number(tensor) -> bool:
-  """Whether each image has one of it: [B] or [B, 1]."""
+  """Whether a tensor has one number for each image: [B] or [B, 1]."""
   return len(tensor.shape) < 2 or tuple(tensor.shape[1:]) == (1,)

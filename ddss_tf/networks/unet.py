@@ -1,8 +1,8 @@
 """The DDPM U-Net as a Keras functional model, backend-agnostic (`keras.ops`).
 
-One architecture with switches, covering the networks of Ho et al. (2020,
+One architecture with switches covers the network of Ho et al. (2020,
 https://arxiv.org/abs/2006.11239, appendix B) and its descendants as far as
-`UNetConfig` goes. Images are NHWC; the time is a float, one per image, because
+`UNetConfig` goes. Images are NHWC. The time is a float, one per image, because
 a learned sampler asks for fractional times.
 """
 
@@ -15,7 +15,7 @@ from ddss_tf.networks import layers
 from ddss_tf.networks.layers import ResidualBlock, SelfAttention, TimeEmbedding
 
 LABEL_EMBEDDINGS = ("table", "sinusoidal")
-# More is a slip, or of a damaged file, and would fill the memory.
+# A larger size is a mistake or from a damaged file, and would fill the memory.
 _MOST = {"channels": 2**13, "blocks_per_level": 64, "in_channels": 2**13,
          "out_channels": 2**13, "time_features": 2**13, "time_width": 2**13,
          "num_classes": 2**16}
@@ -26,8 +26,8 @@ class UNetConfig:
   """Everything that fixes the architecture and its arithmetic.
 
   Attributes:
-    image_size: height and width in pixels, or the pair of them, multiples of
-      2 ** (len(channels) - 1).
+    image_size: height and width in pixels, as one number or as a pair;
+      multiples of 2 ** (len(channels) - 1).
     in_channels: channels of `x_t`.
     out_channels: channels of the prediction.
     channels: width of each resolution level, finest first.
@@ -49,23 +49,24 @@ class UNetConfig:
     symmetric_downsample: the strided convolution pads one pixel on all sides
       (PyTorch's padding=1) if True, bottom and right only (TensorFlow's SAME)
       if False. Weights of one give wrong images in the other.
-    residual_down_levels: levels left by a residual block that averages 2x2
-      pixels instead of the strided convolution.
-    residual_up_levels: levels left, on the way up, by a residual block that
-      repeats pixels instead of repetition and a convolution.
+    residual_down_levels: levels that end, on the way down, with a residual
+      block that averages 2x2 pixels, instead of the strided convolution.
+    residual_up_levels: levels that end, on the way up, with a residual block
+      that repeats pixels, instead of repetition and a convolution.
     scale_shift: the time enters as h * (1 + scale) + shift after the second
       normalisation if True, as an addition before it if False.
     activation: the activation of the residual blocks, one of `ACTIVATIONS`;
       "silu" everywhere else.
-    time_scale: the embedded time is `t` times this; networks of any T may be
-      trained on times from 0 to 1000.
-    time_features: sines and cosines of the time; None: `channels[0]`.
+    time_scale: the embedded time is `t` times this. A network of any T may have
+      been trained on times from 0 to 1000.
+    time_features: number of sines and cosines of the time, together; None:
+      `channels[0]`.
     time_width: width of the time embedding; None: 4 * `channels[0]`.
-    num_classes: classes of a class-conditional network, whose third input are
+    num_classes: classes of a class-conditional network, whose third input is
       labels in [0, num_classes - 1]; None: unconditional.
-    label_embedding: "table", a learned vector of each class; or "sinusoidal",
+    label_embedding: "table", a learned vector for each class; or "sinusoidal",
       the label embedded as the time is. Either is added to the time embedding.
-    center_input: whether the network computes 2 x - 1 first.
+    center_input: whether the network first maps its input x to 2 x - 1.
     mid_attention: whether the middle has an attention layer.
     mid_attention_norm: whether that layer normalises its input.
     mid_attention_groups: groups of that normalisation; None: `norm_groups`.
@@ -117,14 +118,15 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     name: name of the model.
 
   Returns:
-    A functional model from `x_t`, float [B, H, W, in_channels] in [-1, 1],
-    `t`, float [B], and `labels`, int32 [B], if there are classes, to float
-    [B, H, W, out_channels].
+    A functional model to float [B, H, W, out_channels]. Its inputs are `x_t`,
+    float [B, H, W, in_channels], noisy images whose clean ones are in [-1, 1];
+    `t`, float [B]; and, if there are classes, `labels`, int32 [B].
 
   Raises:
-    ValueError: the image size does not divide, or groups do not divide widths,
-      or heads do not, or they are given twice; an unknown activation or label
-      embedding; a size that no network has.
+    ValueError: the image size is not such a multiple; groups or heads do not
+      divide a width; both `num_heads` and `head_channels` are given; the
+      activation or the label embedding is unknown; a size is below 1, or larger
+      than any network has.
   """
   height, width = _checked(config)
   x = keras.Input((height, width, config.in_channels), name="x_t")
@@ -150,7 +152,7 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
 
 
 def _checked(config: UNetConfig) -> tuple[int, int]:
-  """Height and width of the images; raises what `build_unet` does."""
+  """Height and width of the images; raises what `build_unet` raises."""
   for key, known in (("activation", layers.ACTIVATIONS),
                      ("label_embedding", LABEL_EMBEDDINGS)):
     if getattr(config, key) not in known:
@@ -187,7 +189,7 @@ def _embedding(config: UNetConfig, t, labels=None):
     return keras.layers.Dense(time_width, name=f"{place}_2")(value)
 
   if config.time_scale != 1:
-    # In float32 for the reason of TimeEmbedding.
+    # In float32 for the same reason as in TimeEmbedding.
     t = keras.layers.Rescaling(
         config.time_scale, dtype="float32", name="time_scale")(t)
   time = embedded(t, "time")
@@ -270,7 +272,7 @@ class _Parts:
     return self._block(h, width, "mid_block_1", **mid)
 
   def up(self, h):
-    """Back to the images' resolution, beside what was kept on the way down."""
+    """Back to the images' resolution, with what was kept on the way down."""
     config = self._config
     num_heads = config.num_heads_up or config.num_heads
     for up, level in enumerate(reversed(range(len(config.channels)))):
