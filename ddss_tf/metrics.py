@@ -1,8 +1,8 @@
-"""FID, KID and Inception Score from activations, at any scale of them.
+"""FID, KID and Inception Score from activations of any scale.
 
 KID and the Inception Score are TF-GAN's, called where its arithmetic is right:
-in float64, and with logits whose probabilities do not underflow. FID is its
-formula, but not its matrix root; see `fid`. What is not finite gives NaN.
+in float64, and with logits whose probabilities do not underflow. FID has its
+formula, but not its matrix root; see `fid`. Input that is not finite gives NaN.
 
 This module alone imports TF-GAN. Its package `__init__` needs
 `tensorflow.estimator`, which TensorFlow dropped in 2.16, so that
@@ -25,7 +25,7 @@ import tensorflow as tf
 
 _BLOCK_ROWS = 4096
 # Differences of logits beyond this are cut: exp(-600) adds nothing to a score,
-# and is a number still where exp(-800) is 0.
+# but it is not yet 0, as exp(-800) is.
 _LOGIT_RANGE = 600.0
 
 
@@ -69,13 +69,13 @@ class Moments(NamedTuple):
 def moments(activations: np.ndarray) -> Moments:
   """Mean and unbiased covariance, in float64.
 
-  A block of rows at a time, so that beside the activations themselves memory
-  does not grow with their number; TF-GAN's own call makes several float64
-  copies of all of them.
+  It takes a block of rows at a time, so that beside the activations themselves
+  memory does not grow with their number; TF-GAN's own call makes several
+  float64 copies of all of them.
 
   Args:
     activations: float [N, D], N at least 2. Columns that are not finite have
-      moments that are not.
+      moments that are not finite.
 
   Raises:
     ValueError: fewer than 2 rows.
@@ -95,17 +95,17 @@ def moments(activations: np.ndarray) -> Moments:
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """L with L L' = covariance, float64 [D, rank].
 
-  The Cholesky factor with pivots (LAPACK's pstrf) of the correlations, which
-  have no scale: an axis counts with the digits that it has, however small its
-  variance beside others. What is left of a diagonal below D times the rounding
-  error is rounding, and no rank: LAPACK stops there.
+  It is the pivoted Cholesky factor (LAPACK's pstrf) of the correlations, scaled
+  back. Correlations have no scale, so an axis keeps its digits however small
+  its variance is beside others. LAPACK stops where the rest of the diagonal is
+  below D times the rounding error: the rest is rounding and adds no rank.
   """
   deviations = np.sqrt(np.maximum(np.diag(covariance), 0.0))
   scales = np.where(deviations > 0, deviations, 1.0)
   factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(
       covariance / scales[:, None] / scales, lower=1)
   ordered = np.empty((len(covariance), rank))
-  ordered[pivots - 1] = np.tril(factor)[:, :rank]  # Above is what was there.
+  ordered[pivots - 1] = np.tril(factor)[:, :rank]  # LAPACK leaves the rest.
   return scales[:, None] * ordered
 
 
@@ -113,14 +113,14 @@ def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
   """tr (A B)^1/2 of two covariances, float64 [D, D].
 
   With A = L L' and B = M M' it is the sum of the singular values of L' M: the
-  eigenvalues of A B are those of (L' M)(L' M)'. No square of a variance is
-  formed, whose digits would be lost beside a larger one.
+  eigenvalues of A B are those of (L' M)(L' M)'. This forms no squares of
+  variances; small ones would lose their digits beside larger ones.
   """
   product = _factor(a).T @ _factor(b)
   if not product.size:  # One of them is 0.
     return 0.0
-  # TensorFlow's: the threads of OpenBLAS wait for each other where another
-  # process has a core, and then take ten times as long.
+  # TensorFlow's SVD: where another process has a core, the threads of OpenBLAS
+  # wait for each other and take ten times as long.
   return float(tf.reduce_sum(tf.linalg.svd(product, compute_uv=False)))
 
 
@@ -130,13 +130,13 @@ def fid(real: np.ndarray | Moments, generated: np.ndarray | Moments) -> float:
   Heusel et al. (2017, https://arxiv.org/abs/1706.08500). Biased upwards by few
   samples: compare only values of the same counts (`fid_label` names them).
 
-  It is right at any scale: it grows with the square of the activations, and is
-  0, up to rounding of the variance, for a set with itself. TF-GAN's
-  `trace_sqrt_product`, which agrees where all variances are near 1, is not: its
-  root leaves singular values below an absolute 1e-10 as they are, which are
-  squares of variances. In other units it would keep them, and with them the
-  rounding of axes that have no variance; no unit serves small axes and missing
-  ones at once. So the trace of the root is computed here (`_trace_of_root`).
+  It is right at any scale: it grows with the square of the activations, and a
+  set has the distance 0 to itself, up to rounding of the variance. TF-GAN's
+  `trace_sqrt_product` agrees where all variances are near 1 but is wrong for
+  small ones: its root leaves singular values, which are squares of variances,
+  as they are below an absolute 1e-10. In larger units it would take their roots
+  too, but also those of mere rounding on axes without variance. No unit serves
+  both, so the trace of the root is computed here (`_trace_of_root`).
 
   Args:
     real: float [N, D], or its moments.
@@ -159,18 +159,18 @@ def kid(real: np.ndarray, generated: np.ndarray,
   """Kernel Inception Distance with the cubic kernel, and its standard error.
 
   Binkowski et al. (2018, https://arxiv.org/abs/1801.01401): unbiased, so it
-  can be negative. The error comes from the spread between blocks: at least two,
-  since one has none, and few enough to hold two samples of each set. Samples
-  are dealt to the blocks at random, with a fixed seed: images come class by class
-  from many a folder.
+  can be negative. The error comes from the spread between blocks. There are at
+  least two, since one has no spread, and few enough that each holds two samples
+  of each set. Samples are dealt to the blocks at random, with a fixed seed,
+  because in many folders images come class by class.
 
-  In float64: the cubes of features with a large mean are larger than their
-  differences by more than the digits of float32.
+  It is computed in float64: the cubes of features with a large mean are larger
+  than their differences by more than the digits of float32.
 
   Args:
     real: float [N, D], N at least 4.
     generated: float [M, D], M at least 4.
-    block_size: samples of the larger set per block, at the most.
+    block_size: the most samples of the larger set per block.
 
   Returns:
     The distance and its standard error; NaN of features that are not finite.
@@ -205,13 +205,12 @@ def inception_score(logits: np.ndarray, splits: int = 1
   standard deviation over 10 splits. A smaller split has a smaller score.
 
   Args:
-    logits: float [N, classes], of any size; -infinity is a class that cannot
-      be.
-    splits: parts of as equal size as can be, in order.
+    logits: float [N, classes], of any size; -infinity is an impossible class.
+    splits: the number of parts, of nearly equal size and in order.
 
   Returns:
     The mean score of the splits and its standard deviation, 0 for one split;
-    NaN of logits that are NaN or infinity.
+    NaN if a logit is NaN or infinity.
 
   Raises:
     ValueError: more splits than samples, or fewer than 1.

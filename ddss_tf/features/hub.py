@@ -25,7 +25,7 @@ def _fetched(handle: str) -> str:
 
 
 def hub_folder(handle: str) -> str:
-  """Where TF-Hub keeps the SavedModel of a handle, which it fetches if need be.
+  """The folder of a handle's SavedModel in TF-Hub's cache; fetched if missing.
 
   It is the folder named by the SHA-1 of the handle in $TFHUB_CACHE_DIR, or in
   `tfhub_modules` of the system's folder for temporary files, as

@@ -14,8 +14,8 @@ from ddss_tf.networks.frozen import frozen_variables
 
 APPLICATION_PREFIX = "keras:"
 
-# What Keras's applications expect, by how their names begin; the first counts.
-# It is their `preprocess_input`, which tests compare.
+# The value range that Keras's applications expect, by the beginning of their
+# names; the first match counts. Tests compare it with their `preprocess_input`.
 _APPLICATION_RANGES = {
     "ResNet50V2": "[-1, 1]", "ResNet101V2": "[-1, 1]",
     "ResNet152V2": "[-1, 1]", "Inception": "[-1, 1]", "Xception": "[-1, 1]",
@@ -27,13 +27,13 @@ _CALIBRATION_IMAGES = 8
 
 
 class KerasNetwork:
-  """A Keras model of which two layers are read.
+  """A Keras model that gives the values of two of its layers.
 
   Args:
     model: with one input, images [B, H, W, C]; it is frozen.
     name: what errors call it.
-    weights_sha256: hash of the weights if it is not that of the arrays.
-    graph: description of the architecture, if not the model's JSON.
+    weights_sha256: hash of the weights; that of their arrays if None.
+    graph: description of the architecture; the model's JSON if None.
 
   Attributes:
     input_shape: (H, W, C) of the images, None for any.
@@ -57,23 +57,23 @@ class KerasNetwork:
     Args:
       pool_layer: the one that gives the features.
       logits_layer: the one that gives the logits.
-      size: unused, for symbolic shapes tell all; SavedModels need it.
+      size: unused, because symbolic shapes tell all; SavedModels need it.
 
     Returns:
-      A function of float32 [B, H, W, C] to the pair ([B, D], [B, classes]); the
-      Keras model of that pair; D.
+      A function from float32 [B, H, W, C] to the pair ([B, D], [B, classes]);
+      the Keras model of that pair; D.
 
     Raises:
       UserError: there is no such layer, or its output has another rank.
     """
     outputs = [self._output(layer) for layer in (pool_layer, logits_layer)]
     model = keras.Model(self._model.inputs, outputs, name=self._model.name)
-    # training=False: neither dropout nor statistics of the batch.
+    # training=False turns dropout and the statistics of the batch off.
     return (lambda images: model(images, training=False), model,
             outputs[0].shape[-1])
 
   def _output(self, name: str):
-    """Symbolic output [B, features] of a layer."""
+    """The symbolic output [B, features] of a layer."""
     rank_2 = []
     for layer in self._model.layers:
       try:
@@ -150,15 +150,15 @@ def keras_application(name: str, weights: str | None, seed: int,
     logging.warning(
         "features %s: they compare images, but their FID and Inception Score "
         "mean nothing beside published ones", label)
-    # The hash is that of what the seed gives, which is the same on all machines; what
-    # `calibrate` adds follows from it up to rounding.
+    # The hash is of the seed's weights, which are the same on all machines.
+    # What `calibrate` adds follows from them up to rounding.
     randomise(model, seed)
     sha256 = fingerprint.arrays_sha256(model.get_weights())
     calibrate(model, value_range, seed)
-  # Not the JSON: it counts layers of all models that the process has built.
+  # Not the JSON: its names count the layers of all models built before.
   graph = f"{name} {model.input_shape} Keras {keras.__version__}"
   if weights is None:
-    graph += ", calibrated"  # Which the hash of the weights is from before.
+    graph += ", calibrated"  # The hash is from before.
   return KerasNetwork(model, label, sha256, graph), label
 
 
@@ -169,10 +169,10 @@ def application_range(name: str) -> str | None:
 
 
 def randomise(model: keras.Model, seed: int) -> None:
-  """Draws all kernels anew: He et al. (2015), https://arxiv.org/abs/1502.01852.
+  """Draws all kernels anew (He et al. 2015, https://arxiv.org/abs/1502.01852).
 
-  From NumPy's generator, for Keras's own would depend on what was built before.
-  Biases and the parameters of normalisations stay as they are.
+  The draws are NumPy's, because Keras's own would depend on what was built
+  before. Biases and the parameters of normalisations stay as they are.
   """
   rng = np.random.default_rng(seed)
   for layer in model.layers:
@@ -190,7 +190,7 @@ def calibrate(model: keras.Model, value_range: str, seed: int) -> None:
 
   With random kernels and the statistics (0, 1) that a new model has, signals
   fade layer by layer: features of EfficientNetB0 end near 1e-14. One pass in
-  training mode with no memory of older statistics mends it.
+  training mode, without memory of older statistics, sets this right.
   """
   images = smooth_images(_CALIBRATION_IMAGES, model.input_shape[1:3], seed)
   images = preprocessing.VALUE_RANGES[value_range](images)

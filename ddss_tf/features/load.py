@@ -18,7 +18,7 @@ from ddss_tf.errors import UserError
 from ddss_tf.features.network import FeatureNetwork
 from ddss_tf.features.preprocessing import Preprocessing
 
-# Factories of networks from outside, by name.
+# Registered factories of networks, by name.
 _registered = {}
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _SUFFIX = ".keras"
@@ -41,8 +41,8 @@ def register_features(name: str) -> Callable:
     name: the path of `load_features`, or what stands before its colon.
 
   Returns:
-    A decorator of a function from what stands behind the colon to a
-    `FeatureNetwork`.
+    A decorator of a function that takes what stands behind the colon and
+    returns a `FeatureNetwork`.
 
   Raises:
     ValueError: the name is taken.
@@ -85,7 +85,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
   """Loads a feature network.
 
   Args:
-    path: one of, with `~` for the home folder,
+    path: one of these, with `~` for the home folder:
       the name of an embedded network: "digits_cnn" (for the loss) and
         "digits_resnet" (for reports only, so that what is reported is not what
         was optimised);

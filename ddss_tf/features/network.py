@@ -15,12 +15,12 @@ from ddss_tf.errors import UserError, shape_text
 from ddss_tf.features.preprocessing import Preprocessing
 
 KEYS = ("pool", "logits")
-# 22 images of Inception's size at a time, 500 of 64x64 or smaller.
+# This is 22 images of Inception's size at a time, or 488 of 64x64.
 _PIXELS_AT_A_TIME = 2_000_000
 
 
 class FeatureNetwork:
-  """A frozen classifier of which two layers are read.
+  """A frozen classifier that gives features and logits, from two layers.
 
   Args:
     model: with one input, images [B, H, W, C]: a Keras model, or a
@@ -28,7 +28,7 @@ class FeatureNetwork:
     name: what results call it.
     pool_layer: the layer, or a SavedModel's output, whose values [B, D] are the
       features.
-    logits_layer: the one whose values [B, classes] are the logits.
+    logits_layer: the layer or output whose values [B, classes] are the logits.
     preprocessing: from images in [-1, 1] to what the model takes.
     source: the protocol's first words.
 
@@ -37,7 +37,7 @@ class FeatureNetwork:
     num_features: D.
     image_shape: (H, W, C) of the images it takes, None for any.
     protocol: in words, what happens to images before the network.
-    batch_size: images at a time that leave room in a few GiB of memory.
+    batch_size: images at a time, so that a few GiB of memory suffice.
     key: hash of the weights, the architecture, the choice of layers and the
       preprocessing: equal keys give equal features.
     sha256: hash of the weights, which results record beside the protocol.
@@ -92,8 +92,8 @@ class FeatureNetwork:
   def identity(self) -> dict[str, str]:
     """How results name it: name, "sha256", "protocol".
 
-    And the `key`, because weights do not tell an activation; what comes with
-    the package is known by its weights.
+    Networks from outside also have their `key`, because weights do not tell an
+    activation. Those of the package are known by their weights.
     """
     told = {"name": self.name, "sha256": self.sha256, "protocol": self.protocol}
     return told if self.embedded else {**told, "key": self.key}
@@ -136,7 +136,7 @@ def as_networks(what: str, value, several: bool = True,
     what: the argument's name, for the message.
     value: a network; a list or tuple of them; None.
     several: whether a list is allowed.
-    optional: whether None, or an empty list, is.
+    optional: whether None, or an empty list, is allowed.
 
   Returns:
     The networks, in order.
@@ -160,7 +160,7 @@ def as_networks(what: str, value, several: bool = True,
 
 
 def _described(value) -> str:
-  """What an argument is, in a few words."""
+  """An argument in a few words, for messages."""
   if isinstance(value, (list, tuple)) and value:
     return f"a {type(value).__name__} of {len(value)}"
   return repr(value)[:80]
@@ -188,7 +188,7 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
 
 def check_features(features: FeatureNetwork, dataset: ImageDataset,
                    pool: np.ndarray) -> None:
-  """Checks that features of the data set can be what a search measures by.
+  """Checks that a search can measure by the features of the data set.
 
   Args:
     features: the network.
@@ -196,7 +196,7 @@ def check_features(features: FeatureNetwork, dataset: ImageDataset,
     pool: float32 [R, D], their features.
 
   Raises:
-    UserError: features that are not finite, or the same for all images, whose
+    UserError: features that are not finite, or the same for all images: their
       deviation is the unit of the search.
   """
   if not np.all(np.isfinite(pool)):

@@ -1,7 +1,7 @@
 """From images in [-1, 1] to what a classifier was trained on.
 
 Which pixels a network sees decides its FID as much as its weights do (Parmar et
-al. 2022, https://arxiv.org/abs/2104.11222), so that every rule has a name.
+al. 2022, https://arxiv.org/abs/2104.11222), so every rule has a name.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ _CAFFE_MEAN = (123.68, 116.779, 103.939)
 _TORCH_MEAN = (0.485, 0.456, 0.406)
 _TORCH_STD = (0.229, 0.224, 0.225)
 
-# How each is called in a protocol. An output pixel i of `out` lies at the input
-# coordinate (i + 1/2) in / out - 1/2 with half-pixel centres, and at i in / out
-# with the corners of TensorFlow 1, whose Inception scores were computed so.
+# What a protocol calls each. With half-pixel centres output pixel i of `out`
+# lies at the input coordinate (i + 1/2) in / out - 1/2. With the corners of
+# TensorFlow 1 it lies at i in / out; its Inception scores were computed so.
 RESIZES = {
     "none": "no resize",
     "bilinear": "bilinear, half-pixel centres, no antialias",
@@ -36,7 +36,7 @@ VALUE_RANGES = {
     "torch": lambda x: ((0.5 * x + 0.5 - tf.constant(_TORCH_MEAN))
                         / tf.constant(_TORCH_STD)),
 }
-# Those that have a number for each of three colours.
+# The ranges that have a number for each of three colours.
 _OF_COLOURS = ("caffe", "torch")
 
 
@@ -53,7 +53,7 @@ class Preprocessing:
     grey_to_rgb: whether an image of one channel is repeated to three.
 
   Raises:
-    UserError: a rule of another name, or a size that does not fit to it.
+    UserError: an unknown rule, or a size that does not fit the resize.
   """
 
   resize: str = "none"
@@ -74,7 +74,7 @@ class Preprocessing:
                       f"{self.resize!r}")
 
   def __str__(self):
-    """All of it in words: equal texts are equal preprocessings."""
+    """The rules in words: equal texts are equal preprocessings."""
     parts = [RESIZES[self.resize]]
     if self.size is not None:
       parts.append("{}x{}".format(*self.size))
@@ -92,7 +92,7 @@ class Preprocessing:
     return height, width, channels
 
   def takes_channels(self, channels: int | None) -> bool:
-    """Whether images of so many channels can be mapped; None: of some."""
+    """Whether images of so many channels can be mapped; None is any number."""
     return (self.value_range not in _OF_COLOURS or channels in (3, None)
             or self.grey_to_rgb and channels == 1)
 

@@ -1,8 +1,8 @@
 """Reference statistics of a data set: what generated images are compared with.
 
-Computed once and cached, by a hash of all they depend on: the images, the
-feature network with its preprocessing, and the rounding to bytes. So statistics
-of two protocols are never mixed.
+They are computed once and cached under a hash of all they depend on: the
+images, the feature network with its preprocessing, and the rounding to bytes.
+So statistics of two protocols are never mixed.
 """
 
 import json
@@ -43,13 +43,13 @@ def reference(features: FeatureNetwork, dataset: dataset_lib.ImageDataset, *,
     features: the network.
     dataset: the images.
     quantise: whether to round the images to bytes first, as image files do.
-    cache_dir: folder, made if need be, of files named after a hash of
-      everything that the features depend on; None for no cache.
+    cache_dir: folder of the cache, made if need be. Its files are named after
+      a hash of all that the features depend on. None for no cache.
     batch_size: images at a time, `features.batch_size` if None.
 
   Returns:
-    The reference. A warning tells of features or logits that are not finite,
-    and these are not cached.
+    The reference. If features or logits are not finite, a warning says so, and
+    they are not cached.
 
   Raises:
     UserError: images of a shape that the network does not take.
@@ -119,7 +119,7 @@ def collect(batches, count: int) -> list[np.ndarray]:
 
 
 def _read_cache(path: str, count: int) -> Reference | None:
-  """What a cache file holds; None if there is none, or no sound one."""
+  """What a cache file holds; None if it is missing or damaged."""
   if not storage.exists(path):
     return None
   try:

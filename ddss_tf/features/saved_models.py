@@ -11,25 +11,26 @@ from ddss_tf.errors import UserError, shape_text
 class SavedModelFeatures:
   """A SavedModel with a dictionary of outputs, loaded once.
 
-  To `network.FeatureNetwork` it looks as `keras_models.KerasNetwork` does.
+  It has the interface of `keras_models.KerasNetwork`, which
+  `network.FeatureNetwork` uses.
 
-  Called as TensorFlow 2 calls it, or else through its signature
-  "serving_default" (or "default", as TF-Hub's first format has it). A
-  SavedModel is a program: load only those that you trust.
+  It is called as TensorFlow 2 calls it, or else through its signature
+  "serving_default" (or "default", as in TF-Hub's first format). A SavedModel is
+  a program: load only those that you trust.
 
   Args:
-    folder: with saved_model.pb and variables.
+    folder: the folder with saved_model.pb and variables.
 
   Raises:
     UserError: in one line, a folder that is not a complete SavedModel, or one
       that takes anything but one batch of float images.
   """
 
-  graph = ""  # The hash is of the files, which hold weights and graph.
+  graph = ""  # The hash of the files covers weights and graph.
 
   def __init__(self, folder: str):
     self._folder = folder
-    # Kept: its variables live only as long as it does.
+    # Kept, because its variables live only as long as it does.
     self._loaded = network_files.load(folder)
     self.weights_sha256 = network_files.sha256(folder)
     self._ways, refused = [], []
@@ -52,14 +53,14 @@ class SavedModelFeatures:
     """Reads two outputs, after a trial on two images of (height, width) `size`.
 
     Returns:
-      As `KerasNetwork.select` does; an output [B, 1, 1, D] is flattened to
-      [B, D], as TF-GAN does.
+      The same as `KerasNetwork.select`; an output [B, 1, 1, D] is flattened to
+      [B, D], as in TF-GAN.
 
     Raises:
-      UserError: no way to call it works, there is no such output, or its output
-        is of another shape or not finite.
+      UserError: no way to call it works, an output is missing, or it is of
+        another shape or not finite.
     """
-    # If any size does, it is one that no network is too deep for.
+    # A network that takes any size is tried at one large enough for any depth.
     height, width = size or (n or hub.INCEPTION_SIZE for n in self.input_shape[:2])
     images = tf.stack([tf.fill([height, width, self.input_shape[2]], value)
                        for value in (-0.5, 0.5)])
@@ -68,7 +69,7 @@ class SavedModelFeatures:
       try:
         outputs = function(tf.cast(images, spec.dtype))
         break
-      except Exception as error:  # Whatever the graph raises.
+      except Exception as error:  # A graph may raise anything.
         failures.append(f"{name}: {network_files.reason(error, 100)}")
     else:
       raise UserError(f"{self._folder} must take images "

@@ -13,9 +13,9 @@ from ddss_tf.errors import UserError
 # variance of the real features along an axis.
 SMOOTHING = 1e-3
 _LEAST_SMOOTHING = 1e-12  # Where all real features are the same.
-# A mean of as many deviations costs float32 more than two of its seven digits.
+# A mean of so many deviations costs float32 more than two of its seven digits.
 _LARGE_MEAN = 16.0
-# Real features that a kernel is evaluated against, at the most.
+# The most real features that a kernel is evaluated against.
 _KERNEL_REAL = 5000
 _RBF_SCALES = (0.5, 1.0, 2.0)
 
@@ -23,16 +23,16 @@ _RBF_SCALES = (0.5, 1.0, 2.0)
 class Control(NamedTuple):
   """What is known of a control variate: another sampler on the same noise.
 
-  The moments of a population are uncertain, its samples being few. Another
-  sampler's images from the same noise are off by nearly the same, and its
-  moments over many more samples are known once and for all. So
+  A population has few samples, so its moments are uncertain. Another sampler's
+  images from the same noise have nearly the same error, and its moments can be
+  measured once over many more samples. So
 
     E f  ~  mean_i (f_i - c_i) + E c,
 
-  and the same for second moments, with the variance of f - c in the place of
-  that of f.
-  Unbiased, but for the error of E c, which does not change from step to step.
-  Our choice; the textbook method of control variates with the factor 1.
+  and the same for second moments. The variance is that of f - c instead of f.
+  The estimate is unbiased but for the error of E c, which does not change from
+  step to step. Our choice; the textbook method of control variates with the
+  factor 1.
 
   Attributes:
     features: float32 [N, D], c_i, of the population's own noise.
@@ -45,7 +45,7 @@ class Control(NamedTuple):
 
 
 def _about(features, real_mean, control):
-  """Features less the real mean; the residuals and mean with a control."""
+  """Own and control features less the real mean, their residuals, the mean."""
   own = tf.cast(features, tf.float32) - real_mean
   if control is None:
     return own, None, own, tf.reduce_mean(own, axis=0)
@@ -74,8 +74,8 @@ def kid_linear(features: tf.Tensor, real_mean: tf.Tensor,
   (Watson et al. 2022, section 3.1; Binkowski et al. 2018,
   https://arxiv.org/abs/1801.01401). It is an unbiased estimate of
   |E f - m|^2, the squared distance of the mean features, and so sees nothing of
-  their spread; it can be negative and is never clamped. The gradient passes
-  in graph mode, which that of TF-GAN's own KID does not.
+  their spread; it can be negative and is never clamped. Its gradient passes in
+  graph mode; that of TF-GAN's own KID does not.
 
   Args:
     features: float [N, D], N at least 2.
@@ -98,15 +98,16 @@ def cubic_kernel(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
 
 def centred_cubic_kernel(a: tf.Tensor, b: tf.Tensor,
                          centre: np.ndarray) -> tf.Tensor:
-  """What the cubic kernel has beyond functions of one argument, [N, M].
+  """The cubic kernel less its terms in one argument only, [N, M].
 
   With m the centre, k the kernel at a + m and b + m,
 
     k(a + m, b + m) - k(a + m, m) - k(m, b + m) + k(m, m).
 
-  What is taken away cancels in the distance, where of large means it is nearly
-  all there is: float32 has no digits for the rest. With c = |m|^2 / D + 1,
-  u = a . m / D, v = b . m / D, w = a . b / D and r = c + u + v it is
+  The terms taken away cancel in the distance. With a large mean they are nearly
+  the whole kernel, and float32 has no digits for the rest. With
+  c = |m|^2 / D + 1, u = a . m / D, v = b . m / D, w = a . b / D and
+  r = c + u + v it is
 
     3 u v (2 c + u + v) + w (3 r^2 + 3 r w + w^2).
 
@@ -151,8 +152,8 @@ def kid(features: tf.Tensor, real: tf.Tensor, kernel,
     features: float [N, D], N at least 2.
     real: float [R, D].
     kernel: function from [N, D] and [M, D] to [N, M].
-    real_term: the mean of k over pairs of real features, which no gradient
-      needs; 0 leaves the value without it.
+    real_term: the mean of k over pairs of real features. No gradient depends
+      on it; 0 leaves it out of the value.
 
   Returns:
     float32 scalar.
@@ -200,8 +201,8 @@ def frechet_axes(features: tf.Tensor, real_mean: tf.Tensor, axes: tf.Tensor,
   own_noise = tf.math.reduce_variance(along, axis=0) / (count - 1.0)
   variance = (tf.reduce_mean(squares, axis=0)
               - tf.matmul(mean[None], axes)[0] ** 2 + own_noise)
-  # The root has no finite gradient at 0, where a collapsed population is; and
-  # with a control the estimate of a small variance can be below.
+  # The root has no finite gradient at 0, where a collapsed population is. With
+  # a control the estimate of a small variance can be below 0.
   floor = 1e-8 * tf.reduce_max(deviations) ** 2
   variance = tf.maximum(variance, 0.0)
   spread = tf.reduce_sum((tf.sqrt(variance + floor)
@@ -217,12 +218,12 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor, root: tf.Tensor,
 
   with f and S the mean and covariance of the population. It is biased upwards,
   by a term that falls with 1 / N and grows with D, and the bias has a gradient
-  of its own: it asks for a population of several times D.
+  of its own. So it needs a population of several times D.
 
   Our choice: both covariances get `smoothing` I, which makes it the distance of
-  features with as much white noise. The reason is that the root of an eigenvalue
-  near 0 has a gradient without bound, and is mostly chance. It stays a distance,
-  and is least at S = C.
+  features with as much white noise. The reason is that the root of an
+  eigenvalue near 0 has an unbounded gradient, which is mostly chance. It stays
+  a distance, and is least at S = C.
 
   Args:
     features: float [N, D].
@@ -245,11 +246,11 @@ def frechet(features: tf.Tensor, real_mean: tf.Tensor, root: tf.Tensor,
   covariance = (second - mean[:, None] * mean + own_noise
                 + smoothing * tf.eye(tf.shape(root)[0]))
   product = tf.matmul(root, tf.matmul(covariance, root))
-  # The decomposition of what is not finite raises an error, where a NaN lets
+  # Decomposing a matrix that is not finite raises an error. A NaN instead lets
   # the search skip the step.
   finite = tf.reduce_all(tf.math.is_finite(product))
   product = tf.linalg.eigvalsh(tf.where(finite, product, 0.0))
-  # With a control the estimate of a covariance need not be one.
+  # With a control the estimated covariance may have negative eigenvalues.
   product = tf.maximum(product, 0.01 * smoothing**2)
   distance = (tf.reduce_sum(mean**2) + tf.linalg.trace(covariance)
               + tf.reduce_sum(root**2) - 2.0 * tf.reduce_sum(tf.sqrt(product)))
@@ -260,8 +261,9 @@ class Distance(NamedTuple):
   """A distance between sets of features, as a search minimises it.
 
   Attributes:
-    make: from real features, float [R, D], to a function of features [N, D]
-      (and of a `Control` or None if `moments`), to a float32 scalar.
+    make: function of real features, float [R, D]. It returns a function from
+      features [N, D] (and a `Control` or None if `moments`) to a float32
+      scalar.
     moments: whether it depends on moments only. Then a control variate can make
       it more precise.
     centre: whether `make` also takes the point that features are counted from,
@@ -273,7 +275,7 @@ class Distance(NamedTuple):
 
 
 def make_distance(name: str, real: np.ndarray):
-  """A distance to real features, with all that it needs of them.
+  """A distance to real features, of which all that it needs is prepared.
 
   Args:
     name: one of `DISTANCES`.
@@ -312,11 +314,11 @@ def make_distance(name: str, real: np.ndarray):
 
 
 def _centre(name: str, real: np.ndarray) -> np.ndarray | None:
-  """What features are counted from, float32 [D]: their mean, or None for 0.
+  """The origin of features, float32 [D]: their mean, or None for 0.
 
-  It is the mean if that is so large that float32 loses digits of the spread. A
-  distance depends on differences only, except that of the cubic kernel, which
-  also depends on the kernel's own mean, (|m|^2 / D + 1)^3.
+  It is the mean if that is so large that float32 loses digits of the spread.
+  Most distances depend on differences only. The cubic kernel has a constant of
+  its own, (|m|^2 / D + 1)^3, so its 1 counts as a part of the mean.
   """
   mean = real.mean(axis=0, dtype=np.float64)
   spread = np.sum(np.var(real, axis=0, dtype=np.float64))
@@ -331,7 +333,7 @@ def _real_mean(real):
 
 
 def _axes(real):
-  """Variances along the principal axes, and these; float64."""
+  """Variances along the principal axes, and the axes as columns; float64."""
   return np.linalg.eigh(np.cov(real.astype(np.float64).T))
 
 
@@ -356,7 +358,7 @@ def _make_frechet(real, centre):
   del centre
   real_mean = _real_mean(real)
   values, vectors = _axes(real)
-  # Rounding may leave a negative one if features depend on each other.
+  # Rounding may make a variance negative if features depend on each other.
   values = np.maximum(values, 0.0)
   smoothing = SMOOTHING * float(values.max()) or _LEAST_SMOOTHING
   root = tf.constant((vectors * np.sqrt(values + smoothing)) @ vectors.T,

@@ -1,7 +1,7 @@
 """The variational bound of a K-step sampler: likelihood instead of looks.
 
 The paper asks whether samplers should be searched for likelihood or for
-perceptual quality. This is the other side of that question.
+perceptual quality. This objective is the likelihood.
 """
 
 from typing import Callable
@@ -27,15 +27,16 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
   and p is the sampler itself. Both are Gaussians of one variance, so a step
   costs x0_weights[k]^2 |x_0 - x0_hat_k|^2 / (2 noise_scales[k]^2)
   (Watson et al. 2022, section 3; Ho et al. 2020, equation 5). The first state
-  is N(a x_0, v) with a = 1 / x0_from_state[0] and v = (x0_from_eps[0] a)^2,
-  against N(0, 1). The last step is a Gaussian around x0_hat whose variance is
-  the best one for the batch: our choice, because the paper does not say.
+  is N(a x_0, v) in q, with a = 1 / x0_from_state[0] and
+  v = (x0_from_eps[0] a)^2, and N(0, 1) in p. The last step is a Gaussian around
+  x0_hat whose variance is the best one for the batch: our choice, because the
+  paper does not say.
 
   Gradients reach every coefficient through states and network. The estimate is
   unbiased but for the last step's variance, which is fitted to the batch.
 
-  It needs means over the images only: `bound` of the mean of `squares`, whose
-  rows may be made apart.
+  The bound depends on the images through means only: it is `bound` of the mean
+  of `squares`, whose rows may be computed separately.
 
   Args:
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C].
@@ -57,10 +58,10 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
             first_noise: tf.Tensor, step_noise: tf.Tensor,
             for_chain: Callable[[Coefficients], Coefficients] = lambda c: c
             ) -> tf.Tensor:
-  """What the bound needs of each image.
+  """The squares of each image that the bound depends on.
 
   Args:
-    eps_fn: see `negative_elbo`, as of all others.
+    eps_fn: see `negative_elbo`, also for the shapes of the others.
     coefficients: the coefficients of K steps.
     x_0: the images.
     first_noise: the noise of the first states.
@@ -81,7 +82,7 @@ def squares(eps_fn: chain.EpsFn, coefficients: Coefficients, x_0: tf.Tensor,
 
 
 def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:
-  """`negative_elbo` of a batch of which the mean of `squares` is known.
+  """`negative_elbo` of a batch, from the mean of its `squares`.
 
   Args:
     coefficients: the coefficients of K steps.
@@ -95,7 +96,7 @@ def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:
   for k in range(coefficients.num_steps - 1):
     ratio = coefficients.x0_weights[k] / coefficients.noise_scales[k]
     loss += 0.5 * ratio**2 * means[1 + k]
-  # -log N with the variance that fits best.
+  # The last step: -log N with the variance that fits best.
   return loss + 0.5 * (tf.math.log(2.0 * np.pi * means[-1]) + 1.0)
 
 

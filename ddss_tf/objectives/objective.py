@@ -1,10 +1,10 @@
 """What a search minimises.
 
-  distances   of generated from real features (`distances.py`). Functions of one
-              population, none of them a mean over its parts;
-              `population.PopulationGradient` pulls a large population back.
-  matching    a many-step teacher from the same noise: `MATCHING`, past the
-              paper. Means over samples.
+  distances   between generated and real features (`distances.py`). Each is a
+              function of a whole population, not a mean over its parts;
+              `population.PopulationGradient` differentiates a large one.
+  matching    the images of a many-step teacher from the same noise
+              (`MATCHING`; not in the paper). Means over samples.
   elbo        the variational bound, see `elbo.py`.
 
 `Objective` adds them up, over several feature networks.
@@ -26,7 +26,7 @@ ELBO = "elbo"
 
 
 def objective_names() -> tuple[str, ...]:
-  """All objectives: distances, registered ones too, matching terms, the ELBO."""
+  """All objectives: distances (also registered ones), matching, the ELBO."""
   return (*distances_lib.DISTANCES, *MATCHING, ELBO)
 
 
@@ -46,8 +46,9 @@ def register_objective(name: str, *, moments: bool = False) -> Callable:
       precise.
 
   Returns:
-    A decorator of a function from real features, float [R, D], to a function
-    from features [N, D] of a population to a float32 scalar, differentiable.
+    A decorator. The decorated function takes real features, float [R, D], and
+    returns a differentiable function from the features [N, D] of a population
+    to a float32 scalar.
 
   Raises:
     ValueError: the name is taken.
@@ -64,7 +65,7 @@ def register_objective(name: str, *, moments: bool = False) -> Callable:
 
 
 def weights_of_terms(terms) -> dict[str, float]:
-  """The weights by name of a name out of `objective_names`, or of such weights.
+  """Weights by name, from one of `objective_names` or from such weights.
 
   Raises:
     ValueError: unknown or no terms, weights that are not positive, or "elbo"
@@ -114,12 +115,13 @@ class Objective:
 
   teacher_pixels is the mean squared difference of pixels to the images of the
   teacher from the same noise; teacher_features that of features, relative to
-  their variance in the data. Both are unbiased, but not for a distance between
-  distributions: where the teacher cannot be matched they are lowest at its
-  conditional mean, which is too smooth.
+  their variance in the data. Both are unbiased, but they do not estimate a
+  distance between distributions: where the teacher cannot be matched they are
+  lowest at its conditional mean, which is too smooth.
 
   Args:
-    terms: a name out of `objective_names`, or weights by name. "elbo" stands alone.
+    terms: a name out of `objective_names`, or weights by name. "elbo" stands
+      alone.
     networks: feature networks, see `network.FeatureNetwork`.
     reals: float32 [R, D], features of the training set, for each network.
     image_shape: (H, W, C).

@@ -1,8 +1,8 @@
 """A many-step sampler whose images a few-step one can be matched to.
 
-Past the paper, which needs no teacher. Both start at the same noise, so every
-image has a target of its own and the gradient has little noise; what a few
-steps cannot reach comes out too smooth (see `objective.Objective`).
+The paper has no teacher. Both samplers start at the same noise, so every image
+has a target of its own and the gradient has little noise. What a few steps
+cannot reach comes out too smooth (see `objective.Objective`).
 """
 
 import numpy as np
@@ -23,8 +23,8 @@ def coefficients(schedule, solver: str, stride, num_steps: int) -> Coefficients:
     num_steps: the number of steps of the teacher.
 
   Raises:
-    ValueError: unknown solver or stride, or a teacher that adds noise, whose
-      images the noise of the first state does not decide.
+    ValueError: unknown solver or stride, or a teacher that adds noise: its
+      first state alone does not decide its images.
   """
   result = solvers.solver_coefficients(
       schedule, solver, num_steps, stride).numpy()

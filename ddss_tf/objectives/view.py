@@ -1,7 +1,7 @@
 """What an objective sees of images: features of all networks, then pixels.
 
 A population's view is one array of rows, which caches, micro-batches and
-replicas can cut as they like. Here, and nowhere else, is how a row is laid out.
+replicas can cut as they like. Only this module knows how a row is laid out.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class ViewLayout:
     self.feature_width = self._sizes[0]
 
   def join(self, features: list, images: tf.Tensor) -> tf.Tensor:
-    """Rows [N, width] of the features of images, and of these."""
+    """Rows [N, width]: the features of images, and their pixels if seen."""
     parts = list(features)
     if self._num_pixels:
       parts.append(tf.reshape(images, [-1, self._num_pixels]))

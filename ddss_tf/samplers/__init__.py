@@ -1,1 +1,1 @@
-"""Samplers: their coefficients, the chain, training-free solvers and learned families."""
+"""Samplers: coefficients, chain, training-free solvers and learned families."""

@@ -65,7 +65,7 @@ class SamplerCard:
 
   @property
   def coefficients_sha256(self) -> str:
-    """By which records of `metrics.json` name a sampler."""
+    """The hash by which records of `metrics.json` name a sampler."""
     return fingerprint.coefficients_sha256(self.coefficients)
 
 
@@ -102,15 +102,15 @@ def read(path: str) -> SamplerCard:
     The card, validated.
 
   Raises:
-    UserError: missing, damaged, of another format or version, with a field of
-      another kind than `docs/sampler_json.md` says, or with metrics of other
-      coefficients; names the field.
+    UserError: the file is missing, damaged, of another format or version, has
+      a field of another kind than `docs/sampler_json.md` says, or has metrics
+      of other coefficients; names the field.
   """
   path = storage.expanded(path)
   if not storage.exists(path):
     raise UserError(f"{path} must exist: run --mode=search first")
   try:
-    # A byte order mark is some editors' own.
+    # Some editors put a byte order mark first.
     with storage.open(path, encoding="utf-8-sig") as f:
       values = json.load(f, object_pairs_hook=_unique)
     _check_fields(values)
@@ -131,7 +131,7 @@ def read(path: str) -> SamplerCard:
            for record in card.metrics):
       raise ValueError("metrics must be of the card's own coefficients")
     for record in card.metrics:
-      records.heldout_fids(record)  # As many as there are networks.
+      records.heldout_fids(record)  # Raises unless each network has one.
     return card
   except KeyError as error:
     raise UserError(f"{path} is damaged: {error} is missing") from error
@@ -141,7 +141,7 @@ def read(path: str) -> SamplerCard:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-  """The object of these pairs; of a key given twice readers differ."""
+  """The object of these pairs; a key given twice is ambiguous and refused."""
   values = dict(pairs)
   if len(values) < len(pairs):
     keys = [key for key, _ in pairs]
@@ -151,7 +151,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _check_fields(values) -> None:
-  """Checks the kinds of all fields, before anything is made of them.
+  """Checks the kinds of all fields, before any of them is used.
 
   Raises:
     ValueError: names the field.
@@ -160,7 +160,7 @@ def _check_fields(values) -> None:
   if not isinstance(values, dict):
     raise ValueError("it must be a JSON object. Received: "
                      f"{type(values).__name__}")
-  # True is 1.
+  # True equals 1.
   if values.get("format") != _FORMAT or values.get("version") != _VERSION or (
       isinstance(values["version"], bool)):
     raise ValueError(
@@ -218,7 +218,7 @@ def _is_number(value) -> bool:
 
 
 def _shown(value) -> str:
-  """A value in a few words."""
+  """The beginning of a value, for messages."""
   return repr(value)[:80]
 
 
@@ -243,7 +243,7 @@ def _check_numbers(name, value, depth) -> None:
 
 
 def _check_finite(name, value) -> None:
-  """Refuses NaN, infinity and what is beyond any float, wherever they are."""
+  """Refuses NaN, infinity and numbers beyond any float, at any depth."""
   if _is_number(value) and not abs(value) <= sys.float_info.max:
     raise ValueError(f"{name} must be finite. Received: {_shown(value)}")
   inner = (value.items() if isinstance(value, dict) else

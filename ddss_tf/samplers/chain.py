@@ -1,4 +1,4 @@
-"""The K-step sampling chain: the only loop over sampling steps there is.
+"""The K-step sampling chain: the only loop over sampling steps.
 
                         coefficients (a family's, differentiable)
                               |
@@ -9,7 +9,7 @@
 and state_K is the image.
 
 The loop is unrolled in Python: `tf.recompute_grad` does not work inside a
-`tf.while_loop`, and every step reads another number of states.
+`tf.while_loop`, and each step reads a different number of states.
 """
 
 from typing import Callable
@@ -75,26 +75,25 @@ def run_chain(
   Differentiable in every coefficient, the times included, through all states.
 
   Args:
-    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; with
-      the scale of its guidance, float32 [B], as a third argument if the
-      coefficients have one. Or `Denoiser.output`, with coefficients that have
-      gone through `Denoiser.for_chain`.
+    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]. If the
+      coefficients have guidance scales, it takes that of the step as a third
+      argument, float32 [B]. It may be `Denoiser.output`, with coefficients that
+      have gone through `Denoiser.for_chain`.
     coefficients: the coefficients of the K steps, float32. NumPy arrays are
-      constants: the states that have no weight in them are not read, and are
-      let go of, so
-      that a Markovian sampler costs as much at every step, and the images are
-      the same. Tensors may have trailing dimensions [B, 1, 1, 1], of samples
-      with coefficients of their own.
+      constants: a state with the weight 0 is not read, and a state is released
+      after its last use. So every step of a Markovian sampler costs the same,
+      and the images do not change. Tensors may have trailing dimensions
+      [B, 1, 1, 1]; each sample then has coefficients of its own.
     x_T: float32 [B, H, W, C], standard normal.
-    step_noise: float32 [B, K - 1, H, W, C], standard normal: what the steps
-      but the last add. None adds none, which is right only for a sampler whose
+    step_noise: float32 [B, K - 1, H, W, C], standard normal: the noise of every
+      step but the last. None adds none, which is right only for a sampler whose
       noise scales are all zero.
-    trajectory: also return the way.
+    trajectory: also return the states and the predicted images.
     x0_bound: see `bound_x0`, applied to every predicted image before it is
       used. A solver written in eps then uses the eps of the bounded image.
-    x_0: float32 [B, H, W, C], clean images that make the states in the place of
-      the predicted ones. The states are then those of q given these images, and
-      x_T is the first of them; the variational bound needs them.
+    x_0: float32 [B, H, W, C], clean images from which the states are made,
+      instead of the predicted ones. The states are then those of q given these
+      images, and x_T is the first of them; the variational bound needs them.
 
   Returns:
     Images, float32 [B, H, W, C], nominally in [-1, 1] but not clipped. With
@@ -132,7 +131,7 @@ def run_chain(
 
 
 def _of_samples(value, batch, dtype):
-  """A number, or one of every sample [B, 1, 1, 1], as [B]."""
+  """One number, or one for each sample [B, 1, 1, 1], as [B]."""
   value = tf.convert_to_tensor(value, dtype)
   return tf.broadcast_to(tf.reshape(value, [-1]), [batch])
 
@@ -158,8 +157,8 @@ def _taken_apart(coefficients, dtype):
     for u, k in last.items():
       last_reads[k].append(u)
     return one, terms, last_reads
-  # Taken apart at once: K^2 slices would be most of the graph, and each slice's
-  # gradient is an array of its own.
+  # Unstacked at once: K^2 slices would be most of the graph, and the gradient
+  # of each slice is an array of its own.
   one = coefficients.map(
       lambda value: tf.unstack(tf.convert_to_tensor(value, dtype)))
   terms = [list(enumerate(tf.unstack(row)[:k + 1]))
@@ -175,9 +174,9 @@ def draw_noise(
 ) -> tuple[tf.Tensor, tf.Tensor]:
   """Draws all the noise of a batch of chains, each sample from its own seed.
 
-  Sample i of a seed is the same image whatever the batch, the replica or the
-  order it is drawn in, and its `x_T` is the same for every K and family, so
-  that samplers can be compared on the same noise.
+  Sample i of a seed has the same noise in every batch, on every replica and in
+  every order. Its `x_T` is the same for every K and family, so that samplers
+  can be compared on the same noise.
 
   Args:
     seed: int32 [2].
@@ -193,8 +192,8 @@ def draw_noise(
                tuple(image_shape), num_steps)
 
 
-# Drawing sample by sample is slow outside of a graph. The function is traced for
-# every batch size, because what follows may need to know the size.
+# Drawing sample by sample is slow outside of a graph. The function is traced
+# for every batch size, because what follows may need to know the size.
 @tf.function(autograph=False)
 def _draw(seed, indices, image_shape, num_steps):
 
@@ -211,10 +210,10 @@ def _draw(seed, indices, image_shape, num_steps):
 
 
 def check_x0_bound(root: str, x0_bound: str | None) -> None:
-  """Checks a bound's name, before it is met inside the chain.
+  """Checks the name of a bound before a chain uses it.
 
   Raises:
-    UserError: unknown; in the name of the gin root.
+    UserError: unknown `x0_bound`; the message names gin's `root`.x0_bound.
   """
   if x0_bound not in (None, *X0_BOUNDS):
     raise UserError(f"{root}.x0_bound must be None, "

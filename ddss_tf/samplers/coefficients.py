@@ -2,7 +2,7 @@
 
 state_0 = x_T is the noise, state_1 ... state_{K-1} are the states on the way,
 and state_K is the image. k counts the steps taken; the paper counts the other
-way. x0_hat_k is what step k takes for the clean image. A K-step sampler is
+way. x0_hat_k is the clean image that step k predicts. A K-step sampler is
 
   x0_hat_k    = x0_from_state[k] state_k + x0_from_eps[k] eps(state_k, times[k])
   state_{k+1} = x0_weights[k] x0_hat_k + sum_{u <= k} state_weights[k, u] state_u
@@ -51,17 +51,17 @@ class Coefficients(NamedTuple):
     return self.map(lambda value: np.asarray(value, np.float32))
 
   def map(self, function: Callable[[Any], Any]) -> "Coefficients":
-    """Applies a function to every array there is."""
+    """Applies a function to every array that is not None."""
     return Coefficients(**{name: function(value)
                            for name, value in self.arrays().items()})
 
   def arrays(self) -> dict[str, Any]:
-    """The arrays by name, without what is None."""
+    """The arrays by name, without those that are None."""
     return {name: value for name, value in self._asdict().items()
             if value is not None}
 
   def to_dict(self) -> dict[str, list]:
-    """Plain lists, exact: every float32 is a float64 is a JSON number."""
+    """Plain lists, exact: a float64, which JSON keeps, holds every float32."""
     return {name: np.asarray(value, np.float32).astype(float).tolist()
             for name, value in self.arrays().items()}
 

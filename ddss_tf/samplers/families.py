@@ -11,15 +11,15 @@ where it publishes no formula the docstring says "our choice".
            rddim                        weights of x_t and x0_hat, noise
            ggdm                         weights of all states and x0_hat, noise
   +pred    the coefficients of x0_hat are learned instead of implied
-  +time    the times fed to the network are learned; noise levels do not follow
-  +guidance  the scale of classifier-free guidance of every step is learned,
-           past the paper; of class-conditional networks with a null label
+  +time    the times fed to the network are learned; the noise levels stay
+  +guidance  every step's scale of classifier-free guidance is learned, which
+           is not in the paper; needs class labels and a null label
 
-Each contains the ones above it, except that only ggdm holds the solvers that
-use earlier states. With +pred it holds all of them exactly.
+rddim contains ddim-learned and vars, and ggdm contains rddim. Only ggdm holds
+the solvers that use earlier states. With +pred it holds all of them exactly.
 
 To add a family, subclass `LearnedSampler`, create its variables in
-`_create_rows`, map them to rows in `_rows`, and give it a row of the table:
+`_create_rows`, map them to rows in `_rows`, and add it to the table with
 `register_family`.
 """
 
@@ -46,8 +46,8 @@ from ddss_tf.schedules import NoiseSchedule
 class LearnedDDIM(LearnedSampler):
   """DDIM with one learned noise scale a step (Watson et al. 2022).
 
-  "paper": sigma = sqrt(1 - abar_s) sigmoid(v), as published, without a number on
-  the slides. "real": sigma is its start plus an offset, kept inside
+  "paper": sigma = sqrt(1 - abar_s) sigmoid(v), as published; it has no number
+  on the slides. "real": sigma is its start plus an offset, kept inside
   [0, 0.999 sqrt(1 - abar_s)]; our choice.
   """
 
@@ -67,12 +67,12 @@ class LearnedDDIM(LearnedSampler):
   def _rows(self):
     start = self._start.numpy()
     most = np.sqrt(1 - self._abar_s).astype(np.float32)
-    # A little less than all noise, because the square root below has no gradient
-    # at 0; but not less than where it started.
+    # A little less than all noise, because the square root below has no
+    # gradient at 0; but not less than the start.
     first = start.noise_scales[:-1]
     sigma = tf.minimum(self._noise(), np.maximum(0.9999 * most, first))
-    # most^2 - sigma^2 is computed from that of the start. Float32 may not have
-    # the difference of such squares.
+    # most^2 - sigma^2 is computed from its value at the start: in float32 the
+    # difference of such squares may be lost to rounding.
     left = (1 - self._abar_s - self._start.noise_scales[:-1].astype(float)**2)
     direction = tf.sqrt(
         left.astype(np.float32) + (first - sigma) * (first + sigma))
@@ -119,7 +119,7 @@ class VARS(LearnedSampler):
     beta = (variance_t - variance_s) / abar_s
     x0 = tf.sqrt(abar_s) * beta / variance_t
     from_state = tf.sqrt(ratio) * variance_s / variance_t
-    # The root of 0 in the last step has no finite gradient.
+    # Without the last step: the root of its 0 has no finite gradient.
     sigma = tf.sqrt((variance_s * beta / variance_t)[:-1])
     return (tf.linalg.diag(from_state), x0,
             tf.concat([sigma, [0.0]], axis=0))
@@ -133,13 +133,14 @@ class GGDM(LearnedSampler):
   """Generalised Gaussian diffusion model (Watson et al. 2022, section 3).
 
   Each state may use every earlier state and x0_hat; the authors' slides call it
-  GDDIM. With `markov`, only the last state: RDDIM. Without +PRED the mean and
-  deviation of the noisiest state, which Theorem 1 needs, are learned too.
+  GDDIM. With `markov` it may use only the last state and x0_hat: this is RDDIM.
+  Theorem 1 needs the mean and deviation of the noisiest state, so without +PRED
+  these are learned too.
 
-  The rows are those of equations 13 and 14 of the slides, with `markov` of 10
-  and 11. In "paper" weights and noise scales are sigmoids of their variables (the
-  sigmoid is our choice). In "real" any start is exact, and the last row may be
-  free as well, so that the image is a mixture of x0_hat and all states.
+  The rows are equations 13 and 14 of the slides; with `markov`, 10 and 11. In
+  "paper" weights and noise scales are sigmoids of their variables (the sigmoid
+  is our choice). In "real" any start is exact, and the last row may be free as
+  well, so that the image is a mixture of x0_hat and all states.
 
   Args:
     markov: use the last state only.
@@ -199,8 +200,8 @@ class GGDM(LearnedSampler):
     if self._form.exact:
       self._check_marginals(mean, std)
     self._first_mean = weight("first_mean", mean)
-    # A deviation of 0 would be fatal: the marginal variances of all states would
-    # lose their root.
+    # The deviation stays above 0: without noise in the steps all marginal
+    # variances would be 0, and their root has no finite gradient there.
     self._first_std = self._form.bounded(
         self._learn, "weights", "first_std", std, least=1e-2)
 
@@ -231,8 +232,8 @@ class Family(NamedTuple):
   Attributes:
     name: what gin and the command line call it.
     label: what tables and pictures call it.
-    make: the class, or what else makes a `LearnedSampler` of (schedule,
-      num_steps, family, **options).
+    make: the class, or a function of (schedule, num_steps, family, **options)
+      that gives a `LearnedSampler`.
     contains: names of the families whose samplers it can start at.
     multistep: whether it holds the solvers that use earlier states.
   """
@@ -252,7 +253,7 @@ _EXTRAS = tuple(pred + time + guidance for guidance in ("", "+guidance")
 
 def register_family(name: str, *, label: str, contains: tuple[str, ...] = (),
                     multistep: bool = False) -> Callable:
-  """Gives a learned family its row: `make_sampler` and `compare` then know it.
+  """Adds a learned family to those that `make_sampler` and `compare` know.
 
     @ddss_tf.register_family("mine", label="MINE", contains=("ddim-learned",))
     class Mine(ddss_tf.LearnedSampler):
@@ -265,8 +266,8 @@ def register_family(name: str, *, label: str, contains: tuple[str, ...] = (),
     multistep: whether it holds the solvers that use earlier states.
 
   Returns:
-    A decorator of the class, or of what else makes a `LearnedSampler` of
-    (schedule, num_steps, family, **options).
+    A decorator of the class, or of a function of (schedule, num_steps, family,
+    **options) that gives a `LearnedSampler`.
 
   Raises:
     ValueError: the name is taken, has a "+", or a family that it contains is
@@ -310,7 +311,7 @@ register_family("ggdm", label="GGDM", multistep=True,
 
 
 def split_name(family: str) -> tuple[str, tuple[str, ...]]:
-  """A name without its extras, and these: "ggdm+pred" is "ggdm", ("pred",)."""
+  """The base of a name and its extras: "ggdm", ("pred",) of "ggdm+pred"."""
   base, extras = family, ()
   for extra in ("guidance", "time", "pred"):
     if base.endswith(f"+{extra}"):
@@ -319,7 +320,7 @@ def split_name(family: str) -> tuple[str, tuple[str, ...]]:
 
 
 def family_names() -> tuple[str, ...]:
-  """All that `make_sampler` takes: solvers, learned families, and their extras."""
+  """All names that `make_sampler` takes: solvers and families, with extras."""
   return (*solvers.SOLVERS,
           *(name + extra for name in LEARNED for extra in _EXTRAS),
           *(name + extra for name in solvers.SOLVERS for extra in _EXTRAS[1:]))
@@ -328,8 +329,8 @@ def family_names() -> tuple[str, ...]:
 def contained(family: str) -> tuple[str, ...]:
   """The families whose samplers a family can start at, smaller ones first.
 
-  Those of its row, and itself with fewer extras. A family that contains none
-  starts at solvers only.
+  These are the families of its row in the table, and itself with fewer extras.
+  A family that contains none starts at solvers only.
   """
   base, extras = split_name(family)
   if base not in LEARNED or not LEARNED[base].contains:
@@ -359,16 +360,16 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
   Args:
     schedule: the forward process of the denoiser.
     family: a solver of `solvers.SOLVERS`, such as "ddpm", "ddim", "dpm++2m",
-      "unipc2-bh2"; a learned family: "ddim-learned", "vars", "rddim", "ggdm", or
-      one that was registered (`register_family`); either with "+pred", "+time",
-      "+guidance", or several in this order.
+      "unipc2-bh2"; or a learned family: "ddim-learned", "vars", "rddim",
+      "ggdm", or one that was registered (`register_family`). Either may be
+      followed by "+pred", "+time", "+guidance", or several in this order.
     num_steps: K, from 1 to T.
     **options: options of the family's class, `SolverSampler` for a plain
       solver, else `LearnedSampler` and its subclass: `stride`, one of
-      `strides.STRIDES` or
-      a list of times; `eta` of DDIM; of what is learned also `init`, where it
-      starts (a solver, "auto", the path of a `sampler.json`, None for the
-      best known), and `parameterisation`, "real" or "paper".
+      `strides.STRIDES` or a list of times; `eta` of DDIM; for what is learned
+      also `init`, where it starts (a solver, "auto", the path of a
+      `sampler.json`, None for the best known), and `parameterisation`, "real"
+      or "paper".
 
   Returns:
     The sampler.

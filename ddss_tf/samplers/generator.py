@@ -13,13 +13,13 @@ from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.samplers.coefficients import Coefficients
 
 
-# Longer chains run step by step: traced as one, they are a graph of so many
-# operations that to make it takes longer than the images.
+# Longer chains run step by step: tracing one as a single graph would take
+# longer than making the images.
 _UNROLLED = 100
 
 
 def seed_pair(seed: int) -> tf.Tensor:
-  """The int32 [2] seed of TensorFlow's stateless generators of an integer."""
+  """An integer as the int32 [2] seed of TensorFlow's stateless generators."""
   return tf.constant([seed, 0], tf.int32)
 
 
@@ -29,16 +29,16 @@ def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
   """Draws the noise of samples and runs their chains.
 
   Args:
-    denoiser: the frozen network: shape, classes.
+    denoiser: the frozen network; it gives the image shape and the classes.
     output: `denoiser.output`, compiled or not.
     coefficients: the coefficients of `denoiser.for_chain`.
     seed: int32 [2].
     indices: int32 [B], the global indices of the samples.
-    labels: int32 [B], their classes; None: drawn, if there are classes.
+    labels: int32 [B], their classes; None draws them, if there are classes.
     **options: options of `chain.run_chain`.
 
   Returns:
-    As `chain.run_chain`.
+    What `chain.run_chain` returns.
   """
   if labels is None:
     labels = denoiser.draw_labels(seed, indices)
@@ -50,7 +50,7 @@ def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
 
 
 class Generator:
-  """Samples a denoiser: image i of a seed, whatever the batch.
+  """Samples a denoiser; image i of a seed does not depend on its batch.
 
   The coefficients are an input, so that one traced function serves every
   sampler of the same number of steps. Chains of more than 100 steps run step by
@@ -60,8 +60,8 @@ class Generator:
   Args:
     denoiser: the frozen network.
     batch_size: images per call, rounded up to a multiple of the number of
-      replicas. The last batch of a request is filled up with
-      images that are thrown away, since a new shape means a new compilation.
+      replicas. The last batch of a request is filled up with images that are
+      thrown away, since a new shape means a new compilation.
     jit_compile: compile the network with XLA.
     x0_bound: see `chain.bound_x0`.
   """
@@ -90,7 +90,7 @@ class Generator:
         self._output, coefficients, seed, distribution.own_rows(indices), labels))
 
   def _sample_long(self, coefficients, seed, indices, labels=None):
-    # As NumPy: what has no weight costs nothing.
+    # NumPy coefficients, so that states without weight cost nothing.
     return self._run(
         self._rows_output, coefficients.numpy(), seed, indices, labels)
 
@@ -103,17 +103,17 @@ class Generator:
 
   def path(self, coefficients: Coefficients, seed: int, index: int = 0
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How one image comes about.
+    """One image, and the states and predictions on the way to it.
 
     Args:
       coefficients: the coefficients of the sampler.
-      seed: as of `batches`.
+      seed: as in `batches`.
       index: the index of the image.
 
     Returns:
-      The image [H, W, C], which is image `index` of `batches` to float
-      precision; the states and the predicted images [K, H, W, C] on the way to
-      it, the noisiest first. float32.
+      Three float32 arrays: the image [H, W, C], which is image `index` of
+      `batches` to float precision; the states [K, H, W, C] before it, the
+      noisiest first; and the predicted images [K, H, W, C] in the same order.
     """
     found = self._walk(self._tensors(coefficients), seed_pair(seed),
                        tf.constant([index]))
@@ -129,8 +129,8 @@ class Generator:
       num_images: how many.
       seed: the seed of the run; image i depends on it and on i only.
       description: text of the progress bar; none is shown if empty.
-      label: the class of all images of a class-conditional network; None:
-        each image's class is drawn (`Denoiser.draw_labels`).
+      label: the class of all images of a class-conditional network; None draws
+        the class of each image (`Denoiser.draw_labels`).
 
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.

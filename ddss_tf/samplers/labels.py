@@ -32,8 +32,8 @@ def group(label: str) -> str:
   """Which of the three groups a label belongs to.
 
   Any label that is neither DDPM, DDIM nor a training-free solver belongs to a
-  searched sampler. Records and cards hold labels only, so this is the one place
-  where a label is read.
+  searched sampler. Records and cards hold labels only, so the group must be
+  read from the label; this is the only place that does so.
   """
   name = without_stride(label)
   if (name in (LABELS["ddpm"], LABELS["ddim"], FULL_CHAIN)

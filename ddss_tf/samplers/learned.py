@@ -13,13 +13,13 @@ from ddss_tf.samplers.parameterisations import FORMS
 from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.schedules import NoiseSchedule
 
-_MOST_MATCHED = 1000  # Steps of a matched stride.
-# Where GGDM starts: the largest K, and the solver and stride that were best up
-# to it on the digits, by validation KID on 1 000 images (K = 3, 5) and, where
-# that no longer tells them apart, on 10 000 (K = 10, the lowest FID as well) or
-# 2 000 (K = 15, 20, the lower Frechet distance as well). Other K by
-# neighbourhood. The digits' schedule is linear; others visit the same noise
-# levels, which is what a matched stride means.
+_MOST_MATCHED = 1000  # The most steps of a matched stride.
+# Where GGDM starts: the largest K of a row, its solver and its stride. They
+# were the best on the digits by validation KID: on 1 000 images at K = 3 and 5
+# and, where that no longer tells starts apart, on 10 000 at K = 10 (the lowest
+# FID as well) and 2 000 at K = 15 and 20 (the lower Frechet distance as well).
+# Other K take the row of a measured neighbour. The digits' schedule is linear;
+# on other schedules a matched stride visits the same noise levels.
 BEST_STARTS = (
     (4, "dpm++3m", "matched_linear"),
     (7, "dpm++3m", "matched_linspace"),
@@ -27,13 +27,13 @@ BEST_STARTS = (
     (_MOST_MATCHED, "unipc2-bh1", "matched_trailing"),
     (np.inf, "unipc2-bh1", "trailing"),
 )
-# The start of what holds no multistep solver: DDIM's best stride at K = 5, and
-# within 1 % of the best at K = 10.
+# The start of families that hold no multistep solver. It is DDIM's best stride
+# at K = 5, and within 1 % of the best at K = 10.
 _BEST_DDIM = "ddim", "matched_trailing"
 
 
 class LearnedSampler(Sampler):
-  """Base of the learned families: a start, and what may leave it.
+  """Base of the learned families: a start, and the variables that change it.
 
   A family creates the variables of its rows in `_create_rows`, through a form
   of `parameterisations.py`: the paper's constraints, or ours. +PRED and +TIME
@@ -47,8 +47,8 @@ class LearnedSampler(Sampler):
     pred: learn the coefficients of x0_hat.
     time: learn the times fed to the network.
     guidance: learn the guidance scale of every step ("real" only; our choice).
-    guidance_scale: where that starts; None: at those of a `sampler.json` or of
-      `Coefficients`, or at 1, which is no guidance.
+    guidance_scale: where these scales start. None starts at the scales of a
+      `sampler.json` or of `Coefficients`, or else at 1, which is no guidance.
     parameterisation: "real" or "paper".
     init: where it starts: the name of a solver (`solvers.SOLVERS`); the path of
       a `sampler.json`; `Coefficients`; "auto", with which `search` tries all
@@ -56,7 +56,8 @@ class LearnedSampler(Sampler):
     stride: the stride of that solver; None is the default of `init=None`, and
       "linear" otherwise.
     eta: the eta of that solver, for ddim and ddpm.
-    label: what tables and pictures call it; made from the others if None.
+    label: what tables and pictures call it; None makes it from the family and
+      its extras.
 
   Raises:
     ValueError: an argument is out of its range, or the family cannot start
@@ -107,7 +108,7 @@ class LearnedSampler(Sampler):
     if time:
       self._times = self._form.times(self._learn, schedule, self._start)
     if guidance:
-      # A scale changes x0_hat, as +PRED does, so it is of the same kind.
+      # A scale changes x0_hat, as +PRED does, so its kind is the same.
       self._guidance = self._learn(
           "pred", "guidance_scales", np.zeros(num_steps))
 
@@ -133,7 +134,7 @@ class LearnedSampler(Sampler):
         "init": init,
         "stride": self._stride,
         "eta": self._eta,
-        # What the names above stood for.
+        # The coefficients that the names above stood for.
         "start_sha256": fingerprint.coefficients_sha256(self._start.numpy()),
     }
 
@@ -194,7 +195,8 @@ def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
   """The coefficients that an `init` stands for, see `LearnedSampler`.
 
   Raises:
-    ValueError: unknown solver, or a sampler of another number of steps.
+    ValueError: unknown solver, or a sampler of another number of steps or with
+      times above T.
     UserError: a `sampler.json` that is missing or damaged.
   """
   source = "init"

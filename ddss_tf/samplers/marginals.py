@@ -2,8 +2,8 @@
 
 import tensorflow as tf
 
-# Least magnitude of the mean of a state, and least variance of one of VARS, by
-# which x0_hat and the posterior are divided.
+# Least magnitude of a state's mean, by which x0_hat is divided, and least
+# variance of a state of VARS, by which its posterior is divided.
 MEAN_FLOOR = 1e-6
 
 
@@ -42,7 +42,7 @@ def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
 
 def x0_of_marginals(mean, variance):
   """x0_hat = (x_t - sqrt(v) eps) / a, as its two coefficients."""
-  # A search may drive a mean through 0. No schedule comes near this floor.
+  # A search may move a mean through 0. No schedule comes near this floor.
   mean = tf.where(mean < 0.0, tf.minimum(mean, -MEAN_FLOOR),
                   tf.maximum(mean, MEAN_FLOOR))
   return 1.0 / mean, -tf.sqrt(variance) / mean

@@ -1,9 +1,9 @@
-"""How coefficients are made of variables: the paper's form, and ours.
+"""How coefficients are made from variables: the paper's form, and ours.
 
 A form says for every quantity of a sampler which variables it has and how its
 value follows from them. Each method creates the variables of one quantity
 through `learn(kind, name, start, constraint)` and returns a function that gives
-the value, differentiable. What starts where is a family's matter.
+the value, differentiable. The family decides where each quantity starts.
 
   PaperForm  the published constraints: weights and noise scales in (0, 1),
              cumulative softmaxes for +PRED and +TIME
@@ -50,8 +50,8 @@ class Interval(keras.constraints.Constraint):
 class _Decreasing(keras.constraints.Constraint):
   """Keeps start + value inside [0, 1] and in decreasing order.
 
-  An entry that would overtake those before it stops at the least of them. Less
-  depends on the later times than on the earlier ones.
+  An entry that would overtake those before it stops at the least of them. The
+  later entry gives way, because less depends on the later times.
   """
 
   def __init__(self, start):
@@ -83,13 +83,13 @@ def cumulative_logits(values) -> np.ndarray:
 def cumulative(v) -> tuple[tf.Tensor, tf.Tensor]:
   """cumsum(softmax([v; 1])) without its last entry, which is 1; and 1 minus it.
 
-  The second is a sum of its own. At the end of a cosine schedule it is 2e-9,
-  which a difference from 1 in float32 cannot be.
+  The second is summed on its own. At the end of a cosine schedule it is 2e-9,
+  which subtracting from 1 in float32 would lose.
   """
   increments = tf.nn.softmax(tf.concat([v, [1.0]], axis=0))
   values = tf.cumsum(increments)[:-1]
   rest = tf.cumsum(increments, exclusive=True, reverse=True)[:-1]
-  # x0_hat is divided by the root of it.
+  # x0_hat is divided by its root.
   return values, tf.maximum(rest, _LEAST_ABAR)
 
 
@@ -102,8 +102,8 @@ class PaperForm:
 
   +PRED: s = cumsum(softmax([v; 1])), x0_hat = (x_t - sqrt(s_t) eps) /
   sqrt(1 - s_t). +TIME: tau = T cumsum(softmax([w; 1])), with a floor of 1e-4 T
-  for the first increment. Both forms are recalled from the paper's text and have
-  no number on the slides.
+  for the first increment. Both forms are recalled from the paper's text; they
+  have no number on the slides.
   """
 
   name = "paper"
@@ -117,7 +117,7 @@ class PaperForm:
 
   def bounded(self, learn, kind: str, name: str, start, least=0.0, most=np.inf,
               scale=None) -> Value:
-    """A value in (0, scale), or (0, 1); `least` and `most` hold by themselves."""
+    """A value in (0, scale), or (0, 1) without; ignores `least` and `most`."""
     del least, most
     if scale is None:
       return self.weight(learn, kind, name, start)
@@ -202,8 +202,8 @@ class RealForm:
 
     def value():
       times = first + most * variable.value
-      # The constraint holds up to the rounding of this sum. The gradient passes
-      # all the same, or a time that reached its bound could not leave it.
+      # The constraint holds only up to the rounding of this sum. The gradient
+      # passes the clip, or a time that reached its bound could not leave it.
       bounded = tf.clip_by_value(times, 0.0, most)
       return times + tf.stop_gradient(bounded - times)
 
@@ -214,5 +214,5 @@ FORMS = {form.name: form for form in (RealForm(), PaperForm())}
 
 
 def at_least_0(value) -> tf.Tensor:
-  """The bound of a constraint up to rounding; its gradient at 0 is not 0."""
+  """Cuts what rounding leaves below 0; its gradient at 0 is not 0."""
   return tf.maximum(value, 0.0)

@@ -1,8 +1,8 @@
 """What a sampler is: K steps, as a Keras layer that gives `Coefficients`.
 
-A sampler never samples: `chain.run_chain` does, for all of them. Here are the
-base class and the samplers without variables; `families.py` has the learned
-ones and the factory that makes any of them from its name.
+A sampler never samples: `chain.run_chain` does, for all of them. This module
+has the base class and the samplers without variables; `families.py` has the
+learned ones and the factory that makes any of them from its name.
 """
 
 import keras
@@ -41,7 +41,7 @@ class Sampler(keras.layers.Layer):
 
   def __init__(self, schedule: NoiseSchedule, num_steps: int, label: str,
                **kwargs):
-    # Keras would number the instances, and configurations would differ.
+    # Without a name Keras numbers the instances, and configurations differ.
     super().__init__(**{"name": "sampler", **kwargs})
     if not 1 <= num_steps <= schedule.num_train_steps:
       raise ValueError(
@@ -55,7 +55,7 @@ class Sampler(keras.layers.Layer):
     self.built = True
 
   def _learn(self, kind: str, name: str, start, constraint=None):
-    """Creates a variable of one of `KINDS`, which share a learning rate."""
+    """Creates a variable; those of one of `KINDS` share a learning rate."""
     start = np.asarray(start, np.float32)
     variable = self.add_weight(
         shape=start.shape, name=name, constraint=constraint,
@@ -70,7 +70,7 @@ class Sampler(keras.layers.Layer):
     return False
 
   def reset(self) -> None:
-    """Puts all that is learned back to where it starts."""
+    """Puts every variable back to where it starts."""
     for variables in self.variables_by_kind.values():
       for variable in variables:
         variable.assign(self._starts[variable.name])
@@ -122,7 +122,8 @@ class SolverSampler(FixedSampler):
     stride: a name or a list of times, see `strides.times_of`.
     eta: scale of the noise, ddim and ddpm only (Song et al. 2021, equation 16).
     lower_order_final: see `solvers.solver_coefficients`.
-    label: what tables and pictures call it; made from the others if None.
+    label: what tables and pictures call it; None makes it from solver, eta and
+      stride.
   """
 
   def __init__(self, schedule: NoiseSchedule, num_steps: int,
@@ -151,7 +152,7 @@ class SolverSampler(FixedSampler):
 
 
 def full_chain(schedule: NoiseSchedule) -> SolverSampler:
-  """DDPM at every training step, what few-step samplers are measured against.
+  """DDPM at every training step, against which few-step samplers are measured.
 
   Args:
     schedule: the forward process of the denoiser.

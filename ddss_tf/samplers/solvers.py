@@ -1,4 +1,4 @@
-"""Training-free samplers as points of the one structure.
+"""Training-free samplers, written as `Coefficients`.
 
 DDIM, DPM-Solver++, DEIS, Adams-Bashforth, PNDM and UniPC are usually written as
 loops over a history of predictions. All of them are linear in what they have
@@ -8,11 +8,11 @@ row of weights over
   x_T, x0_hat_0, x0_hat_1, ..., x0_hat_{K-1}.
 
 So a solver here is a function that computes the row of the next state from rows
-(`_History`) by its published formula, in float64 NumPy, and one elimination
-turns the rows into `Coefficients`: the weights of state k + 1 on x0_hat_k and on
-the states 0 ... k. It needs a non-zero weight of x0_hat_k in every state,
-which all of these have. The deterministic ones are thereby exact points of
-GGDM+PRED.
+(`_History`) by its published formula, in float64 NumPy. One elimination then
+turns the rows into `Coefficients`: the weights of state k + 1 on x0_hat_k and
+on the states 0 ... k. It needs a non-zero weight of x0_hat_k in every state,
+which all of these have. GGDM+PRED therefore holds the deterministic ones
+exactly.
 """
 
 import functools
@@ -63,7 +63,7 @@ def ddim_coefficients(schedule: NoiseSchedule, times,
 
 
 class _History:
-  """What a solver has seen when it makes step k, as rows.
+  """All that a solver has seen when it makes step k, as rows.
 
   Attributes:
     k: the step, from 0.
@@ -97,7 +97,7 @@ class _History:
     self.eps.append((x - self.alpha[k] * self.x0[k]) / self.sigma[k])
 
   def transfer(self, x, eps, k=None):
-    """DDIM's way from time k to the next one, along a given noise."""
+    """DDIM's step from time k to the next one, with a given noise."""
     k = self.k if k is None else k
     ratio = self.alpha[k + 1] / self.alpha[k]
     return ratio * x + (self.sigma[k + 1] - ratio * self.sigma[k]) * eps
@@ -146,10 +146,10 @@ def _linear_recursion(schedule, times, step, abar_end,
 
 
 def _order(history, order, step=None, lower_end=True):
-  """The order of a step: lower at the start, for want of history, and the end.
+  """The order of a step: lower at the start, which lacks history, and the end.
 
   At the end it falls by one in each of the last steps, for stability (Lu et al.
-  2022), if `lower_end` and unless `lower_order_final` is off.
+  2022), if both `lower_end` and `lower_order_final` are set.
   """
   step = history.k if step is None else step
   if lower_end and history.lower_order_final:
@@ -170,9 +170,9 @@ def _dpm_solver_pp(history, order, exact=False):
 
   Integrates the polynomial through the last predictions of x0 over log-SNR
   against its exact exponential weight. The published third order gives the
-  second difference half of its Taylor weight, which leaves it of second order;
-  `exact` gives it the whole. The way to a clean image, where log-SNR is
-  infinite, is x0_hat itself.
+  second difference half of its Taylor weight, so that it is of second order
+  only; `exact` gives it the whole weight. The step to a clean image, where
+  log-SNR is infinite, returns x0_hat.
   """
   k, x0, lam = history.k, history.x0, history.log_snr
   alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
@@ -199,8 +199,8 @@ def _dpm_solver_pp(history, order, exact=False):
 def _integrals_of_log_basis(nodes, rho):
   """Integrals over rho of the Lagrange polynomials in log rho at `nodes`.
 
-  Antiderivatives of (log rho)^m: rho, rho (l - 1), rho (l^2 - 2 l + 2), with
-  l = log rho; all 0 at rho = 0.
+  The antiderivatives of (log rho)^m, m = 0, 1, 2, are rho, rho (l - 1) and
+  rho (l^2 - 2 l + 2), with l = log rho; all are 0 at rho = 0.
   """
   def antiderivative(value):
     if value == 0:
@@ -222,12 +222,11 @@ def _integrals_of_basis(nodes, rho):
 
 
 def _adams_bashforth(history, order, integrals, lower_end):
-  """d(x / alpha) / d rho = eps with rho = sigma / alpha, by extrapolating eps.
+  """Solves d(x / alpha) / d rho = eps, rho = sigma / alpha, extrapolating eps.
 
-  (Zhang and Chen 2023, https://arxiv.org/abs/2204.13902.) Integrates
-  the polynomial through the last predicted noises exactly. Rho is finite on the
-  way to a clean image, so no lower order is forced there; `lower_end` asks for
-  it.
+  It integrates the polynomial through the last predicted noises exactly (Zhang
+  and Chen 2023, https://arxiv.org/abs/2204.13902). Rho is finite on the way to
+  a clean image, so the last steps need no lower order; `lower_end` asks for it.
   """
   k = history.k
   rho = history.sigma / history.alpha
@@ -252,9 +251,9 @@ def _multistep_eps(eps):
 
 
 def _ipndm(history):
-  """DDIM along the Adams-Bashforth mean of the last four noises.
+  """DDIM with the Adams-Bashforth mean of the last four noises.
 
-  (Zhang and Chen 2023, section 4: PNDM improved by a lower-order start.) The
+  It is PNDM with a lower-order start (Zhang and Chen 2023, section 4). The
   constants are those of equal steps whatever the stride, so it is of second
   order on strides with equal steps.
   """
@@ -264,15 +263,15 @@ def _ipndm(history):
 def _pndm(history):
   """PNDM, its linear multistep part (Liu et al. 2022, arXiv:2202.09778).
 
-  The second time is visited twice: after a first DDIM step the way is taken
-  again from x_T, along the mean of both noises. So K network calls cover K - 1
+  The second time is visited twice: after a first DDIM step the step is made
+  again from x_T, with the mean of both noises. So K network calls cover K - 1
   times, and the noise of the first visit is not used again.
   """
   k = history.k
   if k == 0:
     return history.transfer(history.x[0], history.eps[0])
   if k == 1:
-    # From x_T again, and to the same time: history has it at 1 and at 2.
+    # From x_T again, to the same time, which the history has at 1 and at 2.
     mean = 0.5 * (history.eps[0] + history.eps[1])
     return history.transfer(history.x[0], mean, k=0)
   return history.transfer(
@@ -280,7 +279,7 @@ def _pndm(history):
 
 
 def _unipc_weights(order, history, k, bh, corrector):
-  """The weights of UniPC's differences; (weights, ratios, B(h), e^-h - 1)."""
+  """The weights of UniPC's differences: (weights, ratios, B(h), e^-h - 1)."""
   lam = history.log_snr
   h = lam[k + 1] - lam[k]
   ratios = np.array([(lam[k - i] - lam[k]) / h for i in range(1, order)] + [1.])
@@ -295,7 +294,7 @@ def _unipc_weights(order, history, k, bh, corrector):
     size = order - 1
     simple = order == 2
   if simple:
-    # Any weight is of the right order here, and 1/2 is the published one.
+    # Any weight gives the right order here; 1/2 is the published one.
     return np.array([0.5]), ratios, scale, phi_1
   # b_i = i! phi_{i+1}(hh) hh / B(h), by the recursion of the phi functions.
   b, phi, factorial = [], phi_1 / hh - 1, 1
@@ -374,16 +373,18 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
   """The coefficients of a training-free sampler.
 
     ddpm, ddim: Song et al. 2021, with `eta` 1 and 0 unless given.
-    dpm++2m, dpm++3m: DPM-Solver++ as published. The third order is, as
-      published, of second order with a small constant; dpm++3m-exact differs
-      in one factor 2 and is of third order (our choice).
-    deis2, deis3: Adams-Bashforth on eps over sigma / alpha, polynomials in
-      log(sigma / alpha), order lowered in the last steps if K < 15: diffusers'.
+    dpm++2m, dpm++3m: DPM-Solver++ as published. As published, dpm++3m is of
+      second order with a small constant; dpm++3m-exact differs in one factor 2
+      and is of third order (our choice).
+    deis2, deis3: Adams-Bashforth on eps over sigma / alpha, with polynomials in
+      log(sigma / alpha) and a lower order in the last steps if K < 15, as in
+      diffusers.
     ab2, ab3: the same with polynomials in sigma / alpha and the full order to
       the end (Zhang and Chen's rho-AB-DEIS).
     pndm: visits its second time twice, so the stride has K - 1 times. For K < 3
       there is no second time to visit twice and it is ipndm.
-    ipndm: constants of equal steps, up to fourth order in them; second order.
+    ipndm: constants of up to fourth order for equal steps; it is of second
+      order.
     unipc2-bh1 ... unipc3-bh2: UniPC with B(h) = h or e^h - 1.
 
   All but ddpm and ddim with eta > 0 are deterministic. All visit K states.

@@ -51,14 +51,15 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
   With i = 0 ... K-1, and N the number of training steps whose log-SNR is at
   least `NOISIEST_LOG_SNR`, or K if that is more:
 
-    linear:    i (N // K). It leaves the N mod K noisiest steps out.
-    leading:   i (T // K), as the original DDIM code and diffusers have it: the
-               same where N is T
-    uniform:   floor(i N / K), the same as linear where K divides N
+    linear:    i (N // K), the first step of each of K equal blocks; the
+               N mod K noisiest steps are in none of them
+    leading:   i (T // K), as in the original DDIM code and diffusers; equal to
+               linear where N is T
+    uniform:   floor(i N / K), equal to linear where K divides N
     trailing:  round((i + 1) N / K) - 1
     linspace:  round(linspace(0, N - 1, K)_i)
-    linspace_open: round(linspace(0, N - 1, K + 1)_{i+1}), without step 0:
-               where diffusers' multistep schedulers go by default
+    linspace_open: round(linspace(0, N - 1, K + 1)_{i+1}), without step 0, as
+               diffusers' multistep schedulers do by default
     quadratic: floor(linspace(0, sqrt(0.8 N), K)_i ** 2)
     logsnr:    lambda_tau in equal steps from lambda_0 to lambda_{N-1}
     karras:    (sigma_tau / alpha_tau)^(1/7) in equal steps between the same
@@ -74,15 +75,16 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
   quadratic one is that of Song et al. (2021,
   https://arxiv.org/abs/2010.02502); N and the matched strides are our choice.
 
-  N is T for the linear schedule. A cosine one has a few more steps, whose
-  images are noise to the last digit: there every error in eps becomes one
-  hundred times as large in x0_hat. So named strides leave them out, but for
-  "leading", which is as others have it. A list of times may name any step.
+  N is T for the linear schedule. A cosine schedule has a few more steps, whose
+  images are practically pure noise: there every error in eps becomes one
+  hundred times as large in x0_hat. So named strides leave them out, except for
+  "leading", which follows other libraries. A list of times may name any step.
 
   logsnr and karras give fractional times. Where one of the others names a step
   twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
   the later one moves to the next free step, so that no step is wasted. At
-  K = 1 linear, leading, uniform and quadratic give 0, the others N - 1.
+  K = 1 linear, leading, uniform and quadratic give 0, the other ones that are
+  not matched N - 1.
 
   Args:
     schedule: the forward process.
@@ -113,7 +115,7 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
   if stride == "logsnr":
     return _even(schedule, count, num_steps, lambda x: x, lambda x: x)
   if stride == "karras":
-    # (sigma / alpha)^(1 / rho), and the log-SNR of that.
+    # (sigma / alpha)^(1 / rho), and its inverse.
     return _even(schedule, count, num_steps,
                  lambda x: np.exp(-x / _KARRAS_RHO),
                  lambda x: -_KARRAS_RHO * np.log(x))
@@ -124,8 +126,8 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
         count, num_steps)
   for k in range(1, num_steps):
     tau[k] = max(tau[k], tau[k - 1] + 1)
-  # A step is beyond the last one only if K is close to N. Then all are pushed
-  # back from the end.
+  # A step can be beyond the last one only if K is close to N. Then the steps
+  # are pushed back from the end.
   tau = np.minimum(tau, count - num_steps + np.arange(num_steps))
   return tau[::-1].astype(np.float64)
 
@@ -153,7 +155,7 @@ def _linear_of_ho() -> NoiseSchedule:
 
 
 def _matched(schedule, stride, num_steps, count):
-  """Steps with the log-SNR of the linear schedule's; cleanest first."""
+  """The steps nearest in log-SNR to the linear schedule's; cleanest first."""
   linear = _linear_of_ho()
   if num_steps > linear.num_train_steps:
     raise ValueError(

@@ -22,7 +22,7 @@ class BoundGradient:
     variables: the variables of the sampler that is learned.
     pool: the samples of every step.
     images: float32 [R, H, W, C], the training set.
-    gradient_samples: images of a step.
+    gradient_samples: images per step.
     micro_batch_size: images at a time, which divides `gradient_samples`.
     seed: the seed of the run. The images and the noise of a step depend on it
       and on the step only.
@@ -59,7 +59,7 @@ class BoundGradient:
             np.mean([gradient.numpy() for _, gradient in results], axis=0))
 
   def _loss_and_gradient(self, indices, x_0, weights):
-    """The bound of images, of which weights [B] make the mean."""
+    """The bound of images, averaged with weights [B], and its gradient."""
     sampler = self._variables.sampler
     first_noise, step_noise = chain.draw_noise(
         self._pair, distribution.own_rows(indices), self._denoiser.image_shape,
@@ -71,8 +71,8 @@ class BoundGradient:
       share = tf.linalg.matvec(
           squares, distribution.own_rows(weights), transpose_a=True)
     # The bound is not a mean over samples, because the last step's variance is
-    # fitted to them. It is a function of means, and replicas pull their own
-    # parts of these back.
+    # fitted to them. It is a function of means, and each replica pulls the
+    # gradient in these back through its own part of them.
     means = distribution.total(share)
     with tf.GradientTape(persistent=True) as outer:
       outer.watch(means)

@@ -1,4 +1,4 @@
-"""What a search does beside its steps: checkpoints, progress, reasons to end."""
+"""What a search does beside its steps: checkpoints, progress, early ends."""
 
 import signal
 
@@ -34,7 +34,7 @@ class SaveCheckpoints(Hook):
 
   Args:
     checkpoints: the checkpoints of the run, restored.
-    every: steps between checkpoints; the last step has one.
+    every: steps between checkpoints; the last step always has one.
 
   Attributes:
     seconds: the seconds of all steps so far, those before a restart too.
@@ -68,8 +68,8 @@ class StopAfterSkipped(Hook):
   """Ends a search in which too many steps had values that are not finite.
 
   Args:
-    most: how many may be skipped.
-    checkpoints: names the last good one.
+    most: how many steps may be skipped.
+    checkpoints: names the last good checkpoint.
   """
 
   def __init__(self, most: int, checkpoints: SaveCheckpoints):
@@ -88,7 +88,7 @@ class StopAfterSkipped(Hook):
 
 
 class StopOnSignal(Hook):
-  """Saves and ends where any worker was told to end, by SIGTERM or Ctrl-C.
+  """Saves and ends if any worker was told to end, by SIGTERM or Ctrl-C.
 
   Args:
     termination: as `signals.deferred` gives it.

@@ -1,7 +1,7 @@
-"""The algorithm: steps along a gradient, validations, and ways back.
+"""The algorithm: steps along a gradient, validations, returns to the best.
 
-`run` is the search. What else happens on the way, such as checkpoints and
-TensorBoard, is in hooks.
+`run` is the search. All else that happens, such as checkpoints and TensorBoard,
+is in hooks.
 """
 
 import time
@@ -23,9 +23,9 @@ class Search:
 
   Args:
     sampler: the family whose variables are learned.
-    gradient: from a step to the loss and its gradient [n], a
+    gradient: function from a step to the loss and its gradient [n], a
       `PopulationGradient` or a `BoundGradient`.
-    optimizer: makes steps of gradients.
+    optimizer: makes steps from gradients.
     best: the best variables by validation.
     num_search_steps: steps in all.
 
@@ -122,7 +122,7 @@ def run(state: Search, validate: Callable[[], float], hooks: Iterable[Hook],
     state: where the search stands.
     validate: gives the value of the sampler as it is.
     hooks: called in their order.
-    validate_every: steps between validations; the last step has one.
+    validate_every: steps between validations; the last step always has one.
   """
   def tell(event: str, *arguments) -> None:
     for hook in hooks:

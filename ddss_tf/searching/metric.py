@@ -10,7 +10,7 @@ from ddss_tf.searching.population import PopulationGradient
 from ddss_tf.searching.variables import SamplerVariables
 
 _DRAWS = 8
-_ROWS = 4  # At least so many rows are drawn for every variable.
+_ROWS = 4  # The least rows that are drawn for each variable.
 _SENSITIVITY_FLOOR = 0.03
 _LEAST_EFFECT = 1e-3
 
@@ -19,15 +19,15 @@ def preconditioner(metric: np.ndarray, kinds: np.ndarray, bounded: np.ndarray,
                    free: np.ndarray) -> np.ndarray:
   """The inverse of a metric, damped where the metric is hardly known.
 
-  The inverse is taken in units in which all variables have the same effect: a
-  variable v is divided by s_v, the root of its diagonal entry. A variable to
-  which hardly anything reacts is treated as if it had 3 % of the root mean
-  square of its kind. Along an eigenvector of eigenvalue l the inverse is
-  l / (l + 0.001)^2 instead of 1 / l: a direction that hardly changes the images
-  is moved less instead of more.
+  The inverse is taken in units in which all variables have the same effect: the
+  row and the column of variable v are divided by s_v, the root of its diagonal
+  entry. A variable with hardly any effect is treated as if it had 3 % of the
+  root mean square of its kind. Along an eigenvector of eigenvalue l the inverse
+  is l / (l + 0.001)^2 instead of 1 / l: a direction that hardly changes the
+  images is moved less instead of more.
 
-  Bounded variables stand alone. At a bound such a variable stays behind, and
-  others that should go with it must not go alone.
+  Each bounded variable is inverted alone. At a bound such a variable stays
+  behind, and others that should move with it must not move without it.
 
   Our choice: the paper uses Adam alone.
 
@@ -35,7 +35,7 @@ def preconditioner(metric: np.ndarray, kinds: np.ndarray, bounded: np.ndarray,
     metric: float64 [n, n], the second moment of the variables' effects.
     kinds: [n], the kind of every variable. Each kind has units of its own.
     bounded: bool [n], the variables with a constraint.
-    free: bool [n], the variables that are not held where they are.
+    free: bool [n], the variables that may move.
 
   Returns:
     float64 [n, n], symmetric; 0 in the rows of variables that are held.
@@ -71,7 +71,7 @@ class FeatureMetric:
     variables: the variables of the sampler that is learned.
     objective: its first network's features are measured, in units of their
       standard deviation.
-    free: bool [n], the entries that are not held where they are.
+    free: bool [n], the entries that may move.
     micro_batch_size: images per chain.
 
   Attributes:
@@ -92,7 +92,7 @@ class FeatureMetric:
         for value in (np.zeros([size, size]), np.eye(size), 0.0)])
 
   def measure(self, step: int) -> None:
-    """Measures the metric where the variables are, besides before.
+    """Measures the metric at the present variables and updates the mean.
 
     Args:
       step: the step of the search, for messages.
@@ -118,18 +118,18 @@ class FeatureMetric:
         self._free))
 
   def natural(self, gradient: np.ndarray) -> tuple[np.ndarray, float]:
-    """The gradient times the inverse of the metric, and the length of that.
+    """The inverse metric times the gradient, and the length of this move.
 
     Args:
       gradient: float [n].
 
     Returns:
-      float64 [n], and its length in the metric: by how many standard deviations
-      of the features it would move them. NaN stays NaN.
+      The move, float64 [n], and its length in the metric: by how many standard
+      deviations it would move the features. NaN stays NaN.
     """
     with np.errstate(over="ignore", invalid="ignore"):
       move = self.inverse.numpy() @ gradient
-      # Rounding may leave less than 0 of a square.
+      # Rounding may make a square negative.
       return move, float(
           np.sqrt(np.maximum(move @ self.value.numpy() @ move, 0)))
 
@@ -140,7 +140,7 @@ class FeatureMetric:
     draws = max(_DRAWS, -(-_ROWS * len(self._free) // size))
     before = int(self.count.numpy())
     for draw in range(draws * before, draws * (before + 1)):
-      # The samples of the metric have indices from the far end, below 2^31.
+      # The metric's samples have indices that go down from 2^31 - 1.
       indices = 2**31 - 1 - size * (1 + draw) + np.arange(size)
       r = objective.layout.first_only(tf.random.stateless_normal(
           [size, objective.layout.feature_width], [draw, 0], alg="philox"))

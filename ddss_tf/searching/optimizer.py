@@ -1,8 +1,9 @@
-"""The update rule of the search: where another one would go.
+"""The update rule of the search. Another rule would go here.
 
-An optimiser has `begin`, before the first step; `apply`, a step; `go_back`,
-after a validation that was worse than the best; `rate`; and `state`, what a
-checkpoint holds of it.
+An optimiser has `begin`, called before the first step and before the next one
+after going back; `apply`, which makes a step; `go_back`, called after a
+validation that was worse than the best; `rate`; and `state`, what a checkpoint
+holds of it.
 """
 
 from typing import NamedTuple
@@ -17,8 +18,9 @@ from ddss_tf.searching.variables import SamplerVariables
 
 # Adam's factors. The second is short because searches are short. Our choice.
 _BETA_1, _BETA_2 = 0.9, 0.99
-# The square of the first gradient's norm must be a float64 still. The norm of a
-# later one, in units of those before, must not outlast the search.
+# The square of the first gradient's norm must still fit into a float64. A later
+# norm, in units of those before, must not fill the second moment for the rest
+# of the search.
 _LARGEST_NORM = 1e150
 _LARGEST_GROWTH = 1e18
 
@@ -45,10 +47,11 @@ class MetricAdam:
   The second moment is one number, the size of the whole step. So a step does
   not depend on the choice of axes.
 
-  The states of a chain resemble each other, so the weights of a step do nearly
-  the same. With a learning rate of each, they would all move together and drown
-  their differences, which are what a multistep solver is made of. In the metric
-  one learning rate serves weights, times and noise scales, and every K.
+  The states of a chain are nearly equal, so changing any one of the weights by
+  which a step mixes them has nearly the same effect. With a learning rate for
+  each weight they would all move together. A multistep solver consists of the
+  differences between them, which would be lost. In the metric one learning rate
+  serves weights, times and noise scales, and every K.
 
   Args:
     variables: the variables of the sampler that is learned.
@@ -60,8 +63,8 @@ class MetricAdam:
     multipliers: float32 [n], factors on it, of every entry.
 
   Attributes:
-    moments: tf.Variables, float64: the first moment [n], the second, and of how
-      many steps they are.
+    moments: tf.Variables, float64: the first moment [n], the second moment, and
+      the number of steps in them.
   """
 
   def __init__(self, variables: SamplerVariables, metric: FeatureMetric, *,
@@ -72,7 +75,7 @@ class MetricAdam:
     self._factor, *self.moments = distribution.outside(lambda: [
         tf.Variable(value, dtype=tf.float64, trainable=False)
         for value in (1.0, np.zeros(size), 0.0, 0.0)])
-    # Adam's first steps are as long whatever the noise, so they come slowly.
+    # Adam's first steps are as long however noisy they are: start slowly.
     warmup = num_search_steps // 10
     self._schedule = keras.optimizers.schedules.CosineDecay(
         0.0 if warmup else learning_rate, num_search_steps - warmup,
@@ -119,10 +122,10 @@ class MetricAdam:
     return StepResult(loss, norm, True)
 
   def _largest_norm(self) -> float:
-    """The norm of a gradient from which on its step is not taken.
+    """The least norm of a gradient whose step is not taken.
 
-    It is in the objective's own unit if that is large: a kernel's cube is far
-    from 1.
+    It scales with the norms so far if these are above 1: the cube of a kernel
+    is far from 1.
     """
     _, second, count = self.moments
     if not count.numpy():
@@ -131,7 +134,7 @@ class MetricAdam:
 
   @staticmethod
   def _root_of_square(second, count) -> float:
-    """Root of the mean square so far, which began at 0; never 0 itself."""
+    """Root of the mean square so far, without its start at 0; never 0."""
     square = second.numpy() / (1 - _BETA_2 ** count.numpy())
     return float(max(square, np.finfo(np.float64).tiny)) ** 0.5
 
@@ -143,7 +146,7 @@ class MetricAdam:
     first.assign(_BETA_1 * first + (1 - _BETA_1) * move)
     second.assign(_BETA_2 * second + (1 - _BETA_2) * norm**2)
     count.assign_add(1)
-    # Both means began at 0, which is divided out.
+    # Both means began at 0; the division corrects that.
     mean = first.numpy() / (1 - _BETA_1 ** count.numpy())
     self.variables.add(-self.rate(step) * self._multipliers * mean
                        / self._root_of_square(second, count))

@@ -1,4 +1,4 @@
-"""What can be chosen of a search: every number once, with its checks."""
+"""The options of a search: every number once, with its checks."""
 
 import dataclasses
 from typing import Any, Mapping
@@ -17,7 +17,7 @@ _LEAST = {
     "validation_samples": 2, "validate_every": 1, "checkpoint_every": 1,
     "log_every": 1, "max_skipped": 0, "sampling_batch_size": 1}
 _OPTIONAL = ("gradient_samples", "micro_batch_size", "sampling_batch_size")
-# Images per chain without gradient, unless the user says another number.
+# The most images per chain without gradient, unless the user gives a number.
 _MOST_SAMPLED = 250
 
 
@@ -57,7 +57,7 @@ class SearchOptions:
 
   @classmethod
   def of(cls, arguments: Mapping[str, Any]) -> "SearchOptions":
-    """The options among arguments of `search`; others are not looked at."""
+    """The options among arguments of `search`; others are ignored."""
     return cls(**{field.name: arguments[field.name]
                   for field in dataclasses.fields(cls)
                   if field.name in arguments})
@@ -104,7 +104,7 @@ class SearchOptions:
                       f"Received: {self.teacher!r}")
 
   def _resolve(self):
-    """Puts values in the places of None."""
+    """Replaces None by the values that it stands for."""
     try:
       terms = objective_lib.weights_of_terms(self.objective)
     except (TypeError, ValueError) as error:
@@ -171,7 +171,7 @@ class SearchOptions:
     A search of another identity cannot go on from this one's checkpoint.
 
     Args:
-      setting: as of `setting`.
+      setting: what `setting` returns.
     """
     identity = {
         **setting, "num_search_steps": self.num_search_steps,
@@ -184,17 +184,17 @@ class SearchOptions:
         "rate_multipliers": self.rate_multipliers,
         "seed": self.seed, "validation_samples": self.validation_samples,
         "validate_every": self.validate_every}
-    if self.is_elbo:  # The bound alone depends on it.
+    if self.is_elbo:  # Only the bound depends on it.
       identity["micro_batch_size"] = self.micro_batch_size
     return identity
 
 
 def check_search(arguments: Mapping[str, Any]) -> None:
-  """Checks all that can be said of a search before anything is loaded.
+  """Checks all of a search that can be checked before anything is loaded.
 
   Args:
-    arguments: the arguments of `search`, by name; the parts and others are not
-      looked at.
+    arguments: the arguments of `search`, by name; the parts and others are
+      ignored.
 
   Raises:
     UserError: a value is out of range, or values do not fit together.

@@ -28,11 +28,11 @@ class SearchParts:
   Attributes:
     denoiser, dataset, networks: what the user gave.
     make_sampler: what the user gave as the sampler.
-    sampler: the sampler, at the start that is known.
+    sampler: the sampler; at its default start if the start is chosen later.
     options: `SearchOptions`.
     teacher: coefficients of the teacher, NumPy, or None.
-    reals: float32 [R, D], the real images' features by each network, once
-      `objective` was called.
+    reals: float32 [R, D], the real images' features by each network; None until
+      `objective` is called.
   """
 
   def __init__(self, denoiser: Denoiser, sampler, features, dataset,
@@ -77,7 +77,7 @@ class SearchParts:
                in sampler.variables_by_kind.values() for variable in variables):
       raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                       "a learned family, such as ggdm+pred+time")
-    sampler.reset()  # An object may have been searched before.
+    sampler.reset()  # The object may have been searched before.
     if "times" in sampler.variables_by_kind:
       self.denoiser.check_times(sampler.label)
     self.denoiser.check_guidance(sampler.coefficients().guidance_scales)

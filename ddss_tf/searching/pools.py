@@ -1,7 +1,7 @@
 """Fixed samplers on the run's noise: the teacher and the control variate.
 
-Both are made before the first step: what the objective sees of their images is
-kept, and the steps of the search take their samples from these pools in turn.
+Both are made before the first step. What the objective sees of their images is
+kept in pools, from which the steps of the search take their samples in turn.
 """
 
 import json
@@ -43,10 +43,9 @@ class Pool:
   def indices(self, step: int) -> np.ndarray:
     """The samples of a step, int [batch_size].
 
-    Without a pool every step has samples of its own. With one, each sample of
-    the pool comes once before any comes again. Later rounds are in other
-    orders, because the gradient passes through the first samples of a step
-    only.
+    Without a pool every step has samples of its own. With a pool, none of its
+    samples comes twice in one round through it. Later rounds have other orders,
+    because the gradient passes through the first samples of a step only.
     """
     size = self._batch_size
     pool = min((len(known) for known in (self._teacher, self._control)
@@ -74,9 +73,9 @@ class Pool:
 
 
 def filled(indices: np.ndarray, size: int) -> tf.Tensor:
-  """Indices up to `size`, with the last one repeated.
+  """Indices, filled up to `size` by repeating the last one.
 
-  Another shape would be compiled anew.
+  A batch of another shape would be compiled anew.
   """
   return tf.constant(np.pad(indices, (0, size - len(indices)), mode="edge"))
 
@@ -94,7 +93,7 @@ def views(objective, denoiser, known: Coefficients, *, num_samples: int,
     num_samples: images 0 ... num_samples - 1 of the seed.
     seed: the seed of the noise.
     cache_dir: folder of the cache.
-    identity: all else that decides a view, such as the networks' keys; JSON.
+    identity: all else that decides a view, such as the networks' keys, as JSON.
     batch_size: images at a time.
     x0_bound: see `chain.bound_x0`.
     jit_compile: compile the network with XLA.
@@ -154,10 +153,10 @@ class Pools:
     return self._views(self._parts.teacher, num_samples, seed, "teacher")
 
   def control(self, start: Coefficients) -> tuple[np.ndarray, np.ndarray]:
-    """The views of the search's start, on the noise of the steps and of the validation.
+    """The views of the search's start on the steps' and the validation's noise.
 
-    Validation has a pool of its own. What the steps owe to the chance of their
-    pool must not look like progress.
+    The validation has a pool of its own, so that a gain that the steps owe to
+    the chance of their pool does not look like progress.
     """
     options = self._parts.options
     most = max(options.pool_samples // 2, options.validation_samples)

@@ -17,16 +17,17 @@ from ddss_tf.searching.variables import SamplerVariables
 class PopulationGradient:
   """The objective of the population of a step, and its gradient.
 
-  Where the images that the gradient passes through fit into one chain this is
+  If the images that the gradient passes through fit into one chain, this is
   plain backpropagation. Otherwise it takes two passes, because a distance is
   not a mean over micro-batches. The first pass makes the features of all
-  images, without gradient. The second makes one micro-batch after the other
-  again, from the same seeds, and pulls the objective's gradient in its features
-  back through its chain. The result is the gradient of one large batch.
+  images, without gradient. The second pass makes the micro-batches again, one
+  after the other from the same seeds, and pulls the objective's gradient in
+  their features back through their chains. The result is the gradient of one
+  large batch.
 
   With fewer `gradient_samples` the gradient passes through a part of the
   population only and is scaled up. This is an unbiased estimate, and the
-  population's distance is as sharp as before.
+  distance itself still comes from the whole population.
 
   Args:
     denoiser: the frozen model.
@@ -75,7 +76,7 @@ class PopulationGradient:
     indices = self._pool.indices(step)
     teacher, control = self._pool.targets(indices)
     scale = len(indices) / self._gradient_samples
-    # All replicas together make as many rows in one chain each.
+    # The rows that all replicas make together, with one chain each.
     most = self._micro_batch_size * distribution.num_replicas()
     count = self._gradient_samples
     if count <= most and count == distribution.filled(count):
@@ -125,7 +126,7 @@ class PopulationGradient:
         x0_bound=self._x0_bound))
 
   def _all_views(self, indices, most):
-    """The views of samples, without gradient, in chains of at most so many."""
+    """The views of samples, without gradient, in chains of at most `most`."""
     size = min(most, len(indices))
     views = [self.views(filled(indices[i:i + size], size))
              for i in range(0, len(indices), max(size, 1))]
@@ -140,7 +141,7 @@ class PopulationGradient:
     return loss, tape.gradient(loss, view, unconnected_gradients="zero")
 
   def _loss_of_one_pass(self, indices, others, teacher, control):
-    """Loss of these samples and of others' views; gradient of the former."""
+    """Loss of these samples and of others' views; gradient through these."""
     with tf.GradientTape() as tape:
       view = self._view(distribution.own_rows(indices), self._remat)
     # The loss is that of all replicas' samples; each replica then pulls the
@@ -159,7 +160,7 @@ class PopulationGradient:
         tape, view, distribution.own_rows(cotangents))
 
   def _gradients_of_samples(self, indices, cotangents):
-    """As `_pull_back`, but the gradient of every sample in coefficients."""
+    """As `_pull_back`, but each sample's gradient in the coefficients."""
     rows = distribution.own_rows(indices)
     own = self._sampler.coefficients().map(lambda value: tf.broadcast_to(
         tf.reshape(value, [*value.shape, 1, 1, 1, 1]),

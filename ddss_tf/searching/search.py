@@ -137,7 +137,7 @@ def search(
     sampler: the sampler to learn; or a function from a noise schedule to it,
       such as `@make_sampler` in gin, which `init="auto"` needs.
     features: the network of the loss, or a list of networks.
-    dataset: its training set; or images, float32 [N, H, W, C] in [-1, 1].
+    dataset: the training set, or images, float32 [N, H, W, C] in [-1, 1].
     run_dir: folder of the run.
     num_search_steps: steps in all.
     batch_size: images per step, at least 2: the population of the objective.
@@ -152,7 +152,7 @@ def search(
     sampling_batch_size: images per chain without gradient, of the validation,
       the starts and the pools; None: four times `micro_batch_size`, because
       they need less memory, but not above 250.
-    objective: what is minimised: a name out of `objective.objective_names()`, or
+    objective: what is minimised: one of `objective.objective_names()`, or
       weights by name. The best step is chosen by the same objective on the
       validation images.
     feature_weights: weights of the networks in it; 1 each if None.
@@ -164,14 +164,14 @@ def search(
       images before the first step.
     pool_samples: how many images the teacher and the control variate make
       beforehand; the steps take their samples from these in turn. Validation
-      has half as many of its own to know the control variate's moments by.
+      has the larger of half as many and `validation_samples` for its control.
     learning_rate: Adam's highest rate, as the share of the features' standard
       deviation by which one step of all variables together moves them. It
       serves every K.
     rate_of_distance: the rate is at most this times the start's distance, the
-      root of the Frechet distance in the same unit; a start with little way to
-      go would be thrown off it first. It is measured on the control variate's
-      images, and without one there is no such limit.
+      root of the Frechet distance in the same unit. A higher rate would first
+      move a good start away. The distance is measured on the control variate's
+      images; without these there is no such limit.
     rate_multipliers: factors on the rate by kind of variable
       (`sampler.KINDS`), 1 for kinds left out.
     seed: the seed of the search's noise; validation uses seed + 1.
@@ -205,8 +205,8 @@ def search(
   parts = SearchParts(denoiser, sampler, features, dataset, options)
   identity = options.identity(parts.setting())
   with run_dir_lib.RunDir(run_dir, cache_dir).locked() as run:
-    # A search that is refused must not have taken long. Before the ranking of
-    # starts the sampler is not known, but what it may become is.
+    # A search that is refused must not have taken long. Before the starts are
+    # ranked the sampler is not known, but all that it may become is.
     candidates = parts.candidates()
     run.check("search", identity, restart, open_to={
         "sampler": [candidate.get_config() for _, candidate in candidates]})
@@ -241,7 +241,7 @@ def search(
 
 
 def _first_rate(parts: SearchParts, goal, other: np.ndarray) -> float:
-  """The highest rate: less where the start has little way to go."""
+  """The highest rate, lower for a start that is close to the real features."""
   options = parts.options
   distance = metrics.fid(parts.reals[0], goal.layout.split(other).features[0])
   rate = min(options.learning_rate,
@@ -307,12 +307,12 @@ def _prepare(parts: SearchParts, goal, pools, first
 def _work(state: loop.Search, validation: Validation,
           checkpoints: checkpoints_lib.Checkpoints, parts: SearchParts, run
           ) -> float:
-  """Runs the steps that are left; gives the seconds that all of them took."""
+  """Runs the steps that are left; returns the seconds of all steps."""
   options, sampler = parts.options, state.sampler
   saved = hooks_lib.SaveCheckpoints(checkpoints, options.checkpoint_every)
 
   def validate() -> float:
-    # The chief's value, because rounding could part the workers.
+    # The chief's value for all, because the workers' could differ by rounding.
     return distribution.everyones(
         validation(sampler.coefficients().numpy()))[0]
 
@@ -355,9 +355,9 @@ def _publish(run, state: loop.Search, parts: SearchParts, rate: float,
 
 
 def _finish(run, state: loop.Search, first, generator, seed: int) -> Sampler:
-  """Draws the pictures that are missing; gives the searched sampler."""
+  """Draws the pictures that are missing; returns the searched sampler."""
   wanted = (*run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS)
-  # The chief knows what there is.
+  # The chief's answer counts for all.
   if distribution.everyones(
       not all(storage.exists(run.path(name)) for name in wanted))[0]:
     summaries.draw(run, state.sampler, first, generator, seed, state.best.step)

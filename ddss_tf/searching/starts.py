@@ -20,7 +20,7 @@ _AGAIN = 8
 
 def possible(make: Callable[..., Sampler], candidates=None
              ) -> list[tuple[dict, Sampler]]:
-  """The starts that a family allows, none of them tried.
+  """The starts that a family allows, before any of them is tried.
 
   Args:
     make: makes the sampler to be searched from `init` and `stride`.
@@ -58,18 +58,18 @@ def choose(candidates: list[tuple[dict, Sampler]],
   The ranking is logged and written to a file, each entry as soon as it is
   known; entries that are there already under the same conditions are kept.
 
-  Samplers without noise make their images of the same x_T: few images tell them
-  apart, because they share their chance. One that adds noise has a chance of
-  its own. So the best of either kind are compared once more, on `_AGAIN` times
-  as many images.
+  Samplers without step noise make their images from the same x_T, so chance
+  affects them alike, and few images tell them apart. A sampler that adds noise
+  has a chance of its own. So the best of either kind are compared once more, on
+  `_AGAIN` times as many images.
 
   Args:
-    candidates: as of `possible`.
-    distance: from a number of images to the search's objective, of that many
-      images of coefficients.
+    candidates: what `possible` returns.
+    distance: function from a number of images to the search's objective, itself
+      a function of coefficients, on that many images.
     num_samples: the number of images of the ranking.
     path: the path of the file.
-    conditions: all else that decides the figures; JSON.
+    conditions: all else that decides the figures, as JSON.
 
   Returns:
     The sampler, at its best start.
@@ -84,7 +84,7 @@ def choose(candidates: list[tuple[dict, Sampler]],
     coefficients = sampler.start.numpy()
     images = {"samples": samples,
               "sha256": fingerprint.coefficients_sha256(coefficients)}
-    # Strides of several names may be the same times.
+    # Strides of different names may have the same times.
     same = [entry for entry in known
             if {name: entry[name] for name in images} == images]
     for entry in same:
@@ -102,7 +102,7 @@ def choose(candidates: list[tuple[dict, Sampler]],
     storage.write_json(path, {"conditions": conditions, "ranking": known})
     return entry
 
-  # Entries of the file may be of candidates that there no longer are.
+  # The file may also have entries of candidates that are not given any more.
   ranking = [(measured(start, sampler, num_samples), sampler)
              for start, sampler in candidates]
   ranking.sort(key=lambda pair: _worse(pair[0]))
@@ -126,9 +126,9 @@ def choose(candidates: list[tuple[dict, Sampler]],
 
 
 def _worse(entry):
-  """Sorts by distance, those that have none last, and those of more images.
+  """Sorts by the number of images, then by distance; no distance comes last.
 
-  A distance of more images may be lower for their number alone.
+  A distance on more images may be lower because of their number alone.
   """
   value = entry["distance"]
   return entry["samples"], value is None, value or 0.0

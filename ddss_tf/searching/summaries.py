@@ -29,7 +29,7 @@ class WriteTensorBoard(Hook):
   Args:
     run: the run directory.
     options: the options of the search.
-    dataset: its name.
+    dataset: the name of the data set.
     generator: a generator of images.
   """
 
@@ -76,8 +76,8 @@ class WriteTensorBoard(Hook):
 
   def _hparams(self, sampler: Sampler) -> None:
     """Writes what TensorBoard's table of hyper-parameters shows of a run."""
-    # TensorBoard finds the metrics itself. Told of those of one search of a
-    # folder, it would show those of no other.
+    # TensorBoard finds the metrics itself. If it were told those of one search
+    # in a folder, it would show those of no other.
     config, options = sampler.get_config(), self._options
     hparams.hparams({
         "family": sampler.label, "num_steps": sampler.num_steps,
@@ -108,8 +108,7 @@ def draw(run: run_dir_lib.RunDir, sampler: Sampler, first,
   image, states, x0_hats = generator.path(best, seed)
   sampler_figures.path_png(
       run.path(run_dir_lib.PATH), states, x0_hats, image, best.times, label)
-  # The generator makes as many at a time; they are drawn as a square of at most
-  # 8 x 8.
+  # No more than one batch of the generator, in a square of at most 8 x 8.
   side = min(8, max(1, int(generator.batch_size ** 0.5)))
   grids.samples_png(run.path(run_dir_lib.BEFORE_AFTER), [
       (title, generator.images(coefficients, side * side, seed))
@@ -118,7 +117,7 @@ def draw(run: run_dir_lib.RunDir, sampler: Sampler, first,
           (f"after {step} steps of it: {label}", best))], side)
   if not distribution.is_chief():
     return
-  # After a kill they are drawn again, and take the place of those before.
+  # After a kill they are drawn again and replace those before.
   with storage.replacing_folder(
       run.path(run_dir_lib.PICTURE_EVENTS)) as events:
     writer = tf.summary.create_file_writer(events)

@@ -20,7 +20,7 @@ class Validation:
     objective: an `objectives.Objective`.
     denoiser: the frozen model.
     images: float32 [R, H, W, C], the training set; the ELBO takes a fixed draw.
-    num_samples: how many.
+    num_samples: the number of images.
     teacher: the teacher's views of these samples, or None.
     control: a control variate on them, as `Objective.value` takes it, or None.
     batch_size: images at a time.
@@ -61,7 +61,7 @@ class Validation:
   def _bound(self, coefficients) -> float:
     """The ELBO objective of the fixed draw of images."""
     if not np.all(coefficients.noise_scales[:-1]):
-      return math.inf  # `elbo.bound` says so too, but calls the network.
+      return math.inf  # The bound's value, without network calls.
     coefficients = coefficients.map(tf.constant)
     count, size = len(self._images), self.generator.batch_size
     rows = []
@@ -71,7 +71,7 @@ class Validation:
       rows.append(self._squares(
           coefficients, padded, tf.constant(self._images[padded.numpy()])
           )[:len(indices)])
-    # The variance of the last step is fitted to all of them.
+    # The variance of the last step is fitted to all of the images.
     return float(elbo.bound(
         coefficients, tf.reduce_mean(tf.concat(rows, axis=0), axis=0)))
 
@@ -118,8 +118,8 @@ class BestSoFar:
     """Remembers the variables if `value` is the lowest so far.
 
     Returns:
-      Whether the search must go back to the best ones: `value` is worse, or not
-      a number, and there are best ones.
+      Whether the search must go back to the best variables: there are some, and
+      `value` is not lower than theirs, or not a number.
     """
     back = np.isfinite(self.value) and not value < self.value
     if value < self.value:

@@ -15,7 +15,7 @@ class SamplerVariables:
     sampler: the family whose variables are learned.
 
   Attributes:
-    sampler: the same.
+    sampler: the argument.
     variables: the Keras variables.
     kinds: the kind of each, out of `samplers.sampler.KINDS`.
     sizes: the number of entries of each; n is their sum.
