@@ -17,7 +17,7 @@ import tensorflow as tf
 # The decoders that a file may reach, whatever its name. Pillow's others are
 # seldom used, so their faults are seldom found and mended.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# The modes of Pillow that images are decoded to, with their numbers of channels.
+# Pillow's modes that images are decoded to, with their numbers of channels.
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 _GREY_WITH_ALPHA = ("La", "LA")
 _COLOUR_WITH_ALPHA = ("PA", "RGBA", "RGBa")

@@ -14,7 +14,7 @@ from ddss_tf.runs import fingerprint
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.errors import UserError, check_whole
 
-# A name that begins with one of these and ":" is a path, not a TFDS name.
+# A name that begins with one of these and ":" gives a path, not a TFDS name.
 _FILES = {
     "folder": sources.folder_source,
     "npz": sources.npz_source,
