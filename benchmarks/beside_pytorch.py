@@ -3,8 +3,9 @@
   python -m benchmarks.beside_pytorch --pytorch=PYTHON [--runs=3]
     [--models=digits,cifar10]
 
-PYTHON is one with requirements-pytorch.txt. Each side runs in processes of its
-own, in turn, `--runs` times; within a process the median of three counts.
+PYTHON is a Python with the packages of requirements-pytorch.txt. The two sides
+take turns, `--runs` times, each in a process of its own. Within a process the
+median of three timings counts.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import tempfile
 
 from benchmarks import records
 
-# Per network: batches of a call; (batch, K) of a step; the bound on its time.
+# By network: the batches of a call; (batch, K) of a step; the batches of
+# sampling.
 CALLS = {"cifar10": (1, 8, 32), "digits": (1, 64)}
 STEPS = {"cifar10": (8, 5), "digits": (64, 5)}
 SAMPLED = {"cifar10": (1,), "digits": (1, 64)}

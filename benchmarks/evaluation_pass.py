@@ -2,9 +2,9 @@
 
   python -m benchmarks.evaluation_pass [--runs=3]
 
-The pass samples, embeds by both feature networks, and computes FID, KID and IS:
-as `Evaluator.record` does it. The parts are the same calls one after another:
-all images, then all features, then the metrics.
+The pass is `Evaluator.record`: it samples, calls both feature networks, and
+computes FID, KID and IS. The parts are the same calls one after another: all
+images, then all features, then the metrics.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SAMPLES, BATCH, NUM_STEPS = 4000, 250, 5
 
 
 def measure() -> dict:
-  """Seconds of the pass and of its parts, and of processors in the pass."""
+  """Seconds of the pass and of its parts, and processor seconds of the pass."""
   denoiser = ddss_tf.load_denoiser("digits16-ddpm")
   dataset = ddss_tf.load_dataset("ddss_digits", pad=2, downsample=2)
   networks = [ddss_tf.load_features(name)
@@ -38,7 +38,7 @@ def measure() -> dict:
     evaluator = evaluator_lib.Evaluator(
         run_dir_lib.RunDir(folder), denoiser, dataset, *networks,
         batch_size=BATCH)
-    evaluator.record(sampler, 2 * BATCH)  # Compiles all there is.
+    evaluator.record(sampler, 2 * BATCH)  # Compiles everything.
     start, processors = time.perf_counter(), time.process_time()
     found = evaluator.record(sampler, SAMPLES)
     seconds = time.perf_counter() - start

@@ -2,9 +2,9 @@
 
   python -m benchmarks.metrics_50k [--runs=1]
 
-Each way runs in a process of its own, in turn, on the same numbers. Both compute
-the moments of the real images, too, which an evaluation of ours does once for a
-data set.
+Each way runs in a process of its own, in turn, on the same numbers. Both also
+compute the moments of the real images, which our evaluation does once per data
+set.
 """
 
 import argparse
@@ -24,7 +24,8 @@ def activations(seed: int, offset: float) -> np.ndarray:
   rng = np.random.default_rng(seed)
   mixing = np.random.default_rng(0).normal(size=(64, WIDTH)).astype(np.float32)
   result = np.empty((COUNT, WIDTH), np.float32)
-  for start in range(0, COUNT, 5000):  # No large temporary in the peak.
+  # In parts, so that no large temporary array adds to the memory peak.
+  for start in range(0, COUNT, 5000):
     part = rng.standard_normal((5000, 64), np.float32) @ mixing / 16
     part += rng.standard_normal((5000, WIDTH), np.float32) * 0.3 + offset
     result[start:start + 5000] = np.maximum(part, 0)
@@ -32,7 +33,7 @@ def activations(seed: int, offset: float) -> np.ndarray:
 
 
 def measure(way: str) -> dict:
-  """Times one way; peak memory of its process."""
+  """Seconds and figures of one way, and the peak memory of its process."""
   import tensorflow as tf  # pylint: disable=g-import-not-at-top
   from ddss_tf import metrics  # pylint: disable=g-import-not-at-top
   real, generated = activations(1, 0.0), activations(2, 0.05)
@@ -75,7 +76,8 @@ def main():
   ours, theirs = ways["ours"], ways["tfgan"]
   for key in ("fid", "is"):
     np.testing.assert_allclose(ours[0][key], theirs[0][key], rtol=1e-3)
-  # Of other blocks, ours being dealt at random: the same up to its error.
+  # Our KID deals activations to its blocks at random, so the two are equal only
+  # up to the error.
   np.testing.assert_allclose(ours[0]["kid"], theirs[0]["kid"],
                              atol=3 * theirs[0]["kid_std"], rtol=0)
   records.keep([

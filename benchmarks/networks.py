@@ -1,7 +1,7 @@
-"""The networks that are timed, as diffusers' `UNet2DModel` is told of them.
+"""The networks that are timed, as arguments of diffusers' `UNet2DModel`.
 
-Weights are random: time does not depend on them. PyTorch's side writes them, and
-ours reads the same (`pytorch_side.py save`).
+Weights are random, because time does not depend on them. PyTorch's side writes
+them (`pytorch_side.py save`), and ours reads them.
 """
 
 DIGITS = dict(
@@ -24,7 +24,8 @@ CIFAR10 = dict(
 
 NETWORKS = {"digits": DIGITS, "cifar10": CIFAR10}
 
-# What a search step learns is a GGDM+PRED+TIME of these; any numbers would do.
+# The sampler of PyTorch's search step calls the network at times between these;
+# any numbers would do.
 TIMES_FROM, TIMES_TO = 900.0, 10.0
-# Both sides compare mean pixels of squares of this side.
+# The features of both sides are the means of squares of so many pixels a side.
 POOL = 4

@@ -1,6 +1,7 @@
 """PyTorch's side of `beside_pytorch`: diffusers' U-Net, in eager mode.
 
-Needs requirements-pytorch.txt, and nothing of ddss_tf. Prints one JSON object.
+It needs the packages of requirements-pytorch.txt, and nothing of ddss_tf. It
+prints one JSON object.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def peak_gib() -> float:
 
 
 def timed(function, runs: int) -> list[float]:
-  """Seconds of each run after one that is not counted."""
+  """Seconds of each run, after a first one that is not counted."""
   function()
   seconds = []
   for _ in range(runs):
@@ -34,7 +35,7 @@ def timed(function, runs: int) -> list[float]:
 
 
 def save(folder: str, model: str) -> dict:
-  """Writes a pipeline of random weights."""
+  """Writes a network of random weights, and a DDIM scheduler."""
   torch.manual_seed(0)
   unet = diffusers.UNet2DModel(**networks.NETWORKS[model])
   unet.save_pretrained(folder)
@@ -48,7 +49,7 @@ def load(folder: str) -> diffusers.UNet2DModel:
 
 
 def forward(folder: str, batch_size: int, runs: int) -> dict:
-  """A call of the network, and one with its gradient in the images."""
+  """Times a call of the network, and one with its gradient in the images."""
   unet = load(folder)
   shape = unet.config.in_channels, *[unet.config.sample_size] * 2
   x = torch.randn(batch_size, *shape)
@@ -66,12 +67,13 @@ def forward(folder: str, batch_size: int, runs: int) -> dict:
 
 
 def step(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
-  """A search step of GGDM+PRED+TIME with checkpointed calls."""
+  """Times a search step of GGDM+PRED+TIME with checkpointed calls."""
   unet = load(folder)
   shape = unet.config.in_channels, *[unet.config.sample_size] * 2
   times = torch.linspace(
       networks.TIMES_FROM, networks.TIMES_TO, num_steps).requires_grad_(True)
-  # One vector of all weights: of states, of x0, of the prediction, of noise.
+  # Weights of the states, and of x0_hat in the next state; those of the state
+  # and of the predicted noise in x0_hat; those of fresh noise.
   weights = [
       (torch.eye(num_steps) * 0.5).requires_grad_(True),
       torch.full((num_steps,), 0.5, requires_grad=True),
@@ -99,7 +101,7 @@ def step(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
         x = x + noise_scales[k] * torch.randn_like(x)
       states.append(x)
     ours, theirs = features(states[-1]), features(real)
-    # KID of a linear kernel, without bias.
+    # The unbiased KID with a linear kernel, without its constant term.
     count = len(ours)
     total = ours.sum(0)
     loss = ((total @ total - ours.square().sum()) / (count * (count - 1))
@@ -112,7 +114,7 @@ def step(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
 
 
 def sample(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
-  """Images of diffusers' DDIM pipeline."""
+  """Times the images of diffusers' DDIM pipeline."""
   pipeline = diffusers.DDIMPipeline(
       load(folder), diffusers.DDIMScheduler.from_pretrained(folder))
   pipeline.set_progress_bar_config(disable=True)

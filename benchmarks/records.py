@@ -1,4 +1,4 @@
-"""Figures with their yardsticks, as `benchmarks/results.json` keeps them."""
+"""Measured figures beside their yardsticks, kept in `results.json`."""
 
 import json
 import os
@@ -23,12 +23,12 @@ def peak_gib() -> float:
 def part(module: str, *arguments) -> dict:
   """Runs a part of a benchmark in a process of its own.
 
-  A process of its own has a memory peak of its own, and what one part compiled
-  or cached does not help the other.
+  So each part has its own memory peak, and no part gains from what another one
+  compiled or cached.
 
   Args:
-    module: one that prints one JSON object as its last line.
-    *arguments: of its command line.
+    module: a module that prints a JSON object as its last line.
+    *arguments: the arguments of its command line.
 
   Returns:
     The object.
@@ -40,7 +40,7 @@ def part(module: str, *arguments) -> dict:
 
 
 def script(python: str, name: str, *arguments) -> dict:
-  """As `part`, of a script of this folder, by another Python."""
+  """Does what `part` does, for a script of this folder and another Python."""
   return _json_of([python, os.path.join(os.path.dirname(RESULTS), name),
                    *map(str, arguments)])
 
@@ -58,17 +58,18 @@ def _json_of(command: list[str]) -> dict:
 
 def record(name: str, values, yardsticks, *, bound: float | None, of: str, unit: str,
            note: str = "") -> dict:
-  """One figure beside its yardstick; the medians of paired runs.
+  """A figure beside its yardstick, both medians of paired runs.
 
   Args:
-    name: of the figure.
-    values: as measured, one per run.
-    yardsticks: what it is compared with in the same runs; None where the bound
-      is absolute.
-    bound: the largest that holds; None: the figure is for information.
-    of: "ratio" or "value", what the bound is of.
-    unit: of value and yardstick.
-    note: what the yardstick is.
+    name: the name of the figure.
+    values: the measured values, one per run.
+    yardsticks: the values it is compared with, one per run; None: there are
+      none, and a bound must be on the value.
+    bound: the largest number that is accepted; None: any, as the figure is for
+      information.
+    of: "ratio" or "value": which of them the bound is on.
+    unit: the unit of value and yardstick.
+    note: what was measured, and what the yardstick is.
 
   Returns:
     A record of `results.json`.
@@ -87,7 +88,7 @@ def record(name: str, values, yardsticks, *, bound: float | None, of: str, unit:
 
 
 def _machine() -> str:
-  """The processor's name, where the system tells."""
+  """The processor's name, or its architecture where the name is not known."""
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as f:
       found = [line.split(":", 1)[1].strip() for line in f

@@ -1,10 +1,10 @@
-"""The paper's searches on 1, 8 and 64 accelerators, on paper.
+"""Estimated times of the paper's searches on 1, 8 and 64 accelerators.
 
   python -m benchmarks.scaling
 
-Counted: multiplications and additions of one call of each network, bytes of its
-activations, what a step calls, and what is sent. Assumed: the accelerator, and
-how much of its peak such networks reach. So times are estimates; how they grow
+Operations of one call of each network, bytes of its activations, the calls of a
+step and the bytes sent are counted. The accelerator, and the part of its peak
+that such networks reach, are assumed. So times are estimates; how they grow
 with K, batch and replicas is not.
 """
 
@@ -25,8 +25,9 @@ from ddss_tf.networks.frozen import frozen_variables
 BATCH = 512  # The paper's population, and its steps.
 STEPS = 50_000
 _FEATURES = 2048
-# The models of its smaller images: their presets, and a micro-batch that fits
-# into half of 80 GB, for the share that is held was measured on a CPU.
+# The paper's models of smaller images: the preset, and a micro-batch that fits
+# into half of 80 GB. Half, because the share of activations that is held was
+# measured on a CPU only.
 _MODELS = {"CIFAR-10": ("ddpm-cifar10-32", 128),
            "ImageNet-64": ("improved-imagenet64", 64)}
 _INCEPTION_SIZE = 299
@@ -37,9 +38,9 @@ class Accelerator:
   """What is assumed of a device, by its maker's data sheet.
 
   Attributes:
-    name: of the device.
+    name: the name of the device.
     flops: peak operations a second, in the format that networks compute in.
-    gib: memory.
+    gib: memory, GiB.
     near: bytes a second from one device to the others of its machine.
     far: bytes a second between machines, for each device.
     machine: devices of one machine.
@@ -59,7 +60,7 @@ A100 = Accelerator("A100, TF32", 156e12, 80, 300e9, 25e9, 8, 2e-5)
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """One call of a network for one image: operations, bytes of activations."""
+  """Operations and bytes of activations of a network's call for one image."""
   flops: float
   bytes: float
 
@@ -68,11 +69,11 @@ def flops(function, *specs) -> int:
   """Floating-point operations of a function, as TensorFlow counts them.
 
   Args:
-    function: of tensors.
-    *specs: their shapes, all sizes known.
+    function: a function of tensors.
+    *specs: specs of its arguments, with all sizes known.
 
   Returns:
-    Multiplications and additions, one each.
+    The number of multiplications and additions; each counts as one.
   """
   graph = tf.function(
       function, autograph=False).get_concrete_function(*specs).graph
@@ -82,7 +83,7 @@ def flops(function, *specs) -> int:
 
 
 def network_cost(config: unet.UNetConfig) -> Cost:
-  """Of a U-Net of random weights."""
+  """The cost of a U-Net, built with random weights."""
   with frozen_variables():
     model = unet.build_unet(config)
   denoiser = denoiser_lib.Denoiser(
@@ -95,7 +96,7 @@ def network_cost(config: unet.UNetConfig) -> Cost:
 
 
 def inception_cost() -> Cost:
-  """Of the feature network, by Keras's Inception v3."""
+  """The cost of the feature network, taken from Keras's Inception v3."""
   features = load_features("keras:InceptionV3", weights=None)
   shape = (_INCEPTION_SIZE, _INCEPTION_SIZE, 3)
   return Cost(flops(lambda x: features(x)["pool"], tf.TensorSpec((1, *shape))),
@@ -104,17 +105,18 @@ def inception_cost() -> Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A search step on a number of replicas, as estimated.
+  """The estimate of a search step on a number of replicas.
 
   Attributes:
     chains: images of one chain on each replica, the micro-batch.
-    passes: 1; or 2, where the population takes several micro-batches.
-    seconds: of computing.
-    gib: of activations and states, on each replica: those of the feature
-      network, all of them, or what a call of the denoiser and its gradient
-      hold, if that is more, for the former are let go before.
-    sent_seconds: of the feature gather and the gradient's reduction.
-    sent_bytes: that each replica receives.
+    passes: 1; or 2 if the population takes several micro-batches.
+    seconds: seconds of computing.
+    gib: GiB of activations and states on each replica. Of the activations, the
+      larger of two parts counts: all those of the feature network, or what a
+      call of the denoiser and its gradient hold. The former are freed before
+      the latter are made.
+    sent_seconds: seconds of the feature gather and the gradient's reduction.
+    sent_bytes: bytes that each replica receives.
   """
   chains: int
   passes: int
@@ -127,21 +129,21 @@ class Step:
 def step(network: Cost, inception: Cost, num_steps: int, state_bytes: int,
          micro_batch: int, replicas: int, device: Accelerator,
          utilisation: float) -> Step:
-  """A rematerialised step.
+  """Estimates a rematerialised step.
 
-  A chain calls the network K times, and once more to recompute each call, with
-  a gradient in its inputs, which takes as many operations as a call: no weight
-  has a gradient. Where the own share of the population is more than a
-  micro-batch, all of it is sampled once for its features first (two passes).
+  A chain calls the network K times. Backpropagation repeats each call and takes
+  its gradient in the inputs, which costs as many operations as a call, because
+  no weight has a gradient. If a replica's share of the population is more than
+  a micro-batch, the whole share is first sampled for its features (two passes).
 
   Args:
-    network: one call.
-    inception: the feature network for one image.
+    network: the cost of one call.
+    inception: the cost of the feature network for one image.
     num_steps: K.
-    state_bytes: of one image.
+    state_bytes: bytes of one image.
     micro_batch: the most images of one chain.
-    replicas: devices.
-    device: which.
+    replicas: the number of devices.
+    device: the kind of device.
     utilisation: the part of its peak that networks reach, in (0, 1].
 
   Returns:
@@ -166,13 +168,13 @@ def step(network: Cost, inception: Cost, num_steps: int, state_bytes: int,
 
 def table(costs: dict[str, tuple[Cost, int, int]], inception: Cost,
           utilisation: float, device: Accelerator = A100) -> str:
-  """Markdown of all settings.
+  """A Markdown table of all settings.
 
   Args:
-    costs: by the model's name: a call, bytes of an image, the micro-batch.
+    costs: (cost of a call, bytes of an image, micro-batch) by model name.
     inception: see `step`.
-    utilisation: likewise.
-    device: likewise.
+    utilisation: see `step`.
+    device: see `step`.
   """
   lines = ["| model | K | accelerators | images a chain | a step | received a "
            f"step, and its time | memory | {STEPS:,} steps |",

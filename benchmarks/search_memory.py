@@ -1,9 +1,9 @@
-"""Peak memory of a search step on the digits: that of a micro-batch.
+"""Peak memory of a search step on the digits, beside that of a micro-batch.
 
   python -m benchmarks.search_memory
 
-One exact step of a population of 512 at K = 10, in micro-batches of 64, and of
-a population of 64 in one chain, each in a process of its own.
+Two exact steps at K = 10 run, each in a process of its own: one of a population
+of 512 in micro-batches of 64, and one of a population of 64 in one chain.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
   python -m benchmarks.search_step [--pytorch=PYTHON] [--runs=5]
 
-Rematerialised, a step of K calls cannot take less than K (2 F + B): F a bare
-call of the network at the same batch, B its bare gradient in images and times,
-both under the better of XLA and the plain graph. The features, mean pixels,
-take no time. Memory and set-up are compared between K = 5 and K = 25, each in a
-process of its own. `--pytorch` is a Python with requirements-pytorch.txt: it
-writes the random weights.
+A rematerialised step of K calls cannot take less than K (2 F + B). F is the
+time of a bare call of the network at the same batch, B that of its bare
+gradient in images and times, both with the faster of XLA and the plain graph.
+The features, mean pixels, take no time. Memory and set-up are compared between
+K = 5 and K = 25, each in a process of its own. `--pytorch` is a Python with the
+packages of requirements-pytorch.txt: it writes the random weights.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
   python -m benchmarks.soak [--hours=2]
 
-Runs the search of the demo in a process of its own and ends it by SIGTERM, as a
-scheduler would. Its resident memory is read every 10 s; its TensorBoard events
-every minute, by TensorBoard's own reader. The first 10 minutes after its first
-step are warm-up; then the first quarter of what remains is compared with the
-last, which of two hours are half an hour each.
+Runs the search of the full demo in a process of its own and ends it by SIGTERM,
+as a cluster's scheduler would. Its resident memory is read every 10 s, its
+TensorBoard events every minute, by TensorBoard's own reader. The first 10
+minutes after its first step are warm-up. Of the time that remains, the first
+quarter is compared with the last; of two hours, each is half an hour.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def resident_gib(pid: int) -> float:
 
 
 def step_seconds(folder: str) -> list[tuple[float, float]]:
-  """What TensorBoard shows of the steps: times of day, and seconds a step."""
+  """The steps as TensorBoard shows them: (Unix time, seconds a step) each."""
   # pylint: disable=g-import-not-at-top
   from tensorboard.backend.event_processing import event_accumulator
   from tensorboard.util import tensor_util
   if not os.path.isdir(folder):
-    return []  # It has not begun.
+    return []  # The search has not begun.
   events = event_accumulator.EventAccumulator(
       folder, size_guidance={event_accumulator.TENSORS: 0})
   events.Reload()
@@ -50,7 +50,7 @@ def step_seconds(folder: str) -> list[tuple[float, float]]:
 
 def quarters(series: list[tuple[float, float]], begin: float,
              end: float) -> tuple[list[float], list[float]]:
-  """Values of the first and of the last quarter of a time."""
+  """Values of the first and of the last quarter of a period of time."""
   quarter = (end - begin) / 4
   return ([value for at, value in series if begin <= at < begin + quarter],
           [value for at, value in series if end - quarter <= at <= end])
@@ -62,7 +62,7 @@ def main():
   hours = parser.parse_args().hours
   root = os.path.dirname(os.path.dirname(records.RESULTS))
   memory, steps, unreadable, first_step = [], [], 0, None
-  # Ended from outside, it takes the search with it.
+  # If this process is ended from outside, the search ends with it.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
   with tempfile.TemporaryDirectory() as folder:
     log = os.path.join(folder, "log")
@@ -86,7 +86,7 @@ def main():
         next_events = time.time() + _READ_EVENTS
         try:
           seen = step_seconds(os.path.join(folder, "run", "tensorboard"))
-        except Exception as error:  # Whatever a reader may say.
+        except Exception as error:  # The reader may raise anything.
           unreadable += 1
           print("events could not be read:", error, file=sys.stderr)
           continue

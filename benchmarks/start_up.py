@@ -2,8 +2,8 @@
 
   python -m benchmarks.start_up [--runs=3]
 
-`--help` needs no TensorFlow; the demo's `--dry_run` builds everything. Beside
-them: a bare Python, and one that imports TensorFlow.
+`--help` needs no TensorFlow; the demo's `--dry_run` builds everything. Their
+yardsticks are a bare Python, and one that imports TensorFlow.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--runs", type=int, default=3)
   runs = parser.parse_args().runs
-  for arguments in COMMANDS.values():  # Caches of files and of bytecode.
+  for arguments in COMMANDS.values():  # Fills caches of files and bytecode.
     seconds(arguments)
   taken = {name: [] for name in COMMANDS}
   for _ in range(runs):

@@ -1,6 +1,6 @@
 """Our side of the timings: parts that run in a process of their own.
 
-Prints one JSON object as its last line.
+It prints one JSON object as its last line.
 """
 
 import argparse
@@ -23,7 +23,10 @@ from ddss_tf.searching import search as search_lib
 
 
 def timed(functions: dict, runs: int) -> dict[str, list[float]]:
-  """Seconds of each function, in turn, after one run that is not counted."""
+  """Seconds of each run by function, after a first run that is not counted.
+
+  The functions take turns.
+  """
   for function in functions.values():
     function()
   seconds = {name: [] for name in functions}
@@ -41,7 +44,7 @@ def _inputs(denoiser, batch_size):
 
 
 def _gradient(denoiser):
-  """The gradient of a call in images and times, as one function."""
+  """A function that gives the gradient of a call in images and times."""
 
   def gradient(x, t):
     with tf.GradientTape() as tape:
@@ -53,7 +56,7 @@ def _gradient(denoiser):
 
 
 class _Means:
-  """Mean pixels of squares, as a feature network."""
+  """A feature network that gives the mean pixels of squares."""
 
   name, sha256, key = "means", "none", "means"
 
@@ -64,7 +67,7 @@ class _Means:
 
 
 def forward(folder: str, batch_size: int, runs: int) -> dict:
-  """A call of the network, and one with its gradient in the images."""
+  """Times a call of the network, and one with gradients in images and times."""
   denoiser = ddss_tf.load_denoiser(folder)
   inputs = _inputs(denoiser, batch_size)
   functions = {}
@@ -81,7 +84,7 @@ def forward(folder: str, batch_size: int, runs: int) -> dict:
 def make_search(denoiser, batch_size: int, num_steps: int, *,
                 remat: bool = True,
                 jit_compile: bool = True) -> loop.Search:
-  """A search of GGDM+PRED+TIME by the linear KID of mean pixels."""
+  """A search of GGDM+PRED+TIME with the linear KID of mean pixels."""
   features = _Means()
   real = tf.random.stateless_uniform(
       [1000, *denoiser.image_shape], [0, 2], -1.0, 1.0)
@@ -98,7 +101,7 @@ def make_search(denoiser, batch_size: int, num_steps: int, *,
 
 def step(folder: str, batch_size: int, num_steps: int, runs: int,
          graph: bool = False, keep: bool = False) -> dict:
-  """A search step, beside its parts: bare calls and bare gradients."""
+  """Times a search step, and bare calls and gradients of the network."""
   denoiser = ddss_tf.load_denoiser(folder)
   inputs = _inputs(denoiser, batch_size)
   before = records.peak_gib()
@@ -122,7 +125,7 @@ def step(folder: str, batch_size: int, num_steps: int, runs: int,
 
 
 def sample(folder: str, batch_size: int, num_steps: int, runs: int) -> dict:
-  """Images of an exported DDIM, and of the same chain called from Python."""
+  """Times images of an exported DDIM, and of the same chain run eagerly."""
   denoiser = ddss_tf.load_denoiser(folder)
   coefficients = families.make_sampler(
       denoiser.schedule, "ddim", num_steps).coefficients().numpy()

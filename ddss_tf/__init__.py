@@ -38,7 +38,7 @@ def __getattr__(name):
 
 
 class _Required:
-  """What `help` shows where an argument must be given."""
+  """What `help` shows as the default of an argument that must be given."""
 
   def __repr__(self):
     return "REQUIRED"
@@ -46,7 +46,10 @@ class _Required:
 
 @functools.cache
 def _without_gin(function):
-  """A function with a signature that reads well: gin's mark is an object()."""
+  """A function whose signature shows REQUIRED instead of gin's mark.
+
+  `help` would show the mark, gin.REQUIRED, as an unnamed object.
+  """
   import gin  # pylint: disable=g-import-not-at-top
   signature = _inspect.signature(function)
   marked = [name for name, parameter in signature.parameters.items()

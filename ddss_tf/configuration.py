@@ -75,8 +75,8 @@ def stages(mode: str) -> list[Callable]:
 def build(functions: Sequence[Callable]) -> None:
   """Builds the arguments of stages and checks that they fit together.
 
-  So a fault in what only the last stage needs is found before the first has run
-  for hours. Large parts are `gin.singleton`s: the stages get those built here.
+  So a fault in an argument of the last stage is found before the first stage
+  runs for hours. Large parts are `gin.singleton`s, built here for the stages.
 
   Args:
     functions: the stages, see `stages`.

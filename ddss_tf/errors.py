@@ -1,10 +1,10 @@
-"""Exceptions whose text is one line for the user, and their words."""
+"""Exceptions whose text is one line for the user, and checks of options."""
 
 import math
 import numbers
 import signal
 
-# Seeds are int32, and a search's validation has the next one.
+# Seeds are int32, and the validation of a search uses the next seed as well.
 MAX_SEED = 2**31 - 2
 
 
@@ -17,19 +17,19 @@ class UserError(ValueError):
 
 
 class Terminated(Exception):
-  """The work was asked to end (SIGTERM), and saved what it had.
+  """A search was asked to end by SIGTERM, and has saved its state.
 
-  The command line prints its text and exits with status 143, as a process does
-  that dies of the signal.
+  The command line prints its text and exits with status 143, like a process
+  that the signal has ended.
   """
 
 
 class Interrupted(KeyboardInterrupt):
-  """The work was asked to end by Ctrl-C; a search has saved what it had.
+  """The work was asked to end by a signal; a search has saved its state.
 
-  A `KeyboardInterrupt`, so that a notebook or a script ends as it does of one,
-  and no `except Exception` on the way takes it for a fault. The command line
-  prints its text and exits with status 128 + signum: 130.
+  It is a `KeyboardInterrupt`, so that notebooks and scripts end as at Ctrl-C,
+  and no `except Exception` takes it for a fault. The command line prints its
+  text and exits with status 128 + signum: 130 for Ctrl-C.
 
   Args:
     message: one line.
@@ -62,12 +62,12 @@ def check_whole(option: str, value, least: int, *, most: int | None = None,
     option: its name.
     value: what was given.
     least: the lowest that is allowed.
-    most: the highest; None: any.
+    most: the highest that is allowed; None: there is no limit.
     optional: whether None is allowed too.
-    other: words for something else that is allowed, and checked elsewhere.
+    other: words for another allowed value, which the caller has checked.
 
   Raises:
-    UserError: it is none of these.
+    UserError: the value is none of these.
   """
   if optional and value is None:
     return

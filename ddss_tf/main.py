@@ -104,7 +104,7 @@ def _fail(error, status=2):
 
 
 def _run():
-  """Does what the flags say."""
+  """Runs the mode that the flags ask for."""
   _check_flags()
   with signals.at_once():
     from ddss_tf import storage
@@ -144,7 +144,7 @@ def _run():
 
 
 def _check_flags() -> None:
-  """Checks the flags, as far as that needs no import that takes its time.
+  """Checks the flags, as far as that needs no slow import.
 
   Raises:
     UserError: a flag has a value that its mode does not allow.
@@ -185,7 +185,7 @@ def _import_plugin(name: str) -> None:
   try:
     importlib.import_module(name)
   except (Exception, SystemExit) as error:  # pylint: disable=broad-except
-    # The line of the plugin, whatever it has called.
+    # The line at the top level of a module where the import failed.
     places = [f"{frame.filename}:{frame.lineno}" for frame
               in traceback.extract_tb(error.__traceback__)
               if frame.name == "<module>"]
@@ -195,7 +195,9 @@ def _import_plugin(name: str) -> None:
 
 
 def _work(stages, folder):
-  """Runs stages in a run directory, which is left as it was if none begins.
+  """Runs stages in a run directory.
+
+  If none begins, the disk is left as it was.
 
   Returns:
     The `RunDir`, and the results of the stages by their names.
@@ -226,7 +228,7 @@ def _work(stages, folder):
 
 
 def _print_results(run, results) -> None:
-  """Prints the figures of a run and where its files are."""
+  """Prints the figures of a run and the paths of its files."""
   from ddss_tf.runs import records as records_lib
   records = results.get("evaluate") or results.get("compare")
   if records:

@@ -1,9 +1,10 @@
 """All access to files: the one module that opens, lists and removes them.
 
 Files and folders that are written appear whole or not at all (`replacing`,
-`replacing_folder`). The other functions do what those of the same name in `os`,
-`os.path`, `shutil` and `glob` do. Paths that are not local can come here, and
-nowhere else. Readers of libraries (h5py, Pillow, Keras, TensorFlow) get paths.
+`replacing_folder`). Most other functions do what those of the same name in
+`os`, `os.path`, `shutil` and `glob` do. Support of paths that are not local
+would be added here, and nowhere else. Libraries that read files themselves
+(h5py, Pillow, Keras, TensorFlow) get paths.
 """
 
 import builtins
@@ -22,11 +23,11 @@ from ddss_tf.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-  """Gives a temporary path beside `path` that takes its place on success.
+  """Gives a temporary path beside `path` whose file takes its place on success.
 
-  On any exception, a full disk among them, the temporary file goes and what
-  was at `path` stays. Of several worker processes the chief alone writes; what
-  the others write goes nowhere.
+  On any exception, such as a full disk, the temporary file is removed and what
+  was at `path` stays. If there are several worker processes, only the chief's
+  file is kept.
 
   Args:
     path: the final path; its folder is made if need be.
@@ -51,7 +52,7 @@ def replacing(path: str) -> Iterator[str]:
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     os.replace(temporary, path)
-  except OSError as error:  # A failed write does not say of what.
+  except OSError as error:  # The error of a failed write has no path.
     raise OSError(
         error.errno, error.strerror or str(error), path) from error
   finally:
@@ -64,10 +65,10 @@ def replacing_folder(path: str) -> Iterator[str]:
   """Gives a temporary folder beside `path` that takes its place on success.
 
   Args:
-    path: the final path; what is there goes only then.
+    path: the final path; what is there is removed on success only.
 
   Yields:
-    Path of an empty folder, beside it.
+    Path of an empty folder in the same folder.
   """
   parent, name = os.path.split(os.path.abspath(path))
   os.makedirs(parent, exist_ok=True)
@@ -85,21 +86,26 @@ def replacing_folder(path: str) -> Iterator[str]:
 def write_text(path: str, text: str) -> None:
   """Writes a text file atomically: UTF-8 with "\\n", whatever the locale."""
   with replacing(path) as temporary:
-    # Python has halves of characters where a file name is not valid text.
+    # File names that are not valid text hold lone surrogates in Python, which
+    # UTF-8 cannot encode.
     with builtins.open(temporary, "w", encoding="utf-8", newline="\n",
               errors="backslashreplace") as f:
       f.write(text)
 
 
 def plain(value):
-  """A NumPy number or array as JSON has it; `json.dumps`' default."""
+  """A NumPy number or array as Python's; the `default` of `json.dumps`."""
   if isinstance(value, (np.generic, np.ndarray)):
     return value.tolist()
   raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def write_json(path: str, value) -> None:
-  """Writes JSON atomically, readable; NaN is an error, not invalid JSON."""
+  """Writes indented JSON atomically.
+
+  Raises:
+    ValueError: the value holds NaN or infinity, which JSON lacks.
+  """
   write_text(path, json.dumps(
       value, indent=1, allow_nan=False, default=plain) + "\n")
 
@@ -107,10 +113,10 @@ def write_json(path: str, value) -> None:
 def read_json(path: str):
   """Reads JSON as the editors of any system save it.
 
-  In UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+  It may be in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
 
   Raises:
-    OSError: it cannot be read.
+    OSError: the file cannot be read.
     ValueError: it is not JSON.
   """
   with builtins.open(path, "rb") as f:
@@ -121,20 +127,20 @@ def read_json(path: str):
 
 
 def expanded(path):
-  """A path with the home folder that `~` or `~user` at its start stands for.
+  """A path in which a `~` or `~user` at the start is the home folder.
 
-  Shells do that for some words only: not after the "=" of a flag, nor inside
-  of a binding.
+  Shells replace it in some places only, not after the "=" of a flag nor inside
+  a gin binding.
 
   Args:
-    path: as it was given. A value that is not a path is given back, and others
-      refuse it.
+    path: as it was given. A value that is not a path is given back, for the
+      caller to refuse.
 
   Returns:
     The path, as text.
 
   Raises:
-    UserError: nobody knows that home folder, and there is no such file either.
+    UserError: the home folder is not known, and there is no file of that name.
   """
   if isinstance(path, os.PathLike):
     path = os.fspath(path)
@@ -184,7 +190,7 @@ def exists(path: str) -> bool:
 
 
 def lexists(path: str) -> bool:
-  """Whether there is a file, a folder or a link, one that leads nowhere too."""
+  """Whether there is a file, a folder or a link, even a broken link."""
   return os.path.lexists(path)
 
 
@@ -204,7 +210,7 @@ def size(path: str) -> int:
 
 
 def listdir(path: str) -> list[str]:
-  """Names in a folder, in no order."""
+  """Names in a folder, in no particular order."""
   return os.listdir(path)
 
 
@@ -224,12 +230,12 @@ def glob(pattern: str) -> list[str]:
 
 
 def makedirs(path: str, exist_ok: bool = False) -> None:
-  """Makes a folder and those above it."""
+  """Makes a folder, and those above it that are missing."""
   os.makedirs(path, exist_ok=exist_ok)
 
 
 def rename(path: str, new: str) -> None:
-  """Moves a file or a folder, in the place of what is there."""
+  """Moves a file or a folder, and replaces a file at the new path."""
   os.replace(path, new)
 
 
@@ -254,5 +260,5 @@ def remove_tree(path: str, ignore_errors: bool = False) -> None:
 
 
 def truncate(path: str, length: int) -> None:
-  """Cuts a file off."""
+  """Cuts a file off after `length` bytes."""
   os.truncate(path, length)

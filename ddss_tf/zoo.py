@@ -1,9 +1,9 @@
 """The zoo: found samplers as files with their figures, to use without a search.
 
-A zoo is a folder of cards, `<name>.json`, each a `sampler.json` with the
-records of its evaluation in it: which model (by the hash of its weights), which
-K and family, figures, the protocol behind them, and where it comes from. One
-comes with the package. In every path here `~` is the home folder.
+A zoo is a folder of cards, `<name>.json`. A card is a `sampler.json` that also
+has the records of its evaluation. It names the model (by the hash of its
+weights), K and family, figures and their protocol, and the sampler's origin.
+One zoo comes with the package. In every path here `~` is the home folder.
 """
 
 import datetime
@@ -36,7 +36,7 @@ def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
     The cards, in the order of their names.
 
   Raises:
-    UserError: no such folder, or a card is damaged.
+    UserError: there is no such folder, or a card is damaged.
   """
   folder = storage.expanded(folder) or FOLDER
   if not storage.isdir(folder):
@@ -55,7 +55,7 @@ def find(sampler: str, folder: str | None = None) -> str:
     folder: the folder of the zoo; None: the one that comes with the package.
 
   Raises:
-    UserError: neither.
+    UserError: there is neither such a file nor such a name.
   """
   sampler = storage.expanded(sampler)
   if isinstance(sampler, str) and storage.isfile(sampler):
@@ -90,8 +90,8 @@ def add(run_dir: str, folder: str, name: str | None = None,
     Path of the card.
 
   Raises:
-    UserError: no sampler, no record of its coefficients, or a name that is no
-      file name.
+    UserError: there is no sampler or no record of its coefficients, or the name
+      cannot be that of a file.
   """
   run_dir, folder, metrics = map(storage.expanded, (run_dir, folder, metrics))
   card = card_lib.read(os.path.join(run_dir, run_dir_lib.SAMPLER))
@@ -146,7 +146,7 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
 
   Args:
     run: the run directory.
-    denoiser: what it is to be used with.
+    denoiser: the model that it is to be used with.
     sampler: path of a card, or its name in the zoo; None: what a search left in
       the run directory.
     force: take a card that was found for other weights or another guidance.
@@ -155,8 +155,8 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
     The sampler, and the bound on x0_hat it was found with.
 
   Raises:
-    UserError: there is none, it was found for another model, or its times are
-      not in this one's range.
+    UserError: there is no sampler, it was found for another model, or its times
+      are out of this model's range.
   """
   path = run.path(run_dir_lib.SAMPLER) if sampler is None else find(sampler)
   found = card_lib.read(path)

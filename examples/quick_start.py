@@ -1,12 +1,12 @@
-"""Your diffusion model and a folder of images, to a sampler of 10 steps.
+"""Finds a sampler of 10 steps for your diffusion model and a folder of images.
 
   python examples/quick_start.py MODEL IMAGES RUN_DIR [FEATURES]
 
-MODEL is a diffusers folder of a `UNet2DModel`, or what else `load_denoiser`
-reads; IMAGES a folder of the kind of images it was trained on. FEATURES is what
-`load_features` takes. By default that is InceptionV3 of Keras, whose ImageNet
-weights Keras downloads once; figures to compare with others' need TF-GAN's:
-"https://tfhub.dev/tensorflow/tfgan/eval/inception/1".
+MODEL is a diffusers folder of a `UNet2DModel`, or whatever else `load_denoiser`
+reads. IMAGES is a folder of images like those it was trained on. FEATURES is
+what `load_features` takes. By default that is InceptionV3 of Keras, whose
+ImageNet weights Keras downloads once. To compare figures with published ones,
+use TF-GAN's: "https://tfhub.dev/tensorflow/tfgan/eval/inception/1".
 """
 
 import sys

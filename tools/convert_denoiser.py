@@ -2,10 +2,10 @@
 
   python tools/convert_denoiser.py SOURCE DESTINATION [--golden=golden.npz]
 
-SOURCE is a path that `ddss_tf.load_denoiser` reads. The golden file holds
-`x` [N, H, W, C], `t` [N] and `eps` [N, H, W, C], the outputs of the original
-library. Exits with status 1 if the converted network is further from them than
---tolerance.
+SOURCE is a path that `ddss_tf.load_denoiser` reads. The golden file holds `x`
+[N, H, W, C], `t` [N] and `eps` [N, H, W, C], the outputs of the original
+library. The tool exits with status 1 if the outputs of the converted network
+differ from them by more than --tolerance.
 """
 
 import os

@@ -5,10 +5,11 @@
   PYTHONPATH=edm python tools/convert_edm.py \
     edm-cifar10-32x32-uncond-vp.pkl edm-cifar10.npz
 
-Unpickling RUNS CODE THAT IS IN THE FILE: do it where you trust it, not where
-you search. Leaves the tensors of `ema` in `edm-cifar10.npz`, and how the
-network was built in `edm-cifar10.npz.json`; `ddss_tf.load_denoiser` reads both,
-and runs nothing. They keep the licence of the pickle.
+Unpickling RUNS CODE THAT IS IN THE FILE: do it on a machine where that code can
+do no harm, not where you search. The tensors of `ema` are written to
+`edm-cifar10.npz`, and how the network was built to `edm-cifar10.npz.json`.
+`ddss_tf.load_denoiser` reads both, and runs no code of theirs. They keep the
+licence of the pickle.
 """
 
 import json
@@ -19,7 +20,14 @@ import numpy as np
 
 
 def card(network) -> dict:
-  """How a network was built: `network` is a preconditioned one of EDM."""
+  """How a network was built.
+
+  Args:
+    network: a preconditioned network of EDM.
+
+  Raises:
+    ValueError: it was built with positional arguments.
+  """
   words = json.loads(json.dumps(dict(network.init_kwargs)))
   if network.init_args:
     raise ValueError("the network must have been built with keywords only. "

@@ -3,9 +3,9 @@
   git clone https://github.com/hojonathanho/diffusion
   PYTHONPATH=diffusion python -O tools/dump_ddpm_fixture.py tests/testdata
 
-Run once, outside CI, with the original's own code in a graph of TensorFlow 1.
-That code asserts whole times although its arithmetic takes any: -O drops its
-assertions.
+Run once, outside CI, with the original code in a graph of TensorFlow 1. That
+code asserts that times are whole numbers, although its arithmetic takes any
+time: -O drops its assertions.
 """
 
 import json
@@ -19,7 +19,7 @@ import tensorflow.compat.v1 as tf
 
 
 def _group_norm(x, scope):
-  """What tf.contrib.layers.group_norm does by default: 32 groups, 1e-6."""
+  """Stands in for tf.contrib.layers.group_norm: 32 groups, epsilon 1e-6."""
   _, height, width, channels = x.shape.as_list()
   with tf.variable_scope(scope):
     beta = tf.get_variable("beta", [channels])
@@ -31,7 +31,7 @@ def _group_norm(x, scope):
 
 
 def main(folder: str) -> None:
-  # TensorFlow 2 has no contrib, of which the model uses this function.
+  # The model uses this function of tf.contrib, which TensorFlow 2 lacks.
   contrib = types.ModuleType("tensorflow.contrib")
   contrib.layers = types.SimpleNamespace(group_norm=_group_norm)
   sys.modules["tensorflow.contrib"] = contrib
@@ -41,7 +41,7 @@ def main(folder: str) -> None:
   tf.disable_v2_behavior()
   rng = np.random.default_rng(0)
   x = rng.standard_normal((4, 32, 32, 3)).astype(np.float32)
-  # Rounded: they compress better, and are inputs all the same.
+  # Rounded values compress better, and serve as inputs just as well.
   x = np.round(8 * x) / 8
   t = np.array([0.0, 13.0, 400.25, 999.0], np.float32)
   with tf.Graph().as_default(), tf.Session() as session:

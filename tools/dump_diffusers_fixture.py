@@ -3,8 +3,8 @@
   pip install torch diffusers safetensors
   python tools/dump_diffusers_fixture.py tests/testdata
 
-Run once, outside CI: the switches are those that the embedded digits model does
-not use. The tests then need neither PyTorch nor diffusers.
+Run once, outside CI: the tests then need neither PyTorch nor diffusers. The
+models use the switches that the embedded digits model does not use.
 """
 
 import json
@@ -22,8 +22,8 @@ _COMMON = dict(
     block_out_channels=(8, 16, 8), attention_head_dim=4, norm_num_groups=4)
 # Together they have every value of every key that we read.
 _VARIANTS = {
-    # Blocks without attention keep their convolution, those with it obey
-    # downsample_type and upsample_type.
+    # Only blocks with attention obey downsample_type and upsample_type. Those
+    # without it keep their convolution.
     "diffusers_classes": dict(
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -60,7 +60,7 @@ def main(folder: str) -> None:
 
 
 def _dump_variant(path: str, options: dict, seed: int) -> None:
-  """Writes configuration and outputs; a seed stands for the weights."""
+  """Writes configuration, outputs, and a seed in place of the weights."""
   model = diffusers.UNet2DModel(**{**_COMMON, **options}).eval()
   tensors, index = small_fixture.seeded(
       {key: tuple(value.shape) for key, value in model.state_dict().items()},
@@ -86,7 +86,7 @@ def _dump_variant(path: str, options: dict, seed: int) -> None:
 
 
 def _dump_folder(folder: str) -> None:
-  """Writes a whole folder of diffusers, with outputs."""
+  """Writes a model folder in diffusers' layout, with outputs."""
   torch.manual_seed(0)
   model = diffusers.UNet2DModel(
       sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16),
@@ -96,7 +96,7 @@ def _dump_folder(folder: str) -> None:
       downsample_padding=1, resnet_time_scale_shift="scale_shift").eval()
   with torch.no_grad():
     for name, value in model.named_parameters():
-      # Biases and gains of a new model are 0 and 1: give them a say.
+      # Biases and gains of a new model are 0 and 1, which would hide faults.
       if value.ndim == 1:
         value.add_(0.3 * torch.randn_like(value))
     x = torch.randn(4, 3, 8, 8)

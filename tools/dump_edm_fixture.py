@@ -4,8 +4,8 @@
   git clone https://github.com/NVlabs/edm
   PYTHONPATH=edm python tools/dump_edm_fixture.py tests/testdata
 
-Run once, outside CI, with the original's own code: the tests then need neither
-it nor PyTorch. All weights are random, those that begin as zeros too.
+Run once, outside CI, with the original code: the tests then need neither it nor
+PyTorch. All weights are random, even those that a new network has as zeros.
 """
 
 import json
@@ -18,11 +18,11 @@ import small_fixture
 import torch
 from training import networks
 
-# Together, every switch in which the published networks differ, and some in
-# which they do not. In the first, attention is at both levels, in two blocks a
-# level on the way down and in the last one on the way up; in the third, the
-# finer level is too narrow for a head, and the coarser one has one. The last is
-# NCSN++.
+# Together they have every switch in which the published networks differ, and
+# some in which they do not. The first has attention at both levels, in two
+# blocks a level on the way down and in the last block on the way up. In the
+# third, the finer level is too narrow for a head, and the coarser has one. The
+# last is NCSN++.
 _MODELS = {
     "edm_song": (networks.EDMPrecond, dict(
         img_resolution=8, img_channels=3, model_type="SongUNet",
@@ -50,7 +50,7 @@ _MODELS = {
         encoder_type="residual", decoder_type="standard",
         channel_mult_noise=2, resample_filter=[1, 3, 3, 1])),
 }
-# The published networks for CIFAR-10 and ImageNet at 64, less wide.
+# The published networks for CIFAR-10 and 64x64 ImageNet, with less width.
 _PUBLISHED = {
     "cifar10": (networks.VPPrecond, dict(
         img_resolution=32, img_channels=3, label_dim=10, augment_dim=9,
@@ -70,7 +70,11 @@ _NHWC = (0, 2, 3, 1)
 
 
 def _random(module, rng) -> dict:
-  """Draws the parameters of a module; small_fixture's of them by name."""
+  """Sets a module's parameters at random.
+
+  Returns:
+    By name, what `small_fixture.draw` gave.
+  """
   drawn = {name: small_fixture.draw(name, tuple(value.shape), rng)
            for name, value in module.named_parameters()}
   with torch.no_grad():
@@ -88,7 +92,7 @@ def main(folder: str) -> None:
     for key, value in network.named_buffers():
       if key.endswith("freqs"):
         values, scale = rng.integers(-40, 40, value.shape, np.int8), 0.25
-      else:  # A resampling filter, of small whole numbers.
+      else:  # A resampling filter: small whole numbers times a scale.
         scale = float(value.min())
         values = np.round(value.numpy() / scale).astype(np.int8)
       value.copy_(torch.from_numpy(values * np.float32(scale)))
@@ -98,7 +102,7 @@ def main(folder: str) -> None:
     x = rng.standard_normal((5, channels, size, size)).astype(np.float32)
     x = x * np.sqrt(0.25 + sigma**2)[:, None, None, None]
     classes = words.get("label_dim", 0)
-    # The last is of no class.
+    # The last image has no class.
     labels = (np.arange(5) % classes if classes else np.zeros(5)).astype(
         np.int32)
     labels[-1] = -1

@@ -6,8 +6,8 @@
   PYTHONPATH=improved-diffusion:guided-diffusion \
     python tools/dump_guided_fixture.py tests/testdata
 
-Run once, outside CI, with the originals' own code: the tests then need neither
-it nor PyTorch.
+Run once, outside CI, with the original code: the tests then need neither it nor
+PyTorch.
 """
 
 import json
@@ -23,8 +23,9 @@ import torch
 
 _STEPS = 50
 _CLASSES = 5
-# The switches of the published networks, and the others that we read. By name:
-# the code, its flags, and those that the tensors do not tell.
+# Together they have the switches of the published networks, and the others that
+# we read. By name: the code, its flags, those flags that do not follow from the
+# weights, and the noise schedule.
 _MODELS = {
     # As 64x64_diffusion.pt: pooling in residual blocks, heads after q, k, v.
     "guided_new_order": (
@@ -44,8 +45,8 @@ _MODELS = {
         dict(num_head_channels=8, resblock_updown=True,
              use_new_attention_order=False),
         "linear"),
-    # The first level of half the width, as 512x512_diffusion.pt has; strided
-    # convolutions; another number of heads on the way up.
+    # The first level has half the width, as in 512x512_diffusion.pt. Resampling
+    # is by strided convolutions; the way up has another number of heads.
     "guided_half_width": (
         guided,
         dict(out_channels=3, model_channels=64, channel_mult=(0.5, 1),

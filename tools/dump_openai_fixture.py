@@ -5,8 +5,8 @@
   PYTHONPATH=improved-diffusion python tools/dump_openai_fixture.py \
     tests/testdata
 
-Run once, outside CI, with the original's own code: the tests then need neither
-it nor PyTorch.
+Run once, outside CI, with the original code: the tests then need neither it nor
+PyTorch.
 """
 
 import json
@@ -19,9 +19,9 @@ import numpy as np
 import small_fixture
 import torch
 
-# What the two do not share is every switch that the published ones differ in.
-# In the first, attention ends both levels, two widths with as many heads; in
-# the second, the level without attention is the one that is upsampled.
+# The two differ in every switch in which the published networks differ. In the
+# first, attention ends both levels, so two widths have the same number of
+# heads. In the second, the level that is upsampled has no attention.
 _MODELS = {
     "openai_learned_sigma": (
         dict(out_channels=6, channel_mult=(1, 2), attention_resolutions=(1, 2),

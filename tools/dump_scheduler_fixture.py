@@ -1,21 +1,22 @@
 """Runs samplers as schedulers of diffusers, in its DDPMPipeline, for the tests.
 
-  python tests/support/scheduler_cases.py FOLDER                        # TensorFlow
+  python tests/support/scheduler_cases.py FOLDER                  # TensorFlow
   python tools/dump_scheduler_fixture.py FOLDER FIXTURE MODEL...  # PyTorch
 
-A MODEL is a folder of a `UNet2DModel` with its weights. FOLDER has, in a folder
-of the model's name, one folder for each case, as `ddss_tf.diffusers_scheduler`
-writes it. The second command needs torch and diffusers only (the fixture was
-written with diffusers 0.42.1).
+A MODEL is a folder of a `UNet2DModel` with its weights. FOLDER has a folder of
+each model's name, and in it a folder for each case, as
+`ddss_tf.exporting.diffusers_scheduler` writes it. The second command needs
+torch and diffusers only. The fixture was written with diffusers 0.42.1.
 
-Keys of the fixture, an npz file, for each case:
+The fixture, an npz file, has these keys for each case:
 
   <case>/config   text of `scheduler_config.json`
   <case>/x_T      [B, H, W, C] the noise that the pipeline drew first
-  <case>/noise    [B, K - 1, H, W, C] and in its steps; 0 where it drew none
+  <case>/noise    [B, K - 1, H, W, C] the noise that its steps drew; 0 where a
+                  step drew none
   <case>/images   [B, H, W, C] what the last step returned
 
-and `template_sha256`, of `scheduling_ddss.py`.
+and also `template_sha256`, the hash of `scheduling_ddss.py`.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ _SEED = 11
 
 
 def load_scheduler(folder: str):
-  """The scheduler of a folder, by the class in it."""
+  """The scheduler of a folder, made by the class in that folder."""
   spec = importlib.util.spec_from_file_location(
       "scheduling_ddss", os.path.join(folder, _MODULE))
   module = importlib.util.module_from_spec(spec)
@@ -42,7 +43,11 @@ def load_scheduler(folder: str):
 
 
 def run(unet, scheduler) -> dict[str, np.ndarray]:
-  """Samples with diffusers' own pipeline, and repeats what noise it drew."""
+  """Samples with diffusers' own pipeline, and draws its noise once more.
+
+  Returns:
+    Noise and images, by their keys in the fixture.
+  """
   config = scheduler.config
   steps = len(config.times)
   made, step = [], scheduler.step

@@ -3,21 +3,21 @@
   pip install torch diffusers
   python tools/dump_solver_fixtures.py tests/testdata/solvers.npz
 
-Run once, outside CI: the tests then need neither PyTorch nor diffusers (written
-with diffusers 0.42.1). All is float64. The "network" is the exact noise
-prediction for a data set that is a mixture of two Gaussians on R^4, shown as
-images [2, 2, 1], so that the tests can rebuild it from the stored constants.
+Run once, outside CI: the tests then need neither PyTorch nor diffusers. The
+file was written with diffusers 0.42.1. All is float64. The "network" is the
+exact noise prediction for a data set that is a mixture of two Gaussians on R^4,
+shown as images [2, 2, 1]. So the tests can rebuild it from stored constants.
 
-Keys of the file, for each case `<solver>_<grid>_<K>`, K network calls:
+Each case `<solver>_<grid>_<K>`, of K network calls, has these keys in the file:
 
   <case>/times     [K] time of each network call, in order
   <case>/states    [K, B, 2, 2, 1] input of each network call
   <case>/image     [B, 2, 2, 1] what the last step returns
   <case>/abar_end  abar that the last step goes to; 1 is the clean image
-  <case>/noise     [B, K - 1, 2, 2, 1] standard normal noise added by the steps
-                   but the last, stochastic solvers only
+  <case>/noise     [B, K - 1, 2, 2, 1] standard normal noise that all steps but
+                   the last add, for stochastic solvers only
 
-and, shared by the cases, `x_T`, `mixture_means` [2, 4], `mixture_stds` [2],
+The cases share `x_T`, `mixture_means` [2, 4], `mixture_stds` [2],
 `mixture_weights` [2], `betas_linear`, `betas_scaled_linear`, `betas_cosine`.
 All cases but `dpm++2m_scaled_linear` and `dpm++2m_cosine` (K = 10, linspace)
 have linear betas.
@@ -56,9 +56,9 @@ BETAS = {
 def use_float64() -> None:
   """Makes the schedulers keep their tables and states in float64.
 
-  They ask for float32 by name, for the betas, the sigmas and, in DPM-Solver,
-  the sample of each step. Naming float64 there, rather than overwriting
-  attributes afterwards, leaves no rounded value that a later one is made of.
+  They name float32 for the betas, the sigmas and, in DPM-Solver, the sample of
+  each step. Here that name gives float64. To overwrite attributes afterwards
+  would be too late: other values would be made from rounded ones before.
   """
   torch.set_default_dtype(torch.float64)
   for module in (scheduling_ddim, scheduling_ddpm, scheduling_deis_multistep,
@@ -94,7 +94,7 @@ def network_times(scheduler) -> np.ndarray:
   """The times whose abar is the one that the scheduler computes with."""
   steps = scheduler.timesteps.numpy().astype(np.float64)
   if not hasattr(scheduler, "sigmas"):
-    return steps  # Those schedulers look abar up at these integers.
+    return steps  # Schedulers without sigmas look abar up at these integers.
   # `sigmas` are sigma_t / alpha_t; the last one belongs to the final image.
   sigmas = scheduler.sigmas.numpy()[:-1]
   log_abar = log_abar_table(scheduler.betas.numpy())
@@ -103,8 +103,9 @@ def network_times(scheduler) -> np.ndarray:
           or scheduler.config.get("use_lu_lambdas")):
     np.testing.assert_allclose(times, steps, rtol=0, atol=1e-8)
     times = steps
-  # Else the scheduler would call the network at rounded times, but keeps the
-  # sigmas that they were rounded from. The fractional times match these.
+  # On a Karras or Lu grid the scheduler rounds the times for the network, but
+  # keeps the sigmas that they were rounded from. The fractional times match
+  # these sigmas.
   at_times = np.interp(times, np.arange(len(log_abar)), log_abar)
   np.testing.assert_allclose(np.sqrt(np.expm1(-at_times)), sigmas, rtol=1e-9)
   return times
@@ -115,12 +116,12 @@ def trajectory(scheduler, num_calls: int, x_start: np.ndarray,
   """Runs a scheduler; returns the fields of a case, see the module.
 
   Args:
-    scheduler: one of diffusers.
+    scheduler: a scheduler of diffusers.
     num_calls: K.
-    x_start: [B, 2, 2, 1]. The schedulers work element by element, so the order
-      of the axes does not matter to them.
+    x_start: x_T [B, 2, 2, 1]. The schedulers work element by element, so the
+      order of the axes does not matter to them.
     noise: [B, K - 1, 2, 2, 1]; None for a deterministic solver.
-    eta: of DDIM.
+    eta: the eta of DDIM.
   """
   is_ddim = isinstance(scheduler, diffusers.DDIMScheduler)
   is_pndm = isinstance(scheduler, diffusers.PNDMScheduler)
@@ -133,8 +134,8 @@ def trajectory(scheduler, num_calls: int, x_start: np.ndarray,
   for i, (step, t) in enumerate(zip(steps, times, strict=True)):
     states.append(x.numpy())
     eps = torch.from_numpy(mixture_eps(states[-1], t, betas))
-    # Where DDPM and DDIM ask for noise in the last step they scale it by zero,
-    # or by 1e-10 as DDPM clamps the variance.
+    # If DDPM and DDIM ask for noise in the last step, they scale it by zero, or
+    # by 1e-10, because DDPM clamps the variance.
     added = torch.zeros_like(x)
     if noise is not None and i < num_calls - 1:
       added = torch.from_numpy(noise[:, i])
@@ -198,7 +199,7 @@ def solvers():
     yield f"deis{order}_linspace", NUM_CALLS, make(
         diffusers.DEISMultistepScheduler, solver_order=order), False, 0.0
 
-  # No bh1 that ends with a zero sigma: B(h) = h is infinite in that step, and
+  # bh1 cannot end with a zero sigma: B(h) = h is infinite in that step, and
   # diffusers multiplies it by zero.
   for order, variant, final in ((2, "bh1", "sigma_min"), (2, "bh2", "zero"),
                                 (3, "bh1", "sigma_min"), (3, "bh2", "zero"),

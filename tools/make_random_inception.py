@@ -1,15 +1,15 @@
 """Makes a SavedModel with the interface of TF-GAN's Inception, random weights.
 
-For tests and rehearsals without the weights: a full-size Inception (Keras's
-InceptionV3, close to the graph of 2015 but not equal to it) that maps images
-[B, 299, 299, 3] in [-1, 1] to {"pool_3": [B, 2048], "logits": [B, 1008]}. What
-it measures is not the FID of any paper.
+It serves tests and rehearsals without the trained weights. It is a full-size
+Inception (Keras's InceptionV3, close to the graph of 2015 but not equal to it)
+that maps images [B, 299, 299, 3] in [-1, 1] to {"pool_3": [B, 2048], "logits":
+[B, 1008]}. What it measures is not the FID of any paper.
 
 Kernels are He-normal from a seed. Signals of an Inception with random kernels
-fade or grow, so the statistics of its batch normalisations are set to those of
-some smooth random images; the 1008 logits are scaled to a standard deviation of
-1 over these. The tool ends with status 1 if the features of fresh images hardly
-differ.
+fade or grow. So the statistics of its batch normalisations are set to those of
+some smooth random images, and over these the 1008 logits are scaled to a
+standard deviation of 1. The tool ends with status 1 if the features of fresh
+images hardly differ.
 
 Example:
   python tools/make_random_inception.py --output_dir=/tmp/random_inception
@@ -33,8 +33,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the weights.", 0)
 
 SIZE = hub.INCEPTION_SIZE
 CLASSES = 1008
-# Features whose standard deviation over images is below this share of their
-# mean tell images apart badly.
+# The smallest standard deviation of features over images, as a share of their
+# mean, with which they tell images apart.
 _LEAST_SPREAD = 0.05
 
 
@@ -42,7 +42,7 @@ class RandomInception(tf.Module):
   """Callable on float32 [B, 299, 299, 3] in [-1, 1], as TF-GAN's is.
 
   Args:
-    seed: of the weights.
+    seed: the seed of the weights.
   """
 
   def __init__(self, seed: int = 0):
@@ -57,7 +57,8 @@ class RandomInception(tf.Module):
       keras_models.calibrate(self.model, "[-1, 1]", seed)
     images = keras_models.smooth_images(8, (SIZE, SIZE), seed)
     values = self.model(images, training=False)[1].numpy()
-    # Centred, or a class that the mean feature prefers would win everywhere.
+    # The logits are centred. Otherwise the class that the mean feature prefers
+    # would win for every image.
     scale = 1 / values.std(axis=0).mean()
     logits.kernel.assign(scale * logits.kernel)
     logits.bias.assign(-scale * values.mean(axis=0))

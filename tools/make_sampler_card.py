@@ -2,9 +2,9 @@
 
   python tools/make_sampler_card.py RUN_DIR [--folder=ddss_tf/assets/samplers]
 
-RUN_DIR holds `sampler.json` and `metrics.json`, as `--mode=run` leaves them; a
-comparison keeps all its figures in one file, --metrics. Refuses a sampler that
-was not measured.
+RUN_DIR holds `sampler.json` and `metrics.json`, as `--mode=run` leaves them. A
+comparison keeps all its figures in one file: name it with --metrics. A sampler
+that was not measured is refused.
 """
 
 from absl import app

@@ -1,7 +1,8 @@
 """Compares published architectures in full size with the original libraries.
 
-With random weights, for an image at each of three times. Two steps, because the
-originals need PyTorch and we do not; FOLDER takes about 2 GB:
+The networks have random weights, and see an image at each of three times. There
+are two steps, because the originals need PyTorch and we do not. FOLDER takes
+about 2 GB:
 
   pip install torch diffusers safetensors
   git clone https://github.com/openai/improved-diffusion
@@ -10,9 +11,9 @@ originals need PyTorch and we do not; FOLDER takes about 2 GB:
     python tools/match_full_size.py dump FOLDER
   python tools/match_full_size.py match FOLDER
 
-The second, in an environment with ddss_tf, prints the largest difference of
-each network, and exits with status 1 if one is above 1e-4 of the output's
-standard deviation.
+The second step needs an environment with ddss_tf. It prints the largest
+difference of each network, and exits with status 1 if one is above 1e-4 of the
+output's standard deviation.
 """
 
 import json
@@ -24,7 +25,7 @@ import numpy as np
 _TOLERANCE = 1e-4
 _CIFAR10 = "ddpm-cifar10-32"  # google/ddpm-cifar10-32, in diffusers' layout.
 _CLASSES = 1000
-# Flags of the published models: of the code, and of our card.
+# Published models: the package, its flags, and the content of our card.
 _OPENAI = {
     "imagenet64_uncond_100M_1500K": (
         "improved_diffusion",
@@ -48,14 +49,14 @@ _OPENAI = {
 
 def _dump(folder: str) -> None:
   """Builds the originals, and writes weights, inputs and outputs."""
-  # Imported here, because no environment has to have all of it.
+  # Imported here, so that no environment needs the packages of both steps.
   import importlib  # pylint: disable=g-import-not-at-top
   import diffusers  # pylint: disable=g-import-not-at-top
   import safetensors.torch  # pylint: disable=g-import-not-at-top
   import torch  # pylint: disable=g-import-not-at-top
 
   def randomise(model):
-    # The originals start with convolutions of zeros.
+    # Random, because some convolutions of a new original are zeros.
     torch.manual_seed(0)
     with torch.no_grad():
       for name, value in model.named_parameters():
@@ -117,7 +118,7 @@ def _match(folder: str) -> None:
   def compare(name, model):
     with np.load(os.path.join(folder, name + ".npz")) as golden:
       inputs = [golden[key] for key in ("x", "t", "labels") if key in golden]
-      # Without the channels of a learned variance, which we drop.
+      # We drop the channels of a learned variance, which come after these.
       expected = golden["output"][..., :3]
     errors = [  # One image at a time, for less memory.
         np.abs(model([value[i:i + 1] for value in inputs], training=False)

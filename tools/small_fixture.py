@@ -1,8 +1,8 @@
 """Random weights that take little room, for the fixtures of other tools.
 
-The published networks have 32 groups in every normalisation, so 32 channels is
-the smallest width, and float32 weights of it would fill megabytes. Weights here
-are small whole numbers times a scale, one scale a tensor.
+The published networks have 32 groups in every normalisation. So 32 channels is
+the smallest width, and float32 weights of that width would fill megabytes.
+Weights here are small whole numbers times a scale, one scale per tensor.
 """
 
 import json
@@ -14,9 +14,9 @@ def draw(name: str, shape, rng) -> tuple[np.ndarray, float]:
   """Draws a tensor that keeps activations near unit variance.
 
   Args:
-    name: of the tensor; gains ("gamma", or one-dimensional "weight") are drawn
-      around one, all others around zero.
-    shape: of the tensor.
+    name: the tensor's name; gains ("gamma", or one-dimensional "weight") are
+      drawn around one, all others around zero.
+    shape: the tensor's shape.
     rng: `np.random.Generator`.
 
   Returns:
@@ -26,7 +26,8 @@ def draw(name: str, shape, rng) -> tuple[np.ndarray, float]:
   if len(shape) == 1:
     gain = name.endswith(("gamma", "weight"))
     return values + np.int8(8 if gain else 0), 0.125
-  # Fan-in of any layout, up to the ratio of inputs to outputs.
+  # The fan-in, whether inputs or outputs come first in the shape, if their
+  # numbers are about equal.
   fan = np.prod(shape) / max(shape[-1], shape[0])
   return values, float(2.0 ** np.round(np.log2(0.8 / np.sqrt(fan))))
 
@@ -35,9 +36,9 @@ def save(path: str, tensors: dict, **arrays) -> None:
   """Writes drawn tensors and golden arrays.
 
   Args:
-    path: of the npz file.
+    path: the path of the npz file.
     tensors: by name, what `draw` gave.
-    **arrays: the rest.
+    **arrays: the golden arrays.
   """
   index = [(name, values.shape, scale)
            for name, (values, scale) in tensors.items()]
@@ -50,15 +51,15 @@ def save(path: str, tensors: dict, **arrays) -> None:
 def seeded(shapes: dict, seed: int) -> tuple[dict, list]:
   """Draws weights that need not be stored: their seed gives them again.
 
-  From `RandomState`, whose stream of whole numbers NumPy has frozen for good.
+  They come from `RandomState`, whose stream of whole numbers NumPy has frozen.
 
   Args:
-    shapes: by name, in the order of the draws.
-    seed: of the draws.
+    shapes: shapes by name, in the order of the draws.
+    seed: the seed of the draws.
 
   Returns:
-    float32 tensors by name; and rows (name, shape, scale, offset), by which
-    they are (whole numbers in [-2, 2] + offset) * scale.
+    float32 tensors by name; and rows (name, shape, scale, offset). A tensor is
+    (whole numbers in [-2, 2] + offset) * scale.
   """
   rng, tensors, index = np.random.RandomState(seed), {}, []
   for name, shape in shapes.items():

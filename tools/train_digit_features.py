@@ -1,7 +1,7 @@
 """Trains the two digit classifiers whose features come with the package.
 
-They share nothing but the data: architecture, seed and augmentation differ, so
-that a sampler trained on the features of one can be judged by the other.
+They share the data only. Architecture, seed and augmentation differ, so that a
+sampler trained on the features of one can be judged by the other.
 
 Example:
   python tools/train_digit_features.py --network=digits_cnn
@@ -40,7 +40,7 @@ _EPOCHS = flags.DEFINE_integer("epochs", 30, "Passes over the data.", 1)
 
 
 def digits_cnn() -> keras.Model:
-  """Plain convolutions, 128 features."""
+  """A network of plain convolutions with 128 features."""
   x = images = keras.Input((16, 16, 1), name="images")
   for i, (width, stride) in enumerate(
       [(32, 1), (64, 2), (64, 1), (96, 2), (128, 1)]):
@@ -52,7 +52,7 @@ def digits_cnn() -> keras.Model:
 
 
 def digits_resnet() -> keras.Model:
-  """Residual blocks after a wide kernel, 96 features."""
+  """A network of residual blocks after a wide kernel, with 96 features."""
   images = keras.Input((16, 16, 1), name="images")
   x = layers.Conv2D(24, 5, padding="same", name="stem")(images)
   for i, (width, stride) in enumerate([(32, 2), (64, 2), (96, 1)]):
@@ -60,7 +60,8 @@ def digits_resnet() -> keras.Model:
     y = layers.Activation("gelu", name=f"{block}_activation_1")(x)
     y = layers.Conv2D(width, 3, stride, "same", name=f"{block}_conv_1")(y)
     y = layers.Activation("gelu", name=f"{block}_activation_2")(y)
-    # Each block starts as its shortcut, so no normalisation is needed.
+    # Before training each block equals its shortcut, so no normalisation is
+    # needed.
     y = layers.Conv2D(width, 3, padding="same", kernel_initializer="zeros",
                       name=f"{block}_conv_2")(y)
     x = layers.Conv2D(width, stride, stride, name=f"{block}_shortcut")(x)
@@ -71,8 +72,8 @@ def digits_resnet() -> keras.Model:
       images, layers.Dense(10, name="logits")(x), name="digits_resnet")
 
 
-# Builder, seed, and the augmentation's largest shift (pixels of 32), rotation
-# (radians) and relative change of scale.
+# By name: the builder, the seed, and the augmentation's largest shift (pixels
+# of 32), rotation (radians) and relative change of scale.
 _RECIPES = {
     "digits_cnn": (digits_cnn, 1, dict(shift=3.0, rotation=0.0, scale=0.0)),
     "digits_resnet": (
@@ -82,14 +83,14 @@ _RECIPES = {
 
 def augment(images: tf.Tensor, seed: tf.Tensor, shift: float, rotation: float,
             scale: float) -> tf.Tensor:
-  """Random similarity transforms about the centre.
+  """Applies random similarity transforms about the centre.
 
   Args:
     images: float32 [B, H, H, 1], background -1.
     seed: integer [2].
-    shift: of each axis, at most; pixels.
-    rotation: at most; radians.
-    scale: relative change, at most.
+    shift: the largest shift along each axis, pixels.
+    rotation: the largest rotation, radians.
+    scale: the largest relative change of scale.
 
   Returns:
     float32 [B, H, H, 1].
@@ -118,8 +119,9 @@ def train(name: str, images: np.ndarray, labels: np.ndarray) -> keras.Model:
   """Trains one network.
 
   Args:
-    name: of a recipe.
-    images: float32 [N, 32, 32, 1] in [-1, 1]; the network sees halves of them.
+    name: a key of `_RECIPES`.
+    images: float32 [N, 32, 32, 1] in [-1, 1]; the network sees them halved in
+      size.
     labels: int64 [N].
 
   Returns:
@@ -152,7 +154,7 @@ def train(name: str, images: np.ndarray, labels: np.ndarray) -> keras.Model:
 
 def accuracy(features: network_lib.FeatureNetwork, images: np.ndarray,
              labels: np.ndarray) -> float:
-  """Share of digits [N, 16, 16, 1] whose greatest logit is their label's."""
+  """Share of digits [N, 16, 16, 1] whose largest logit is their label's."""
   predicted = np.argmax(features(images)["logits"], axis=1)
   return float(np.mean(predicted == labels))
 
@@ -188,7 +190,7 @@ def main(argv):
           "seed": _RECIPES[name][1],
       }, f, indent=1)
       f.write("\n")
-    features_lib.load_features(f"{path}.keras")  # What was written is sound.
+    features_lib.load_features(f"{path}.keras")  # Checks what was written.
   sys.exit(1 if failed else 0)
 
 

@@ -1,1 +1,1 @@
-"""Where images come from; TFDS builders that come with the package."""
+"""Loading of real images, and the TFDS builders that come with the package."""

@@ -27,13 +27,14 @@ class ImageDataset:
 
 
 def as_dataset(images: "ImageDataset | np.ndarray") -> ImageDataset:
-  """Images in memory as a data set; a data set as it is.
+  """Makes a data set of images in memory. A data set is given back as it is.
 
   Args:
     images: float [N, H, W, C] in [-1, 1].
 
   Raises:
-    UserError: another shape, bytes, values out of range or not finite.
+    UserError: the images are not floats or not of that shape, or a value is
+      out of range or not finite.
   """
   if isinstance(images, ImageDataset):
     return images
@@ -51,16 +52,17 @@ def as_dataset(images: "ImageDataset | np.ndarray") -> ImageDataset:
 
 
 def to_float(pixels: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
-  """Bytes in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1, any shape."""
+  """Maps bytes in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1, any shape."""
   if tf.is_tensor(pixels):
     return tf.cast(pixels, tf.float32) / 127.5 - 1.0
   return np.asarray(pixels).astype(np.float32) / np.float32(127.5) - 1
 
 
 def to_uint8(images: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
-  """Floats, meant in [-1, 1], to the nearest byte, clipped; any shape.
+  """Maps floats in [-1, 1] to the nearest bytes; any shape.
 
-  Inverse of `to_float`, and what saving images to a file does to them.
+  Values out of range are clipped. It is the inverse of `to_float`, and what
+  saving images to a file does to them.
   """
   if tf.is_tensor(images):
     pixels = tf.round(127.5 * tf.cast(images, tf.float32) + 127.5)

@@ -1,8 +1,8 @@
 """Image files as Pillow reads them.
 
-TensorFlow's own decoders are not used: its JPEG differs from Pillow's, by up to
-18 of 255, and its WebP writes past its buffer on an animated file, which ends
-the process.
+TensorFlow's own decoders are not used. Its JPEG decoder differs from Pillow's,
+by up to 18 of 255. Its WebP decoder writes past its buffer on an animated file,
+which ends the process.
 """
 
 import io
@@ -14,10 +14,10 @@ from PIL import Image
 from PIL import ImageOps
 import tensorflow as tf
 
-# Decoders that a file may reach, whatever its name. Others are seldom used, and
-# so seldom attacked and mended.
+# The decoders that a file may reach, whatever its name. Pillow's others are
+# seldom used, so their faults are seldom found and mended.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# Modes of Pillow that are kept, by the channels that they have.
+# Pillow's modes that images are decoded to, with their numbers of channels.
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 _GREY_WITH_ALPHA = ("La", "LA")
 _COLOUR_WITH_ALPHA = ("PA", "RGBA", "RGBa")
@@ -36,10 +36,10 @@ def of_bytes(data: bytes) -> np.ndarray:
 def pixels(file) -> np.ndarray:
   """Decodes one image.
 
-  Grey files have 1 channel, colour ones 3, and one more where there is
-  transparency. Black and white is grey; a palette, CMYK, YCbCr, LAB and HSV
-  are turned into RGB by Pillow. 16 bits of grey become the nearest of 8. The
-  rotation that EXIF tells is applied. Of a film the first frame counts.
+  Grey files give 1 channel, colour files 3, and transparency adds one. Black
+  and white counts as grey. Pillow turns a palette, CMYK, YCbCr, LAB and HSV
+  into RGB. Grey values of 16 bits are rounded to 8. The rotation in the EXIF
+  data is applied. An animation gives its first frame.
 
   Args:
     file: a path, or a file object.
@@ -48,8 +48,8 @@ def pixels(file) -> np.ndarray:
     uint8 [H, W, C], C from 1 to 4.
 
   Raises:
-    ValueError: in one line, a file that cannot be read: whatever Pillow raises
-      of it, an unknown format, or more pixels than `Image.MAX_IMAGE_PIXELS`.
+    ValueError: the file cannot be read, has an unknown format, or has more
+      pixels than `Image.MAX_IMAGE_PIXELS`. The message is one line.
   """
   try:
     with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def pixels(file) -> np.ndarray:
 
 
 def _as_array(image: Image.Image) -> np.ndarray:
-  """The pixels of an image that is open, uint8 [H, W, C]."""
+  """The pixels of an open image, uint8 [H, W, C]."""
   if image.mode.startswith("I"):  # I;16, I;16B, and I of older Pillows.
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
@@ -84,17 +84,17 @@ def _as_array(image: Image.Image) -> np.ndarray:
 
 
 def decode(data: tf.Tensor, read, shape) -> tf.Tensor:
-  """Decodes inside of a `tf.data.Dataset.map`.
+  """Decodes one image inside a `tf.data.Dataset.map`.
 
   Args:
     data: string [], what `read` takes.
     read: `of_file` or `of_bytes`.
-    shape: (H, W, C) of the images, as far as it is known. Grey is repeated
-      where 3 channels are.
+    shape: (H, W, C) of the images, None where it is not known. If C is 3, a
+      grey image is repeated to 3 channels.
 
   Returns:
-    uint8 [H, W, C]. A file that cannot be read is an error of TensorFlow, with
-    the words of `pixels`.
+    uint8 [H, W, C]. If the file cannot be read, TensorFlow raises an error with
+    the message of `pixels`.
   """
   channels = shape[-1]
 

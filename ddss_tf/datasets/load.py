@@ -1,7 +1,7 @@
 """Images of any data set, as float32 NHWC in [-1, 1].
 
-All knowledge of pixels as bytes is here: `to_float` and `to_uint8`. Where the
-images come from is in `ddss_tf.datasets.sources`.
+Finding and decoding images is in `ddss_tf.datasets.sources`, the conversion
+between bytes and floats in `ddss_tf.datasets.dataset`.
 """
 
 import gin
@@ -14,7 +14,7 @@ from ddss_tf.runs import fingerprint
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.errors import UserError, check_whole
 
-# What a name may begin with to be a path and not a TFDS name.
+# A name that begins with one of these and ":" gives a path, not a TFDS name.
 _FILES = {
     "folder": sources.folder_source,
     "npz": sources.npz_source,
@@ -35,41 +35,41 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
                  download: bool = False) -> ImageDataset:
   """Loads images into memory, in reading order.
 
-  The pixels go through channels -> crop -> pad -> downsample -> resize -> flip,
-  each off unless asked for. The digits of the 16x16 models are
+  The pixels go through channels -> crop -> pad -> downsample -> resize -> flip.
+  Each is off unless asked for. The digits of the 16x16 models are
   `load_dataset("ddss_digits", pad=2, downsample=2)`; photographs of many sizes
   become one size with `crop="center", resize=64`.
 
   Args:
     name: a TFDS name, e.g. "ddss_digits", "cifar10", "lsun/church_outdoor",
       "mnist:3.0.1", with a feature `image`, uint8, and optionally `label`; or
-      "folder:PATH", PNG, JPEG, BMP and WebP files (WebP where TensorFlow reads
-      it: 2.18 does not), flat or in a subfolder per class; or "npz:FILE", with
-      `images` [N, H, W, C], uint8 or float in [-1, 1], and optionally `labels`
-      [N]; or "tfrecords:FILE", one file of StyleGAN's, of the wanted size.
+      "folder:PATH", with PNG, JPEG, BMP, WebP and GIF files, flat or in a
+      subfolder per class; or "npz:FILE", with `images` [N, H, W, C], uint8 or
+      float in [-1, 1], and optionally `labels` [N]; or "tfrecords:FILE", the
+      one of StyleGAN's files that has the wanted size.
     split: TFDS split or slice of one, e.g. "train", "test[:50%]". A path has
       no splits: leave it at "train".
     channels: 1 turns colour to grey (0.299 R + 0.587 G + 0.114 B, ITU-R
       BT.601), 3 repeats grey; both drop an alpha channel. None keeps the
       channels there are, which must then be the same in all images.
     crop: "center" keeps the largest square in the middle, a whole number the
-      square of that side in the middle; of an odd margin, the smaller half is
-      cut at the top and left. None keeps all.
+      square of that side in the middle. If the margin is odd, the smaller half
+      is cut at the top and left. None keeps all.
     pad: pixels of background (-1) added on each side.
-    downsample: side of the blocks of pixels averaged to one.
-    resize: side the images, which must then be square, are scaled to by
-      `tf.image.resize(antialias=True)`; clipped to [-1, 1], not rounded.
+    downsample: side of the square blocks that are averaged to one pixel.
+    resize: side to which `tf.image.resize(antialias=True)` scales the images,
+      which must then be square. The result is clipped to [-1, 1], not rounded.
     resize_method: "bicubic", the default because it is what Pillow's BICUBIC
-      computes at any ratio, but for Pillow's rounding to bytes after each
+      computes at any ratio, except that Pillow rounds to bytes after each
       pass; "lanczos3", Pillow's LANCZOS, as StyleGAN prepared LSUN; or
       "area", the mean over the area of each new pixel.
-    flip: whether the same images, mirrored left to right, follow the images;
-      labels repeat.
+    flip: whether all images follow a second time, mirrored left to right, with
+      the same labels.
     max_images: number of images kept before any flip; None keeps all.
     subset_seed: seed by which `max_images` are drawn without replacement; they
       stay in reading order. None takes the first, without reading the rest.
-    max_bytes: most bytes that `images`, float32, may take: 8 GiB unless said.
-      Hashing and feature networks need memory besides.
+    max_bytes: the most bytes that the float32 images may take; the default is
+      8 GiB. Hashing and feature networks need more memory besides.
     data_dir: where TFDS keeps prepared data sets; None is TFDS's own default.
     download: whether TFDS may download and prepare what is missing. The
       embedded data set is prepared at first use, without a download.
@@ -79,10 +79,10 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
     resized, with H' = (H + 2 pad) / downsample.
 
   Raises:
-    UserError: in one line, for a data set, split, folder or file that is
-      missing, damaged, empty or of another kind; images that do not come to
-      one size and number of channels; options that do not fit the images; and
-      a data set larger than `max_bytes`.
+    UserError: the data set, split, folder or file is missing, damaged, empty or
+      of another kind; the processed images differ in size or in their number
+      of channels; an option does not fit the images; or the images need more
+      than `max_bytes`.
   """
   check_whole("channels", channels, 1, optional=True)
   if channels not in (None, 1, 3):
@@ -149,7 +149,7 @@ def _chosen(count: int, max_images: int | None,
 
 
 def _to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:
-  """[B, H, W, 1 to 4] to [B, H, W, channels], channels 1 or 3."""
+  """Turns [B, H, W, 1 to 4] into [B, H, W, channels], channels 1 or 3."""
   is_grey = tf.shape(images)[-1] < 3  # The second channel is then alpha.
   rgb = tf.gather(images, tf.where(is_grey, [0, 0, 0], [0, 1, 2]), axis=-1)
   if channels == 3:
@@ -160,7 +160,7 @@ def _to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:
 
 
 def _crop(images: tf.Tensor, crop: str | int | None) -> tf.Tensor:
-  """The middle square of [B, H, W, C]. What does not fit is not cut."""
+  """The middle square of [B, H, W, C]. A side below `crop` is not cut."""
   if crop is None:
     return images
   height, width = tf.shape(images)[1], tf.shape(images)[2]
@@ -172,7 +172,7 @@ def _crop(images: tf.Tensor, crop: str | int | None) -> tf.Tensor:
 
 def _pad_and_downsample(images: tf.Tensor, pad: int,
                         downsample: int) -> tf.Tensor:
-  """[B, H, W, C] with a border of -1, then means of blocks."""
+  """Adds a border of -1 to [B, H, W, C], then takes means of square blocks."""
   images = tf.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)),
                   constant_values=-1.0)
   if downsample == 1:
@@ -183,8 +183,7 @@ def _pad_and_downsample(images: tf.Tensor, pad: int,
   blocks = tf.reshape(
       images[:, :height * downsample, :width * downsample],
       (-1, height, downsample, width, downsample, channels))
-  # Along the rows first: in floats the order counts, and the hashes of data
-  # sets with it.
+  # The order of the sums decides the rounding, and so the hashes of data sets.
   return tf.reduce_sum(tf.reduce_sum(blocks, 4), 2) / downsample**2
 
 
@@ -210,17 +209,18 @@ def _check_fits(size, crop, pad, downsample, resize, name, place):
 
 def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
           name: str, *, copies: int, max_bytes: int):
-  """The chosen images, processed, and their labels.
+  """Reads and processes the chosen images, and reads their labels.
 
   Args:
-    source: where from.
-    positions: int [N], increasing.
-    process: from a batch of examples with `image`, pixels [B, H, W, C], to
+    source: the images to choose from.
+    positions: int [N], the positions of the chosen ones, increasing.
+    process: maps a batch of examples with `image`, pixels [B, H, W, C], to
       one with `images`, float32 [B, H', W', C'], and `size`, (H, W, C).
-    check: raises a `UserError` for a `size` at a position that does not fit.
+    check: takes a size (H, W, C) and a position; raises a `UserError` if the
+      options do not fit an image of that size.
     name: the name of the data set.
-    copies: images to make room for, per image read.
-    max_bytes: that the room may take.
+    copies: how many images to make room for per image read.
+    max_bytes: the most bytes that this room may take.
 
   Returns:
     Images float32 [copies N, H', W', C'], of which the first N are filled,
@@ -234,7 +234,7 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
   examples = examples.map(
       lambda example: dict(example, image=source.decode(example["image"])),
       num_parallel_calls=tf.data.AUTOTUNE)
-  # Images of many sizes make no batch before they are processed.
+  # Images of different sizes cannot be batched before they are processed.
   size = examples.element_spec["image"].shape
   one_size = size.is_fully_defined()
   if one_size:

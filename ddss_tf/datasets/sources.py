@@ -1,7 +1,7 @@
 """Where images come from: TFDS, a folder, an npz file, StyleGAN's TFRecords.
 
-Each function finds the images of one place and decodes none of them, so that
-`ddss_tf.data` can choose among them before it spends time and memory.
+Each function finds the images of one place and decodes none of them. So
+`ddss_tf.datasets.load` can choose among them before it spends time and memory.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ class ImageSource:
 
   Attributes:
     count: number of images, at least 1.
-    examples: dicts in reading order, with `image`, of the form that `decode`
-      takes, and, if the set has labels, `label`, int64 [].
-    decode: from `image` to pixels [H, W, C], uint8 or float32 in [-1, 1]; a
+    examples: dicts in reading order, with `image`, which `decode` takes, and,
+      if the set has labels, `label`, int64 [].
+    decode: maps `image` to pixels [H, W, C], uint8 or float32 in [-1, 1]; a
       function of tensors, for `tf.data.Dataset.map`.
-    place: from the position of an image to words that name it in a message.
+    place: maps the position of an image to words that name it in a message.
   """
 
   count: int
@@ -48,7 +48,7 @@ class ImageSource:
 
 
 def first_line(error: Exception) -> str:
-  """First line of what an exception says, without TensorFlow's node names."""
+  """First line of an exception's message, without TensorFlow's node names."""
   text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:\w+\]( name:)?|"
                 r"Error in user-defined function .*? with iterator: \S+: ",
                 "", str(error)).strip()
@@ -60,15 +60,15 @@ def tfds_source(name: str, split: str, data_dir: str | None,
   """Images of a prepared TFDS data set, in the order they were written.
 
   Args:
-    name: TFDS name; the features `image`, uint8, and, if there is one,
-      `label`, a whole number, are read.
+    name: TFDS name. The features `image`, uint8, and, if there is one, `label`,
+      a whole number, are read.
     split: TFDS split or slice of one.
     data_dir: where TFDS keeps prepared data sets; None is its own default.
     download: whether TFDS may download and prepare what is missing.
 
   Raises:
-    UserError: for an unknown data set or split, one that is not prepared, and
-      one that holds no images of that kind or none at all.
+    UserError: the data set or the split is unknown, is not prepared, is empty,
+      or has no uint8 feature `image`.
   """
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
@@ -97,11 +97,11 @@ def tfds_source(name: str, split: str, data_dir: str | None,
   examples = builder.as_dataset(
       split=split,
       shuffle_files=False,
-      # Images that are not wanted are not decoded.
+      # TFDS gives encoded bytes, so that unwanted images are never decoded.
       decoders=tfds.decode.PartialDecoding(
           {key: True for key in keys},
           decoders={"image": tfds.decode.SkipDecoding()}),
-      # One file after the other: the order is then that of writing.
+      # Files are read one after the other, which keeps the order of writing.
       read_config=tfds.ReadConfig(
           interleave_cycle_length=1, try_autocache=False))
   shape = features["image"].shape
@@ -114,7 +114,7 @@ def tfds_source(name: str, split: str, data_dir: str | None,
 
 def _prepared_builder(name: str, data_dir: str | None, download: bool):
   """TFDS builder of a data set that is on disk."""
-  # A second to import, which commands that read no data need not wait for.
+  # Imported late: it takes a second, and some commands read no data.
   # pylint: disable=g-import-not-at-top,unused-import
   import tensorflow_datasets as tfds
   import ddss_tf.datasets.ddss_digits
@@ -133,7 +133,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
   if builder.data_path.exists():
     return builder
   obstacle = _lmdb_obstacle() if builder.name == "lsun" else ""
-  if obstacle:  # Which TFDS would only meet after tens of GiB of download.
+  if obstacle:  # TFDS would meet it only after a download of tens of GiB.
     raise UserError(
         f"dataset {name!r} must be prepared first, by `tfds build {name}` "
         "where tensorflow-io loads, such as 0.37.1 beside TensorFlow 2.16: then "
@@ -147,7 +147,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
 
   def prepare(builder):
     logging.info("Preparing %s in %s", name, builder.data_dir)
-    # TFDS prints; the output of a command is not the place.
+    # What TFDS prints must not mix with the output of a command.
     with contextlib.redirect_stdout(sys.stderr):
       builder.download_and_prepare(
           download_config=tfds.download.DownloadConfig(try_download_gcs=False))
@@ -155,7 +155,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
   try:
     prepare(builder)
   except Exception as error:  # A fault of the disk, the network or the data set.
-    # Another process may have been first; then its result serves as well.
+    # Another process may have prepared it meanwhile, which serves as well.
     if builder.data_path.exists():
       return find()
     if data_dir is None and builder.name in EMBEDDED:
@@ -166,7 +166,10 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
 
 
 def _prepared_elsewhere(find, prepare, builder, error):
-  """An embedded data set, where the home folder cannot be written to."""
+  """Prepares an embedded data set in a temporary folder.
+
+  This serves where TFDS's default folder cannot be written to.
+  """
   folder = os.path.join(
       tempfile.gettempdir(), f"ddss_tf-{getattr(os, 'getuid', int)()}")
   logging.warning("%s cannot be prepared in %s (%s): it is in %s", builder.name,
@@ -186,8 +189,8 @@ def _prepared_elsewhere(find, prepare, builder, error):
 def _lmdb_obstacle() -> str:
   """Why TFDS cannot read the LMDB files of LSUN here; "" if it can.
 
-  It does so by tensorflow-io, whose compiled part fits one version of
-  TensorFlow and is loaded only when an operation is asked for.
+  TFDS reads them with tensorflow-io. The compiled part of that package fits one
+  version of TensorFlow, and is loaded only when an operation is asked for.
   """
   # pylint: disable=g-import-not-at-top
   try:
@@ -199,10 +202,10 @@ def _lmdb_obstacle() -> str:
 
 
 def folder_source(path: str) -> ImageSource:
-  """Image files of a folder, sorted by name, or of its class subfolders.
+  """Image files of a folder, or of its class subfolders, sorted by name.
 
   A flat folder has no labels. With one subfolder per class, the label is the
-  position of the subfolder in sorted order, and so are the images sorted.
+  position of the subfolder in sorted order, and the images come class by class.
   Names that begin with a dot, and files with other suffixes, are passed over.
   Links are followed. Pillow decodes the files, see `decoding.pixels`.
 
@@ -210,19 +213,19 @@ def folder_source(path: str) -> ImageSource:
   splits above the classes, shuffles, and knows neither BMP nor WebP.
 
   Args:
-    path: the folder, local; of PNG, JPEG, BMP, WebP or GIF files.
+    path: a local folder of PNG, JPEG, BMP, WebP or GIF files.
 
   Raises:
-    UserError: if there is no such folder, if it cannot be read, holds no
-      images, or holds them both beside and inside of subfolders, or deeper; if
-      an image is a link to nothing.
+    UserError: the folder is missing, cannot be read or holds no images; it
+      holds images at more than one level, or below its subfolders; or an image
+      is a link to nothing.
   """
   root = pathlib.Path(path).expanduser()
   if not path or not root.is_dir():
     raise UserError(
         f"folder of images must exist. Received: {path!r}, which "
         f"{'is a file' if path and root.exists() else 'is missing'}")
-  # As tuples of names, which sort alike wherever folders end in \ or in /.
+  # Tuples of names sort alike whether the system separates them by \ or by /.
   try:
     files = sorted(_image_files(root, (os.path.realpath(root),)))
   except OSError as error:
@@ -239,7 +242,7 @@ def folder_source(path: str) -> ImageSource:
         "subfolder per class, and none deeper. Received: "
         f"{' and '.join(depths[depth] for depth in sorted(depths))}")
   paths = [str(root.joinpath(*parts)) for parts in files]
-  # Names are bytes to a file system, and need not be text.
+  # To a file system names are bytes, which need not be valid text.
   examples = {"image": [os.fsencode(path) for path in paths]}
   if 2 in depths:
     classes = sorted({parts[0] for parts in files})
@@ -256,7 +259,7 @@ def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
 
   Args:
     folder: where to look.
-    above: real paths of the folders on the way to it: a link back to one of
+    above: real paths of the folders on the way to it. A link back to one of
       them is not followed.
   """
   with storage.scandir(folder) as entries:
@@ -272,7 +275,7 @@ def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
         if entry.is_symlink() and not storage.exists(entry.path):
           raise UserError(f"image {entry.path!r} must be a file. Received: a "
                           "link to nothing")
-        if entry.is_file():  # Not a pipe, which would be waited for.
+        if entry.is_file():  # Opening a pipe would wait for its writer.
           yield (entry.name,)
 
 
@@ -285,14 +288,14 @@ def npz_source(path: str) -> ImageSource:
       unpickled, so that reading it runs no code.
 
   Raises:
-    UserError: if there is no such file, it is damaged or not of this form.
+    UserError: the file is missing, damaged or not of this form.
   """
   file = os.path.expanduser(path)
   if not storage.isfile(file):
     raise UserError(f"npz file of images must exist. Received: {path!r}, "
                     "which is missing")
   try:
-    if not zipfile.is_zipfile(file):  # NumPy would speak of pickles.
+    if not zipfile.is_zipfile(file):  # NumPy's message is about pickles.
       raise ValueError("a file of another kind, or the beginning of one")
     with storage.load_arrays(file) as archive:
       keys = list(archive)
@@ -314,7 +317,7 @@ def npz_source(path: str) -> ImageSource:
       raise UserError(f"images of {path!r} must be uint8, or float in [-1, 1]. "
                       f"Received: {images.dtype}")
     low, high = images.min(), images.max()
-    if not (low >= -1 and high <= 1):  # So written that NaN is refused.
+    if not (low >= -1 and high <= 1):  # In this form NaN is refused, too.
       raise UserError(f"images of {path!r}, of {images.dtype}, must be in "
                       f"[-1, 1]. Received: [{low}, {high}]")
     images = images.astype(np.float32, copy=False)
@@ -334,16 +337,16 @@ def npz_source(path: str) -> ImageSource:
 def tfrecords_source(path: str) -> ImageSource:
   """Images of one TFRecord file in StyleGAN's format, without labels.
 
-  Records hold `shape`, int64 [3], and `data`, the bytes of an image in that
-  shape, channels first. Of the files that StyleGAN's tool writes, one for each
-  size, the one of the wanted size is read: `...-r07.tfrecords` is 2**7 = 128
-  pixels wide. Source: https://github.com/NVlabs/stylegan, `dataset_tool.py`.
+  A record holds `shape`, int64 [3], and `data`, the bytes of an image in that
+  shape, channels first. StyleGAN's tool writes one file for each size: the
+  images of `...-r07.tfrecords` are 2**7 = 128 pixels wide. Give the file of the
+  wanted size. Source: https://github.com/NVlabs/stylegan, `dataset_tool.py`.
 
   Args:
     path: the file, uncompressed. It is read once only to count the images.
 
   Raises:
-    UserError: if there is no such file, it is damaged or holds nothing.
+    UserError: the file is missing, damaged or empty.
   """
   file = os.path.expanduser(path)
   if not storage.isfile(file):

@@ -1,1 +1,1 @@
-"""Measuring samplers, one or many."""
+"""Measurement of samplers: FID, KID and Inception Score."""

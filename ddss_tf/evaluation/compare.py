@@ -4,7 +4,7 @@
                 families  searched from the best start they hold -> measured
   -> metrics.json, table.csv, table.md, samples.npz, pictures
 
-Everything is kept: called again, it goes on where it stopped.
+All results are kept. Called again, `compare` goes on where it stopped.
 """
 
 import functools
@@ -39,13 +39,14 @@ _SHOWN = 8  # Images of each row.
 
 
 def check_compare(arguments: Mapping[str, Any]) -> None:
-  """Checks all that can be said of a comparison before anything is loaded.
+  """Checks the options of a comparison before anything is loaded.
 
   Args:
-    arguments: the arguments of `compare`, by name; the parts are not looked at.
+    arguments: the arguments of `compare`, by name. The denoiser, the data set
+      and the feature networks are not looked at.
 
   Raises:
-    UserError: a name or a number is out of range.
+    UserError: a name is unknown or a number is out of range.
   """
   for what, known in (("solvers", solvers_lib.SOLVERS),
                       ("strides", strides.STRIDES),
@@ -73,7 +74,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
       objective_lib.weights_of_terms(objective)
     except (TypeError, ValueError) as error:
       raise UserError(f"compare.objectives[{label!r}]: {error}") from error
-  # Strides are tried on a quarter of their samples.
+  # Strides are first tried on a quarter of `stride_samples`: 4, the least.
   for name, least in (
       ("stride_samples", 16), ("num_samples", 4), ("batch_size", 1)):
     check_whole(f"compare.{name}", arguments[name], least)
@@ -96,7 +97,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
 
 
 def _listed(name, arguments, what="list"):
-  """An argument that must be a list."""
+  """The argument of a name, which must be a list."""
   if not isinstance(arguments[name], (list, tuple)):
     raise UserError(f"compare.{name} must be a {what}. "
                     f"Received: {arguments[name]!r}")
@@ -128,61 +129,60 @@ def compare(
 ) -> list[dict]:
   """Measures solvers and searched families side by side, on the same noise.
 
-  Leaves a table, the first samples of every row, and pictures of both (`draw`).
+  It writes a table, the first samples of every row, and pictures of both.
 
-  A solver's row is that of its best stride. All strides are tried on a quarter
-  of `stride_samples` images, the best two on all of them; the lowest FID wins.
-  These images come from seed + 1, not from those of the table.
+  A solver's row is measured on its best stride. All strides are tried on a
+  quarter of `stride_samples` images, the best two on all of them; the lowest
+  FID wins. Their noise has the seed after the largest seed of the table.
 
-  A family's row is that of a search with the bindings of `search`. It starts at
-  the best, by the search's objective on its own noise, of the samplers that the
-  family holds: its default, DDPM and DDIM on their best strides, and the
-  smaller families' searched ones. So a larger family never starts worse. The
-  first family that holds multistep solvers is searched from the best solver,
-  and again from the best one at other times. Its row is the better of the two,
-  chosen as strides are, and larger families may start at either. The reason is
-  that two starts of one distance can end far apart: at K = 5 the searches of the
-  digits end lower from t = 800 than from t = 999, whose first prediction says
-  little.
+  A family's row is a sampler found by a search with the bindings of `search`.
+  The search starts at the best, by its own objective and noise, of the samplers
+  that the family contains: its default, DDPM and DDIM on their best strides,
+  and the searched samplers of smaller families. So a larger family never starts
+  worse. The first family that contains multistep solvers is searched from the
+  best solver, and again from the best one at other times. Its row is the better
+  of the two, chosen as strides are, and larger families may start at either.
+  Two starts are tried because equally good ones can end far apart: on the
+  digits at K = 5, searches end lower from t = 800 than from t = 999, whose
+  first prediction says little.
 
   Args:
     run_dir: folder of the comparison; each search has its own below it.
     denoiser: the frozen model.
-    dataset: its training set, and the reference.
+    dataset: its training set, and the reference of the measures.
     features: the network of the searches' loss, and of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, or a list of them;
       see `evaluate.evaluate`.
-    num_steps: the K, a list.
+    num_steps: the values of K, a list.
     solvers: names out of `solvers.SOLVERS`.
     strides: names out of `strides.STRIDES`.
     families: names of learned families, smaller ones first.
     starts: "best", as above, or "default": each family is searched once, from
       its own default start (`learned.LearnedSampler.default_start`).
-    objectives: what is minimised, for a row of each family with each of them:
-      a dict of labels to what `search.objective` takes. Then all searches start
-      at DDPM, because the ELBO of a start without noise is infinite. None: one row,
-      with the binding of `search`.
+    objectives: what searches minimise, a dict of labels to what
+      `search.objective` takes. Each family has a row for each. All searches
+      then start at DDPM, because the ELBO of a start without noise is infinite.
+      None: a family has one row, with the binding of `search`.
     cards: samplers that were found before, measured as they are: paths of
       their cards, or names in the zoo; see `zoo.load_searched`.
     full_chain: also measure DDPM with all training steps, with the first seed
-      only (hundreds of calls an image: a reference for small models, or for few
-      samples).
+      only. It takes hundreds of calls an image: a reference for small models,
+      or for few samples.
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: the seed of the rows' noise.
-    more_seeds: seeds of further noise with which every row but the full chain is
-      measured again: a record for each, their mean in the table, a band in the
-      pictures.
+    more_seeds: seeds with which every row but the full chain is measured again.
+      Each gives a record; the table has their mean, the pictures a band.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
 
   Returns:
-    The records, in the order of the table, those of several seeds one after
-    another; with `objectives` they also have the one of their search, its
-    `search_rate` and `search_seconds`, the time of its steps.
+    The records in the order of the table, those of several seeds one after
+    another. With `objectives` each also has the `objective` of its search, the
+    `search_rate` and `search_seconds`, the time of the search's steps.
 
   Raises:
-    UserError: an unknown name, too few samples, or a fault of a search.
+    UserError: a name is unknown, samples are too few, or a search fails.
   """
   check_compare(locals())
   with run_dir_lib.RunDir(run_dir).locked() as run:
@@ -223,7 +223,7 @@ class _Table:
     evaluator: measures the rows.
     bar: moves by one for each row.
     num_samples: the number of images of each row.
-    more_seeds: with which each row is measured again.
+    more_seeds: further seeds with which each row is measured.
     searched: whether records say how their sampler was searched.
 
   Attributes:
@@ -245,7 +245,7 @@ class _Table:
       sampler: the sampler of the row.
       x0_bound: see `chain.bound_x0`.
       search: how it was searched, from its card; None: it was not.
-      more_seeds: in place of those of all rows.
+      more_seeds: further seeds of this row; None: those of all rows.
     """
     more_seeds = self._more_seeds if more_seeds is None else more_seeds
     record = self._evaluator.timed_record(sampler, self._num_samples, x0_bound)
@@ -282,7 +282,7 @@ class _Table:
 
 
 class _Race:
-  """Solvers on their best strides, and families searched from these.
+  """Adds the rows of solvers on their best strides, and of searched families.
 
   Args:
     table: takes the rows.
@@ -320,7 +320,7 @@ class _Race:
       self._search_from(steps, family, starts)
 
   def _search_by_objective(self, steps, family, objectives):
-    """A row for each objective, all searched from DDPM."""
+    """Adds a row for each objective; all searches start at DDPM."""
     for label, objective in objectives.items():
       path = self._table.run.path(f"k{steps}", family, label)
       sampler, bound = self._searched(
@@ -329,7 +329,7 @@ class _Race:
       self._table.add(sampler, bound, _search_of(path))
 
   def _search_from(self, steps, family, starts):
-    """The row of a family: the best of its searches."""
+    """Adds the row of a family: the best of its searches."""
     folder = self._table.run.path(f"k{steps}", family)
     found = {path: self._searched(path, family, steps, candidates)
              for path, candidates in starts.rounds(family, folder).items()}
@@ -339,7 +339,7 @@ class _Race:
     self._table.add(*found[path], _search_of(path))
 
   def _searched(self, folder, family, steps, candidates, **changes):
-    """The sampler that a search of a folder finds, and its bound of x0."""
+    """Searches in a folder; gives the found sampler and its bound on x0_hat."""
     search_lib.search(
         run_dir=folder, denoiser=self._denoiser, dataset=self._dataset,
         features=self._features, sampler=functools.partial(
@@ -351,12 +351,15 @@ class _Race:
 
 
 def _card_name(path):
-  """What tells a card from others of its family: its file or its folder."""
+  """What tells a card from others of its family.
+
+  A `sampler.json` is named by its folder, any other card by its file.
+  """
   folder, name = os.path.split(path)
   return os.path.basename(folder) if name == run_dir_lib.SAMPLER and folder else (
       os.path.splitext(name)[0])
 
 
 def _search_of(folder):
-  """How the sampler of a folder was searched."""
+  """How the sampler of a folder was searched, from its card."""
   return card.read(os.path.join(folder, run_dir_lib.SAMPLER)).search

@@ -127,18 +127,18 @@ def evaluate(
     dataset: the real images, all of them the reference; a data set, or float32
       [N, H, W, C] in [-1, 1].
     features: the network of FID, KID and IS.
-    heldout_features: an unrelated network for `fid_heldout`, which shows gains
-      that merely flatter the first; or a list of networks, all measured in one
-      pass over the samples. Then a record has lists of as many
-      `features_heldout` and `fid_heldout`.
-    baselines: training-free solvers by name, "ddim quadratic" being the solver
-      "ddim" on the stride "quadratic"; functions from a noise schedule to a
-      sampler; or samplers.
+    heldout_features: an unrelated network for `fid_heldout`, which reveals
+      gains on the first network alone; or a list of networks, all measured in
+      one pass over the samples. Given a list, `features_heldout` and
+      `fid_heldout` of a record are lists of that length.
+    baselines: training-free solvers by name, such as "ddim quadratic", the
+      solver "ddim" on the stride "quadratic"; functions from a noise schedule
+      to a sampler; or samplers.
     num_samples: generated images of each sampler.
     seed: the seed of their noise.
     batch_size: images per call.
-    x0_bound: see `chain.bound_x0`; of the baselines. The searched sampler keeps
-      the one it was searched with.
+    x0_bound: the bound on x0_hat of the baselines, see `chain.bound_x0`. The
+      searched sampler keeps the one it was searched with.
     cache_dir: folder of the real images' features, which runs may share;
       run_dir/cache if None.
     jit_compile: compile the network with XLA.
@@ -151,8 +151,8 @@ def evaluate(
     The records of this call, baselines first, the searched one last.
 
   Raises:
-    UserError: parts that do not fit together, an unknown baseline, no sampler
-      to evaluate, or too few samples for a metric.
+    UserError: the parts do not fit together, a baseline is unknown, there is no
+      sampler to evaluate, or the samples are too few for a metric.
   """
   check_evaluate(locals())
   dataset = dataset_lib.as_dataset(dataset)
@@ -197,7 +197,7 @@ def _summarise(folder, records):
 
 
 def _draw(run, evaluator, samplers, records, seed):
-  """`samples.png`: best baseline beside the searched sampler, same noise."""
+  """Draws `samples.png`: best baseline and searched sampler, same noise."""
   chosen = [len(samplers) - 1]
   if len(samplers) > 1:
     chosen.insert(0, min(range(len(samplers) - 1),

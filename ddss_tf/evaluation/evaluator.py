@@ -22,21 +22,22 @@ from ddss_tf.features.network import check_shapes
 from ddss_tf.samplers.sampler import Sampler
 
 _SPLITS = 10  # The Inception Score is published as a mean of 10 parts.
-LEAST_IMAGES = 4  # KID has an error only then; generated and real images.
-_TIMED = 4  # Batches, the first of which does not count.
+# The fewest images, generated or real, with which KID has a standard error.
+LEAST_IMAGES = 4
+_TIMED = 4  # Batches that are timed; the first does not count.
 
 
 class Evaluator:
   """Measures samplers under one set of conditions, on the same noise.
 
   Generated and real images are both rounded to uint8. Records are kept in
-  `metrics.json`, written after each; what it holds under the same conditions is
-  not measured again.
+  `metrics.json`, which is written after each measurement. What it holds under
+  the same conditions is not measured again.
 
   Args:
     run: the run directory.
     denoiser: the frozen model.
-    dataset: the real images, all of them the reference.
+    dataset: the real images; all of them are the reference.
     features: the network of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, a list of them, or
       None. All see the same images, which are made once.
@@ -45,7 +46,7 @@ class Evaluator:
     jit_compile: compile the network with XLA.
 
   Raises:
-    UserError: parts that do not fit together, or too few real images.
+    UserError: the parts do not fit together, or real images are too few.
   """
 
   def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
@@ -93,20 +94,20 @@ class Evaluator:
 
   def record(self, sampler: Sampler, num_samples: int,
              x0_bound: str | None = None, seed: int | None = None) -> dict:
-    """Measures one sampler, or remembers it.
+    """Measures one sampler, or gives the record that is known of it.
 
     Args:
       sampler: a sampler of any family.
       num_samples: generated images, at least 4.
       x0_bound: see `chain.bound_x0`.
-      seed: the seed of the noise, in place of the evaluator's.
+      seed: the seed of the noise; None: the evaluator's.
 
     Returns:
-      Its conditions and metrics, as `metrics.json` has them; None for a metric
-      that is not finite, which a warning names.
+      Its conditions and metrics, as `metrics.json` has them. A metric that is
+      not finite is None, and a warning names it.
 
     Raises:
-      UserError: too few samples.
+      UserError: samples are too few.
     """
     if num_samples < 4:
       raise UserError("num_samples must be at least 4, because KID has an error "
@@ -131,11 +132,11 @@ class Evaluator:
 
   def timed_record(self, sampler: Sampler, num_samples: int,
                    x0_bound: str | None = None) -> dict:
-    """As `record`, but the result always has a timing.
+    """Gives the result of `record`, always with a timing.
 
-    A stored record lacks one if all its images fitted into a single batch, whose
-    time would include compilation, or if it is older than timings. Such a record
-    is timed now.
+    A record lacks a timing if all its images fitted into a single batch, whose
+    time includes compilation, or if it was stored before records had timings.
+    Such a record is timed now.
     """
     record = self.record(sampler, num_samples, x0_bound)
     if not record.get("timing"):
@@ -151,7 +152,7 @@ class Evaluator:
 
   def images(self, sampler: Sampler, num_images: int,
              x0_bound: str | None = None) -> np.ndarray:
-    """The first images of a record, float32 [N, H, W, C]."""
+    """The first images of a sampler's record, float32 [N, H, W, C]."""
     return self.generator(x0_bound).images(
         sampler.coefficients(), num_images, self._seed)
 
@@ -174,7 +175,7 @@ class Evaluator:
 
 
 def _timed(batches, seconds):
-  """Passes batches on as NumPy; appends to a list how long each took."""
+  """Yields batches as NumPy; appends to a list the seconds that each took."""
   began = time.perf_counter()
   for batch in batches:
     values = batch.numpy()  # Waits for the device.
@@ -184,9 +185,10 @@ def _timed(batches, seconds):
 
 
 def _timing(seconds, batch_size):
-  """The `timing` of a record: of a median batch, the first left out.
+  """The `timing` of a record: that of the median batch, without the first.
 
-  None if there is only that one, which had to be compiled.
+  The time of the first batch includes compilation. If there is no other, the
+  timing is None.
   """
   if len(seconds) < 2:
     return None
@@ -195,15 +197,15 @@ def _timing(seconds, batch_size):
 
 
 def _one_or_all(values):
-  """What a record has of held-out networks: one value alone, none as None."""
+  """A record's entry for held-out networks: a list, a single value, or None."""
   return values if len(values) > 1 else next(iter(values), None)
 
 
 def _measure(batches, extract, reference, num_samples, label):
   """Metrics of one sampler's images, from one pass over them.
 
-  Each is None if it is not finite: one image or one network that gives NaN
-  costs the figures that depend on it, and no other.
+  A metric that is not finite is None. An image or a network that gives NaN
+  spoils only the metrics that depend on it.
   """
   broken = 0
 
@@ -215,7 +217,7 @@ def _measure(batches, extract, reference, num_samples, label):
       rows = [found[0]["logits"], *(output["pool"] for output in found)]
       bad = ~np.all(np.isfinite(batch), axis=(1, 2, 3))
       broken += np.sum(bad)
-      # NaN has no byte. Rounded, such an image would look fine to a network.
+      # A byte cannot be NaN: after rounding such an image would look valid.
       yield [np.where(bad[:, None], np.nan, values) for values in rows]
 
   logits, *pools = reference_lib.collect(outputs(), num_samples)
@@ -245,7 +247,7 @@ def _measure(batches, extract, reference, num_samples, label):
 
 
 def _finite(value):
-  """A value, or what is in it, with None for numbers that are not finite."""
+  """A value, or a dict or list of them, with None where it is not finite."""
   if isinstance(value, dict):
     return {key: _finite(inner) for key, inner in value.items()}
   if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""From which samplers a comparison starts each search."""
+"""The samplers from which a comparison starts each search."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ class Ranking:
   """Ranks samplers by FID, on images that no table uses.
 
   Args:
-    evaluator: with a seed of its own.
+    evaluator: measures the samplers, with a seed of its own.
     num_samples: images by which samplers are ranked.
     strides: names of strides to try.
   """
@@ -28,7 +28,7 @@ class Ranking:
     self._strides = strides
 
   def rank(self, sampler: Sampler, x0_bound: str | None = None) -> float:
-    """What samplers are sorted by: their FID, infinity without one."""
+    """The FID by which samplers are sorted; infinity if it is not finite."""
     return self._of(self._num_samples, sampler, x0_bound)
 
   def _of(self, num_samples, sampler, x0_bound=None):
@@ -37,9 +37,11 @@ class Ranking:
 
   def best_strides(self, make: Callable[..., SolverSampler]
                    ) -> list[SolverSampler]:
-    """Samplers on the best strides: the best two, and one with other times.
+    """Samplers on the best strides, the best first.
 
-    All strides are tried on a quarter of the images, the best two on all.
+    All strides are tried on a quarter of the images, the best two on all. If
+    the times of these two are nearly the same (`told_apart`), the best stride
+    with other times is added.
 
     Args:
       make: makes the sampler of a stride.
@@ -52,8 +54,8 @@ class Ranking:
       try:
         sampler = make(stride=stride)
       except UserError:
-        continue  # Not a stride for this K.
-      # Strides of several names may be the same times: the first name counts.
+        continue  # The stride does not fit this K.
+      # Different strides may give the same times: the first name counts.
       candidates.setdefault(fingerprint.coefficients_sha256(
           sampler.coefficients().numpy()), sampler)
     candidates = list(candidates.values())
@@ -69,12 +71,12 @@ class Ranking:
 
 
 class Starts:
-  """What the searches of one number of steps may start at.
+  """The possible starts of all searches at one number of steps.
 
   A family starts at the best of its default, of DDPM and DDIM on their best
   strides, and of the searched samplers of the families that it contains. The
-  first family that holds multistep solvers is also searched from the best
-  solver, and again from the best one at other times.
+  first family that contains multistep solvers may also start at the best
+  solver, and is searched again from the best solver at other times.
 
   Args:
     ranking: ranks samplers.
@@ -85,7 +87,7 @@ class Starts:
   def __init__(self, ranking: Ranking, ranked: list[list[SolverSampler]],
                default_only: bool):
     self._default_only = default_only
-    # Where any family may start, besides its default.
+    # Any family may start at these, besides its default.
     self._simple = [as_start(sampler) for sampler, *_ in ranked
                     if sampler.solver in ("ddpm", "ddim")]
     self._best, *others = sorted(
@@ -99,12 +101,12 @@ class Starts:
     self._ends[family] = folders
 
   def rounds(self, family: str, folder: str) -> dict[str, list[dict]]:
-    """The searches of a family: their folders, and what each may start at."""
+    """The searches of a family: its possible starts, by the search's folder."""
     if self._default_only:
       return {folder: [{}]}
     inside = [name for name in families_lib.contained(family)
               if name in self._ends]
-    # A family inside another one of them was a start of that one already.
+    # A family that another one contains was a start of that one already.
     inside = [name for name in inside if not any(
         name in families_lib.contained(other) for other in inside)]
     candidates = [{}, *self._simple, *(
@@ -121,7 +123,7 @@ class Starts:
 
 
 def as_start(sampler: SolverSampler) -> dict:
-  """The options of a family that starts at this solver."""
+  """The options with which a family starts at this solver."""
   return {"init": sampler.solver, "stride": sampler.stride}
 
 

@@ -1,1 +1,1 @@
-"""Samplers on their way out: SavedModels, images, other formats."""
+"""Writing of samplers and samples: SavedModels, other formats, image files."""

@@ -1,8 +1,8 @@
 """A found sampler as a scheduler of diffusers, for people who use PyTorch.
 
-What is written is a folder of two files: `scheduling_ddss.py`, a class that
+It is written as a folder of two files. `scheduling_ddss.py` has a class that
 needs PyTorch and diffusers only (`assets/scheduling_ddss.py`, never imported
-here), and `scheduler_config.json`, the coefficients.
+here). `scheduler_config.json` has the coefficients.
 """
 
 import os
@@ -25,17 +25,17 @@ def config(card: SamplerCard, denoiser: Denoiser,
 
   Args:
     card: the card of the sampler.
-    denoiser: the model it is used with, in PyTorch: its betas and what it
-      predicts.
-    integer_timesteps: round the times, for models that cannot take fractions;
-      the images are then others than ours.
+    denoiser: the model that the scheduler is used with in PyTorch; its betas
+      and what it predicts are written.
+    integer_timesteps: round the times, for models that cannot take fractions.
+      The images then differ from ours.
 
   Returns:
     JSON, with the arguments of the class in `scheduling_ddss.py`.
 
   Raises:
-    UserError: guidance, of the sampler or the model, which a scheduler never
-      sees, or a model whose states or times are not those of diffusers.
+    UserError: the sampler or the model has guidance, which a scheduler cannot
+      apply, or the states or times of the model are not those of diffusers.
   """
   if card.coefficients.guidance_scales is not None:
     raise UserError("a scheduler of diffusers cannot guide. Received: a sampler "
@@ -72,9 +72,9 @@ def write(folder: str, card: SamplerCard, denoiser: Denoiser,
 
   Args:
     folder: its path; only a folder of such files is replaced.
-    card: see `config`, as the others.
-    denoiser: see `write`.
-    integer_timesteps: see `write`.
+    card: see `config`.
+    denoiser: see `config`.
+    integer_timesteps: see `config`.
 
   Raises:
     UserError: something else is there.

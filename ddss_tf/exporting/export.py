@@ -1,4 +1,4 @@
-"""A sampler with its network as a SavedModel and more, and images as files."""
+"""A sampler with its network as a SavedModel, and in other formats."""
 
 from typing import Sequence
 
@@ -33,7 +33,7 @@ class SamplerModule(tf.Module):
     coefficients: the coefficients of the sampler.
     x0_bound: see `chain.bound_x0`.
     jit_compile: have XLA compile the network where it is served.
-    inline: trace the network K times, not once: see `portable.INLINED`.
+    inline: trace the network K times, not once; see `portable.INLINED`.
   """
 
   def __init__(self, denoiser: Denoiser, coefficients: Coefficients,
@@ -42,8 +42,8 @@ class SamplerModule(tf.Module):
     super().__init__(name="sampler")
     self._denoiser = denoiser
     self.weights = denoiser.tracked
-    # NumPy: as constants of the graph, where eager tensors would become hidden
-    # inputs, which other formats show.
+    # NumPy arrays become constants of the graph. Eager tensors would become
+    # hidden inputs, which other formats show.
     coefficients = denoiser.for_chain(coefficients.numpy())
     height, width, channels = denoiser.image_shape
     steps = coefficients.num_steps
@@ -102,8 +102,8 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
       [B, H, W, C]; image i depends on the seed and i only.
     from_noise(x_T [B, H, W, C], step_noise [B, K - 1, H, W, C]) -> images,
       float32 [B, H, W, C] in [-1, 1].
-  That of a class-conditional network draws a class for each image of
-  serving_default, asks for labels int32 [B] in from_noise, and has
+  With a class-conditional network, serving_default draws a class for each
+  image, from_noise also takes labels int32 [B], and there is
     of_classes(seed int32 [2], labels int32 [B]) -> images, as serving_default.
 
   The folder appears whole or not at all, and only after its images have been
@@ -112,25 +112,25 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   Args:
     run_dir: folder of the run, with `sampler.json`.
     denoiser: the frozen model.
-    also: other forms to write, each under its name of `ALSO`: "diffusers", a
-      folder with the sampler alone as a scheduler for PyTorch
+    also: other forms to write, under the names in `run_dir.ALSO`: "diffusers",
+      a folder with the sampler alone as a scheduler for PyTorch
       (`diffusers_scheduler.write`); "onnx" and "tflite", sampler and network as
       one file with the signature of from_noise (`portable.write`).
-    integer_timesteps: of "diffusers": round the times, for a model that takes
-      no fractions.
+    integer_timesteps: round the times of the "diffusers" form, for a model that
+      takes no fractions.
     sampler: path of a card, or its name in the zoo, instead of the sampler in
       the run directory.
     force: take a card that was found for other weights.
     jit_compile: have XLA compile the network where the SavedModel is served, at
-      the first call with each batch size: faster images, on CPU too, after a
-      slow start. Not every server has XLA, so it is not the default.
+      the first call with each batch size. Images are then faster, on CPU too,
+      after a slow start. Not every server has XLA, so it is not the default.
 
   Returns:
     Path of the SavedModel.
 
   Raises:
-    UserError: there is no sampler, it is for another model, the exported images
-      differ, or a form that is unknown or needs something installed.
+    UserError: there is no sampler, it was found for another model, the exported
+      images differ, or a form is unknown or needs a package that is missing.
   """
   also = [also] if isinstance(also, str) else list(also)
   for name in also:
@@ -185,8 +185,8 @@ def _golden(denoiser, coefficients, x0_bound):
         x0_bound=x0_bound), -1.0, 1.0)
 
   if denoiser.dtype_policy != precision.FLOAT32:
-    # A graph keeps in float32 what it fuses, where single calls round: of a
-    # half precision the difference is that of other images.
+    # In half precision, a graph keeps fused values in float32 where single
+    # calls round them. Images of single calls would differ too much.
     run = tf.function(run, autograph=False)
   images = run()
   inputs = {"x_T": x_T, "step_noise": step_noise}
@@ -201,7 +201,8 @@ def _check(path, inputs, expected):
   def serve():
     return tf.saved_model.load(path).signatures["from_noise"](**inputs)
 
-  # As it will be served: with no strategy, which loads variables otherwise.
+  # As served: outside the distribution strategy, which changes how variables
+  # are loaded.
   received = distribution.outside(serve)["images"]
   difference = float(np.max(np.abs(expected - received.numpy())))
   if not difference <= _PARITY_TOLERANCE:

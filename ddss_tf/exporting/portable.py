@@ -1,8 +1,8 @@
 """The exported sampler for other runtimes: ONNX and TensorFlow Lite.
 
-Both are the noise-in form, sampler and network in one file: x_T and step_noise
-(and labels) in, images out, as `from_noise` of the SavedModel. Stateless
-generators have no counterpart there, so the noise is the caller's.
+Both are one file with sampler and network. Like `from_noise` of the SavedModel
+it takes x_T and step_noise (and labels) and gives images. The caller draws the
+noise, because these formats lack TensorFlow's stateless random generators.
 """
 
 import importlib.util
@@ -14,11 +14,13 @@ import tensorflow as tf
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 
-# What a format needs beyond the package itself, under the extra of its name.
+# Modules that a format needs besides this package. The extra of the same name
+# installs them.
 _MODULES = {"onnx": ("tf2onnx", "onnxruntime"), "tflite": ()}
 FORMATS = tuple(_MODULES)
-# Whose converter loses the image's height where a function is called twice and
-# holds a `tf.repeat`, as Keras' UpSampling2D does, and then has no convolution.
+# Formats for which the network is traced K times. TensorFlow Lite's converter
+# loses the image's height, and then fails at a convolution, if a function that
+# holds a `tf.repeat`, as in Keras' UpSampling2D, is called twice.
 INLINED = ("tflite",)
 _OPSET = 17
 _PARITY_TOLERANCE = 1e-4
@@ -42,22 +44,22 @@ def check_installed(name: str) -> None:
 
 def write(path: str, name: str, module: tf.Module, from_noise,
           inputs: dict[str, np.ndarray], expected: np.ndarray) -> None:
-  """Writes one file, after its images were compared in its own runtime.
+  """Writes one file, after its own runtime has reproduced the images.
 
-  The unrolled chain has the network K times, which the converters take minutes
-  for where a network is large; the weights are in the file once.
+  The unrolled chain has the network K times, so converting a large network
+  takes minutes. The weights are in the file once.
 
   Args:
     path: the path of the file; what is there stays if anything fails.
     name: one of `FORMATS`.
-    module: that owns the weights.
+    module: the owner of the weights.
     from_noise: the `tf.function` to write, with a signature.
     inputs: arguments of it, by name.
     expected: float32 [B, H, W, C], the images it makes of them.
 
   Raises:
-    UserError: something to install, an operation that the format does not have,
-      or images that differ.
+    UserError: a package is missing, the format lacks an operation, or the
+      images differ.
   """
   check_installed(name)
   convert, run = {"onnx": (_to_onnx, _run_onnx),
@@ -86,7 +88,7 @@ def _to_onnx(module, from_noise) -> bytes:
       from_noise, input_signature=signature, opset=_OPSET,
       custom_op_handlers={
           name: _handler(formula) for name, formula in _MISSING.items()})
-  # TensorFlow's graphs have lower-case names only.
+  # TensorFlow's graph has the names in lower case: restore those as given.
   names = {spec.name.lower(): spec.name for spec in signature}
   for value in proto.graph.input:
     value.name = names.get(value.name, value.name)
@@ -100,11 +102,12 @@ def _to_onnx(module, from_noise) -> bytes:
 
 
 def _handler(formula):
-  """What tf2onnx calls for an operation that ONNX has not.
+  """What tf2onnx calls for an operation of one input that ONNX lacks.
 
   Args:
-    formula: (add, x) -> y, of names; `add(kind, *inputs)` adds an operation of
-      ONNX, of names and numbers.
+    formula: (add, x) -> y, where x and y are names of tensors. `add(kind,
+      *inputs)` adds an operation of ONNX on names and numbers, and gives the
+      name of its output.
   """
 
   def handle(graph, node, name, args):
@@ -131,18 +134,18 @@ def _handler(formula):
 
 
 def _expm1(add, x):
-  """exp(x) - 1 as tanh(x / 2) (exp(x) + 1).
+  """exp(x) - 1 as tanh(x / 2) (exp(x) + 1), which is accurate near 0 as well.
 
-  Exact near 0 as well, where sigma_t of models that predict x0 or v needs it.
+  sigma_t of models that predict x0 or v needs it there.
   """
   return add("Mul", add("Tanh", add("Mul", x, 0.5)),
              add("Add", add("Exp", x), 1.0))
 
 
 def _log1p(add, x):
-  """log(1 + x), with what rounding takes from 1 + x given back.
+  """log(1 + x), corrected for the rounding of 1 + x.
 
-  Networks with a clock of log(sigma), such as EDM's, take it of small numbers.
+  Networks whose time input is log(sigma), such as EDM's, take it of small x.
   """
   rounded = add("Add", x, 1.0)
   lost = add("Sub", x, add("Sub", rounded, 1.0))
@@ -150,7 +153,7 @@ def _log1p(add, x):
 
 
 def _erfc(add, x):
-  """1 - erf(x): GELU, which has it, needs no small values of it."""
+  """1 - erf(x), inaccurate where it is near 0: GELU, its user, allows that."""
   return add("Sub", 1.0, add("Erf", x))
 
 
@@ -161,7 +164,7 @@ def _run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
   import onnxruntime  # pylint: disable=g-import-not-at-top
   session = onnxruntime.InferenceSession(
       content, providers=["CPUExecutionProvider"])
-  # One step adds no noise: the converter drops that input.
+  # A sampler of one step adds no noise: the converter drops that input.
   names = [value.name for value in session.get_inputs()]
   return session.run(["images"], {name: inputs[name] for name in names})[0]
 
@@ -173,7 +176,7 @@ def _to_tflite(module, from_noise) -> bytes:
 
 def _run_tflite(content: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
   with warnings.catch_warnings():
-    # That this interpreter moves to the package ai-edge-litert.
+    # The warning is that this class moves to the package ai-edge-litert.
     warnings.simplefilter("ignore")
     interpreter = tf.lite.Interpreter(model_content=content)
   return interpreter.get_signature_runner("serving_default")(**inputs)["images"]

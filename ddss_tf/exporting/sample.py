@@ -1,4 +1,4 @@
-"""Images from a searched or given sampler, into files."""
+"""Samples of a searched or given sampler, as files."""
 
 from typing import Any, Mapping
 
@@ -20,10 +20,11 @@ def check_sample(arguments: Mapping[str, Any]) -> None:
   """Checks the numbers that `sample` is given.
 
   Args:
-    arguments: the arguments of `sample`, by name; the parts are not looked at.
+    arguments: the arguments of `sample`, by name. The denoiser is not looked
+      at.
 
   Raises:
-    UserError: one is out of range.
+    UserError: a number is out of range.
   """
   for name in ("num_images", "batch_size"):
     check_whole(f"sample.{name}", arguments[name], 1)
@@ -36,7 +37,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
            jit_compile: bool = True, label: int | None = None,
            sampler: str | None = None, force: bool = False) -> str:
-  """Writes images of the searched sampler: `generated.npz` and `.png`.
+  """Writes images of the searched sampler to `generated.npz` and `.png`.
 
   Args:
     run_dir: folder of the run, with `sampler.json`.
@@ -45,8 +46,8 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     seed: the seed of their noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
-    label: the class of all images of a class-conditional denoiser; None: each
-      has its own, drawn.
+    label: the class of all images, for a class-conditional denoiser; None: a
+      class is drawn for each image.
     sampler: path of a card, or its name in the zoo, instead of the sampler in
       the run directory.
     force: take a card that was found for other weights.
@@ -55,8 +56,8 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     Path of the npz file, with `images`, uint8 [N, H, W, C].
 
   Raises:
-    UserError: there is no sampler, it is for another model, num_images < 1, or
-      a label that the denoiser does not have.
+    UserError: there is no sampler, it was found for another model, a number is
+      out of range, or the denoiser does not have the label.
   """
   check_sample(locals())
   if label is not None and not 0 <= label < (denoiser.num_classes or 0):

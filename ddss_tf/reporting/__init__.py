@@ -1,1 +1,1 @@
-"""Pictures and pages: what people look at."""
+"""Pictures, the report, and what `inspect` prints."""

@@ -1,8 +1,7 @@
-"""Pictures: grids of samples, inside a sampler, and samplers compared.
+"""Pictures that compare samplers: FID against K and time, rows of samples.
 
-Nothing is computed here but positions: what is drawn comes in as records of
-`metrics.json`, as `Coefficients`, or as images. Every file appears whole or not
-at all.
+What is drawn comes from records of `metrics.json` and from `samples.npz`;
+nothing is measured here. Every file appears whole or not at all.
 """
 
 import collections
@@ -27,23 +26,16 @@ from ddss_tf.samplers import labels as labels_lib
 from ddss_tf.errors import UserError
 
 
-# Inside a sampler.
-
-
-# Samplers compared.
-
-
 def _with_fid(records):
-  """Records without those whose FID was not finite, which has no place."""
+  """The records whose FID is finite, and so can be drawn."""
   return [record for record in records if record["fid"] is not None]
 
 
 def _curves(records, position, value):
-  """What is drawn of each sampler: {name: [(x, y, lowest y, highest y)]}.
+  """The curve of each sampler: {name: [(x, y, lowest y, highest y)]}.
 
-  Records of one sampler at one K are of several seeds: their mean, and how far
-  they spread. Where the strides of one solver stand side by side they are
-  samplers of their own.
+  Records of one sampler at one K have different seeds: x and y are their means.
+  A solver with several strides at one K has a curve for each stride.
 
   Args:
     records: the records of `metrics.json`.
@@ -74,13 +66,17 @@ def _curves(records, position, value):
 
 
 def _best(curves):
-  """Names of the best of each group: lowest mean log value, of as many K."""
+  """Names of the best curve of each group of samplers.
+
+  The best is, of those with the most K, the one with the lowest mean logarithm.
+  """
   best = {}
-  # A logarithm of 0 is none; FIDs have the unit of squared features.
+  # A relative bound, because 0 has no logarithm and FIDs have a unit, that of
+  # squared features.
   least = 1e-12 * max(y for points in curves.values() for _, y, *_ in points)
   for name, points in curves.items():
     if name == labels_lib.FULL_CHAIN:
-      continue  # What all are measured against.
+      continue  # It is a reference for all others.
     rank = (-len(points), float(np.mean(
         [math.log(max(y, least) or 1.0) for _, y, *_ in points])))
     best.setdefault(labels_lib.group(name), []).append((rank, name))
@@ -107,10 +103,10 @@ def _log_axis(axis, values):
 
 
 def _spread(wanted: np.ndarray, gap: float) -> np.ndarray:
-  """The nearest heights in [0, 1] to those wanted that are `gap` apart.
+  """The heights in [0, 1] nearest to the wanted ones that are `gap` apart.
 
-  Their order stays. Without the gaps that belong to the order, it is an
-  isotonic regression, of which bounds are a clip.
+  Their order stays. Once the i-th height is lowered by i gaps, the problem is
+  an isotonic regression, and the bounds are a clip of its solution.
   """
   order = np.argsort(wanted, kind="stable")
   offsets = gap * np.arange(len(wanted))
@@ -121,9 +117,9 @@ def _spread(wanted: np.ndarray, gap: float) -> np.ndarray:
 
 
 def _draw_curves(axis, curves):
-  """Draws curves, the best of each group strong, each with its name beside.
+  """Draws curves with their names at the right, the best of a group strong.
 
-  The limits of y must be set, and the axis must not move afterwards.
+  The limits of y must be set before, and the axis must not move afterwards.
   """
   best = _best(curves)
   low, high = np.log(axis.get_ylim())
@@ -153,14 +149,18 @@ def _draw_curves(axis, curves):
         textcoords=column, va="center", fontsize=8, zorder=4,
         color=colour if strong else style_lib.TEXT,
         fontweight="bold" if strong else "normal", annotation_clip=False,
-        # Dotted, as no line of data is.
+        # Dotted, which no line of data is.
         arrowprops=dict(arrowstyle="-", color=colour, shrinkA=1, shrinkB=4,
                         relpos=(0, 0.5), linewidth=0.7, linestyle=":",
                         alpha=0.7), **style_lib.PLAIN)
 
 
 def _curves_figure(curves):
-  """A figure with an axis beside which all names have room."""
+  """A figure, and its axis with room for all names at the right.
+
+  The axis is placed by hand, because Matplotlib's constrained layout cuts the
+  longest name off.
+  """
   height = max(4.4, 0.165 * len(curves) + 1.1)
   left, width = 0.76, 6.0
   size = (left + width + max(2.75, 0.8 + grids.text_room(curves)), height)
@@ -173,7 +173,7 @@ def _curves_figure(curves):
 
 
 def _explain(axis, curves, records, loc="left"):
-  """A title with the records' conditions, and what colours stand for."""
+  """Adds a title with the records' conditions, and a legend of the colours."""
   first = records[0]
   axis.set_title(
       f"{first['dataset']}, {first['num_samples']} samples against "
@@ -193,18 +193,18 @@ def _explain(axis, curves, records, loc="left"):
 def fid_by_steps_png(path: str, records: list[dict]) -> None:
   """Draws FID against K on a log axis, a line for each sampler.
 
-  The best of each group of samplers is strong, the others are pale; several
-  records of one sampler at one K (several seeds) become a band around their
-  mean; the full chain, if there is one, is a dashed line. Where all have the
-  same K a line would be a point: then each sampler has a row, the best on top,
-  with its held-out FID as an open marker, and those of more held-out networks,
-  up to five, as half open ones.
+  The best of each group of samplers is strong, the others are pale. Records of
+  one sampler at one K with several seeds become a band around their mean. The
+  full chain, if there is one, is a dashed line. If all have the same K, a line
+  would be a point: then each sampler has a row, the best on top. The row has
+  the held-out FID as an open marker, and those of further held-out networks, up
+  to five in all, as half open ones.
 
   Args:
     path: the path of the PNG.
-    records: the records of `metrics.json`, comparable ones: of the same data,
-      networks and number of samples. Those without an FID are left out; one
-      must have one.
+    records: comparable records of `metrics.json`: of the same data, networks
+      and number of samples. Those without an FID are left out; at least one
+      must have an FID.
   """
   records = _with_fid(records)
   label = records_lib.fid_label(records[0]["num_samples"])
@@ -230,15 +230,15 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
 
 
 def _few_steps(records):
-  """The K of records of one K, the full chain aside unless it is alone."""
+  """The K of all records. Only the full chain may have a larger one."""
   return min(record["num_steps"] for record in records)
 
 
 def _ranking(records, label):
-  """A row for each sampler of one K, sorted by FID."""
+  """Draws a row for each sampler of one K, sorted by FID; gives the figure."""
   curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
   fids = [records_lib.heldout_fids(record) for record in records]
-  heldout = {}  # By network, as many as can be told apart.
+  heldout = {}  # By network, as many as there are markers for.
   for network in list(dict.fromkeys(itertools.chain(*fids)))[:len(style_lib.OPEN)]:
     heldout[network] = _curves(
         [{**record, "fid": own[network]} for record, own in zip(records, fids)
@@ -295,12 +295,13 @@ def _ranking(records, label):
 def quality_by_time_png(path: str, records: list[dict]) -> None:
   """Draws FID against the seconds an image takes, both on log axes.
 
-  Times of other devices or batches do not compare: those of most records are
-  drawn, and the axis says how many are left out.
+  Times on different devices or with different batch sizes do not compare. Only
+  the device and batch size of most records are drawn, and the axis says how
+  many records are left out.
 
   Args:
     path: the path of the PNG.
-    records: as of `fid_by_steps_png`, with a `timing` each.
+    records: as for `fid_by_steps_png`, each with a `timing`.
   """
   records = _with_fid(records)
   timed = collections.defaultdict(list)
@@ -330,14 +331,14 @@ def draw(folder: str, records: list[dict],
          shown: list[str] | None = None) -> list[str]:
   """Draws a comparison from what it left, without any measurement.
 
-  FID against K and against time, and a picture for each K of the first samples
-  of all rows. Rows without a time or without samples are left out of those, and
-  rows without an FID of the first two.
+  It draws FID against K, FID against time, and for each K a picture of the
+  first samples of all rows. A row without an FID is left out of the first two,
+  one without a time out of the second, one without samples out of the last.
 
   Args:
     folder: the folder of the comparison, with its `samples.npz` if there is
       one.
-    records: the records of its `metrics.json`, comparable ones.
+    records: comparable records of its `metrics.json`.
     shown: names of the rows whose samples are drawn, as in the table, with or
       without the stride; None: all.
 
@@ -345,7 +346,8 @@ def draw(folder: str, records: list[dict],
     Names of the files.
 
   Raises:
-    UserError: `samples.npz` is damaged, or there is no row of a name.
+    UserError: `samples.npz` is damaged, or there is no row of a name in
+      `shown`.
   """
   if shown is not None and not isinstance(shown, (list, tuple)):
     raise UserError(f"shown must be a list. Received: {shown!r}")
@@ -378,13 +380,13 @@ def draw(folder: str, records: list[dict],
 
 
 def _is_named(record, name):
-  """Whether a row has this name, or has it with a stride."""
+  """Whether this is the name of a row, in full or without its stride."""
   label = record["sampler"]
   return name in (label, labels_lib.without_stride(label))
 
 
 def read_samples(path) -> dict[str, np.ndarray]:
-  """uint8 [N, H, W, C] by `sample_key`; none if there is no such file."""
+  """Reads images, uint8 [N, H, W, C], by `sample_key`; {} without a file."""
   if not storage.exists(path):
     return {}
   try:

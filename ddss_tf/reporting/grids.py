@@ -9,15 +9,15 @@ from ddss_tf.reporting import style as style_lib
 from ddss_tf.samplers import labels as labels_lib
 
 GAP = 2  # Pixels between images.
-_LIGHT = 235  # Their shade.
-_MOST_PANELS = 16  # Channels of an image that are drawn.
+_LIGHT = 235  # The grey of the gaps, of 255.
+_MOST_PANELS = 16  # The most channels of an image that are drawn side by side.
 
 
 def as_pixels(images: np.ndarray) -> np.ndarray:
   """Images as they are drawn: grey or RGB.
 
-  Others than those of one channel or of three have no colours that are known:
-  their channels stand side by side, each in grey; of many the first few.
+  Images of neither 1 nor 3 channels have no known colours. Their channels stand
+  side by side, each in grey; of more than 16, only the first 16.
 
   Args:
     images: float [N, H, W, C] in [-1, 1] or uint8.
@@ -37,7 +37,7 @@ def as_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def num_panels(images) -> int:
-  """How many pictures stand side by side for one of the images."""
+  """How many panels one of the images takes, side by side."""
   channels = images.shape[-1]
   return 1 if channels in (1, 3) else min(channels, _MOST_PANELS)
 
@@ -47,13 +47,13 @@ def image_grid(images: np.ndarray, columns: int, gap: int = GAP
   """Tiles images, with a light gap.
 
   Args:
-    images: float [N, H, W, C] in [-1, 1] or uint8. Of other C than 1 or 3 the
-      channels stand side by side, in grey: W is then C (W + 1) - 1.
+    images: float [N, H, W, C] in [-1, 1] or uint8, drawn as by `as_pixels`.
     columns: images in a row.
     gap: pixels between them.
 
   Returns:
-    uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 1 or 3].
+    uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 1 or 3], where W is
+    the width that `as_pixels` gives.
   """
   images = as_pixels(images)
   count, height, width, channels = images.shape
@@ -67,7 +67,7 @@ def image_grid(images: np.ndarray, columns: int, gap: int = GAP
 
 
 def show_images(axis, images, columns, blank=0):
-  """Shows images as a grid, the last few blank, and nothing around it."""
+  """Shows images as a grid without axes, the last `blank` places white."""
   height, width = images.shape[1:3]
   grid = image_grid(images, columns)
   if blank:
@@ -82,7 +82,7 @@ def show_images(axis, images, columns, blank=0):
 
 
 def row_middles(size, count):
-  """Pixels in the middle of images of a grid, along one side."""
+  """Positions in pixels of the middles of a grid's images, along one side."""
   return (size + GAP) * np.arange(count) + (size - 1) / 2
 
 
@@ -92,9 +92,9 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
 
   Args:
     path: the path of the PNG.
-    titled: (title, images float [N, H, W, C] in [-1, 1]) of each sampler, on
-      the same noise, so that the same place shows the same digit to be.
-    columns: images in a row of each grid; fewer if each is several panels.
+    titled: (title, images float [N, H, W, C] in [-1, 1]) of each sampler. All
+      come from the same noise, so places of two grids can be compared.
+    columns: images in a row of each grid; fewer if an image has several panels.
   """
   columns = max(1, round(columns / num_panels(titled[0][1]) ** 0.5))
   titled = [(title, as_pixels(images)) for title, images in titled]
@@ -112,9 +112,10 @@ def samples_png(path: str, titled: list[tuple[str, np.ndarray]],
 
 
 def text_room(texts):
-  """Inches for the longest of texts of size 9, which may be bold.
+  """Inches for the longest of some texts of size 9, bold or not.
 
-  Figures are not cut to what is in them, so that all of a kind have one scale.
+  Figures leave this room instead of being cut to their content, so that all
+  figures of one kind have one scale.
   """
   font = font_manager.FontProperties(size=9, weight="bold")
   return 0.3 + max(textpath.text_to_path.get_text_width_height_descent(
@@ -123,13 +124,13 @@ def text_room(texts):
 
 def sample_rows_png(path: str, title: str,
                     titled: list[tuple[str, str, np.ndarray]]) -> None:
-  """Draws a row of samples of each of many samplers, one below the other.
+  """Draws one row of samples for each sampler, one below the other.
 
   Args:
     path: the path of the PNG.
-    title: the title of all.
-    titled: (name, note, images float [N, H, W, C] in [-1, 1]) of each sampler,
-      on the same noise, so that a column shows the same image to be.
+    title: the title of the picture.
+    titled: (name, note, images float [N, H, W, C] in [-1, 1]) of each sampler.
+      All come from the same noise, so the images of a column can be compared.
   """
   images = as_pixels(np.concatenate([images for *_, images in titled]))
   columns, (height, width) = len(titled[0][-1]), images.shape[1:3]

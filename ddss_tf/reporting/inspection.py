@@ -1,4 +1,4 @@
-"""What a checkpoint is, before anything is done with it."""
+"""A description of a model, and an estimate of a search's memory."""
 
 import collections
 import itertools
@@ -14,22 +14,22 @@ from ddss_tf.features.network import FeatureNetwork, as_networks
 from ddss_tf.formats.saved_model import SavedModelNetwork
 from ddss_tf.schedules import ExplodingSchedule
 
-# Operations whose results are not kept for backpropagation, or are views.
+# Operations whose results are views, or are not kept for backpropagation.
 _NOT_KEPT = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN",
              "Reshape", "Shape", "StridedSlice", "NoOp", "ExpandDims"}
-# Of these bytes, what a call that is compiled together with its gradient holds
-# at once: measured from 32 to 256 images of the digits model (0.33) and from 2
-# to 12 of CIFAR-10's (0.38), by XLA on a CPU. The compiler itself takes the rest.
+# The share of the activations that a call, compiled together with its gradient,
+# holds at once. Measured with XLA on a CPU: 0.33 for 32 to 256 images of the
+# digits model, 0.38 for 2 to 12 images of a CIFAR-10 model.
 HELD_SHARE = 0.4
-COMPILER_BYTES = 0.7 * 2**30
+COMPILER_BYTES = 0.7 * 2**30  # What the compiler itself takes.
 
 
 def activation_bytes(denoiser: Denoiser) -> int:
   """Bytes of the activations of one call for one image.
 
-  The sum of all floating-point results in the call's graph: what
-  backpropagation through it keeps at the most. Of a SavedModel, whose graph is
-  closed, what it does keep, which is about a fifth less.
+  This is the sum of all floating-point results in the call's graph, the most
+  that backpropagation through it keeps. The graph of a SavedModel is closed:
+  there it is what backpropagation does keep, about a fifth less.
   """
   specs = [tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))]
   if denoiser.num_classes is not None:
@@ -45,7 +45,7 @@ def activation_bytes(denoiser: Denoiser) -> int:
 
 
 def _kept_bytes(denoiser: Denoiser, specs) -> int:
-  """Bytes that calls of functions hand to their gradients."""
+  """Bytes that function calls in the denoiser hand to their gradients."""
 
   def gradient(x, t, labels=None):
     with tf.GradientTape() as tape:
@@ -54,8 +54,8 @@ def _kept_bytes(denoiser: Denoiser, specs) -> int:
     return tape.gradient(eps, [x, t])
 
   graph = tf.function(gradient).get_concrete_function(*specs).graph
-  # Weights are handed over, too; their shapes are all known, while those of
-  # activations have an open batch.
+  # Weights are handed over, too. They are told apart by their shapes, which are
+  # fully known, while the batch size of activations is open.
   return sum(
       output.dtype.size * int(np.prod([size or 1 for size in output.shape]))
       for operation in graph.get_operations()
@@ -69,11 +69,11 @@ def feature_bytes(features: FeatureNetwork,
                   image_shape: tuple[int, int, int]) -> int:
   """Bytes of the activations of a feature network for one image.
 
-  All floating-point results of its graph, in the functions that it calls too:
-  what a gradient in the image keeps at the most.
+  This is the sum of all floating-point results in its graph and in the
+  functions that it calls, the most that a gradient in the image keeps.
 
   Args:
-    features: the network, with what happens to images before it.
+    features: the network, with the preprocessing of its images.
     image_shape: (H, W, C) of the denoiser's images.
   """
   graph = tf.function(lambda images: features(images)["pool"])
@@ -87,7 +87,7 @@ def feature_bytes(features: FeatureNetwork,
     if node.op in _NOT_KEPT or not dtype.is_floating:
       continue
     total += dtype.size * sum(
-        # One image, where the batch is open.
+        # An open batch size is -1, and counts as one image.
         math.prod(abs(size.size) for size in shape.dim)
         for shape in node.attr["_output_shapes"].list.shape
         if not shape.unknown_rank)
@@ -95,7 +95,7 @@ def feature_bytes(features: FeatureNetwork,
 
 
 def _process(denoiser: Denoiser) -> str:
-  """The forward process in a line."""
+  """The forward process, in one line."""
   schedule = denoiser.schedule
   steps = schedule.num_train_steps
   noise = (f"sigma from {schedule.sigmas[0]:.3g} to {schedule.sigmas[-1]:.3g}"
@@ -106,7 +106,7 @@ def _process(denoiser: Denoiser) -> str:
 
 
 def _times(denoiser: Denoiser) -> str:
-  """What the network is fed with in a line."""
+  """What the network gets as its time, in one line."""
   fed = denoiser.convention.non_default()
   fed.pop("prediction", None)
   parts = [f"{name} = {value:.4g}" if isinstance(value, float) else
@@ -117,7 +117,7 @@ def _times(denoiser: Denoiser) -> str:
 
 
 def _classes(denoiser):
-  """How many classes, and what of guidance."""
+  """The number of classes and the guidance, in one line."""
   if denoiser.num_classes is None:
     return "none: unconditional"
   null = ("" if denoiser.null_label is None
@@ -128,7 +128,7 @@ def _classes(denoiser):
 
 
 def _architecture(denoiser: Denoiser) -> str:
-  """What the network is made of, as far as it is known."""
+  """What is known of the network's architecture, in one line."""
   known = denoiser.architecture
   if not known:
     return "not told: see the layers"
@@ -148,16 +148,17 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   Args:
     run_dir: not used; nothing is written.
     denoiser: the model.
-    features: the network of the search's loss, or several, for its memory.
+    features: the network or networks of the search's loss, whose memory counts.
     num_steps: K of the search.
     micro_batch_size: images per chain of the search.
 
   Returns:
     Lines of text: architecture, prediction, image shape, times, parameters,
-    hash, kinds of layers, schedule, and an estimate of the memory of a
-    rematerialised step that XLA compiles: what one call and its gradient hold,
-    or the feature networks, which come before and are let go, if that is more;
-    plus K states.
+    hash, kinds of layers, schedule, and an estimate of the memory of a search
+    step that is rematerialised and compiled by XLA. The estimate is the larger
+    of two parts, plus the states of K steps. One part is what a network call
+    and its gradient hold. The other is what the feature networks hold, which
+    run before and are then freed.
 
   Raises:
     UserError: `num_steps` or `micro_batch_size` below 1.

@@ -1,9 +1,9 @@
 """One page of HTML about a run or a comparison, made from its folder alone.
 
 Figures are drawn again from `metrics.json` and embedded; nothing is measured or
-sampled. The page is one file that loads nothing, without scripts. What it says
-comes out of files, so that every text is escaped (by Jinja), and every number
-of a table is a `<data>` element with all its digits in `value`.
+sampled. The page is one file without scripts that loads nothing. Its texts come
+from files, so Jinja escapes all of them. Every number in a table is a `<data>`
+element with all its digits in `value`.
 """
 
 import base64
@@ -29,32 +29,32 @@ from ddss_tf.samplers import labels
 from ddss_tf.errors import UserError
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "assets", "report.html")
-# Folders of a run in which no sampler of its own lies.
+# Folders of a run that are not searched for samplers.
 _NO_SAMPLERS = (run_dir_lib.CACHE, run_dir_lib.CHECKPOINTS,
                 run_dir_lib.TENSORBOARD, run_dir_lib.EXPORT)
-_NONE = {"fid": None}  # Which every record with an FID is better than.
+_NONE = {"fid": None}  # Every record with an FID is better than this one.
 
 
 @gin.configurable(denylist=["run_dir"])
 def report(run_dir: str, shown: list[str] | None = None) -> str:
   """Writes `report.html` from what a run or a comparison left.
 
-  The figures of its `metrics.json` are drawn again; all other pictures are
-  taken as they are there, those that are missing left out.
+  The figures of its `metrics.json` are drawn again. All other pictures are
+  taken from the folder as they are; missing ones are left out.
 
   Args:
     run_dir: folder of the run or the comparison.
-    shown: of a comparison: rows whose samples are drawn, see `comparison.draw`.
+    shown: rows of a comparison whose samples are drawn, see `comparison.draw`.
 
   Returns:
     Path of the page.
 
   Raises:
-    UserError: the folder holds neither results nor a sampler, or a damaged
-      file; a row that is not there.
+    UserError: the folder holds neither results nor a sampler, a file is
+      damaged, or there is no row of a name in `shown`.
   """
   run = run_dir_lib.RunDir(run_dir)
-  if not distribution.is_chief():  # Which alone has all files for sure.
+  if not distribution.is_chief():  # Only the chief is sure to have all files.
     return run.path(run_dir_lib.REPORT)
   groups, more = _results(run)
   found = _found_samplers(run)
@@ -88,7 +88,7 @@ def report(run_dir: str, shown: list[str] | None = None) -> str:
 
 
 def _number(value, form: str) -> markupsafe.Markup:
-  """A number as text, and as the value it is; what is none, as it is."""
+  """A number as a `<data>` element; another value as text, None as a dash."""
   if value is None:
     return markupsafe.Markup("&ndash;")
   if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -107,10 +107,11 @@ def _text(path):
 
 
 def _results(run):
-  """Lists of comparable records, that of most samples first.
+  """Lists of comparable records, the list of most samples first.
 
-  `metrics.json` keeps all that was ever measured in a folder. Here are the rows
-  of the last comparison, or, of a run, those of the sampler that is there now.
+  `metrics.json` keeps all that was ever measured in a folder. Of a comparison,
+  only the rows of its last table are taken. Of a run, records of a searched
+  sampler are taken only if it is the one that is there now.
 
   Returns:
     The lists, and how many records are in none of them.
@@ -166,7 +167,7 @@ def _found_samplers(run):
 
 
 def _uses(run, groups, found):
-  """How to use the sampler of a run, or the best searched ones of each K."""
+  """How to use the sampler of a run, or the best searched one of each K."""
   best = [(line["searched"]["sampler"], line["searched"]["coefficients_sha256"])
           for line in _headlines(groups) if line["searched"]]
   config = run.path(run_dir_lib.CONFIG)
@@ -205,10 +206,10 @@ def _title(groups, found):
 
 
 def _of_first_seed(records):
-  """Those to choose the best of each K from.
+  """The records from which the best of each K is chosen.
 
-  All of one seed, or the luckiest would be the best; and without the chain of
-  all steps, whose K is nobody else's.
+  They all have the first record's seed, or the luckiest seed would win. The
+  full chain is left out, because no other sampler has its K.
   """
   return [r for r in records if r["sampler"] != labels.FULL_CHAIN
           and r["seed"] == records[0]["seed"]]
@@ -238,7 +239,7 @@ def _table(records):
     steps = record["num_steps"]
     if records_lib.rank(record) < records_lib.rank(best.get(steps, _NONE)):
       best[steps] = record
-  # With all its seeds.
+  # The best sampler of each K is shaded in its rows of all seeds.
   shaded = [(r["coefficients_sha256"], r["x0_bound"]) for r in best.values()]
   networks = records[0]["features_heldout"]
   return {
@@ -261,7 +262,7 @@ def _table(records):
 
 
 def _figures(folder, names):
-  """Pictures of a folder that are there, as data, for the template."""
+  """The pictures that exist in a folder, as data, for the template."""
   captions = {file.name: file.caption for file in run_dir_lib.FILES
               if file.caption}
   figures = []

@@ -21,14 +21,14 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str,
     path: the path of the PNG.
     coefficients: the coefficients of the sampler.
     label: its name.
-    start: where its search started, which is drawn beside it.
-    schedule: the forward process; with it, times are drawn by their
-      log-SNR (`NoiseSchedule.log_snr`).
+    start: the coefficients its search started from, drawn beside it.
+    schedule: the forward process. With it, times are drawn by their log-SNR
+      (`NoiseSchedule.log_snr`).
   """
   c = coefficients.numpy()
   s = None if start is None else start.numpy()
-  # Placed by hand. Matplotlib's constrained layout takes twice as long, and its
-  # panels are so narrow that legends cover lines.
+  # The panels are placed by hand. Matplotlib's constrained layout takes twice
+  # as long, and makes panels so narrow that legends cover lines.
   below = ["times", "x0", "noise"]
   if s is None:
     figure = Figure((15, 3.8))
@@ -73,7 +73,10 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str,
 
 
 def _weights(c):
-  """[K, K + 1]: of the states, and of x0_hat; what no step can use, masked."""
+  """Weights of the K states and of x0_hat, [K, K + 1].
+
+  A step cannot use later states: these weights are masked.
+  """
   table = np.concatenate([c.state_weights, c.x0_weights[:, None]], axis=1)
   steps = c.num_steps
   unused = np.triu(np.ones((steps, steps), bool), 1)
@@ -85,18 +88,18 @@ def _heat_map(figure, axis, table):
   """Draws a table of `_weights`, white at 0, with its values if they fit."""
   steps = len(table)
   few = steps <= 12
-  limit = max(0.01, np.abs(table).max())  # Below it all is 0.00.
+  limit = max(0.01, np.abs(table).max())  # Smaller weights are shown as 0.00.
   heat = axis.imshow(table, cmap="PuOr", vmin=-limit, vmax=limit,
                      aspect="auto")
   axis.axvline(steps - 0.5, color="white", linewidth=4)
   if few:
     for k, u in zip(*np.nonzero(~table.mask)):
       dark = abs(table[k, u]) > 0.6 * limit
-      # No "-0.00".
+      # Adding 0.0 turns -0.0 into 0.0.
       axis.text(u, k, f"{round(table[k, u], 2) + 0.0:.2f}", ha="center",
                 va="center", fontsize=8 if steps <= 6 else 6,
                 color="white" if dark else "black")
-  # As the paper counts: x_K is the noisiest state.
+  # States are numbered as in the paper: x_K is the noisiest.
   names = [f"$x_{{{steps - u}}}$" if few else str(steps - u)
            for u in range(steps)]
   axis.set_xticks(range(steps + 1), names + [r"$\hat x_0$"],
@@ -109,7 +112,7 @@ def _heat_map(figure, axis, table):
 
 
 def _draw_steps(axis, found, before, colour, marker, names):
-  """Draws one value a step, that of the start pale."""
+  """Draws one value per step; the start's values are pale."""
   position = np.arange(1, len(found) + 1)
   if before is not None:
     axis.plot(position, before, marker + ":", color=colour, alpha=0.5,
@@ -119,7 +122,7 @@ def _draw_steps(axis, found, before, colour, marker, names):
 
 
 def _draw_times(axis, c, s, schedule):
-  """Draws when the network is called, by log-SNR if the schedule is known."""
+  """Draws the times of the network calls, by log-SNR if there is a schedule."""
   place = np.asarray if schedule is None else schedule.log_snr
   _draw_steps(axis, place(c.times), s and place(s.times), style_lib.BLUE, "o",
               ["found", "start"])
@@ -131,7 +134,7 @@ def _draw_times(axis, c, s, schedule):
   axis.set_ylabel(r"$\log(\alpha_t / \sigma_t)$, half the log-SNR; clean is up")
   for k, t in enumerate(c.times):
     if c.num_steps <= 6:
-      # Above the last, which would leave the axis.
+      # The last label goes above its marker: below it would leave the axis.
       last = k == c.num_steps - 1
       axis.annotate(f"t = {t:.0f}", (k + 1, place(t)),
                     xytext=(0, 6) if last else (5, -9), fontsize=7,
@@ -145,16 +148,17 @@ def path_png(path: str, states: np.ndarray, x0_hats: np.ndarray,
 
   Args:
     path: the path of the PNG.
-    states: float [K, H, W, C], as the network sees them, noisiest first;
-      shown clipped to [-1, 1].
-    x0_hats: float [K, H, W, C], what it predicts from each.
-    image: float [H, W, C], where it ends.
-    times: [K], fed to the network.
+    states: float [K, H, W, C], as the network sees them, noisiest first; drawn
+      clipped to [-1, 1].
+    x0_hats: float [K, H, W, C], the image predicted from each state.
+    image: float [H, W, C], the final image.
+    times: [K], the times fed to the network.
     label: the label of the sampler.
   """
   steps = len(states)
   panels = grids.num_panels(image)
-  # The last column is the image, from which nothing is predicted.
+  # The last column has the final image in both rows: nothing is predicted from
+  # it.
   above, below = (grids.as_pixels(np.concatenate([images, image[None]]))
                   for images in (states, x0_hats))
   names = [f"$x_{{{steps - k}}}$\nt = {t:.0f}" for k, t in enumerate(times)]

@@ -6,23 +6,23 @@ from ddss_tf import storage
 from ddss_tf.samplers import labels as labels_lib
 
 _DPI = 120
-# Colours of Okabe and Ito's set, which colour-blind people can tell apart. Groups also
-# differ in their markers, so that they survive a black-and-white print.
+# Colours of Okabe and Ito's set, which colour-blind people can tell apart.
+# Groups also differ in their markers, so that they survive a black-and-white
+# print.
 BLUE, ORANGE, VERMILION, _GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 GROUPS = {
     labels_lib.SEARCHED: (VERMILION, "o"),
     labels_lib.TRAINING_FREE: (BLUE, "s"),
     labels_lib.BASELINES: (_GREEN, "^"),
 }
-# Markers of held-out networks, by what to call them.
+# Fillings of the markers of held-out networks, by the words for them.
 OPEN = {"open": {"mfc": "none"}, **{
     f"{name} half": {"fillstyle": style, "markerfacecoloralt": "none"}
     for name, style in (("left", "left"), ("right", "right"),
                         ("upper", "top"), ("lower", "bottom"))}}
 PALE = 0.35
 TEXT = "#444444"
-# Names beside an axis are placed by hand: Matplotlib's constrained layout cuts
-# the longest of them off. Names come from files, where a dollar is a dollar.
+# Options of texts from files, in which a dollar sign does not begin a formula.
 PLAIN = {"parse_math": False}
 
 

@@ -1,8 +1,8 @@
-"""Long work that survives: checkpoints, and their TensorBoard events.
+"""Checkpoints of long work, and the TensorBoard events that go with them.
 
 A run that was killed goes on from its last checkpoint as if nothing had
-happened: the state, the seconds it took, and the events, of which those after
-the checkpoint are taken back, since they come again.
+happened. Its state and the seconds it took are restored. Events after the
+checkpoint are taken back, because the run writes them again.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ class Checkpoints:
     events: folder of the TensorBoard events.
 
   Attributes:
-    seconds: what the work took up to the checkpoint that was restored.
+    seconds: seconds that the work took up to the restored checkpoint.
     latest: path of the newest good checkpoint; None before the first.
   """
 
   def __init__(self, checkpoint: tf.train.Checkpoint, folder: str,
                events: str):
     self._checkpoint = checkpoint
-    # TensorFlow makes it when it is first asked for, which takes all workers.
+    # TensorFlow makes the counter at its first use, which needs all workers.
     self._counter = checkpoint.save_counter
     self._folder = folder
     self._events = events
@@ -46,10 +46,10 @@ class Checkpoints:
     self.latest = None
 
   def restore(self) -> None:
-    """Puts the state of the newest checkpoint that can be read in place.
+    """Restores the state of the newest checkpoint that can be read.
 
-    Damaged ones are renamed, with a warning, and the one before is taken.
-    Without any, the state stays as it is.
+    Damaged ones are renamed, with a warning. Without a checkpoint the state
+    stays as it is.
 
     Raises:
       UserError: there are checkpoints, but none can be read.
@@ -62,8 +62,8 @@ class Checkpoints:
       self._checkpoint.restore(self.latest).assert_consumed()
 
   def _restore(self):
-    """Restores; gives the step, None if there is no checkpoint yet."""
-    damaged, found = {}, None  # What is wrong with each.
+    """Does what `restore` says; gives the step, None without a checkpoint."""
+    damaged, found = {}, None  # What is wrong, by the path of a checkpoint.
     for step in sorted(self._steps(), reverse=True):
       path = self._path(step)
       try:
@@ -73,7 +73,8 @@ class Checkpoints:
         continue
       found = step
       break
-    # TensorFlow's list comes last: without it the first one was not finished.
+    # TensorFlow writes this list last. Without it the first checkpoint was not
+    # finished.
     begun = storage.exists(os.path.join(self._folder, "checkpoint"))
     if damaged and found is None and begun:
       raise UserError("checkpoints must be readable; delete the run_dir to "
@@ -96,7 +97,7 @@ class Checkpoints:
     return found
 
   def writer(self):
-    """A TensorBoard writer whose events follow the checkpoints."""
+    """A TensorBoard writer whose events are taken back by `restore`."""
     if not distribution.is_chief():
       return tf.summary.create_noop_writer()
     return tf.summary.create_file_writer(self._events, filename_suffix=_EVENTS)
@@ -105,12 +106,12 @@ class Checkpoints:
     """Saves the state, and which events came before it.
 
     Args:
-      step: its number.
-      seconds: what the work took so far.
+      step: the number of the checkpoint.
+      seconds: seconds that the work took so far.
 
     Raises:
-      UserError: the disk is full or not to be written to; the checkpoints
-        before are as they were.
+      UserError: the disk is full or cannot be written to. Earlier checkpoints
+        are as they were.
     """
     if not distribution.is_chief():
       self.latest = self._path(step)
@@ -118,7 +119,7 @@ class Checkpoints:
     try:
       self._save(step, seconds)
     except (OSError, tf.errors.OpError) as error:
-      # What TensorFlow has begun would fill a full disk for good.
+      # An unfinished checkpoint must not stay, or it fills the disk for good.
       for path in self._begun():
         storage.remove_tree(path, ignore_errors=True)
       raise UserError(
@@ -128,7 +129,7 @@ class Checkpoints:
 
   def _save(self, step, seconds):
     tf.summary.flush()
-    # Before the checkpoint, which does not count without it.
+    # Written before the checkpoint, so that no checkpoint is without it.
     storage.write_json(f"{self._path(step)}.json", {
         "seconds": seconds,
         "events": {os.path.basename(path): storage.size(path)
@@ -151,7 +152,10 @@ class Checkpoints:
     return os.path.join(self._folder, f"ckpt-{step}")
 
   def _steps(self):
-    """Steps of the checkpoints on disk. TensorFlow's own list may be damaged."""
+    """Steps of the checkpoints on disk.
+
+    The files are looked at, because TensorFlow's own list may be damaged.
+    """
     found = (re.fullmatch(r"ckpt-(\d+)\.index", name)
              for name in (storage.listdir(self._folder)
                           if storage.isdir(self._folder) else ()))
@@ -161,7 +165,10 @@ class Checkpoints:
     return storage.glob(os.path.join(glob.escape(self._events), f"*{_EVENTS}"))
 
   def _take_back_events(self, sizes):
-    """Cuts the event files to the sizes they had at a checkpoint."""
+    """Cuts the event files to the sizes they had at a checkpoint.
+
+    A file that did not exist then is removed.
+    """
     for path in self._event_files():
       size = sizes.get(os.path.basename(path), 0)
       if size:

@@ -1,4 +1,4 @@
-"""Content hashes: what results, caches and cards are keyed by; and which code is the same."""
+"""What results, caches and cards are identified by: hashes of contents, and definitions."""
 
 import hashlib
 from typing import Iterable
@@ -9,7 +9,7 @@ import numpy as np
 def arrays_sha256(arrays: Iterable[np.ndarray]) -> str:
   """SHA-256 over dtype, shape and little-endian bytes of arrays, in order.
 
-  It depends on the numbers only, not on the file format they came in.
+  The file format that the arrays came in has no influence.
   """
   digest = hashlib.sha256()
   for array in arrays:

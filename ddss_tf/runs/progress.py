@@ -15,9 +15,9 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
 
   Args:
     total: what it counts up to.
-    description: text before it; no bar is shown if empty.
+    description: text before it; if empty, no bar is shown.
     unit: what it counts, such as "image".
-    initial: where it starts, for work that goes on.
+    initial: the count at which it starts, if earlier work is continued.
 
   Returns:
     The bar, a context manager with `update` and `set_postfix`.
@@ -32,6 +32,6 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm.tqdm:
 
 
 def close_all() -> None:
-  """Ends all bars, so that what is printed next has a line of its own."""
+  """Ends all bars, so that the next output begins on a line of its own."""
   for each in list(_open):
     each.close()

@@ -13,31 +13,32 @@ from ddss_tf import storage
 from ddss_tf.runs import fingerprint
 from ddss_tf.errors import UserError
 
-FULL_SAMPLES = 50_000  # Published values are of so many images.
+FULL_SAMPLES = 50_000  # The number of images behind published values.
 HELDOUT = "held-out"
 
 
 class Record(TypedDict, total=False):
   """A sampler's figures and all that decides them, as `metrics.json` has it.
 
-  Keys of other versions of the library stay where they are. `compare` adds three
-  for rows that it has searched: "objective", "search_rate", "search_seconds".
+  Records may have further keys, of other versions of the library. In the table
+  of a `compare` with objectives they have "objective", "search_rate" and
+  "search_seconds", None where the sampler was not searched.
 
   Attributes:
-    sampler: its label.
+    sampler: the sampler's label.
     num_steps: K.
     coefficients_sha256: hash of its coefficients.
     x0_bound: see `chain.bound_x0`.
-    num_samples: generated images.
-    num_real: images of the data set.
+    num_samples: number of generated images.
+    num_real: number of images in the data set.
     seed: the seed of the noise.
     features: "name", "sha256" and "protocol" of the feature network.
     features_heldout: the same of a held-out network, a list of several, or None.
     denoiser: identity of the model, see `Denoiser.identity`.
-    dataset: its name.
+    dataset: the data set's name.
     dataset_sha256: its hash.
     fid, kid, kid_std, inception_score: figures; None if not finite.
-    inception_score_splits: mean and deviation over splits.
+    inception_score_splits: number of splits, mean and deviation over them.
     fid_heldout: a figure for each network of `features_heldout`.
     timing: "seconds_per_image", "batch_size" and "device", or None.
   """
@@ -71,49 +72,50 @@ _OTHERS = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
 
 
 def sample_key(record: Record) -> str:
-  """What decides the images of a record, as `samples.npz` names them."""
+  """Hash of all that decides the images of a record: a key of `samples.npz`."""
   return fingerprint.text_sha256(json.dumps([record[key] for key in (
       "coefficients_sha256", "x0_bound", "seed", "denoiser")], sort_keys=True))
 
 
 def sampler_key(record: Record) -> tuple:
-  """What records of one sampler share, whatever their seed."""
+  """What records of one sampler share, whatever their seeds."""
   return tuple(record.get(key) for key in (
       "sampler", "num_steps", "coefficients_sha256", "num_samples", "x0_bound"))
 
 
 def row_key(row: Mapping) -> tuple[str, ...]:
-  """What tells rows apart: the same for a record and its row of `table.csv`."""
+  """What tells rows apart; equal for a record and its row of `table.csv`."""
   return tuple(str(row.get(key) or "") for key in (
       "sampler", "num_steps", "coefficients_sha256", "x0_bound", "num_samples",
       "seed", "dataset_sha256"))
 
 
 def condition_key(record: Record) -> str:
-  """What records must share to be compared."""
+  """A text that is equal for records which may be compared."""
   return json.dumps([record[key] for key in CONDITIONS], sort_keys=True)
 
 
 def is_of(record: Record, coefficients_sha256: str, x0_bound: str | None,
           denoiser: dict) -> bool:
-  """Whether a record is of a sampler, as it is used with a model."""
+  """Whether a record is of these coefficients, this bound and this model."""
   return (record.get("coefficients_sha256") == coefficients_sha256
           and record.get("x0_bound") == x0_bound
           and record.get("denoiser") == denoiser)
 
 
 def heldout_names(record: Record) -> list[str]:
-  """Names of a record's held-out networks; "None" where there is none."""
+  """Names of a record's held-out networks; ["None"] if there are none."""
   networks = record["features_heldout"]
   networks = networks if isinstance(networks, list) else [networks or {}]
   return [str(network.get("name")) for network in networks]
 
 
 def check(record: Mapping) -> None:
-  """Checks that a record of a file is one.
+  """Checks that a record from a file is complete.
 
   Raises:
-    ValueError: a key is missing, or its value is not of its kind.
+    ValueError: a key is missing, a count or a figure is not a number, or the
+      held-out figures do not match their networks.
   """
   for key in (*CONDITIONS, *_OTHERS, *_COUNTS, *FIGURES):
     value = record.get(key)
@@ -132,8 +134,9 @@ def check(record: Mapping) -> None:
 def write_table(path: str, records: list[Record]) -> None:
   """Writes `<path>.csv`, with the columns of `metrics.json`, and `<path>.md`.
 
-  Nested values get a column each, such as `features.name`; those of a list by
-  their position, such as `fid_heldout.0` and `features_heldout.0.name`.
+  Each nested value has a column of its own, such as `features.name`. Values in
+  a list are named by their position, such as `fid_heldout.0` and
+  `features_heldout.0.name`.
   """
   rows = [_flat(record) for record in records]
   columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -146,7 +149,7 @@ def write_table(path: str, records: list[Record]) -> None:
 
 
 def _flat(value, name=""):
-  """Values inside of dicts and lists, by the dotted path to each."""
+  """Values inside dicts and lists, by the dotted path to each."""
   if isinstance(value, list):
     value = dict(enumerate(value))
   if not isinstance(value, dict):
@@ -158,7 +161,7 @@ def _flat(value, name=""):
 
 
 def _mean(records, name, form):
-  """Mean of a value as text; "-" if it is not known of all records."""
+  """Mean of a value as text; "-" if a record lacks it."""
   values = [record.get(name) for record in records]
   if None in values:
     return "-"
@@ -175,7 +178,7 @@ def _spread(records, name):
 
 
 def row_name(record: Record) -> str:
-  """The sampler, and how its predictions are bounded if they are."""
+  """The sampler's label, with its bound on x0_hat if it has one."""
   bound = record.get("x0_bound")
   return record["sampler"] + (f", x0 bound: {bound}" if bound else "")
 
@@ -183,11 +186,12 @@ def row_name(record: Record) -> str:
 def table(records: list[Record]) -> str:
   """The records as a text table, also valid Markdown.
 
-  An FID of fewer than 50 000 samples says of how many (`records.fid_label`), in
-  a column of its own where they differ. A bound of x0 is told beside the name.
-  Records of one sampler that differ in their seed are one line: the mean, and
-  of FID the standard deviation of single seeds. Of several held-out networks
-  each has a column, with its name. "-" is what was not finite.
+  If FIDs are of fewer than 50 000 samples, their heading says of how many
+  (`fid_label`); if the numbers differ, they have a column of their own. A
+  bound on x0_hat stands beside the sampler's name. Records of one sampler with
+  several seeds are one line with their means, and for FID the standard
+  deviation of single seeds. Each of several held-out networks has a column with
+  its name. "-" stands for a value that was not finite.
   """
   counts = {record["num_samples"] for record in records}
   same = len(counts) == 1
@@ -196,7 +200,7 @@ def table(records: list[Record]) -> str:
       records, sampler_key)]
   heldout = [[heldout_fids(record) for record in group]
              for group in groups]
-  # A column even where no network is held out: tables then look alike.
+  # Tables have this column even without a held-out network, to look alike.
   columns = list(dict.fromkeys(name for group in heldout for fids in group
                                for name in fids)) or [HELDOUT]
   head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
@@ -221,17 +225,17 @@ def table(records: list[Record]) -> str:
 
 
 def rank(record: Record) -> float:
-  """By what records are ranked: the FID, infinity where there is none."""
+  """The FID, by which records are ranked; infinity where there is none."""
   return float("inf") if record["fid"] is None else record["fid"]
 
 
 def text(value: float | None, form: str = ".2f") -> str:
-  """A figure for people: "-" for none, and never 0 for what is not.
+  """A figure as text: "-" for None, and "0.00" only for 0 itself.
 
   Args:
     value: a value of a record.
-    form: how it is written, unless nothing would be left of it: FIDs of small
-      features are small.
+    form: the format. A value that it would show as 0 has three significant
+      digits instead, because FIDs of small features are small.
   """
   if value is None:
     return "-"
@@ -240,13 +244,13 @@ def text(value: float | None, form: str = ".2f") -> str:
 
 
 def fid_label(num_samples: int) -> str:
-  """What to call an FID: "FID", but "FID-10k" of fewer than 50 000 samples.
+  """Name of an FID: "FID", or with fewer than 50 000 samples such as "FID-10k".
 
-  Published values are of 50 000. One of fewer is biased upwards and must not
-  be read beside them.
+  Published values are of 50 000 samples. An FID of fewer is biased upwards and
+  must not be compared with them.
 
   Args:
-    num_samples: generated images.
+    num_samples: number of generated images.
   """
   if num_samples >= FULL_SAMPLES:
     return "FID"
@@ -256,20 +260,20 @@ def fid_label(num_samples: int) -> str:
 
 
 def heldout_fids(record: Record) -> dict[str, float | None]:
-  """The FIDs of a record's held-out networks, by what to call them.
+  """The FIDs of a record's held-out networks, by labels for people.
 
   Args:
     record: a record of `metrics.json`. Its `fid_heldout` is a number if there
       is one such network, a list in the order of `features_heldout` if there
-      are
-      several, else None.
+      are several, else None.
 
   Returns:
-    "held-out" for one network; of several also the name of each. A name that
-    comes again is numbered. None in place of a distance that was not finite.
+    The FIDs by label; None in place of one that was not finite. The label of
+    one network is "held-out". If there are several, each label ends with the
+    network's name; a repeated name is numbered.
 
   Raises:
-    ValueError: not as many values as networks.
+    ValueError: the numbers of values and of networks differ.
   """
   values = record.get("fid_heldout")
   if values is None and not record.get("features_heldout"):
@@ -286,10 +290,10 @@ def heldout_fids(record: Record) -> dict[str, float | None]:
 
 
 def read_records(path: str) -> list[Record]:
-  """Reads a list of records, such as `metrics.json`; none if it is not there.
+  """Reads a list of records, such as `metrics.json`; [] if there is no file.
 
   Raises:
-    UserError: it is damaged.
+    UserError: the file is damaged.
   """
   if not storage.exists(path):
     return []

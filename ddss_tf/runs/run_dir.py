@@ -45,7 +45,7 @@ class File(NamedTuple):
   Attributes:
     name: in the run directory.
     note: what it holds, for the list that a command ends with; "" leaves it out
-      there.
+      of that list.
     caption: the caption of a picture, in the report.
   """
   name: str
@@ -90,15 +90,15 @@ _LOCK = ".lock"
 
 
 class RunDir:
-  """A usable run directory.
+  """A run directory that can be written to.
 
   Args:
-    root: its path; made if need be. `~` is the home folder, here and below.
+    root: its path; made if need be. `~` is the home folder, in both paths.
     cache: folder of what can be computed again, which runs may share;
       `root`/cache if None.
 
   Raises:
-    UserError: it cannot be made or written to.
+    UserError: the directory cannot be made or written to.
   """
 
   def __init__(self, root: str, cache: str | None = None):
@@ -115,7 +115,8 @@ class RunDir:
       folder = os.path.dirname(folder)
     try:
       storage.makedirs(root, exist_ok=True)
-      # Tried, not asked: os.access says yes to root on read-only systems.
+      # A file is written as a trial, because os.access tells root that it may
+      # write even where the file system is read-only.
       with storage.replacing(self.path(".writable")):
         pass
       storage.remove(self.path(".writable"))
@@ -125,25 +126,25 @@ class RunDir:
                       f"Received: {root!r} ({error.strerror})") from error
 
   def path(self, *parts: str) -> str:
-    """A path inside."""
+    """A path inside the directory."""
     return os.path.join(self.root, *parts)
 
   def contents(self) -> str:
-    """The files that are there and have a note, a line each."""
+    """A line for each file that exists and has a note."""
     return "\n".join(
         f"{self.path(file.name):<40} "
         f"{file.note.format(path=self.path(file.name))}" for file in FILES
         if file.note and storage.exists(self.path(file.name)))
 
   def lock(self) -> None:
-    """Keeps other processes out until `release`, or the process ends.
+    """Keeps other processes out until `release` or the end of the process.
 
-    The other workers of the same job are not kept out, nor is this process: it
-    may lock several times, and then releases as often. Where the file system
-    has no locks there is a warning instead.
+    The other workers of the same job are not kept out. This process may lock
+    several times, and must release as often. If the file system has no locks,
+    there is a warning instead.
 
     Raises:
-      UserError: another process is at work here.
+      UserError: another process is at work in this directory.
     """
     if not distribution.is_chief():
       return
@@ -166,18 +167,20 @@ class RunDir:
         return
       if storage.exists(path):
         break
-      lock.release()  # `withdraw` has removed the file: it keeps nobody out.
+      # Another process's `withdraw` has removed the file, so that this lock
+      # keeps nobody out.
+      lock.release()
     self._locks.append(lock)
     self._locked_first = self._locked_first or is_new
 
   def release(self) -> None:
-    """Lets other processes in, if this process locks no more."""
+    """Takes back one `lock`; after the last, other processes may come in."""
     if self._locks:
       self._locks.pop().release()
 
   @contextlib.contextmanager
   def locked(self) -> Iterator["RunDir"]:
-    """Locks for the length of a `with` block, and gives the directory."""
+    """Locks the directory for the length of a `with` block, and gives it."""
     self.lock()
     try:
       yield self
@@ -185,20 +188,20 @@ class RunDir:
       self.release()
 
   def withdraw(self) -> None:
-    """Removes what constructor and lock made, unless more has come into it.
+    """Removes what constructor and lock made, but no folder that holds more.
 
-    To be called before `release`.
+    It must be called before `release`.
     """
     if self._locked_first and self._locks:
       storage.remove(self.path(_LOCK))
       self._locked_first = False
-    with contextlib.suppress(OSError):  # Not empty: of others as well.
+    with contextlib.suppress(OSError):  # A folder holds more, and stays.
       for folder in self._made:
         if storage.isdir(folder):
           storage.rmdir(folder)
 
   def remove(self, *paths: str) -> None:
-    """Removes files and folders inside, those that are there."""
+    """Removes those of these files and folders inside that exist."""
     for path in map(self.path, paths if distribution.is_chief() else ()):
       if storage.isdir(path):
         storage.remove_tree(path)
@@ -206,27 +209,28 @@ class RunDir:
         storage.remove(path)
 
   def keep_config(self) -> None:
-    """Writes `config.gin`, for a stage that has accepted what it is given."""
+    """Writes `config.gin`, once a stage has accepted its arguments."""
     text = gin.config_str()
     if text:
       storage.write_text(self.path(CONFIG), text)
 
   def check(self, stage: str, identity: dict, restart: bool = False,
             open_to: dict[str, list] | None = None) -> bool:
-    """Checks that the directory is not of another configuration of a stage.
+    """Checks that no other configuration of a stage has the directory.
 
     Args:
-      stage: its name.
+      stage: the stage's name.
       identity: what decides its result, as far as it is known; JSON.
       restart: accept another configuration, which `claim` will delete.
-      open_to: values that the stage has yet to choose from, by their names in
-        the identity; not empty, JSON.
+      open_to: lists of values, JSON and not empty, by their names in the
+        identity. The stage has yet to choose one of each.
 
     Returns:
-      Whether it is of another one.
+      Whether the directory belongs to another configuration.
 
     Raises:
-      UserError: the directory belongs to another; names the differences.
+      UserError: it does, and `restart` is not set. The message names the
+        differences.
     """
     path = self._claim_path(stage)
     if not storage.exists(path):
@@ -258,19 +262,20 @@ class RunDir:
     """Ties the directory to one configuration of a stage.
 
     Args:
-      stage: its name.
+      stage: the stage's name.
       identity: all that decides its result; JSON.
-      restart: delete what another configuration left, its checkpoints and its
-        results, instead of refusing.
-      results: what the stage leaves, by its paths inside.
+      restart: delete the checkpoints and results of another configuration,
+        instead of refusing.
+      results: paths, inside the directory, of what the stage leaves.
 
     Raises:
-      UserError: the directory belongs to another; names the differences.
+      UserError: the directory belongs to another configuration, and `restart`
+        is not set. The message names the differences.
     """
     claim = self._claim_path(stage)
     if self.check(stage, identity, restart) and distribution.is_chief():
-      # The other claim stays till the last: whoever is killed in between must
-      # not take what is left for the new configuration's.
+      # The other claim stays till the last. If the process is killed in
+      # between, what is left must not pass for the new configuration's.
       folder, kept = os.path.split(claim)
       names = sorted(set(storage.listdir(folder)) - {kept})
       self.remove(*(os.path.join(CHECKPOINTS, name) for name in names),

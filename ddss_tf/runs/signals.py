@@ -1,8 +1,8 @@
-"""SIGINT (Ctrl-C) and SIGTERM: work ends in good order, and at once if told so.
+"""SIGINT (Ctrl-C) and SIGTERM: work ends in good order, or at once.
 
   end_at_once  for a program that has nothing to put in order yet
-  ending       for a command: the signal is an exception, and a second Ctrl-C,
-               even inside of a long call, ends the process
+  ending       for a command: the signal raises an exception, and a second
+               Ctrl-C ends the process, even during a long call
   deferred     for work with a state to save: the signal is noted
 """
 
@@ -18,12 +18,13 @@ from typing import Iterator
 from ddss_tf.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Launchers pass on the Ctrl-C that the terminal has sent to all of them.
-_THE_SAME = 0.25  # Seconds.
+# A Ctrl-C that follows within these seconds is the same one again: the terminal
+# sends it to all processes, and launchers pass it on to their children.
+_THE_SAME = 0.25
 
 
 def name(signum: int) -> str:
-  """What a person calls a signal."""
+  """Name of a signal for people."""
   return ("Ctrl-C" if signum == signal.SIGINT
           else signal.Signals(signum).name)
 
@@ -32,7 +33,7 @@ class Termination:
   """Whether work has been asked to end.
 
   Attributes:
-    signum: by which signal, SIGINT (Ctrl-C) or SIGTERM; 0: not at all.
+    signum: the signal that asked, SIGINT (Ctrl-C) or SIGTERM; 0: none has.
   """
 
   def __init__(self):
@@ -40,10 +41,11 @@ class Termination:
 
 
 def _install(handler) -> dict:
-  """Sets a handler, and gives those of before, by signal.
+  """Sets a handler, and gives the handlers of before, by signal.
 
   Signals that the process was started to ignore, as in the background of a
-  shell script, stay ignored. Only a main thread may handle any.
+  shell script, stay ignored. Outside the main thread this does nothing, because
+  Python allows handlers there only.
   """
   if threading.current_thread() is not threading.main_thread():
     return {}
@@ -60,23 +62,23 @@ def _end(signum, frame=None):
   """Ends the process, with one line."""
   del frame
   with contextlib.suppress(OSError):
-    # Below a progress bar.
+    # The line break puts the line below a progress bar.
     os.write(2, f"\nerror: ended by {name(signum)}\n".encode())
   os._exit(128 + signum)
 
 
 def end_at_once() -> None:
-  """From now on a signal ends the process with one line, and 128 + its number.
+  """Lets a signal end the process with one line, and status 128 + its number.
 
-  For a program until it knows better, while it imports, say: there is nothing
-  to put in order, and libraries do not expect exceptions.
+  This suits a program that still imports: it has nothing to put in order, and
+  libraries do not expect exceptions there.
   """
   _install(_end)
 
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-  """`end_at_once` in here."""
+  """Does what `end_at_once` does, inside the block only."""
   before = _install(_end)
   try:
     yield
@@ -88,19 +90,19 @@ def at_once() -> Iterator[None]:
 def ending() -> Iterator[None]:
   """A signal raises `Interrupted`; Ctrl-C after it ends the process at once.
 
-  Python runs handlers between its own instructions only, so a thread waits for
-  the second one.
+  A thread waits for that Ctrl-C, because Python runs handlers only between its
+  own instructions, not during a long call.
   """
   asked = Termination()
 
   def interrupt(signum, frame):
     del frame
-    if not asked.signum:  # Once: what is put in order must not be disturbed.
+    if not asked.signum:  # A second exception would disturb the clean-up.
       asked.signum = signum
       raise Interrupted(f"ended by {name(signum)}", signum)
 
   def unraisable(failure):
-    # Raised where nothing can be: it is tried again.
+    # Python drops what is raised in, say, a `__del__`: raise it again.
     if issubclass(failure.exc_type, Interrupted):
       asked.signum = 0
       signal.raise_signal(failure.exc_value.signum)
@@ -127,7 +129,7 @@ def ending() -> Iterator[None]:
 
 
 def _wait_for_second(received: socket.socket) -> None:
-  """Ends the process by the first Ctrl-C that follows another signal."""
+  """Ends the process at the first Ctrl-C that follows another signal."""
   first = None
   with received:
     while signum := received.recv(1):
@@ -144,9 +146,9 @@ def _wait_for_second(received: socket.socket) -> None:
 def deferred() -> Iterator[Termination]:
   """Notes a signal instead of ending, so that what was begun can be finished.
 
-  A second Ctrl-C raises. A signal that nobody has acted on when the work is
-  over is delivered then. In a thread that is not the main one this changes
-  nothing.
+  A second Ctrl-C raises `Interrupted`. If a signal was noted and the block ends
+  without an exception, the signal is delivered then. Outside the main thread
+  this changes nothing.
 
   Yields:
     A `Termination`.

@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, small, as their formats have them."""
+"""Small checkpoints in the formats of other libraries."""
 
 import json
 import os
@@ -20,7 +20,7 @@ OPENAI = ["openai_learned_sigma", "openai_plain"]
 
 
 def read_fixture(name):
-  """(weights by name, golden arrays): see tools/small_fixture.py."""
+  """Reads (weights by name, golden arrays), see tools/small_fixture.py."""
   with np.load(os.path.join(DATA, name + ".npz")) as file:
     golden = dict(file)
   if "seed" in golden:
@@ -34,7 +34,7 @@ def read_fixture(name):
 
 
 def seeded_weights(golden):
-  """What `seeded` of tools/small_fixture.py drew."""
+  """Draws again the weights that `seeded` of tools/small_fixture.py drew."""
   rng = np.random.RandomState(int(golden.pop("seed")))
   return {
       tensor: ((rng.randint(-2, 3, shape) + offset) * scale).astype(np.float32)
@@ -42,9 +42,10 @@ def seeded_weights(golden):
 
 
 def numbered(name, network):
-  """Weights of the shapes of a published network, each tensor another number.
+  """Weights with the shapes of a network in a file of tests/testdata.
 
-  The networks have the published depth and a quarter of the width.
+  The i-th tensor is filled with i. The networks have the depth of published
+  ones and a quarter of their width.
   """
   with open(os.path.join(DATA, name)) as f:
     shapes = json.load(f)[network]
@@ -53,7 +54,7 @@ def numbered(name, network):
 
 
 def refusal(function, *arguments, **keywords):
-  """The one line with which `function` refuses its arguments."""
+  """The one-line message with which `function` refuses its arguments."""
   with pytest.raises(UserError) as error:
     function(*arguments, **keywords)
   message = str(error.value).split("\n  In call to configurable")[0]
@@ -69,7 +70,10 @@ def save_checkpoint(prefix, weights):
 
 
 def training_state(weights):
-  """All that a training run leaves: the raw weights are not the average's."""
+  """All variables that a training run saves.
+
+  The raw weights differ from their moving averages.
+  """
   state = {"global_step": np.int64(790_000), "beta1_power": np.float32(0.0)}
   for name, value in weights.items():
     state[name] = value + np.float32(0.1)
@@ -80,7 +84,7 @@ def training_state(weights):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  """The warnings logged, as they read."""
+  """The texts of the warnings that are logged."""
   logged = []
   monkeypatch.setattr(logging, "warning",
                       lambda text, *values: logged.append(text % values))
@@ -98,7 +102,7 @@ def openai():
 
 
 class FakeTensor:
-  """As much of torch.Tensor as the reader uses."""
+  """The part of torch.Tensor that the reader uses."""
 
   def __init__(self, value):
     self.value = value
@@ -122,7 +126,7 @@ class FakeTensor:
 
 @pytest.fixture
 def fake_torch(monkeypatch):
-  """Stands in for PyTorch: its `state` is what every file holds."""
+  """Stands in for PyTorch: `torch.load` of any file gives its `state`."""
   torch = types.ModuleType("torch")
   torch.Tensor = FakeTensor
 
@@ -139,7 +143,7 @@ def fake_torch(monkeypatch):
 
 @pytest.fixture
 def state_dict(openai, fake_torch, tmp_path):
-  """Path of a file with a card, and its tensors."""
+  """Path of a PyTorch file with a card; `fake_torch` has its tensors."""
   weights, _, card = openai["openai_plain"]
   path = str(tmp_path / "lsun.pt")
   with open(path, "w") as f:
@@ -152,7 +156,7 @@ def state_dict(openai, fake_torch, tmp_path):
 
 
 def write_folder(folder, name, suffix=".safetensors", **changes):
-  """Writes a fixture in diffusers' layout; returns its weights and goldens."""
+  """Writes a fixture in diffusers' layout; returns (weights, golden)."""
   weights, golden = read_fixture(name)
   os.makedirs(folder, exist_ok=True)
   for file in ("config", "scheduler"):

@@ -12,13 +12,13 @@ from ddss_tf.samplers import generator as generator_lib
 SHAPE = (4, 4, 1)
 STD = 0.25
 MEANS = np.array([0.4, -0.1, -0.5, 0.7], np.float32)
-NULL = 1  # Not the last one, on purpose.
+NULL = 1  # On purpose not the last label.
 STEPS = 3
 
 
 @keras.saving.register_keras_serializable(package="tests")
 class ClassEps(keras.layers.Layer):
-  """eps of the exact denoiser of every class."""
+  """eps of the exact denoiser of each label's class."""
 
   def call(self, x_t, t, labels):
     alpha_t, sigma_t = ddss_tf.make_schedule("linear", 1000).alpha_sigma(t)

@@ -1,6 +1,6 @@
 """Searches over several logical CPU devices; run by `distribution_test.py`.
 
-Usage: distributed_search.py OUTPUT.npz REPLICAS...
+Usage: distributed_search.py OUTPUT.npz all|quick REPLICAS...
 """
 
 import functools
@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Before TensorFlow starts its devices.
+# This must come before TensorFlow starts its devices.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * 4)
@@ -27,15 +27,15 @@ from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import solvers
 import gaussian_parts
 
-# One pass through a part of the population; two with a last micro-batch that is
-# not full; a bound, no distance.
+# A gradient in one pass; one in two passes, whose last micro-batch is not full;
+# an objective that is a bound, not a distance.
 SEARCHES = {
     "one_pass": dict(batch_size=24, gradient_samples=12,
                      objective="kid_cubic"),
     "two_passes": dict(batch_size=30, gradient_samples=15, micro_batch_size=3,
                        objective="frechet", pool_samples=90),
     "elbo": dict(batch_size=8, objective="elbo"),
-    # Shares that are not full.
+    # The shares of the replicas are not full.
     "elbo_in_parts": dict(batch_size=6, micro_batch_size=3, objective="elbo",
                           sampling_batch_size=17),
 }
@@ -80,12 +80,12 @@ def export(folder):
 
 
 def main(output, extent, *replicas):
-  """Leaves what was found with each number of replicas in an npz file.
+  """Searches with each number of replicas, and writes all results to a file.
 
   Args:
-    output: the file.
+    output: the npz file.
     extent: "all"; or "quick": the first search only, not compiled by XLA.
-    *replicas: numbers of them.
+    *replicas: the numbers of replicas.
   """
   results = {}
   quick = extent == "quick"
@@ -120,7 +120,7 @@ def main(output, extent, *replicas):
                 run, parts["denoiser"], num_images=7,
                 jit_compile=not quick)) as images:
               results[f"{name}/images/{count}"] = images["images"]
-      denoiser = parts["denoiser"]  # More steps than are traced as one.
+      denoiser = parts["denoiser"]  # This chain is too long for one graph.
       results[f"long/images/{count}"] = generator_lib.Generator(
           denoiser, 4, False).images(ddss_tf.SolverSampler(
               denoiser.schedule, 101, "ddpm").coefficients(), 5, 1)

@@ -1,4 +1,4 @@
-"""Weights of EDM in files."""
+"""Files with weights of EDM's networks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Networks of other makers."""
+"""Networks that were not made by this library."""
 
 import keras
 import tensorflow as tf
@@ -9,7 +9,11 @@ SHAPE = (4, 4, 1)
 
 def write(folder, network, shape=(None, *SHAPE), time=((None,), tf.float32),
           names=("x", "t"), as_call=True):
-  """Saves `network(x, t)`; with `as_call` False as the signature "denoise"."""
+  """Writes `network(x, t)` as a SavedModel; gives its path.
+
+  The network is its `__call__`, or with `as_call` False the signature
+  "denoise".
+  """
   specs = [tf.TensorSpec(shape, tf.float32, names[0]),
            tf.TensorSpec(*time, names[1])]
 
@@ -33,7 +37,7 @@ def write(folder, network, shape=(None, *SHAPE), time=((None,), tf.float32),
 
 def small_network(activation="silu"):
   """A convolutional network [x, t] -> eps that depends on t."""
-  keras.backend.clear_session()  # Or Keras would count on in its names.
+  keras.backend.clear_session()  # So that layers get the same names each time.
   x, t = keras.Input((8, 8, 1)), keras.Input(())
   shift = keras.layers.Dense(4)(keras.layers.Reshape((1,))(t))
   h = keras.layers.Conv2D(4, 3, padding="same", activation=activation)(x)

@@ -1,4 +1,4 @@
-"""Small parts of a search, of which everything is known: Gaussian images."""
+"""Small parts of a search on Gaussian images, of which everything is known."""
 
 import os
 
@@ -19,7 +19,8 @@ def make() -> dict:
   rng = np.random.default_rng(0)
   images = (0.3 + 0.25 * rng.normal(size=(400, *SHAPE))).astype(np.float32)
   inputs = keras.Input(SHAPE)
-  # Large weights: features must see the spread of the pixels, not their mean.
+  # With large weights the features show the spread of the pixels, not only
+  # their mean.
   large = keras.initializers.RandomNormal(stddev=1.0, seed=0)
   x = keras.layers.Conv2D(
       16, 2, activation="relu", kernel_initializer=large)(inputs)
@@ -34,7 +35,7 @@ def make() -> dict:
       features=network_lib.FeatureNetwork(model, "random"))
 
 
-# A run of them by the command line, of seconds.
+# A run with these parts by the command line, which takes seconds.
 _CONFIG = """
 DENOISER = @denoiser/gin.singleton()
 denoiser/gin.singleton.constructor = @gaussian_denoiser
@@ -84,7 +85,7 @@ sample.jit_compile = False
 
 
 def save(folder: str) -> str:
-  """Writes the parts and a gin file of a run of them; gives its path."""
+  """Writes the parts, and a gin file of a run with them; gives its path."""
   parts = make()
   np.savez(os.path.join(folder, "images.npz"),
            images=np.clip(parts["dataset"].images, -1, 1))

@@ -2,10 +2,11 @@
 
 Usage: killed_search.py FOLDER KILLS
 
-Leaves FOLDER/whole, of a search and an evaluation that nobody disturbed, and
-FOLDER/killed, of one that SIGKILL ended KILLS times at random moments between
-its first step and its last, and five times before and after those. Prints how
-many of the former found the search there.
+Leaves two run directories. FOLDER/whole has a search and an evaluation that
+nobody disturbed. FOLDER/killed has one that SIGKILL ended KILLS times at random
+moments between its first step and its last, five times before its first step,
+and five times when the search was over. Prints how many of the KILLS came
+during the search.
 """
 
 import functools
@@ -16,8 +17,8 @@ import statistics
 import sys
 import time
 
-# Imported once: every attempt is a process forked from this one, in which
-# TensorFlow has not started yet.
+# These modules are imported once. Every attempt is forked from this process, in
+# which TensorFlow has not started yet.
 import ddss_tf
 from ddss_tf.evaluation import evaluate as evaluate_lib  # pylint: disable=unused-import
 from ddss_tf.exporting import export as export_lib  # pylint: disable=unused-import
@@ -82,12 +83,17 @@ def main(folder, kills):
     moments.append(time.monotonic())
   ended(child, 0)
   moments.append(time.monotonic())
-  # Before the first step; that one, with its compilation; others; after them.
+  # Seconds before the first step, of that step with its compilation, of each
+  # other step, and after the last.
   start, first, *others, end = np.diff(moments)
   rng = random.Random(0)
 
   def kill(steps_begun, longest):
-    """Kills an attempt some time after as many steps of it have begun."""
+    """Kills an attempt up to `longest` seconds after its n-th step began.
+
+    Returns:
+      Whether it had begun so many steps, and its search was not over.
+    """
     child, steps = fork(killed)
     begun = all(os.read(steps, 1) for _ in range(steps_begun))
     time.sleep(rng.uniform(0, longest))
@@ -99,7 +105,8 @@ def main(folder, kills):
 
   for _ in range(5):
     assert kill(0, start)
-  # Few enough to have steps left for all: checkpoints come every third.
+  # An attempt makes at most 5 steps, and every third is a checkpoint: so steps
+  # are left for all attempts.
   inside = 0
   for _ in range(int(kills)):
     count = rng.randint(1, 5)

@@ -1,4 +1,4 @@
-"""The cache of converted models, watched."""
+"""The cache of converted models, and what was converted for it."""
 
 import os
 
@@ -18,7 +18,7 @@ def entries(cache):
 
 @pytest.fixture
 def conversions(monkeypatch):
-  """The paths that were converted."""
+  """The paths of the models that were converted."""
   paths = []
   find = loading.find_format
 

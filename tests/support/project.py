@@ -1,4 +1,4 @@
-"""Where things are, for tests."""
+"""Folders of the project, for tests."""
 
 import os
 

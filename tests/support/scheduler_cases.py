@@ -1,8 +1,8 @@
-"""Samplers that are written as schedulers of diffusers, for its test.
+"""Samplers for the test of the schedulers that are written for diffusers.
 
   python tests/support/scheduler_cases.py FOLDER
 
-writes them, for `tools/dump_scheduler_fixture.py`.
+writes their schedulers, for `tools/dump_scheduler_fixture.py`.
 """
 
 import os
@@ -20,14 +20,14 @@ _DIGITS, _TINY = "digits16-ddpm", "tiny_unet2d"
 
 
 def _perturbed(schedule, solver: str, num_steps: int) -> Coefficients:
-  """A dense sampler near a solver: what a search could have found."""
+  """A dense sampler near a solver, as a search could have found it."""
   start = ddss_tf.solver_coefficients(schedule, solver, num_steps, "linspace")
   rng = np.random.default_rng(num_steps)
   moved = start.map(
       lambda value: value + 0.02 * rng.normal(size=value.shape))
   noise = np.abs(moved.noise_scales)
-  noise[1], noise[-1] = 0.0, 0.0  # One step draws no noise, nor does the last.
-  # Fractional, in order, inside the training steps.
+  noise[1], noise[-1] = 0.0, 0.0  # Steps 2 and K add no noise.
+  # Times are fractional, in order, and within the training steps.
   times = start.times * 0.93 + rng.uniform(1, 9, num_steps)
   return moved._replace(
       times=times, state_weights=np.tril(moved.state_weights),
@@ -35,12 +35,12 @@ def _perturbed(schedule, solver: str, num_steps: int) -> Coefficients:
 
 
 def cases() -> dict:
-  """By name: card, denoiser, folder of the model in tests/testdata."""
+  """(card, denoiser, folder of the model) by name of the case."""
   digits = ddss_tf.load_denoiser(_DIGITS)
   tiny = ddss_tf.load_denoiser(os.path.join(TESTDATA, _TINY))
   found = {}
   for name in ("ggdm+pred+time", "vars"):
-    # As found once: the zoo's are found anew when the search changes.
+    # Copies of earlier cards: those of the zoo change when the search does.
     found[f"digits_{name}_k5"] = (card.read(os.path.join(
         TESTDATA, f"searched_{name}.json")), digits, _DIGITS)
 

@@ -1,10 +1,11 @@
-"""Checks of the written scheduler in PyTorch: rounds, faults, whole pipelines.
+"""Checks of a written scheduler in PyTorch: saving, faults, whole pipelines.
 
   python tests/support/scheduler_in_torch.py SCHEDULER MODEL PIPELINE
 
-with torch and diffusers, but without ddss_tf: `scheduler_test.py` calls it.
-SCHEDULER is a folder as written, of 5 steps; MODEL one of a `UNet2DModel` that
-predicts v; a whole pipeline is saved to the new folder PIPELINE.
+needs torch and diffusers, but not ddss_tf. `scheduler_test.py` calls it.
+SCHEDULER is the folder of a written scheduler of 5 steps. MODEL is the folder
+of a `UNet2DModel` that predicts v. A whole pipeline is saved to the new folder
+PIPELINE.
 """
 
 import importlib
@@ -39,12 +40,13 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
                 generator=torch.Generator().manual_seed(seed)).images
 
   images = sample()
-  assert torch.equal(images, sample())  # A chain leaves nothing behind.
+  assert torch.equal(images, sample())  # The first chain left no state behind.
   assert not torch.allclose(images, sample(seed=4), atol=0.05)
 
-  # The other pipeline of such models, which passes options of DDIM's.
+  # The other pipeline for such models passes options of DDIM.
   pipe = diffusers.DDIMPipeline(unet, scheduler)
-  pipe.scheduler = scheduler  # It takes the configuration for DDIM's.
+  # The pipeline has made a DDIM scheduler of the configuration.
+  pipe.scheduler = scheduler
   pipe.set_progress_bar_config(disable=True)
   assert torch.equal(images, pipe(
       batch_size=2, num_inference_steps=5, output_type="pt",
@@ -52,7 +54,7 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
   refused("eta must be 0", pipe, num_inference_steps=5, eta=1.0)
   scheduler.set_timesteps(5)
 
-  # Rounds: of the configuration, and of a whole pipeline with its code.
+  # The configuration, and a whole pipeline with its code, saved and read again.
   assert torch.equal(images, sample(scheduler=cls.from_config(
       scheduler.config)))
   diffusers.DDPMPipeline(unet, scheduler).save_pretrained(pipeline_folder)
@@ -68,7 +70,7 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
       batch_size=2, num_inference_steps=5, output_type="pt",
       generator=torch.Generator().manual_seed(3)).images)
 
-  # A model with a learned variance: its prediction alone counts.
+  # Of a model with a learned variance, only the prediction counts.
   class WithVariance(diffusers.UNet2DModel):
 
     def forward(self, *args, return_dict=True, **kwargs):
@@ -79,7 +81,7 @@ def main(folder: str, model: str, pipeline_folder: str) -> None:
   assert torch.equal(images, sample(
       unet=WithVariance.from_pretrained(model).eval()))
 
-  # Half precision in and out, the chain itself in float32.
+  # Input and output have half precision; the chain itself is in float32.
   half = sample(unet=diffusers.UNet2DModel.from_pretrained(
       model, torch_dtype=torch.bfloat16).eval())
   assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()

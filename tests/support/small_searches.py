@@ -17,8 +17,8 @@ from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search as search_lib
 
 SHAPE = (4, 4, 1)
-# An eager chain and a graph, which TensorFlow folds and fuses, differ by some
-# 1e-6 after three steps in float32.
+# TensorFlow folds and fuses the operations of a graph. So a chain in a graph
+# and an eager chain differ by some 1e-6 after three steps in float32.
 ROUNDING = 5e-6
 
 
@@ -41,7 +41,10 @@ def same_sampler(one, other):
 
 
 def events(run, files="*.search"):
-  """All events of a search but the speed: sorted (step, tag, value)."""
+  """The events of a search, sorted: (step, tag, value).
+
+  Those of the speed and the configuration are left out.
+  """
   found = []
   for path in glob.glob(os.path.join(run, "tensorboard", files)):
     for event in tf.compat.v1.train.summary_iterator(path):
@@ -111,6 +114,6 @@ def check_picture(path):
   with Image.open(path) as picture:
     pixels = np.asarray(picture.convert("RGB"))
   assert min(pixels.shape[:2]) >= 30, pixels.shape
-  # Neither one shade nor noise: most pixels of some shade, and others.
+  # More than 8 shades, and no single one in nearly all pixels.
   shades, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
   assert len(shades) > 8 and counts.max() < 0.995 * counts.sum()

@@ -1,4 +1,4 @@
-"""Small files in the place of data sets that cannot be had offline."""
+"""Small files that stand in for data sets which need a download."""
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -9,10 +9,10 @@ def random_bytes(*shape, seed=2):
 
 
 def prepare(folder, name, config, image_shape, labelled):
-  """Files in the place of the real set's, for TFDS's own builder to find.
+  """Writes files where TFDS's own builder expects those of the real data set.
 
   Returns:
-    The images, uint8 [H, W, C], of many sizes where the real set has many.
+    The images, uint8 [H, W, C], of several sizes if the real set has several.
   """
   full_name = name if config is None else f"{name}/{config}"
   builder = tfds.builder(full_name, data_dir=folder, try_gcs=False)
@@ -23,7 +23,8 @@ def prepare(folder, name, config, image_shape, labelled):
   shapes = [image_shape] * 3
   if None in image_shape:
     shapes = [(300, 256, 3), (256, 341, 3), (256, 256, 3)]
-  # Middling values: Pillow clips between its passes, tf.image.resize does not.
+  # Values keep away from 0 and 255, because Pillow clips between its passes and
+  # tf.image.resize does not.
   images = [random_bytes(*shape, seed=i) // 2 + 64
             for i, shape in enumerate(shapes)]
   examples = [{"image": image} for image in images]

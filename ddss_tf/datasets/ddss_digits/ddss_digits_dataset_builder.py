@@ -45,7 +45,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         supervised_keys=("image", "label"),
         homepage="http://yann.lecun.com/exdb/mnist/",
         citation=_CITATION,
-        # TFDS would else order the examples by a hash of their keys.
+        # Otherwise TFDS orders the examples by a hash of their keys.
         disable_shuffling=True,
     )
 
