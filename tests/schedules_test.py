@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf.samplers import strides
 from ddss_tf import schedules
+from ddss_tf.samplers import strides
 from ddss_tf.schedules import NoiseSchedule
 
 

@@ -14,7 +14,6 @@ from typing import Any, Mapping, Sequence
 from absl import logging
 import gin
 
-from ddss_tf.samplers import strides
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -30,6 +29,7 @@ from ddss_tf.samplers import card
 from ddss_tf.samplers import families as families_lib
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers as solvers_lib
+from ddss_tf.samplers import strides
 from ddss_tf.searching import search as search_lib
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser

@@ -7,8 +7,8 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import storage
 from ddss_tf import distribution
+from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.evaluation import evaluator as evaluator_lib

@@ -9,9 +9,9 @@ from absl import logging
 from ddss_tf import errors
 from ddss_tf import storage
 from ddss_tf import version
-from ddss_tf.formats import own
 from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
+from ddss_tf.formats import own
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule

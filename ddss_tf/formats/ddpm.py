@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import storage
 from ddss_tf import errors
+from ddss_tf import storage
 from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError
 from ddss_tf.networks.unet import UNetConfig

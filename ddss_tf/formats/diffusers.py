@@ -14,9 +14,9 @@ import re
 import numpy as np
 import safetensors.numpy
 
-from ddss_tf import storage
 from ddss_tf import errors
 from ddss_tf import schedules
+from ddss_tf import storage
 from ddss_tf.formats import cards
 from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError

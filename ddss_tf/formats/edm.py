@@ -18,9 +18,9 @@ import keras
 import numpy as np
 import safetensors.numpy
 
-from ddss_tf import storage
 from ddss_tf import errors
 from ddss_tf import schedules
+from ddss_tf import storage
 from ddss_tf.formats import cards
 from ddss_tf.formats import tensors
 from ddss_tf.networks import edm_unet

@@ -26,8 +26,8 @@ from typing import Mapping
 import keras
 import numpy as np
 
-from ddss_tf import storage
 from ddss_tf import schedules
+from ddss_tf import storage
 from ddss_tf.formats import cards
 from ddss_tf.formats import tensors
 from ddss_tf.errors import UserError

@@ -6,11 +6,11 @@ from ddss_tf import errors
 from ddss_tf import schedules
 from ddss_tf import storage
 from ddss_tf.denoisers import denoiser as denoiser_lib
-from ddss_tf.denoisers.denoiser import Denoiser
-from ddss_tf.errors import UserError
 from ddss_tf.formats import cards
 from ddss_tf.formats import saved_model
 from ddss_tf.networks import files as network_files
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import UserError
 
 CARD = "denoiser.json"
 NETWORK = "network.keras"

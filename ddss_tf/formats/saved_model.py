@@ -5,8 +5,8 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from ddss_tf import storage
 from ddss_tf import errors
+from ddss_tf import storage
 from ddss_tf.denoisers import inputs as inputs_lib
 from ddss_tf.networks import files as network_files
 from ddss_tf.errors import UserError, shape_text

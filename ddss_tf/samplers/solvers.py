@@ -20,8 +20,8 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.samplers import strides
+from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 

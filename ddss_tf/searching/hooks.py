@@ -5,9 +5,9 @@ import signal
 from absl import logging
 
 from ddss_tf import distribution
-from ddss_tf.errors import Interrupted, Terminated, UserError
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import signals
+from ddss_tf.errors import Interrupted, Terminated, UserError
 from ddss_tf.searching.loop import Event, Hook, Search
 
 

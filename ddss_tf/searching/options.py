@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any, Mapping
 
-from ddss_tf.errors import MAX_SEED, UserError, check_positive, check_whole
 from ddss_tf.objectives import distances
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.objectives import teacher as teacher_lib
 from ddss_tf.samplers import chain
+from ddss_tf.errors import MAX_SEED, UserError, check_positive, check_whole
 from ddss_tf.samplers.sampler import KINDS
 
 # The least value of each of a search's whole numbers.

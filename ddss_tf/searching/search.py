@@ -20,23 +20,23 @@ import numpy as np
 from ddss_tf import distribution
 from ddss_tf import metrics
 from ddss_tf import storage
-from ddss_tf.datasets.dataset import ImageDataset
-from ddss_tf.denoisers.denoiser import Denoiser
-from ddss_tf.errors import UserError
-from ddss_tf.features.network import FeatureNetwork
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.runs import checkpoints as checkpoints_lib
 from ddss_tf.runs import progress
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.runs import signals
 from ddss_tf.samplers import card
-from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.schedules import NoiseSchedule
 from ddss_tf.searching import hooks as hooks_lib
 from ddss_tf.searching import loop
 from ddss_tf.searching import pools as pools_lib
 from ddss_tf.searching import starts
 from ddss_tf.searching import summaries
+from ddss_tf.datasets.dataset import ImageDataset
+from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.errors import UserError
+from ddss_tf.features.network import FeatureNetwork
+from ddss_tf.samplers.sampler import Sampler
+from ddss_tf.schedules import NoiseSchedule
 from ddss_tf.searching.bound import BoundGradient
 from ddss_tf.searching.metric import FeatureMetric
 from ddss_tf.searching.optimizer import MetricAdam

@@ -13,9 +13,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.datasets import load as data
+from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.errors import UserError
 import stand_in_data
 from project import ROOT

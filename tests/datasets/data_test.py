@@ -8,9 +8,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.datasets import ddss_digits
 from ddss_tf.datasets import load as data
 from ddss_tf.runs import fingerprint
-from ddss_tf.datasets import ddss_digits
 from ddss_tf.errors import UserError
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf.errors import UserError
 from ddss_tf.evaluation import evaluate as evaluate_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
+from ddss_tf.errors import UserError
 from ddss_tf.samplers.strides import STRIDES
 
 SCHEDULE = ddss_tf.make_schedule("linear", 1000)

@@ -19,7 +19,6 @@ import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import metrics
-from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.features import hub as hub_lib
 from ddss_tf.features import keras_models
@@ -29,6 +28,7 @@ from ddss_tf.features import reference
 from ddss_tf.runs import fingerprint
 from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
+from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.errors import UserError
 from project import ROOT
 

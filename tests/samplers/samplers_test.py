@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf.samplers import strides
 from ddss_tf.denoisers import gaussian
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
@@ -17,6 +16,7 @@ from ddss_tf.samplers import families
 from ddss_tf.samplers import marginals
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
+from ddss_tf.samplers import strides
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddss_tf.samplers import strides
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import solvers
+from ddss_tf.samplers import strides
 from ddss_tf.schedules import NoiseSchedule
 from project import TESTDATA
 

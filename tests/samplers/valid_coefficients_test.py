@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from ddss_tf.samplers import strides
 from ddss_tf.objectives import objective as objective_lib
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
+from ddss_tf.samplers import strides
 from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf.samplers import strides
 from ddss_tf.objectives import distances as distances_lib
 from ddss_tf.objectives import elbo
 from ddss_tf.runs import fingerprint
@@ -18,6 +17,7 @@ from ddss_tf.samplers import card
 from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import solvers
+from ddss_tf.samplers import strides
 from ddss_tf.searching import parts as parts_lib
 from ddss_tf.searching import starts
 from ddss_tf.errors import UserError

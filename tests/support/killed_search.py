@@ -20,11 +20,11 @@ import time
 # These modules are imported once. Every attempt is forked from this process, in
 # which TensorFlow has not started yet.
 import ddss_tf
+from ddss_tf.samplers import families
+from ddss_tf.searching import loop
 from ddss_tf.evaluation import evaluate as evaluate_lib  # pylint: disable=unused-import
 from ddss_tf.exporting import export as export_lib  # pylint: disable=unused-import
 from ddss_tf.reporting import comparison  # pylint: disable=unused-import
-from ddss_tf.samplers import families
-from ddss_tf.searching import loop
 import gaussian_parts
 import numpy as np
 
