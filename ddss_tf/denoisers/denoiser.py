@@ -145,24 +145,25 @@ class Denoiser:
       ValueError: see the class.
     """
     return self._again(
+        self.model,
         self.guidance_scale if guidance_scale is None else guidance_scale,
         self.null_label if null_label is None else null_label)
 
   def with_policy(self, dtype_policy: str) -> "Denoiser":
-    """The same weights in another number format; it changes this object too.
+    """The same weights in another number format; this object stays as it is.
 
     Args:
       dtype_policy: one of `precision.POLICIES`.
 
     Raises:
-      UserError: see `precision.set_policy`.
+      UserError: see `precision.with_policy`.
     """
-    precision.set_policy(self.model, dtype_policy)
-    return self._again(self.guidance_scale, self.null_label)
+    return self._again(precision.with_policy(self.model, dtype_policy),
+                       self.guidance_scale, self.null_label)
 
-  def _again(self, guidance_scale, null_label):
+  def _again(self, model, guidance_scale, null_label):
     return Denoiser(
-        self.model, self.schedule, self.prediction, self.name,
+        model, self.schedule, self.prediction, self.name,
         self.num_classes, guidance_scale, null_label, **self._told_rest)
 
   @property

@@ -9,6 +9,7 @@ hardware.
 import keras
 
 from ddss_tf.errors import UserError
+from ddss_tf.networks.frozen import frozen_variables
 
 FLOAT32 = "float32"
 BFLOAT16 = "mixed_bfloat16"
@@ -32,16 +33,19 @@ def policy(model) -> str:
   return FLOAT32
 
 
-def set_policy(model, name: str) -> None:
-  """Lets a functional Keras model compute in another format.
+def with_policy(model, name: str) -> keras.Model:
+  """A functional Keras model that computes in another format.
 
   Two kinds of layers stay in float32 (our choice). The first take one number
   for each image, such as a time: bfloat16 would merge neighbouring times beyond
   256. The others give the outputs.
 
   Args:
-    model: the model, changed in place; its weights are not changed.
+    model: the model, which stays as it is.
     name: one of `POLICIES`.
+
+  Returns:
+    A copy with the same weights, frozen; the model itself if it has the policy.
 
   Raises:
     UserError: the policy is unknown; the model is not a functional Keras model
@@ -52,7 +56,7 @@ def set_policy(model, name: str) -> None:
     raise UserError(f"dtype_policy must be one of {', '.join(POLICIES)}. "
                     f"Received: {name!r}")
   if policy(model) == name:
-    return
+    return model
   if not isinstance(model, keras.Model) or getattr(model, "inputs", None) is (
       None):
     raise UserError("dtype_policy must be that of a functional Keras model. "
@@ -63,10 +67,22 @@ def set_policy(model, name: str) -> None:
     raise UserError("dtype_policy must be None for a network whose weights are "
                     f"not float32. Received: {name!r} for weights in "
                     f"{', '.join(sorted(kept))}")
+  with frozen_variables():
+    copy = keras.models.clone_model(model)
+  copy.trainable = False
+  for variable, value in zip(copy.variables, model.variables, strict=True):
+    variable.assign(value)
+  _set_policy(copy, name)
+  return copy
+
+
+def _set_policy(model: keras.Model, name: str) -> None:
+  """Changes the policy of a model's layers, in place."""
   outputs = {id(tensor) for tensor in keras.tree.flatten(model.output)}
   for layer in model.layers:
     if isinstance(layer, keras.Model):
-      set_policy(layer, name)
+      if policy(layer) != name:
+        _set_policy(layer, name)
       continue
     nodes = layer._inbound_nodes  # pylint: disable=protected-access
     inputs = [tensor for node in nodes for tensor in node.input_tensors]

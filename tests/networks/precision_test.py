@@ -75,6 +75,7 @@ def test_the_format_decides_who_it_is(both, tmp_path):
   again = ddss_tf.load_denoiser(str(tmp_path / "own"))
   assert (again.key, again.dtype_policy) == (rough.key, rough.dtype_policy)
   back = again.with_policy("float32")
+  assert (again.key, again.dtype_policy) == (rough.key, rough.dtype_policy)
   assert back.key == exact.key
   x = tf.random.stateless_normal([2, 16, 16, 1], [0, 1])
   np.testing.assert_array_equal(
@@ -103,7 +104,7 @@ def test_formats_that_are_refused():
   with pytest.raises(UserError, match="float32, mixed_bfloat16.*'bf16'"):
     ddss_tf.load_denoiser(NAME, dtype_policy="bf16")
   with pytest.raises(UserError, match="functional Keras model.*Module"):
-    precision.set_policy(tf.Module(), "mixed_bfloat16")
+    precision.with_policy(tf.Module(), "mixed_bfloat16")
 
 
 def upsampled(interpolation):
