@@ -9,8 +9,12 @@ PYTORCH ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
+# Two workers share two cores: with a thread each they do not wait for each
+# other.
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+test test-all test-lowest: export TF_NUM_INTRAOP_THREADS ?= 1
+test test-all test-lowest: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-full table table-cosine objectives figures bench docs test test-all test-lowest clean
 

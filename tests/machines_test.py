@@ -195,9 +195,10 @@ def test_a_signal_saves_the_search(number, status, small, tmp_path):
     assert json.load(f)
 
 
-@pytest.mark.parametrize("number,status", [
-    (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("seconds", [0.3, 2.0])
+@pytest.mark.parametrize("number,status,seconds", [
+    (signal.SIGINT, 130, 2.0), (signal.SIGTERM, 143, 0.3),
+    pytest.param(signal.SIGINT, 130, 0.3, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 143, 2.0, marks=pytest.mark.slow)])
 def test_a_command_that_had_not_begun_leaves_nothing(
     number, status, seconds, small, tmp_path):
   process = long_search(small, tmp_path / "a" / "run")

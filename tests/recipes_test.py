@@ -90,7 +90,8 @@ def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   for line in (
       f"NUM_STEPS = {cell['num_steps']}", "NUM_SAMPLES = 50000",
       "evaluate.num_samples = %NUM_SAMPLES",
-      *((f"searched/make_sampler.family = '{ROWS[row]}'",
+      *((f"FAMILY = '{ROWS[row]}'", "searched/make_sampler.family = %FAMILY",
+         "search.optimizer = 'adam'", "search.real_samples = 512",
          "searched/make_sampler.parameterisation = 'paper'",
          "searched/make_sampler.num_steps = %NUM_STEPS",
          "search.objective = 'kid_linear'", "evaluate.baselines = []")
@@ -119,6 +120,20 @@ def test_the_command_of_a_row_builds(row, stand_ins, main_in_process, capsys):
   config = capsys.readouterr().out
   assert re.search(r"^NUM_STEPS = 5$", config, re.MULTILINE)
   assert searched or re.search(r"^STRIDE = 'quadratic'$", config, re.MULTILINE)
+
+
+@pytest.mark.parametrize("extras", ["", "+pred", "+time", "+pred+time"])
+@pytest.mark.parametrize("family", ["ddim-learned", "vars", "rddim", "ggdm"])
+def test_every_family_builds(family, extras, stand_ins, main_in_process, capsys):
+  """The families' table, by the command in the header of its file."""
+  (command,) = commands("family.gin")
+  assert command.pop() == "--gin_param=FAMILY = \"vars+pred\""
+  main_in_process([
+      "--dry_run", *(word.replace("gin_configs", f"{ROOT}/gin_configs")
+                     for word in command if not word.startswith("--run_dir=")),
+      f"--gin_param=FAMILY = '{family}{extras}'",
+      *(f"--gin_param={binding}" for binding in stand_ins["cifar10"])])
+  assert f"FAMILY = '{family}{extras}'" in capsys.readouterr().out.splitlines()
 
 
 def test_the_commands_of_the_readme_build(stand_ins, main_in_process, capsys):
@@ -261,7 +276,7 @@ def test_no_number_is_printed_as_ours():
 def test_the_folder_holds_data_sets_and_rows():
   assert set(os.listdir(RECIPES)) == {
       *(f"{name}.gin" for name in (*SIZES, *ROWS)), "common.gin",
-      "published.csv", "README.md"}
+      "family.gin", "published.csv", "README.md"}
 
 
 def test_a_model_of_another_size_is_refused(

@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 
 import ddss_tf
+from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
-from ddss_tf.evaluation import compare as compare_lib
 from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import preprocessing
@@ -162,7 +162,8 @@ def test_a_run_of_images_of_a_shape(shape, tmp_path):
     assert file["images"].shape == (5, *shape)
     assert file["images"].dtype == np.uint8 and np.std(file["images"]) > 1
   images = {records_lib.sample_key(r): noise(8, *shape) for r in records}
-  compare_lib._write_samples(os.path.join(run, run_dir_lib.SAMPLES_NPZ), images)
+  storage.save_arrays(
+      os.path.join(run, run_dir_lib.SAMPLES_NPZ), images, compressed=True)
   with open(ddss_tf.report(run), encoding="utf-8") as f:
     page = f.read()
   for name in ("samples.png", "generated.png", "path.png", "before_after.png",
@@ -192,7 +193,9 @@ def unet_folder(folder, **changes):
 @pytest.mark.parametrize("told,given,shape", [
     (8, None, (8, 8, 3)), ([8, 8], None, (8, 8, 3)),
     ([12, 8], None, (12, 8, 3)), ([8, 16], [8, 16], (8, 16, 3)),
-    (None, 8, (8, 8, 3)), (None, (16, 12), (16, 12, 3)), (8, (8, 8), (8, 8, 3))])
+    (None, (16, 12), (16, 12, 3)),
+    pytest.param(None, 8, (8, 8, 3), marks=pytest.mark.slow),
+    pytest.param(8, (8, 8), (8, 8, 3), marks=pytest.mark.slow)])
 def test_sizes_of_diffusers_networks(told, given, shape, tmp_path):
   _, golden = unet_folder(tmp_path / "net", sample_size=told)
   denoiser = ddss_tf.load_denoiser(str(tmp_path / "net"), image_size=given)
@@ -341,7 +344,9 @@ FORMATS = ["float16", "mixed_float16", "bfloat16", "mixed_bfloat16"]
 
 
 @pytest.mark.parametrize("dtype,inputs", [
-    *((dtype, None) for dtype in FORMATS), ("float32", "float16")])
+    *(pytest.param(dtype, None, marks=() if "mixed" in dtype else
+                   pytest.mark.slow) for dtype in FORMATS),
+    ("float32", "float16")])
 def test_a_network_in_half_precision(dtype, inputs, tmp_path, caplog):
   path = str(tmp_path / "net.keras")
   network(dtype, inputs).save(path)

@@ -166,6 +166,14 @@ def kid(features: tf.Tensor, real: tf.Tensor, kernel,
           - 2.0 * tf.reduce_mean(kernel(features, real)))
 
 
+def mean_of_pairs(kernel, real: tf.Tensor) -> tf.Tensor:
+  """The mean of a kernel over pairs of different rows of [R, D]."""
+  pairs = kernel(real, real)
+  count = tf.cast(tf.shape(real)[0], tf.float32)
+  return (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (
+      count * (count - 1.0))
+
+
 def frechet_axes(features: tf.Tensor, real_mean: tf.Tensor, axes: tf.Tensor,
                  deviations: tf.Tensor,
                  control: Control | None = None) -> tf.Tensor:
@@ -328,6 +336,38 @@ def _centre(name: str, real: np.ndarray) -> np.ndarray | None:
   return mean.astype(np.float32)
 
 
+def make_fresh_distance(name: str, real: np.ndarray):
+  """A distance to real features that are fresh at every call, as published.
+
+  Args:
+    name: one of `KERNELS`.
+    real: float [R, D], features of the whole training set, which give the
+      origin of the features and the bandwidth.
+
+  Returns:
+    A function from features [N, D] and real features [M, D], M at least 2, to
+    the unbiased estimate of the distance, a float32 scalar.
+
+  Raises:
+    ValueError: unknown name.
+    UserError: see `make_distance`.
+  """
+  if name not in KERNELS:
+    raise ValueError(f"distance must be one of {', '.join(KERNELS)}. "
+                     f"Received: {name!r}")
+  # With the linear kernel the distance is a small difference of large numbers.
+  centre = (real.mean(axis=0, dtype=np.float64).astype(np.float32)
+            if name == "kid_linear" else _centre(name, real))
+  shift = np.zeros(real.shape[1], np.float32) if centre is None else centre
+  kernel = KERNELS[name](_drawn(real - shift), centre)
+
+  def distance(features, fresh):
+    features, fresh = (tf.cast(x, tf.float32) - shift for x in (features, fresh))
+    return kid(features, fresh, kernel, mean_of_pairs(kernel, fresh))
+
+  return distance
+
+
 def _real_mean(real):
   return tf.constant(real.mean(axis=0, dtype=np.float64), tf.float32)
 
@@ -373,38 +413,49 @@ def _drawn(real):
   return tf.constant(real[order[:_KERNEL_REAL]], tf.float32)
 
 
-def _make_kid(real, kernel):
-  pairs = kernel(real, real)
-  real_term = (tf.reduce_sum(pairs) - tf.linalg.trace(pairs)) / (
-      len(real) * (len(real) - 1.0))
-  return lambda features: kid(features, real, kernel, real_term)
+def _make_kid(kernel_of):
+  """The `Distance.make` of a kernel, which is made of real features."""
+  def make(real, centre):
+    drawn = _drawn(real)
+    kernel = kernel_of(drawn, centre)
+    real_term = mean_of_pairs(kernel, drawn)
+    return lambda features: kid(features, drawn, kernel, real_term)
+
+  return make
 
 
-def _make_kid_cubic(real, centre):
-  kernel = cubic_kernel if centre is None else functools.partial(
+def _linear(real, centre):
+  del real, centre
+  return lambda a, b: tf.matmul(a, b, transpose_b=True)
+
+
+def _cubic(real, centre):
+  del real
+  return cubic_kernel if centre is None else functools.partial(
       centred_cubic_kernel, centre=centre)
-  return _make_kid(_drawn(real), kernel)
 
 
-def _make_kid_rbf(real, centre):
+def _rbf(real, centre):
   del centre
-  real = _drawn(real)
   bandwidth = float(np.median(scipy.spatial.distance.pdist(
       real[:1000].numpy().astype(np.float64))))
   if not bandwidth > 0:
     raise UserError("kid_rbf needs real features that differ. Received: "
                     f"a median distance of {bandwidth:g}")
-  return _make_kid(real, functools.partial(rbf_kernel, bandwidth=bandwidth))
+  return functools.partial(rbf_kernel, bandwidth=bandwidth)
 
 
 # All distances by name.
 DISTANCES = {
     "kid_linear": Distance(_make_kid_linear, moments=True, centre=True),
-    "kid_cubic": Distance(_make_kid_cubic, centre=True),
-    "kid_rbf": Distance(_make_kid_rbf, centre=True),
+    "kid_cubic": Distance(_make_kid(_cubic), centre=True),
+    "kid_rbf": Distance(_make_kid(_rbf), centre=True),
     "frechet_axes": Distance(_make_frechet_axes, moments=True, centre=True),
     "frechet": Distance(_make_frechet, moments=True, centre=True),
 }
+# The kernels of the Kernel Inception Distances: functions from real features and
+# their centre, or None, to a function from [N, D] and [M, D] to [N, M].
+KERNELS = {"kid_linear": _linear, "kid_cubic": _cubic, "kid_rbf": _rbf}
 # Names of the distances that depend on moments only.
 MOMENTS = [name for name, distance in DISTANCES.items() if distance.moments]
 

@@ -126,12 +126,14 @@ class Objective:
     reals: float32 [R, D], features of the training set, for each network.
     image_shape: (H, W, C).
     network_weights: for each network; 1 if None.
+    fresh: whether `value` will be given fresh real features.
 
   Attributes:
     terms: weights by name.
     layout: where the parts of a view are.
     width: the width of a view.
     uses_teacher: whether `value` needs the teacher's view.
+    num_reals: R, the size of the training set.
     is_elbo: whether it is the bound, which does not depend on a view.
     uses_control: whether a control variate helps any of the terms.
 
@@ -141,7 +143,7 @@ class Objective:
   """
 
   def __init__(self, terms, networks, reals, image_shape,
-               network_weights=None):
+               network_weights=None, fresh: bool = False):
     self.terms = weights_of_terms(terms)
     self.is_elbo = ELBO in self.terms
     self.uses_teacher = uses(self.terms, MATCHING)
@@ -152,6 +154,11 @@ class Objective:
     self._distances = {
         name: [distances_lib.make_distance(name, real) for real in reals]
         for name in self.terms if name in distances_lib.DISTANCES}
+    self._reals = reals if fresh else None
+    self._fresh = {
+        name: [distances_lib.make_fresh_distance(name, real) for real in reals]
+        for name in self.terms if fresh and name in distances_lib.KERNELS}
+    self.num_reals = len(reals[0])
     self._means = [real.mean(axis=0, dtype=np.float64) for real in reals]
     self.uses_control = uses(self.terms, distances_lib.MOMENTS)
     self._pixels = "teacher_pixels" in self.terms
@@ -170,6 +177,10 @@ class Objective:
     return self.layout.join(
         [network(images)["pool"] for network in self._networks], images)
 
+  def fresh_reals(self, rows: np.ndarray) -> tuple[tf.Tensor, ...]:
+    """Some rows of the real features of each network, of an objective that is `fresh`."""
+    return tuple(tf.constant(real[rows]) for real in self._reals)
+
   def control_moments(self, views: np.ndarray):
     """What `value` needs to know of a control variate.
 
@@ -187,7 +198,7 @@ class Objective:
     return moments
 
   def value(self, view: tf.Tensor, teacher: tf.Tensor | None = None,
-            control=None):
+            control=None, fresh: tuple = ()):
     """The objective of a population, a float32 scalar.
 
     Args:
@@ -196,6 +207,8 @@ class Objective:
         used if `uses_teacher`.
       control: None, or a pair of a control variate's views of the same noise,
         [N, width], and its `control_moments`.
+      fresh: float32 [M, D] for each network, real features in place of those of
+        the whole training set; () for the latter.
     """
     pools, pixels = self.layout.split(view)
     loss = tf.zeros([])
@@ -205,6 +218,11 @@ class Objective:
       controls = [Control(own, *moments)
                   for own, moments in zip(rows, control[1])]
     for name, distances in self._distances.items():
+      if fresh:
+        for pool, weight, distance, real in zip(
+            pools, self._weights, self._fresh[name], fresh):
+          loss += self.terms[name] * weight * distance(pool, real)
+        continue
       for pool, weight, distance, known in zip(
           pools, self._weights, distances, controls):
         values = (pool, known) if name in distances_lib.MOMENTS else (pool,)

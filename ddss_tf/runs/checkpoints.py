@@ -1,6 +1,6 @@
 """Checkpoints of long work, and the TensorBoard events that go with them.
 
-A run that was killed goes on from its last checkpoint as if nothing had
+A run that was killed is resumed from its last checkpoint as if nothing had
 happened. Its state and the seconds it took are restored. Events after the
 checkpoint are taken back, because the run writes them again.
 """

@@ -1,4 +1,4 @@
-"""Theorem 1: the marginals of a GGDM, and the weights that keep them."""
+"""Theorem 1: the marginals of a GGDM, and the x0_hat that they imply."""
 
 import tensorflow as tf
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.searching.optimizer import MetricAdam, StepResult
+from ddss_tf.searching.optimizer import Optimizer, StepResult
 from ddss_tf.searching.validation import BestSoFar
 
 Gradient = Callable[[int], tuple[float, np.ndarray]]
@@ -28,6 +28,7 @@ class Search:
     optimizer: makes steps from gradients.
     best: the best variables by validation.
     num_search_steps: steps in all.
+    keep: what the search ends with, its "best" variables or its "last".
 
   Attributes:
     checkpoint: the state, as TensorFlow saves it.
@@ -35,11 +36,14 @@ class Search:
   """
 
   def __init__(self, sampler: Sampler, gradient: Gradient,
-               optimizer: MetricAdam, best: BestSoFar, num_search_steps: int):
+               optimizer: Optimizer, best: BestSoFar, num_search_steps: int,
+               keep: str = "best"):
     self.sampler, self.gradient = sampler, gradient
     self.optimizer, self.best = optimizer, best
     self.num_search_steps = num_search_steps
+    self._keep = keep
     self.fault = ""
+    self._validated = np.inf
     self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
     self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
     self.checkpoint = tf.train.Checkpoint(
@@ -77,16 +81,32 @@ class Search:
     return result
 
   def judge(self, value: float) -> bool:
-    """Remembers the best variables, or goes back to them with half the rate.
+    """Remembers the best variables, or goes back to them if the optimiser does.
 
     Returns:
       Whether it went back.
     """
-    back = self.best.judge(value, self.step)
+    self._validated = value
+    back = self.best.judge(value, self.step) and self.optimizer.goes_back
     if back:
       self.best.restore()
       self.optimizer.go_back()
     return back
+
+  @property
+  def kept_step(self) -> int:
+    """After how many steps the variables were what the search ends with."""
+    return self.step if self._keep == "last" else self.best.step
+
+  @property
+  def kept_value(self) -> float:
+    """Their validation value, of a search that has run to its end."""
+    return self._validated if self._keep == "last" else self.best.value
+
+  def settle(self) -> None:
+    """Gives the sampler the variables that the search ends with."""
+    if self._keep == "best":
+      self.best.restore()
 
 
 class Event(NamedTuple):

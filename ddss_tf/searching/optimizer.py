@@ -1,12 +1,11 @@
 """The update rule of the search. Another rule would go here.
 
-An optimiser has `begin`, called before the first step and before the next one
-after going back; `apply`, which makes a step; `go_back`, called after a
-validation that was worse than the best; `rate`; and `state`, what a checkpoint
-holds of it.
+  Optimizer   what the search needs of one
+  Adam        the paper's: Adam on every variable
+  MetricAdam  ours: Adam in the metric of the features
 """
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import keras
 import numpy as np
@@ -23,6 +22,10 @@ _BETA_1, _BETA_2 = 0.9, 0.99
 # of the search.
 _LARGEST_NORM = 1e150
 _LARGEST_GROWTH = 1e18
+_LARGEST_SQUARED = 1e18
+SCHEDULES = ("constant", "cosine")
+# From a step, a half between two of them, to its learning rate.
+Schedule = Callable[[float], float]
 
 
 class StepResult(NamedTuple):
@@ -40,7 +43,148 @@ class StepResult(NamedTuple):
   fault: str = ""
 
 
-class MetricAdam:
+class Optimizer:
+  """What makes a step of a gradient.
+
+  A step with a value that is not finite, or that would end at coefficients
+  that are not, changes nothing.
+
+  Args:
+    variables: the variables of the sampler that is learned.
+    multipliers: float32 [n], factors on the rate, of every entry.
+    schedule: from a step, a half between two of them, to the learning rate.
+
+  Attributes:
+    goes_back: whether a validation that is worse than the best takes the search
+      back.
+  """
+  goes_back = False
+
+  def __init__(self, variables: SamplerVariables, multipliers: np.ndarray,
+               schedule: Schedule):
+    self.variables = variables
+    self._multipliers, self._schedule = multipliers, schedule
+
+  @property
+  def state(self) -> dict:
+    """What a checkpoint holds, by name."""
+    raise NotImplementedError
+
+  def rate(self, step: int) -> float:
+    """The learning rate of a step."""
+    return float(self._schedule(step + 0.5))
+
+  def begin(self, step: int) -> None:
+    """Before the first step, and after each return to the best variables."""
+
+  def go_back(self) -> None:
+    """After a return to the best variables."""
+
+  def apply(self, step: int, loss: float, gradient: np.ndarray) -> StepResult:
+    """Makes a step.
+
+    Args:
+      step: the step of the search, which decides the rate.
+      loss: the objective.
+      gradient: float [n], its gradient in all variables.
+    """
+    move, norm = self._measured(gradient)
+    if not np.isfinite(loss) or not norm < self._largest_norm():
+      return StepResult(loss, norm, False, self._not_finite(loss, gradient))
+    changed = [*self.variables.variables, *self._moments]
+    before = [tf.convert_to_tensor(variable) for variable in changed]
+    self.variables.add(
+        self._step(-self.rate(step) * self._multipliers, move, norm))
+    try:
+      self.variables.sampler.coefficients().validate()
+    except ValueError:
+      for variable, value in zip(changed, before):
+        variable.assign(value)
+      return StepResult(
+          loss, norm, False, "the coefficients it would lead to")
+    return StepResult(loss, norm, True)
+
+  @property
+  def _moments(self) -> list:
+    """The variables that `_step` changes."""
+    raise NotImplementedError
+
+  def _measured(self, gradient: np.ndarray) -> tuple[np.ndarray, float]:
+    """What `_step` takes, float [n], and the length of the gradient."""
+    raise NotImplementedError
+
+  def _largest_norm(self) -> float:
+    """The length of a gradient from which on its step is not taken."""
+    raise NotImplementedError
+
+  def _step(self, factors: np.ndarray, move: np.ndarray, norm: float
+            ) -> np.ndarray:
+    """What to add to all variables, float [n]; remembers the gradient.
+
+    Args:
+      factors: [n], the negative rate of every entry.
+      move, norm: what `_measured` returns.
+    """
+    raise NotImplementedError
+
+  def _not_finite(self, loss, gradient) -> str:
+    """Names what is NaN or infinite."""
+    parts = [] if np.isfinite(loss) else ["the loss"]
+    parts += [f"the gradient of {variable.name}"
+              for part, variable in self.variables.split(gradient)
+              if not np.all(np.isfinite(part))]
+    return ", ".join(parts) or "the norm of the gradient"
+
+
+class Adam(Optimizer):
+  """Keras's Adam on every entry of the unconstrained variables.
+
+  The paper says Adam; beta_1 = 0.9, beta_2 = 0.999 and epsilon = 1e-8 are
+  recalled (Kingma & Ba 2015 have them too).
+
+  Args:
+    variables, multipliers, schedule: see `Optimizer`.
+  """
+
+  def __init__(self, variables: SamplerVariables, multipliers: np.ndarray,
+               schedule: Schedule):
+    super().__init__(variables, multipliers, schedule)
+    self._adam, self._zeros = distribution.outside(self._make)
+
+  def _make(self):
+    # What Adam makes of zeros, at a rate of 1, is its step.
+    zeros = keras.Variable(np.zeros(len(self._multipliers), np.float32))
+    adam = keras.optimizers.Adam(
+        1.0, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
+    adam.build([zeros])
+    return adam, zeros
+
+  @property
+  def state(self) -> dict:
+    return {"adam": self._moments}
+
+  @property
+  def _moments(self) -> list:
+    return [variable.value for variable in self._adam.variables]
+
+  def _measured(self, gradient):
+    # What is not finite is told apart by `_largest_norm`.
+    with np.errstate(over="ignore", invalid="ignore"):
+      return gradient, float(np.linalg.norm(gradient.astype(np.float64)))
+
+  def _largest_norm(self) -> float:
+    return _LARGEST_SQUARED  # Keras keeps squares in float32.
+
+  def _step(self, factors, move, norm):
+    def update():
+      self._zeros.assign(np.zeros_like(self._multipliers))
+      self._adam.apply([tf.constant(move, tf.float32)], [self._zeros])
+      return self._zeros.numpy()
+
+    return -factors * distribution.outside(update)
+
+
+class MetricAdam(Optimizer):
   """Adam (Kingma & Ba 2015) in the metric of the features. Our choice.
 
   The gradient is multiplied by the inverse of the metric: a natural gradient.
@@ -54,32 +198,25 @@ class MetricAdam:
   serves weights, times and noise scales, and every K.
 
   Args:
-    variables: the variables of the sampler that is learned.
+    variables, multipliers, schedule: see `Optimizer`. A rate is the share of
+      the features' standard deviation by which a step of all variables together
+      moves them.
     metric: the metric of the features.
-    num_search_steps: steps in all. The rate rises over a tenth of them and then
-      decays to 0 (cosine).
-    learning_rate: the highest rate, in feature standard deviations for all
-      variables together.
-    multipliers: float32 [n], factors on it, of every entry.
 
   Attributes:
     moments: tf.Variables, float64: the first moment [n], the second moment, and
       the number of steps in them.
   """
 
-  def __init__(self, variables: SamplerVariables, metric: FeatureMetric, *,
-               num_search_steps: int, learning_rate: float,
-               multipliers: np.ndarray):
-    self.variables, self.metric = variables, metric
-    self._multipliers, size = multipliers, len(multipliers)
+  goes_back = True
+
+  def __init__(self, variables: SamplerVariables, multipliers: np.ndarray,
+               schedule: Schedule, metric: FeatureMetric):
+    super().__init__(variables, multipliers, schedule)
+    self.metric = metric
     self._factor, *self.moments = distribution.outside(lambda: [
         tf.Variable(value, dtype=tf.float64, trainable=False)
-        for value in (1.0, np.zeros(size), 0.0, 0.0)])
-    # Adam's first steps are as long however noisy they are: start slowly.
-    warmup = num_search_steps // 10
-    self._schedule = keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup else learning_rate, num_search_steps - warmup,
-        warmup_target=learning_rate if warmup else None, warmup_steps=warmup)
+        for value in (1.0, np.zeros(len(multipliers)), 0.0, 0.0)])
 
   @property
   def state(self) -> dict:
@@ -88,9 +225,12 @@ class MetricAdam:
             "measured": self.metric.count, "moments": self.moments,
             "factor": self._factor}
 
+  @property
+  def _moments(self) -> list:
+    return self.moments
+
   def rate(self, step: int) -> float:
-    """The learning rate of a step."""
-    return float(self._factor.numpy()) * float(self._schedule(step + 0.5))
+    return float(self._factor.numpy()) * super().rate(step)
 
   def begin(self, step: int) -> None:
     """Measures the metric where the variables are."""
@@ -102,24 +242,8 @@ class MetricAdam:
       moment.assign(tf.zeros_like(moment))
     self._factor.assign(0.5 * self._factor)
 
-  def apply(self, step: int, loss: float, gradient: np.ndarray) -> StepResult:
-    """Makes a step.
-
-    A step with a value that is not finite, or that would end at coefficients
-    that are not, changes nothing.
-
-    Args:
-      step: the step of the search, which decides the rate.
-      loss: the objective.
-      gradient: float [n], its gradient in all variables.
-    """
-    move, norm = self.metric.natural(gradient)
-    if not np.isfinite(loss) or not norm < self._largest_norm():
-      return StepResult(loss, norm, False, self._not_finite(loss, gradient))
-    if not self._take(step, move, norm):
-      return StepResult(
-          loss, norm, False, "the coefficients it would lead to")
-    return StepResult(loss, norm, True)
+  def _measured(self, gradient):
+    return self.metric.natural(gradient)
 
   def _largest_norm(self) -> float:
     """The least norm of a gradient whose step is not taken.
@@ -138,30 +262,29 @@ class MetricAdam:
     square = second.numpy() / (1 - _BETA_2 ** count.numpy())
     return float(max(square, np.finfo(np.float64).tiny)) ** 0.5
 
-  def _take(self, step: int, move: np.ndarray, norm: float) -> bool:
-    """Adam's step, inside the constraints; whether the sampler allows it."""
-    changed = [*self.variables.variables, *self.moments]
-    before = [tf.convert_to_tensor(variable) for variable in changed]
+  def _step(self, factors, move, norm):
     first, second, count = self.moments
     first.assign(_BETA_1 * first + (1 - _BETA_1) * move)
     second.assign(_BETA_2 * second + (1 - _BETA_2) * norm**2)
     count.assign_add(1)
-    # Both means began at 0; the division corrects that.
+    # Both means began at 0, which is divided out.
     mean = first.numpy() / (1 - _BETA_1 ** count.numpy())
-    self.variables.add(-self.rate(step) * self._multipliers * mean
-                       / self._root_of_square(second, count))
-    try:
-      self.variables.sampler.coefficients().validate()
-    except ValueError:
-      for variable, value in zip(changed, before):
-        variable.assign(value)
-      return False
-    return True
+    return factors * mean / self._root_of_square(second, count)
 
-  def _not_finite(self, loss, gradient) -> str:
-    """Names what is NaN or infinite."""
-    parts = [] if np.isfinite(loss) else ["the loss"]
-    parts += [f"the gradient of {variable.name}"
-              for part, variable in self.variables.split(gradient)
-              if not np.all(np.isfinite(part))]
-    return ", ".join(parts) or "the norm of the gradient"
+
+def make_schedule(kind: str, learning_rate: float, num_search_steps: int,
+                  warmup_steps: int) -> Schedule:
+  """The learning rate of every step.
+
+  Args:
+    kind: one of `SCHEDULES`: constant, or to 0 at the last step (cosine).
+    learning_rate: the highest rate.
+    num_search_steps: steps in all.
+    warmup_steps: how many of them it first rises in, from 0.
+  """
+  if kind == "cosine":
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup_steps else learning_rate, num_search_steps - warmup_steps,
+        warmup_target=learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps)
+  return lambda step: learning_rate * min(1.0, step / max(warmup_steps, step))

@@ -9,14 +9,27 @@ from ddss_tf.objectives import teacher as teacher_lib
 from ddss_tf.samplers import chain
 from ddss_tf.errors import MAX_SEED, UserError, check_positive, check_whole
 from ddss_tf.samplers.sampler import KINDS
+from ddss_tf.searching.optimizer import SCHEDULES
 
 # The least value of each of a search's whole numbers.
 _LEAST = {
     "num_search_steps": 1, "batch_size": 2, "gradient_samples": 1,
     "micro_batch_size": 1, "start_samples": 2, "pool_samples": 2,
     "validation_samples": 2, "validate_every": 1, "checkpoint_every": 1,
-    "log_every": 1, "max_skipped": 0, "sampling_batch_size": 1}
-_OPTIONAL = ("gradient_samples", "micro_batch_size", "sampling_batch_size")
+    "log_every": 1, "max_skipped": 0, "sampling_batch_size": 1,
+    "warmup_steps": 0, "real_samples": 2}
+_OPTIONAL = ("gradient_samples", "micro_batch_size", "sampling_batch_size",
+             "warmup_steps", "real_samples")
+# What None stands for, by optimiser. The rates are our choice. That of "adam"
+# suits some tens of steps: its variables are logits in the paper's form.
+_OF_OPTIMIZER = {
+    "metric": {"learning_rate": 0.15, "rate_schedule": "cosine",
+               "control_variate": True},
+    "adam": {"learning_rate": 0.05, "rate_schedule": "constant",
+             "control_variate": False},
+}
+_WORDS = {"optimizer": tuple(_OF_OPTIMIZER), "rate_schedule": SCHEDULES,
+          "keep": ("best", "last")}
 # The most images per chain without gradient, unless the user gives a number.
 _MOST_SAMPLED = 250
 
@@ -39,9 +52,14 @@ class SearchOptions:
   objective: str | dict[str, float] = "kid_linear"
   feature_weights: list[float] | None = None
   teacher: dict | None = None
-  control_variate: bool = True
+  optimizer: str = "metric"
+  control_variate: bool | None = None
   pool_samples: int = 8192
-  learning_rate: float = 0.15
+  learning_rate: float | None = None
+  rate_schedule: str | None = None
+  warmup_steps: int | None = None
+  real_samples: int | None = None
+  keep: str = "best"
   rate_of_distance: float = 1.0
   rate_multipliers: dict[str, float] | None = None
   seed: int = 0
@@ -74,7 +92,16 @@ class SearchOptions:
                   optional=name in _OPTIONAL)
     check_whole("search.seed", self.seed, 0, most=MAX_SEED)
     for name in ("learning_rate", "rate_of_distance"):
-      check_positive(f"search.{name}", getattr(self, name))
+      if getattr(self, name) is not None:
+        check_positive(f"search.{name}", getattr(self, name))
+    for name, words in _WORDS.items():
+      value = getattr(self, name)
+      if value not in words and (name, value) != ("rate_schedule", None):
+        raise UserError(f"search.{name} must be one of {', '.join(words)}. "
+                        f"Received: {value!r}")
+    if (self.warmup_steps or 0) >= self.num_search_steps:
+      raise UserError("search.warmup_steps must be below num_search_steps, "
+                      f"{self.num_search_steps}. Received: {self.warmup_steps}")
     part = self.gradient_samples or self.batch_size
     micro = self.micro_batch_size or part
     for name, value in (("gradient_samples", part),
@@ -109,6 +136,14 @@ class SearchOptions:
       terms = objective_lib.weights_of_terms(self.objective)
     except (TypeError, ValueError) as error:
       raise UserError(f"search: {error}") from error
+    for name, value in _OF_OPTIMIZER[self.optimizer].items():
+      if getattr(self, name) is None:
+        object.__setattr__(self, name, value)
+    if self.warmup_steps is None:
+      # The first steps of MetricAdam are as long whatever the noise, so they
+      # come slowly.
+      object.__setattr__(self, "warmup_steps", self.num_search_steps // 10
+                         if self.optimizer == "metric" else 0)
     part = self.gradient_samples or self.batch_size
     micro = self.micro_batch_size or part
     for name, value in (
@@ -127,6 +162,20 @@ class SearchOptions:
     if self.pooled and self.pool_samples < self.batch_size:
       raise UserError("search.pool_samples must be at least batch_size, "
                       f"{self.batch_size}. Received: {self.pool_samples}")
+    if self.keep == "last" and self.optimizer == "metric":
+      raise UserError("search.keep must be 'best' for the optimizer 'metric', "
+                      "which goes back to the best step. Received: 'last'")
+    if self.real_samples is not None:
+      others = sorted(set(self.objective) - set(distances.KERNELS))
+      if others:
+        raise UserError(
+            "search.real_samples must be None for objectives other than "
+            f"{', '.join(distances.KERNELS)}, whose estimate from few real "
+            f"images would be biased. Received: {others}")
+      if self.control_variate:
+        raise UserError("search.real_samples must be None with a control "
+                        "variate, whose moments are about the mean of all real "
+                        f"images. Received: {self.real_samples}")
     if not self.is_elbo:
       return
     if self.gradient_samples % self.micro_batch_size:
@@ -186,7 +235,12 @@ class SearchOptions:
         "validate_every": self.validate_every}
     if self.is_elbo:  # Only the bound depends on it.
       identity["micro_batch_size"] = self.micro_batch_size
-    return identity
+    # Searches of before had but these.
+    before = {"optimizer": "metric", "rate_schedule": "cosine",
+              "warmup_steps": self.num_search_steps // 10,
+              "real_samples": None, "keep": "best"}
+    return identity | {name: getattr(self, name) for name, value
+                       in before.items() if getattr(self, name) != value}
 
 
 def check_search(arguments: Mapping[str, Any]) -> None:

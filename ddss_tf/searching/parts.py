@@ -41,10 +41,7 @@ class SearchParts:
     self.dataset = dataset_lib.as_dataset(dataset)
     self.networks = as_networks("search.features", features)
     network_lib.check_shapes(denoiser, self.dataset, *self.networks)
-    if len(self.dataset.images) < 2:
-      raise UserError(
-          f"data set {self.dataset.name!r} must have at least 2 images, for "
-          f"the spread of their features. Received: {len(self.dataset.images)}")
+    self._check_dataset()
     self._check_denoiser()
     self.make_sampler, self.sampler = sampler, (
         sampler if isinstance(sampler, Sampler)
@@ -56,6 +53,16 @@ class SearchParts:
       raise UserError(f"search: {error}") from error
     self.reals = None
     self.teacher = self._teacher() if options.uses_teacher else None
+
+  def _check_dataset(self):
+    name, count = self.dataset.name, len(self.dataset.images)
+    if count < 2:
+      raise UserError(f"data set {name!r} must have at least 2 images, for "
+                      f"the spread of their features. Received: {count}")
+    if (self.options.real_samples or 0) > count:
+      raise UserError("search.real_samples must be at most the images of the "
+                      f"data set {name!r}, {count}. "
+                      f"Received: {self.options.real_samples}")
 
   def _check_denoiser(self):
     name = self.denoiser.name
@@ -77,6 +84,12 @@ class SearchParts:
                in sampler.variables_by_kind.values() for variable in variables):
       raise UserError(f"sampler {sampler.label!r} has nothing to learn: search "
                       "a learned family, such as ggdm+pred+time")
+    if (self.options.optimizer == "metric"
+        and getattr(sampler, "parameterisation", "real") == "paper"):
+      raise UserError(
+          "search.optimizer must be 'adam' for a sampler of the "
+          "parameterisation 'paper': 'metric' would move the weights most whose "
+          "sigmoids are flat, and run away. Received: 'metric'")
     sampler.reset()  # The object may have been searched before.
     if "times" in sampler.variables_by_kind:
       self.denoiser.check_times(sampler.label)
@@ -111,4 +124,4 @@ class SearchParts:
     self.reals = reals
     return objective_lib.Objective(
         self.options.objective, self.networks, reals, self.denoiser.image_shape,
-        self.options.feature_weights)
+        self.options.feature_weights, self.options.real_samples is not None)

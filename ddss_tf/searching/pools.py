@@ -29,11 +29,14 @@ class Pool:
       the seed, or None.
     control: float32 [M, width], a control variate's views of the same samples,
       see `distances.Control`, or None.
+    real_samples: fresh real images of every step; None: all of them, always.
   """
 
   def __init__(self, objective, batch_size: int, seed: int,
                teacher: np.ndarray | None = None,
-               control: np.ndarray | None = None):
+               control: np.ndarray | None = None,
+               real_samples: int | None = None):
+    self._objective, self._real_samples = objective, real_samples
     self._batch_size, self._seed, self._width = (
         batch_size, seed, objective.width)
     self._teacher, self._control = teacher, control
@@ -55,6 +58,14 @@ class Pool:
     number, place = divmod(step, pool // size)
     order = np.random.default_rng([self._seed, number]).permutation(pool)
     return order[place * size:(place + 1) * size]
+
+  def fresh_reals(self, step: int) -> tuple[tf.Tensor, ...]:
+    """The real features of a step, as `Objective.value` takes them."""
+    if self._real_samples is None:
+      return ()
+    rows = np.random.default_rng([self._seed, step, 1]).choice(
+        self._objective.num_reals, self._real_samples, replace=False)
+    return self._objective.fresh_reals(rows)
 
   def targets(self, indices: np.ndarray
               ) -> tuple[tf.Tensor, tuple | None]:

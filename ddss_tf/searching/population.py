@@ -75,6 +75,7 @@ class PopulationGradient:
     """
     indices = self._pool.indices(step)
     teacher, control = self._pool.targets(indices)
+    fresh = self._pool.fresh_reals(step)
     scale = len(indices) / self._gradient_samples
     # The rows that all replicas make together, with one chain each.
     most = self._micro_batch_size * distribution.num_replicas()
@@ -82,10 +83,10 @@ class PopulationGradient:
     if count <= most and count == distribution.filled(count):
       loss, gradient = self._one_pass(
           tf.constant(indices[:count]), self._all_views(indices[count:], most),
-          teacher, control)
+          teacher, control, fresh)
       return float(loss), scale * gradient.numpy()
     loss, cotangents = self.differentiate(
-        self._all_views(indices, most), teacher, control)
+        self._all_views(indices, most), teacher, control, fresh)
     size = distribution.filled(min(most, count))
     # The samples that fill the last micro-batch up get no gradient.
     cotangents = tf.pad(cotangents[:count], [[0, size], [0, 0]])
@@ -133,14 +134,14 @@ class PopulationGradient:
     return tf.concat(
         [*views, tf.zeros([0, self._objective.width])], axis=0)[:len(indices)]
 
-  def _differentiate(self, view, teacher, control):
+  def _differentiate(self, view, teacher, control, fresh=()):
     """The objective of views, and its gradient in them."""
     with tf.GradientTape() as tape:
       tape.watch(view)
-      loss = self._objective.value(view, teacher, control)
+      loss = self._objective.value(view, teacher, control, fresh)
     return loss, tape.gradient(loss, view, unconnected_gradients="zero")
 
-  def _loss_of_one_pass(self, indices, others, teacher, control):
+  def _loss_of_one_pass(self, indices, others, teacher, control, fresh):
     """Loss of these samples and of others' views; gradient through these."""
     with tf.GradientTape() as tape:
       view = self._view(distribution.own_rows(indices), self._remat)
@@ -148,7 +149,7 @@ class PopulationGradient:
     # gradient of its own samples back.
     loss, cotangents = self.differentiate(
         tf.concat([distribution.all_rows(view), others], axis=0), teacher,
-        control)
+        control, fresh)
     return loss, distribution.total(self._variables.gradient(
         tape, view, distribution.own_rows(cotangents[:indices.shape[0]])))
 

@@ -39,7 +39,7 @@ from ddss_tf.samplers.sampler import Sampler
 from ddss_tf.schedules import NoiseSchedule
 from ddss_tf.searching.bound import BoundGradient
 from ddss_tf.searching.metric import FeatureMetric
-from ddss_tf.searching.optimizer import MetricAdam
+from ddss_tf.searching.optimizer import Adam, MetricAdam, make_schedule
 from ddss_tf.searching.options import SearchOptions
 from ddss_tf.searching.parts import SearchParts
 from ddss_tf.searching.population import PopulationGradient
@@ -70,7 +70,8 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
   """
   variables = SamplerVariables(sampler)
   pool = pools_lib.Pool(
-      objective, options.batch_size, options.seed, teacher, control)
+      objective, options.batch_size, options.seed, teacher, control,
+      options.real_samples)
   common = dict(
       gradient_samples=options.gradient_samples,
       micro_batch_size=options.micro_batch_size, seed=options.seed,
@@ -80,14 +81,18 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
   if objective.is_elbo:
     gradient = BoundGradient(denoiser, variables, pool, images, **common)
   multipliers = variables.by_entry(options.rate_multipliers)
-  metric = FeatureMetric(population, variables, objective, multipliers > 0,
-                         options.micro_batch_size)
-  optimizer = MetricAdam(
-      variables, metric, num_search_steps=options.num_search_steps,
-      learning_rate=(options.learning_rate if learning_rate is None
-                     else learning_rate), multipliers=multipliers)
+  schedule = make_schedule(
+      options.rate_schedule,
+      options.learning_rate if learning_rate is None else learning_rate,
+      options.num_search_steps, options.warmup_steps)
+  if options.optimizer == "metric":
+    optimizer = MetricAdam(variables, multipliers, schedule, FeatureMetric(
+        population, variables, objective, multipliers > 0,
+        options.micro_batch_size))
+  else:
+    optimizer = Adam(variables, multipliers, schedule)
   return loop.Search(sampler, gradient, optimizer, BestSoFar(variables),
-                     options.num_search_steps)
+                     options.num_search_steps, options.keep)
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -106,9 +111,14 @@ def search(
     objective: str | dict[str, float] = "kid_linear",
     feature_weights: list[float] | None = None,
     teacher: dict | None = None,
-    control_variate: bool = True,
+    optimizer: str = "metric",
+    control_variate: bool | None = None,
     pool_samples: int = 8192,
-    learning_rate: float = 0.15,
+    learning_rate: float | None = None,
+    rate_schedule: str | None = None,
+    warmup_steps: int | None = None,
+    real_samples: int | None = None,
+    keep: str = "best",
     rate_of_distance: float = 1.0,
     rate_multipliers: dict[str, float] | None = None,
     seed: int = 0,
@@ -158,16 +168,29 @@ def search(
     feature_weights: weights of the networks in it; 1 each if None.
     teacher: the teacher of the matching objectives: solver, stride and
       num_steps; those left out keep `teacher.DEFAULT`.
-    control_variate: whether the start's images from the same noise correct the
+    optimizer: "adam", Keras's Adam on every variable, the paper's; or "metric",
+      ours, Adam in the metric of the features (`optimizer.py`), which suits the
+      "real" parameterisation only.
+    control_variate: None: False of "adam", True of "metric". Whether the start's images from the same noise correct the
       moments of the population, for objectives made of moments
       (`distances.MOMENTS`): more precise, for the price of `pool_samples`
       images before the first step.
     pool_samples: how many images the teacher and the control variate make
       beforehand; the steps take their samples from these in turn. Validation
       has the larger of half as many and `validation_samples` for its control.
-    learning_rate: Adam's highest rate, as the share of the features' standard
-      deviation by which one step of all variables together moves them. It
-      serves every K.
+    learning_rate: Adam's highest rate; None: 0.15 of "metric", where it is the
+      share of the features' standard deviation by which a step of all variables
+      together moves them, at every K; 0.05 of "adam", in the units of the
+      unconstrained variables. Both are our choice.
+    rate_schedule: "constant" or "cosine", which falls to 0 at the last step;
+      None: "constant" of "adam", "cosine" of "metric".
+    warmup_steps: the first steps, in which the rate rises from 0; None: none of
+      "adam", a tenth of all of "metric".
+    real_samples: fresh real images of every step, as published; None: the mean
+      over all of them, which has the same expectation and less noise. Only for
+      `distances.KERNELS`.
+    keep: what the search ends with: the "best" step by validation, or the
+      "last", which "metric" does not allow because it goes back to the best.
     rate_of_distance: the rate is at most this times the start's distance, the
       root of the Frechet distance in the same unit. A higher rate would first
       move a good start away. The distance is measured on the control variate's
@@ -225,7 +248,7 @@ def search(
       state = build()  # Without the pools, which only further steps would need.
       _resume(state, run)
       if state.is_over:
-        state.best.restore()
+        state.settle()
         return _finish(run, state, first, _validation(
             parts, goal, options.validation_samples).generator, seed + 1)
     prepared, validation = _prepare(parts, goal, pools, first)
@@ -234,8 +257,8 @@ def search(
     if not np.isfinite(state.best.value):
       raise UserError("no step of the search had a finite validation value: the "
                       "denoiser or the feature network gives NaN or infinity")
-    state.best.restore()
-    _publish(run, state, parts, prepared.get("learning_rate", learning_rate),
+    state.settle()
+    _publish(run, state, parts, prepared.get("learning_rate", options.learning_rate),
              seconds)
     return _finish(run, state, first, validation.generator, seed + 1)
 
@@ -297,7 +320,8 @@ def _prepare(parts: SearchParts, goal, pools, first
   if options.control_variate:
     prepared["control"], other = pools.control(first)
     known = other[:options.validation_samples], goal.control_moments(other)
-    prepared["learning_rate"] = _first_rate(parts, goal, other)
+    if options.optimizer == "metric":
+      prepared["learning_rate"] = _first_rate(parts, goal, other)
   prepared["teacher"] = pools.teacher(options.pool_samples, options.seed)
   return prepared, _validation(
       parts, goal, options.validation_samples,
@@ -339,7 +363,8 @@ def _publish(run, state: loop.Search, parts: SearchParts, rate: float,
       denoiser=parts.denoiser.identity,
       search={
           "config": sampler.get_config(),
-          "steps": options.num_search_steps, "best_step": state.best.step,
+          "steps": options.num_search_steps, "best_step": state.kept_step,
+          "optimizer": options.optimizer, "keep": options.keep,
           "skipped_steps": state.skipped, "batch_size": options.batch_size,
           "gradient_samples": options.gradient_samples,
           "objective": options.objective,
@@ -347,7 +372,7 @@ def _publish(run, state: loop.Search, parts: SearchParts, rate: float,
           "learning_rate": options.learning_rate, "rate": rate,
           "rate_multipliers": options.rate_multipliers,
           "seed": options.seed, "seconds": round(seconds, 3),
-          "validation": state.best.value,
+          "validation": state.kept_value,
           "validation_samples": options.validation_samples,
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in parts.networks],
@@ -360,6 +385,6 @@ def _finish(run, state: loop.Search, first, generator, seed: int) -> Sampler:
   # The chief's answer counts for all.
   if distribution.everyones(
       not all(storage.exists(run.path(name)) for name in wanted))[0]:
-    summaries.draw(run, state.sampler, first, generator, seed, state.best.step)
+    summaries.draw(run, state.sampler, first, generator, seed, state.kept_step)
   distribution.everyones(0)  # Now all workers find what the chief has written.
   return state.sampler

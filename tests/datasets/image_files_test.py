@@ -240,6 +240,7 @@ FUZZED = ("grey.png", "palette.png", "film.png", "colour.bmp", "colour.jpeg",
           "progressive.JPG", "cmyk.jpg", "colour.webp", "film.webp", "film.gif")
 
 
+@pytest.mark.slow
 def test_fuzzed_files_are_read_or_refused_by_name(tmp_path):
   """500 damaged files of ten formats, in a process that must survive."""
   rng = np.random.default_rng(7)

@@ -196,9 +196,11 @@ def images_in_float64(schedule, coefficients, x_T):
 
 
 @pytest.mark.parametrize("kind", LOW_SNR)
-@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("prediction", [
+    "v", pytest.param("x0", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver,whole", [
-    ("ddim", True), ("ddim", False), ("unipc2-bh2", True)])
+    ("ddim", True), pytest.param("ddim", False, marks=pytest.mark.slow),
+    ("unipc2-bh2", True)])
 def test_digits_at_low_snr(kind, prediction, solver, whole):
   """From the very last step, where 1 / alpha is 2e4 or more."""
   schedule = ddss_tf.make_schedule(**LOW_SNR[kind])

@@ -126,7 +126,9 @@ def test_preconditioning_in_float64(kind):
       atol=2e-6)
 
 
-@pytest.mark.parametrize("suffix", edm.SUFFIXES)
+@pytest.mark.parametrize("suffix", [
+    edm.SUFFIXES[0], *(pytest.param(suffix, marks=pytest.mark.slow)
+                       for suffix in edm.SUFFIXES[1:])])
 @pytest.mark.parametrize("name", UNCONDITIONAL)
 def test_denoiser_is_in_preserving_form(name, suffix, tmp_path):
   path, golden = write(tmp_path, name, suffix)
