@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 test test-all test-lowest: export TF_NUM_INTRAOP_THREADS ?= 1
 test test-all test-lowest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-full table table-cosine objectives figures bench docs test test-all test-lowest clean
+.PHONY: demo demo-full table table-cosine objectives figures published bench docs test test-all test-lowest clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -41,6 +41,14 @@ objectives: $(VENV)/.installed
 figures: $(VENV)/.installed
 	$(RUN) --mode=compare --gin_file=gin_configs/figures.gin \
 	  --run_dir=results/figures
+
+published: $(VENV)/.installed
+	$(RUN) --gin_file=gin_configs/published.gin \
+	  --run_dir=results/published/k5
+	$(RUN) --gin_file=gin_configs/published.gin \
+	  --run_dir=results/published/k10 --gin_param='NUM_STEPS = 10'
+	$(RUN) --gin_file=gin_configs/published.gin \
+	  --run_dir=results/published/k20 --gin_param='NUM_STEPS = 20'
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.start_up
