@@ -15,10 +15,11 @@ from ddss_tf.datasets import load as data
 
 # Files that take a minute or more: first, for a worker that begins one last
 # would be waited for.
-_LONG = ("main_test", "machines_test", "image_files_test", "chain_test",
-         "distribution_test", "docs_test", "scales_test", "conditional_test",
-         "checkpoints_test", "compare_test", "denoisers_test", "conventions_test",
-         "bad_input_test", "resume_test")
+_LONG = ("main_test", "machines_test", "chain_test", "recipes_test",
+         "weights_test", "not_finite_test", "shapes_test", "checkpoints_test",
+         "samplers_test", "denoisers_test", "docs_test", "guidance_test",
+         "bad_input_test", "edm_test", "metrics_test", "distribution_test",
+         "plugin_test", "loading_test", "foreign_test", "compare_test")
 
 
 def pytest_collection_modifyitems(items):
