@@ -34,6 +34,7 @@ def test_search_lowers_the_distance(parts, tmp_path, parameterisation):
       init="ddim", parameterisation=parameterisation)
   sampler = ddss_tf.search(run_dir=run, **parts, **options(
       sampler=family, num_search_steps=60, batch_size=128, learning_rate=0.3,
+      optimizer="adam" if parameterisation == "paper" else "metric",
       pool_samples=256,
       validate_every=20, checkpoint_every=60, validation_samples=512))
   generator = generator_lib.Generator(parts["denoiser"], 500, jit_compile=False)
