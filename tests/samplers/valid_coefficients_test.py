@@ -67,7 +67,7 @@ def _check(sampler):
       assert np.all(c.times <= _T - 1)
 
 
-def _walk(parts, options, gradients, seed, rate, spread):
+def _walk(parts, optimizer, options, gradients, seed, rate, spread):
   """A search of these steps, whose gradients are given."""
   schedule = parts["denoiser"].schedule
   try:
@@ -80,16 +80,18 @@ def _walk(parts, options, gradients, seed, rate, spread):
           "kid_linear", [parts["features"]], [np.eye(12, dtype=np.float32)],
           parts["denoiser"].image_shape),
       options_lib.SearchOptions(
-          batch_size=4, num_search_steps=len(gradients), learning_rate=rate))
+          batch_size=4, num_search_steps=len(gradients), learning_rate=rate,
+          optimizer=optimizer))
   rng = np.random.default_rng(seed)
-  size = len(search.optimizer.metric.value.numpy())
+  size = sum(search.optimizer.variables.sizes)
   assume(size)
-  # Of directions that mix the variables, over decades.
-  mixed, _ = np.linalg.qr(rng.normal(size=(size, size)))
-  scales = 10.0 ** rng.uniform(-spread, spread / 2, size)
-  search.optimizer.metric.value.assign(np.eye(size))
-  search.optimizer.metric.inverse.assign(
-      scales[:, None] * (mixed * scales) @ mixed.T * scales)
+  if optimizer == "metric":
+    # Its directions mix the variables, over decades.
+    mixed, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    scales = 10.0 ** rng.uniform(-spread, spread / 2, size)
+    search.optimizer.metric.value.assign(np.eye(size))
+    search.optimizer.metric.inverse.assign(
+        scales[:, None] * (mixed * scales) @ mixed.T * scales)
   _check(sampler)
   for kind, magnitude, sign in gradients:
     gradient = _gradient(rng, kind, magnitude, sign, size)
@@ -99,9 +101,10 @@ def _walk(parts, options, gradients, seed, rate, spread):
   return len(gradients)
 
 
+@pytest.mark.parametrize("optimizer", ["metric", "adam"])
 @pytest.mark.parametrize("walks,steps", [
     (12, 20), pytest.param(100, 100, marks=pytest.mark.slow)])
-def test_coefficients_stay_valid(gaussian_parts, walks, steps):
+def test_coefficients_stay_valid(gaussian_parts, walks, steps, optimizer):
   taken = []
   gradients = st.lists(
       st.tuples(st.sampled_from(_KINDS), _magnitudes, st.booleans()),
@@ -113,7 +116,7 @@ def test_coefficients_stay_valid(gaussian_parts, walks, steps):
          seed=st.integers(0, 2**32 - 1),
          rate=st.sampled_from([1e-3, 0.15, 1.0, 30.0]), spread=st.floats(0, 4))
   def check(**arguments):
-    taken.append(_walk(gaussian_parts, **arguments))
+    taken.append(_walk(gaussian_parts, optimizer, **arguments))
 
   check()
   assert sum(taken) >= walks * steps
