@@ -10,13 +10,15 @@ import ddss_tf
 from ddss_tf.features import network as network_lib
 from ddss_tf.objectives import distances
 from ddss_tf.objectives import objective as objective_lib
+from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search as search_lib
 from ddss_tf.errors import UserError
-from small_searches import SHAPE, options
+from small_searches import (
+    SHAPE, die, events, interrupted, options, same_sampler)
 
 STEPS, COUNT, K = 20, 32, 3
 
@@ -155,6 +157,26 @@ def test_every_family_improves_in_the_papers_form(
   if family.startswith("ggdm"):
     weights = sampler.coefficients().state_weights.numpy()
     assert np.all(weights[np.tril_indices(4)] > 0)
+
+
+def test_killed_and_resumed_is_uninterrupted(parts, tmp_path, monkeypatch):
+  """With Adam's moments, fresh real images, and the last step kept."""
+  changes = dict(
+      sampler=lambda schedule: families.make_sampler(
+          schedule, "ggdm+pred", 3, parameterisation="paper"),
+      optimizer="adam", objective="kid_linear", real_samples=32, keep="last",
+      rate_schedule="cosine", warmup_steps=3)
+  killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
+  interrupted(killed, parts, monkeypatch, 7, die, KeyboardInterrupt, **changes)
+  found = [ddss_tf.search(run_dir=run, **parts, **options(**changes))
+           for run in (killed, whole)]
+  same_sampler(*found)
+  assert events(killed) == events(whole)
+  cards = [card.read(f"{run}/sampler.json") for run in (killed, whole)]
+  assert [c.search["best_step"] for c in cards] == [12, 12]
+  # Found to its end, it is finished and not searched again.
+  same_sampler(found[0], ddss_tf.search(
+      run_dir=killed, **parts, **options(**changes)))
 
 
 @pytest.mark.parametrize("name", list(distances.KERNELS))

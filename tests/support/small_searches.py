@@ -55,8 +55,8 @@ def events(run, files="*.search"):
   return sorted(found)
 
 
-def interrupted(run, parts, monkeypatch, at, how, expected):
-  """Runs a search that is interrupted before step `at`."""
+def interrupted(run, parts, monkeypatch, at, how, expected, **changes):
+  """Runs a search, its options changed, that is interrupted before step `at`."""
   advance = loop.Search.advance
 
   def broken(self):
@@ -67,7 +67,7 @@ def interrupted(run, parts, monkeypatch, at, how, expected):
   with monkeypatch.context() as patch:
     patch.setattr(loop.Search, "advance", broken)
     with pytest.raises(expected) as caught:
-      ddss_tf.search(run_dir=run, **parts, **options())
+      ddss_tf.search(run_dir=run, **parts, **options(**changes))
   return caught.value
 
 
