@@ -71,7 +71,7 @@ def kid_linear(features: tf.Tensor, real_mean: tf.Tensor,
 
     sum_{i != j} f_i . f_j / (N (N - 1)) - 2/N sum_i f_i . m + |m|^2
 
-  (Watson et al. 2022, section 3.1; Binkowski et al. 2018,
+  (Watson et al. 2022; Binkowski et al. 2018,
   https://arxiv.org/abs/1801.01401). It is an unbiased estimate of
   |E f - m|^2, the squared distance of the mean features, and so sees nothing of
   their spread; it can be negative and is never clamped. Its gradient passes in

@@ -1,7 +1,7 @@
 """The variational bound of a K-step sampler: likelihood instead of looks.
 
-The paper asks whether samplers should be searched for likelihood or for
-perceptual quality. This objective is the likelihood.
+A sampler can be searched for likelihood, as work before the paper does, or for
+perceptual quality, as the paper does. This objective is the likelihood.
 """
 
 from typing import Callable
@@ -26,7 +26,7 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
 
   and p is the sampler itself. Both are Gaussians of one variance, so a step
   costs x0_weights[k]^2 |x_0 - x0_hat_k|^2 / (2 noise_scales[k]^2)
-  (Watson et al. 2022, section 3; Ho et al. 2020, equation 5). The first state
+  (Watson et al. 2022; Ho et al. 2020, equation 5). The first state
   is N(a x_0, v) in q, with a = 1 / x0_from_state[0] and
   v = (x0_from_eps[0] a)^2, and N(0, 1) in p. The last step is a Gaussian around
   x0_hat whose variance is the best one for the batch: our choice, because the

@@ -130,7 +130,7 @@ class VARS(LearnedSampler):
 
 
 class GGDM(LearnedSampler):
-  """Generalised Gaussian diffusion model (Watson et al. 2022, section 3).
+  """Generalised Gaussian diffusion model (Watson et al. 2022).
 
   Each state may use every earlier state and x0_hat; the authors' slides call it
   GDDIM. With `markov` it may use only the last state and x0_hat: this is RDDIM.

@@ -11,8 +11,8 @@ def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
   """Theorem 1: the marginals q(state_k | x_0) = N(a_k x_0, v_k I) of a GGDM.
 
   With M the strictly triangular matrix of the weights of earlier states, one
-  triangular solve replaces the paper's recursion (Watson et al. 2022, appendix
-  A.1): X = (I - M)^{-1} [mu_0 | diag(sigma)], a = X[:, 0], v = sum_j X[:, j]^2.
+  triangular solve replaces the paper's recursion (Watson et al. 2022):
+  X = (I - M)^{-1} [mu_0 | diag(sigma)], a = X[:, 0], v = sum_j X[:, j]^2.
 
   Args:
     state_weights: [K, K]; row k makes state k + 1, the last row is not used.
