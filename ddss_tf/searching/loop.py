@@ -135,8 +135,8 @@ def run(state: Search, validate: Callable[[], float], hooks: Iterable[Hook],
         validate_every: int) -> None:
   """Searches until no step is left.
 
-  A validation that is worse than the best one takes the search back to the best
-  variables, with half the rate.
+  If the optimiser goes back, a validation that is not better than the best one
+  takes the search back to the best variables, with half the rate.
 
   Args:
     state: where the search stands.

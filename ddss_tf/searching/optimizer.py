@@ -22,6 +22,7 @@ _BETA_1, _BETA_2 = 0.9, 0.99
 # of the search.
 _LARGEST_NORM = 1e150
 _LARGEST_GROWTH = 1e18
+# Adam of Keras keeps squares of the gradient in float32.
 _LARGEST_SQUARED = 1e18
 SCHEDULES = ("constant", "cosine")
 # From a step, a half between two of them, to its learning rate.
@@ -173,7 +174,7 @@ class Adam(Optimizer):
       return gradient, float(np.linalg.norm(gradient.astype(np.float64)))
 
   def _largest_norm(self) -> float:
-    return _LARGEST_SQUARED  # Keras keeps squares in float32.
+    return _LARGEST_SQUARED
 
   def _step(self, factors, move, norm):
     def update():

@@ -139,8 +139,8 @@ def search(
   Writes checkpoints, TensorBoard events, `sampler.json` and pictures of the
   sampler (`PICTURES`) into the run directory; with `init="auto"` also
   `starts.json`. Killed at any moment and called again, it ends with the
-  coefficients of an uninterrupted run. It never ends worse than it starts, by
-  the objective on its validation images.
+  coefficients of an uninterrupted run. With keep="best" it never ends
+  worse than it starts, by the objective on its validation images.
 
   Args:
     denoiser: the frozen model.
@@ -202,8 +202,8 @@ def search(
     start_samples: images by which `init="auto"` chooses; see `starts.choose`.
     start_candidates: what it chooses from, see `starts.possible`.
     validation_samples: images of the validation, on fixed noise.
-    validate_every: steps between validations. One that is worse than the best
-      takes the search back to the best step, with half the rate.
+    validate_every: steps between validations. With "metric", one that is
+      not better than the best takes the search back there, with half the rate.
     checkpoint_every: steps between checkpoints.
     log_every: steps between TensorBoard scalars.
     max_skipped: steps with non-finite values after which the search stops.
