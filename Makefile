@@ -9,6 +9,10 @@ PYTORCH ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m ddss_tf.main
+PUBLISHED := $(RUN) --mode=search --gin_file=gin_configs/published.gin \
+  --run_dir=results/published
+FEWER := --gin_param='search.batch_size = 64' \
+  --gin_param='search.real_samples = 64'
 # Two workers share two cores: with a thread each they do not wait for each
 # other.
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
@@ -43,12 +47,17 @@ figures: $(VENV)/.installed
 	  --run_dir=results/figures
 
 published: $(VENV)/.installed
-	$(RUN) --gin_file=gin_configs/published.gin \
-	  --run_dir=results/published/k5
-	$(RUN) --gin_file=gin_configs/published.gin \
-	  --run_dir=results/published/k10 --gin_param='NUM_STEPS = 10'
-	$(RUN) --gin_file=gin_configs/published.gin \
-	  --run_dir=results/published/k20 --gin_param='NUM_STEPS = 20'
+	$(PUBLISHED)/k5
+	$(PUBLISHED)/k10 $(FEWER) --gin_param='NUM_STEPS = 10' \
+	  --gin_param='search.num_search_steps = 100'
+	$(PUBLISHED)/k20 $(FEWER) --gin_param='NUM_STEPS = 20' \
+	  --gin_param='search.num_search_steps = 60'
+	$(RUN) --mode=search --gin_file=gin_configs/published_ours.gin \
+	  --run_dir=results/published/k5-ours
+	$(RUN) --mode=compare --gin_file=gin_configs/published_table.gin \
+	  --run_dir=results/published
+	$(RUN) --mode=compare --gin_file=gin_configs/published_families.gin \
+	  --run_dir=results/published/families
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.start_up

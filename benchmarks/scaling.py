@@ -22,7 +22,9 @@ from ddss_tf.reporting import inspection
 from ddss_tf.features.load import load_features
 from ddss_tf.networks.frozen import frozen_variables
 
-BATCH = 512  # The paper's population, and its steps.
+# The population and the steps of the recipes. They are recalled from the paper,
+# with low confidence.
+BATCH = 512
 STEPS = 50_000
 _FEATURES = 2048
 # The paper's models of smaller images: the preset, and a micro-batch that fits

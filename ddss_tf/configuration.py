@@ -24,6 +24,7 @@ from gin import config_parser
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import baselines
 from ddss_tf.evaluation import compare
 from ddss_tf.evaluation import evaluate
 from ddss_tf.exporting import export
@@ -40,12 +41,14 @@ from ddss_tf.distribution import make_strategy
 from ddss_tf.errors import UserError
 from ddss_tf.features.load import load_features
 from ddss_tf.formats.load import load_denoiser
+from ddss_tf.reporting.published import load_published
 from ddss_tf.samplers.families import make_sampler
 from ddss_tf.schedules import make_schedule
 
 # What gin may bind: the parts, and a root for each stage.
 PARTS = (gaussian_denoiser, load_dataset, load_denoiser, load_features,
-         make_sampler, make_schedule, make_strategy, on_schedule)
+         load_published, make_sampler, make_schedule, make_strategy,
+         on_schedule)
 _STAGES = {
     "run": [search.search, evaluate.evaluate, export.export, report.report],
     "compare": [compare.compare, report.report],
@@ -131,7 +134,7 @@ def _build_baselines(arguments: dict[str, Any], num_steps: int | None) -> None:
     num_steps = arguments["num_steps"]
   for baseline in arguments["baselines"]:
     if num_steps is not None or not isinstance(baseline, str):
-      evaluate.make_baseline(
+      baselines.make_baseline(
           baseline, arguments["denoiser"].schedule, num_steps)
 
 
@@ -191,14 +194,6 @@ def parse(files: list[str], params: list[str]) -> None:
     unset = re.match(r"No bindings specified for '(.+)/gin\.macro'", str(error))
     raise UserError(f"gin: the macro {unset[1]!r} must be bound, because a "
                     "binding uses it" if unset else f"gin: {error}") from error
-
-
-def _found(file: str) -> str:
-  """Path of a gin file; in the installed package if the path leads nowhere."""
-  file = storage.expanded(file)
-  installed = os.path.join(_PACKAGE, file)
-  return installed if (
-      not storage.isfile(file) and storage.isfile(installed)) else file
 
 
 def _read_text(path: str) -> str:
@@ -268,7 +263,7 @@ class _Reader:
   """
 
   def __init__(self, files: list[str]):
-    self.files = list(map(_found, files))
+    self.files = list(map(storage.found, files))
     for file in self.files:
       if not storage.isfile(file):
         raise UserError(f"gin file must exist. Received: {file!r}")

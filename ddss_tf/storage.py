@@ -126,6 +126,25 @@ def read_json(path: str):
       raise ValueError("it is nested too deeply") from error
 
 
+def found(path: str) -> str:
+  """Path of a file of ours; in the package if the path leads nowhere.
+
+  The package has `gin_configs` once it is installed; in a checkout they stand
+  beside it.
+
+  Args:
+    path: a path, such as `gin_configs/demo.gin`.
+
+  Returns:
+    The path as `expanded` gives it, or the path of the package's own file.
+  """
+  path = expanded(path)
+  package = os.path.dirname(os.path.abspath(__file__))
+  ours = (os.path.join(folder, path)
+          for folder in (package, os.path.dirname(package)))
+  return path if isfile(path) else next(filter(isfile, ours), path)
+
+
 def expanded(path):
   """A path in which a `~` or `~user` at the start is the home folder.
 

@@ -14,22 +14,28 @@ import checkpoint_files
 import ddss_tf
 import stand_in_data
 from ddss_tf.denoisers import gaussian
+from ddss_tf.errors import UserError
+from ddss_tf.reporting.published import load_published
 from project import ROOT
 
 RECIPES = os.path.join(ROOT, "gin_configs", "papers", "iclr2022")
 SIZES = {"cifar10": 32, "imagenet64": 64, "lsun_bedroom": 128,
          "lsun_church": 128}
 ROWS = {"ddpm": "ddpm", "ddim": "ddim", "ggdm_pred_time": "ggdm+pred+time"}
+TABLES = ("table", "slides", "families", "objectives")
 fake_torch = checkpoint_files.fake_torch  # A fixture.
 
 with open(os.path.join(RECIPES, "published.csv"), newline="") as published:
   CELLS = list(csv.DictReader(published))
+# DDPM at 1000 steps is in a table only.
+OF_RECIPES = [cell for cell in CELLS if cell["row"] in ROWS]
 
 
 def name_of(cell):
   """What pytest calls a cell."""
   return "-".join(filter(None, (
-      cell["dataset"], cell["row"], cell["stride"], cell["num_steps"])))
+      cell["dataset"], cell["row"], cell["stride"], cell["num_steps"],
+      cell["source"])))
 
 
 def cell_arguments(dataset, row, num_steps, stride=""):
@@ -78,7 +84,7 @@ def stand_ins(tmp_path_factory):
   return bindings
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+@pytest.mark.parametrize("cell", OF_RECIPES, ids=name_of)
 def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   dataset, row, stride = cell["dataset"], cell["row"], cell["stride"]
   searched = row == "ggdm_pred_time"
@@ -89,7 +95,8 @@ def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   config = capsys.readouterr().out.splitlines()
   for line in (
       f"NUM_STEPS = {cell['num_steps']}", "NUM_SAMPLES = 50000",
-      "evaluate.num_samples = %NUM_SAMPLES",
+      "evaluate.num_samples = %NUM_SAMPLES", "evaluate.rounding = False",
+      "loss/load_features.resize = 'bilinear_tf1'",
       *((f"FAMILY = '{ROWS[row]}'", "searched/make_sampler.family = %FAMILY",
          "search.optimizer = 'adam'", "search.real_samples = 512",
          "searched/make_sampler.parameterisation = 'paper'",
@@ -136,10 +143,94 @@ def test_every_family_builds(family, extras, stand_ins, main_in_process, capsys)
   assert f"FAMILY = '{family}{extras}'" in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.parametrize("dataset", SIZES)
+@pytest.mark.parametrize("row", [*ROWS, *TABLES])
+def test_a_cell_and_a_table_are_compared_with_what_is_published(
+    row, dataset, stand_ins, main_in_process, capsys):
+  """--mode=compare takes the recipes; a table's header has the command."""
+  if row in TABLES:
+    (command,) = commands(f"{row}.gin")
+    command = [word.replace("gin_configs", f"{ROOT}/gin_configs").replace(
+        "cifar10", dataset) for word in command if "--run_dir=" not in word]
+    assert command[0] == "--mode=compare"
+  else:
+    command = ["--mode=compare", *cell_arguments(dataset, row, 5)]
+  main_in_process([
+      "--dry_run", *command,
+      *(f"--gin_param={binding}" for binding in stand_ins[dataset])])
+  config = capsys.readouterr().out.splitlines()
+  told = "slides" if dataset.startswith("lsun") else "paper"
+  sources = (["load_published.source = 'slides'"] if row == "slides" else
+             ["load_published.source = %SOURCE", f"SOURCE = '{told}'"])
+  for line in ("compare.published = @load_published()",
+               f"load_published.dataset = '{dataset}'",
+               *sources,
+               "compare.parameterisation = 'paper'",
+               "compare.rounding = False", "compare.num_samples = %NUM_SAMPLES",
+               "search.optimizer = 'adam'"):
+    assert line in config, line
+  # The comparison's own list of K, or that of the cell.
+  assert ("compare.num_steps = [%NUM_STEPS]" in config) == (row in ROWS)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_builds_on_a_model_of_ones_own(
+    table, stand_ins, main_in_process, capsys):
+  configs = os.path.join(ROOT, "gin_configs")
+  main_in_process([
+      "--dry_run", "--mode=compare", f"--gin_file={configs}/own.gin",
+      f"--gin_file={configs}/datasets/folder.gin",
+      f"--gin_file={RECIPES}/search.gin", f"--gin_file={RECIPES}/{table}.gin",
+      "--gin_param=load_dataset.resize = 32",
+      *(f"--gin_param={binding}" for binding in stand_ins["cifar10"])])
+  config = capsys.readouterr().out
+  assert "compare.parameterisation = 'paper'" in config
+  assert "search.optimizer = 'adam'" in config
+  assert "compare.published" not in config
+
+
+def test_every_published_cell_is_found():
+  for dataset, source in {(cell["dataset"], cell["source"]) for cell in CELLS}:
+    known = load_published(dataset, source)
+    assert (known.dataset, known.source) == (dataset, source)
+    cells = [cell for cell in CELLS
+             if (cell["dataset"], cell["source"]) == (dataset, source)]
+    assert len(known.cells) == len(cells)
+    for cell in cells:
+      row = ROWS.get(cell["row"], cell["row"])
+      assert known.of(row, cell["stride"], int(cell["num_steps"])) == {
+          "fid": float(cell["fid"]), "source": source, "note": cell["note"],
+          "inception_score": float(cell["inception_score"])
+                             if cell["inception_score"] else None}
+  paper, slides = (load_published("cifar10", source)
+                   for source in ("paper", "slides"))
+  # Where no stride is published, the figure stands beside every stride.
+  assert slides.of("ddim", "linear", 5) == slides.of("ddim", "quadratic", 5)
+  assert paper.of("ddim", "linear", 5) != paper.of("ddim", "quadratic", 5)
+  assert paper.of("ddim", "trailing", 5) is paper.of("ddim", "linear", 6) is None
+  assert slides.of("full_chain", "posterior", 1000)["note"]
+
+
+@pytest.mark.parametrize("content,words", [
+    (None, "path must exist.*nowhere.csv"),
+    ("dataset,row\nd,r\n", "must be a CSV with the columns dataset, row"),
+    ("dataset,row,stride,num_steps,fid,inception_score,source,note\n"
+     "d,r,,five,1,,s,\n", "must be a CSV.*five"),
+    ("dataset,row,stride,num_steps,fid,inception_score,source,note\n"
+     "e,r,,5,1,,s,\n", "must be out of 'e' of 's'. Received: 'd' of 's'")])
+def test_a_bad_file_of_published_figures_is_refused(content, words, tmp_path):
+  path = tmp_path / ("nowhere.csv" if content is None else "some.csv")
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises(UserError, match=words):
+    load_published("d", "s", str(path))
+
+
 def test_the_commands_of_the_readme_build(stand_ins, main_in_process, capsys):
-  searched, fixed = commands("README.md")
+  searched, fixed, table = commands("README.md")
   for command, line in ((searched, "NUM_STEPS = 5"),
-                        (fixed, "STRIDE = 'quadratic'")):
+                        (fixed, "STRIDE = 'quadratic'"),
+                        (table, "compare.full_chain_steps = 1000")):
     main_in_process([
         "--dry_run", *(word.replace("gin_configs", f"{ROOT}/gin_configs")
                        for word in command),
@@ -225,38 +316,54 @@ ddpm_quadratic 394.8/1.351 129.5/5.997 80.10/9.595 61.34/11.60 49.60/13.01
 ddim_linear 135.4/5.898 40.70/12.225 28.54/13.99 24.225/14.75 22.13/15.16
 ddim_quadratic 409.1/1.380 148.6/5.533 67.65/9.842 45.60/11.99 36.11/13.225
 ggdm_pred_time 55.14/12.90 37.32/14.76 24.69/17.225 20.69/17.92 18.40/18.12
-lsun_bedroom 5 10 20
-ddpm 95.38 44.84 16.88
-ddim 168.7 56.33 9.527
-ggdm_pred_time 29.20 11.02 4.854
-lsun_church 5 10 20
-ddpm 96.67 51.05 16.53
-ddim 133.1 54.39 14.96
-ggdm_pred_time 30.14 11.60 6.651
+slides/cifar10 5 10 20 1000
+ddpm 60.71 31.13 16.08 -
+ddim 35.02 12.39 7.442 -
+ggdm_pred_time 15.97 6.358 3.320 -
+full_chain - - - 3.065
+slides/imagenet64 5 10 20 1000
+ddpm 71.29 59.36 38.42 -
+ddim 254.8 127.6 44.54 -
+ggdm_pred_time 80.45 46.98 26.61 -
+full_chain - - - 16.58
+slides/lsun_bedroom 5 10 20 1000
+ddpm 95.38 44.84 16.88 -
+ddim 168.7 56.33 9.527 -
+ggdm_pred_time 29.20 11.02 4.854 -
+full_chain - - - 2.457
+slides/lsun_church 5 10 20 1000
+ddpm 96.67 51.05 16.53 -
+ddim 133.1 54.39 14.96 -
+ggdm_pred_time 30.14 11.60 6.651 -
+full_chain - - - 2.718
 """
 
 
 def test_there_is_a_cell_for_every_published_number():
   expected = {}
   for first, *values in map(str.split, PUBLISHED.strip().splitlines()):
-    if first in SIZES:
-      dataset, steps = first, values
+    source, _, dataset_or_row = first.rpartition("/")
+    if dataset_or_row in SIZES:
+      dataset, steps = (dataset_or_row, source or "paper"), values
       continue
     row, stride = re.fullmatch(
         r"(.+?)(?:_(linear|quadratic))?", first).groups(default="")
     for k, value in zip(steps, values, strict=True):
-      expected[dataset, row, stride, k] = value
-  assert len(CELLS) == 2 * 5 * 5 + 2 * 3 * 3 == len(expected)
+      if value != "-":
+        expected[*dataset, row, stride, k] = value
+  assert len(CELLS) == 2 * 5 * 5 + 4 * (3 * 3 + 1) == len(expected)
   found = {}
   for cell in CELLS:
-    key = (cell["dataset"], cell["row"], cell["stride"], cell["num_steps"])
+    key = (cell["dataset"], cell["source"], cell["row"], cell["stride"],
+           cell["num_steps"])
     found[key] = "/".join(filter(None, (cell["fid"], cell["inception_score"])))
     # The two sources disagree on one of them: both are quoted.
-    assert cell["note"] == ("4.82 in the paper's abstract" if key == (
-        "lsun_church", "ggdm_pred_time", "", "20") else ""), key
+    assert cell["note"] == {
+        ("lsun_church", "slides", "ggdm_pred_time", "", "20"):
+            "4.82 in the paper's abstract",
+        (cell["dataset"], "slides", "full_chain", "", "1000"):
+            "its variance is not published"}.get(key, ""), key
     # Only the paper has Inception scores.
-    assert cell["source"] == (
-        "slides" if cell["dataset"].startswith("lsun") else "paper"), key
     assert bool(cell["inception_score"]) == (cell["source"] == "paper"), key
   assert found == expected
 
@@ -275,8 +382,8 @@ def test_no_number_is_printed_as_ours():
 
 def test_the_folder_holds_data_sets_and_rows():
   assert set(os.listdir(RECIPES)) == {
-      *(f"{name}.gin" for name in (*SIZES, *ROWS)), "common.gin",
-      "family.gin", "published.csv", "README.md"}
+      *(f"{name}.gin" for name in (*SIZES, *ROWS, *TABLES)), "common.gin",
+      "search.gin", "family.gin", "published.csv", "README.md"}
 
 
 def test_a_model_of_another_size_is_refused(

@@ -200,6 +200,13 @@ class Denoiser:
       ValueError: labels are missing, must not be given, are not whole numbers
         or out of range.
     """
+    return self._parts(x, t, labels)[0]
+
+  def _parts(self, x, t, labels) -> list[tf.Tensor]:
+    """The prediction and, if there is one, what tells of the variance.
+
+    Each is float32 [B, H, W, C].
+    """
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
@@ -207,13 +214,16 @@ class Denoiser:
     inputs = [x, t, *self._label_input(labels, tf.shape(x)[0])]
     # training=False: no dropout, or rematerialisation would redraw its mask.
     output = self.model(inputs, training=False)
-    output = tf.cast(self._without_variance(output), tf.float32)
-    if output.shape != x.shape:  # A SavedModel may not tell its output's shape.
-      output = tf.ensure_shape(output, x.shape)
-    return output
+    parts = [tf.cast(part, tf.float32) for part in self._taken_apart(output)]
+    # A SavedModel may not tell its output's shape.
+    return [part if part.shape == x.shape else tf.ensure_shape(part, x.shape)
+            for part in parts]
 
-  def _without_variance(self, output):
-    """Leaves out a learned variance: [B, H, W, C or 2 C] to [B, H, W, C]."""
+  def _taken_apart(self, output):
+    """Splits [B, H, W, 2 C] in two parts; [B, H, W, C] is one part.
+
+    If an output does not tell its channels, its first C are the only part.
+    """
     *size, channels = self.image_shape
     if not any(output.shape.is_compatible_with((None, *size, c))
                for c in (channels, 2 * channels)):
@@ -222,7 +232,10 @@ class Denoiser:
           f"{shape_text((None, *self.image_shape))}, or {2 * channels} "
           "channels with a learned variance. Received: "
           f"{shape_text(output.shape)}")
-    return output[..., :channels]
+    parts = [output[..., :channels]]
+    if output.shape[-1] == 2 * channels:
+      parts.append(output[..., channels:])
+    return parts
 
   def _label_input(self, labels, batch_size) -> list[tf.Tensor]:
     """The network's third input, int32 [B], in a list; empty if it has none."""
@@ -278,6 +291,40 @@ class Denoiser:
       return self.eps(x_t, t, labels, guidance)
     return self._predicted(tf.convert_to_tensor(x_t, tf.float32),
                            tf.convert_to_tensor(t, tf.float32), labels, guidance)
+
+  def output_and_variance(
+      self, x_t: tf.Tensor, t: tf.Tensor, labels: tf.Tensor | None = None
+  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """`output`, and the exponent of the learned variance.
+
+    The exponent v says where the noise scale of a pixel lies between the least,
+    0, and the largest, 1 (Nichol and Dhariwal 2021, equation 15); a network
+    predicts 2 v - 1. It may leave [0, 1].
+
+    Args:
+      x_t, t, labels: see `eps`.
+
+    Returns:
+      Two float32 [B, H, W, C].
+
+    Raises:
+      UserError: the network predicts no variance, or it has guidance.
+    """
+    if self.guidance_scale is not None:
+      raise UserError("a learned variance must be used without guidance. "
+                      f"Received: guidance_scale={self.guidance_scale}")
+    x_t = tf.convert_to_tensor(x_t, tf.float32)
+    t = tf.convert_to_tensor(t, tf.float32)
+    prediction, *rest = self._parts(
+        *self.convention.inputs(self.schedule, x_t, t), labels)
+    if not rest:
+      raise UserError(
+          f"denoiser {self.name!r} must predict a variance. The readers of "
+          "checkpoints keep it with load_denoiser.learned_variance = True, where "
+          "there is one. Received: a network without")
+    if self.prediction not in conventions.EXACT:
+      prediction = self.convention.eps(self.schedule, x_t, t, prediction)
+    return prediction, 0.5 * rest[0] + 0.5
 
   def for_chain(self, coefficients):
     """A sampler's `Coefficients` for a chain of `output` instead of `eps`.
@@ -373,6 +420,10 @@ class Denoiser:
       return self.compiled_eps(jit_compile, remat)
     return self._compile(self.output, jit_compile, remat)
 
+  def compiled_output_and_variance(self, jit_compile: bool = True):
+    """`output_and_variance` as a `tf.function`, see `compiled_eps`."""
+    return self._compile(self.output_and_variance, jit_compile, False)
+
   def _compile(self, function, jit_compile, remat):
     jit_compile = jit_compile and self._xla_can
     key = function.__name__, jit_compile, remat
@@ -422,6 +473,15 @@ class Denoiser:
           f"sampler {label!r} must not learn times with the denoiser "
           f"{self.name!r}, which takes whole steps only or has no gradient "
           "in the time: search a family without +time")
+
+  def check_variance(self) -> None:
+    """Checks that the network predicts a variance which a chain can use.
+
+    Raises:
+      UserError: see `output_and_variance`.
+    """
+    labels = None if self.num_classes is None else 0
+    self.output_and_variance(tf.zeros([1, *self.image_shape]), 0.0, labels)
 
   def check_guidance(self, scales) -> None:
     """Checks that a sampler's own guidance scales, if any, can be used.

@@ -8,8 +8,8 @@ import tensorflow as tf
 def rematerialise(eps_fn: Callable, jit_compile: bool = False) -> Callable:
   """Wraps a network call so that backpropagation recomputes its activations.
 
-  Section 3.2 of the paper: all K states are kept (a non-Markovian sampler needs
-  them anyway), but nothing inside the network survives its call. So memory
+  As in the paper (Watson et al. 2022), all K states are kept, which a
+  non-Markovian sampler needs anyway, but nothing inside the network survives its call. So memory
   grows by one image per step instead of by one set of activations.
 
   Everything must be passed by position: `tf.recompute_grad` silently gives no

@@ -1,6 +1,7 @@
 """One table of many samplers: every solver, every family, for several K.
 
-  for each K    solvers   every stride on few images -> the best one, measured
+  for each K    baselines measured as they are
+                solvers   every stride on few images -> the best one, measured
                 families  searched from the best start they hold -> measured
   -> metrics.json, table.csv, table.md, samples.npz, pictures
 
@@ -17,6 +18,7 @@ import gin
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import baselines as baselines_lib
 from ddss_tf.evaluation import evaluator as evaluator_lib
 from ddss_tf.evaluation import lineage
 from ddss_tf.features import network as network_lib
@@ -27,6 +29,8 @@ from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import families as families_lib
+from ddss_tf.samplers import labels
+from ddss_tf.samplers import parameterisations
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers as solvers_lib
 from ddss_tf.samplers import strides
@@ -34,6 +38,8 @@ from ddss_tf.searching import search as search_lib
 from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
+from ddss_tf.evaluation.baselines import Baseline
+from ddss_tf.reporting.published import Published
 
 _SHOWN = 8  # Images of each row.
 
@@ -50,7 +56,8 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   """
   for what, known in (("solvers", solvers_lib.SOLVERS),
                       ("strides", strides.STRIDES),
-                      ("families", families_lib.family_names())):
+                      ("families", families_lib.family_names()),
+                      ("full_chain", solvers_lib.VARIANCES)):
     for name in _listed(what, arguments, "list of names"):
       if name not in known:
         raise UserError(f"compare.{what} must be out of {', '.join(known)}. "
@@ -58,9 +65,12 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   if arguments["solvers"] and not arguments["strides"]:
     raise UserError("compare.strides must be some, for the solvers. Received: "
                     f"{arguments['strides']!r}")
-  if arguments["starts"] not in ("best", "default"):
-    raise UserError("compare.starts must be 'best' or 'default'. "
-                    f"Received: {arguments['starts']!r}")
+  baselines_lib.check("compare", arguments["baselines"])
+  for what, known in (("starts", ("best", "default")),
+                      ("parameterisation", tuple(parameterisations.FORMS))):
+    if arguments[what] not in known:
+      raise UserError(f"compare.{what} must be {' or '.join(map(repr, known))}."
+                      f" Received: {arguments[what]!r}")
   objectives = arguments["objectives"]
   if objectives is not None and not isinstance(objectives, Mapping):
     raise UserError("compare.objectives must be objectives by label. "
@@ -78,6 +88,8 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   for name, least in (
       ("stride_samples", 16), ("num_samples", 4), ("batch_size", 1)):
     check_whole(f"compare.{name}", arguments[name], least)
+  check_whole("compare.full_chain_steps", arguments["full_chain_steps"], 1,
+              optional=True)
   seeds = [arguments["seed"], *_listed("more_seeds", arguments)]
   for seed in seeds:
     check_whole("compare.seed and more_seeds", seed, 0, most=MAX_SEED - 1)
@@ -90,14 +102,17 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
     check_whole("compare.num_steps", steps, 1)
   if not (arguments["cards"] or arguments["full_chain"]
           or arguments["num_steps"]
-          and (arguments["solvers"] or arguments["families"])):
+          and (arguments["solvers"] or arguments["baselines"]
+               or arguments["families"])):
     raise UserError(
-        "compare needs solvers or families and their num_steps, or cards. "
-        "Received: none of them")
+        "compare needs solvers, baselines or families and their num_steps, or "
+        "cards. Received: none of them")
 
 
 def _listed(name, arguments, what="list"):
   """The argument of a name, which must be a list."""
+  if isinstance(arguments[name], bool) and name == "full_chain":
+    return ("posterior",) if arguments[name] else ()
   if not isinstance(arguments[name], (list, tuple)):
     raise UserError(f"compare.{name} must be a {what}. "
                     f"Received: {arguments[name]!r}")
@@ -115,17 +130,22 @@ def compare(
     num_steps: Sequence[int] = gin.REQUIRED,
     solvers: Sequence[str] = solvers_lib.SOLVERS,
     strides: Sequence[str] = strides.STRIDES,
+    baselines: Sequence[Baseline] = (),
     families: Sequence[str] = families_lib.COMPARED,
     starts: str = "best",
+    parameterisation: str = "real",
     objectives: Mapping[str, str | Mapping[str, float]] | None = None,
     cards: Sequence[str] = (),
-    full_chain: bool = False,
+    full_chain: bool | Sequence[str] = False,
+    full_chain_steps: int | None = None,
+    published: Published | None = None,
     num_samples: int = gin.REQUIRED,
     stride_samples: int = 1000,
     seed: int = 1234,
     more_seeds: Sequence[int] = (),
     batch_size: int = 250,
     jit_compile: bool = True,
+    rounding: bool = True,
 ) -> list[dict]:
   """Measures solvers and searched families side by side, on the same noise.
 
@@ -156,18 +176,27 @@ def compare(
     num_steps: the values of K, a list.
     solvers: names out of `solvers.SOLVERS`.
     strides: names out of `strides.STRIDES`.
+    baselines: samplers that are measured as they are, at every K: names such as
+      "ddim quadratic", or functions from a noise schedule to a sampler.
     families: names of learned families, smaller ones first.
     starts: "best", as above, or "default": each family is searched once, from
       its own default start (`learned.LearnedSampler.default_start`).
+    parameterisation: "real" or "paper", the form of all families
+      (`parameterisations.FORMS`). In the paper's form a search starts at DDPM or
+      DDIM only, so "best" does not start it at a smaller family.
     objectives: what searches minimise, a dict of labels to what
       `search.objective` takes. Each family has a row for each. All searches
       then start at DDPM, because the ELBO of a start without noise is infinite.
       None: a family has one row, with the binding of `search`.
     cards: samplers that were found before, measured as they are: paths of
       their cards, or names in the zoo; see `zoo.load_searched`.
-    full_chain: also measure DDPM with all training steps, with the first seed
-      only. It takes hundreds of calls an image: a reference for small models,
-      or for few samples.
+    full_chain: also measure DDPM at many steps, with the first seed only: True,
+      or variances of its noise out of `solvers.VARIANCES`, a row for each. It
+      takes hundreds of calls an image: a reference for small models, or for few
+      samples.
+    full_chain_steps: its K; None for every training step.
+    published: published figures that stand beside the measured ones, see
+      `published.load_published`.
     num_samples: generated images of each row.
     stride_samples: generated images by which strides are chosen.
     seed: the seed of the rows' noise.
@@ -175,11 +204,14 @@ def compare(
       Each gives a record; the table has their mean, the pictures a band.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
+    rounding: see `Evaluator`.
 
   Returns:
     The records in the order of the table, those of several seeds one after
-    another. With `objectives` each also has the `objective` of its search, the
-    `search_rate` and `search_seconds`, the time of the search's steps.
+    another. With `published` each also has the `published` figures, None where
+    there are none. With `objectives` each also has the `objective` of its
+    search, the `search_rate` and `search_seconds`, the time of the search's
+    steps.
 
   Raises:
     UserError: a name is unknown, samples are too few, or a search fails.
@@ -189,28 +221,37 @@ def compare(
     make_evaluator = functools.partial(
         evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,
         features=features, heldout_features=heldout_features,
-        batch_size=batch_size, jit_compile=jit_compile)
+        batch_size=batch_size, jit_compile=jit_compile, rounding=rounding)
     evaluator = make_evaluator(run, seed=seed)
     run.keep_config()
-    rows = (len(num_steps) * (len(solvers)
+    fixed = {steps: _baselines(baselines, denoiser.schedule, steps)
+             for steps in num_steps}
+    chains = _full_chains(
+        denoiser, _listed("full_chain", {"full_chain": full_chain}),
+        full_chain_steps)
+    rows = (len(num_steps) * (len(baselines) + len(solvers)
                               + len(families) * len(objectives or [0]))
-            + len(cards) + full_chain)
+            + len(cards) + len(chains))
     with progress.bar(rows, "table", "row") as bar:
       table = _Table(run, evaluator, bar, num_samples, more_seeds,
-                     searched=bool(objectives))
+                     searched=bool(objectives), published=published)
       race = _Race(
           table, denoiser, dataset, features,
           lineage.Ranking(
               make_evaluator(run_dir_lib.RunDir(run.path("strides"), run.cache),
                              seed=max([seed, *more_seeds]) + 1),
               stride_samples, strides),
-          default_starts=starts == "default", jit_compile=jit_compile)
+          default_starts=starts == "default", jit_compile=jit_compile,
+          parameterisation=parameterisation)
       for steps in num_steps:
+        for sampler in fixed[steps]:
+          table.add(sampler, row=_row_of(sampler))
         race.run(steps, solvers, families, objectives)
       for path in cards:
         table.add_card(path, denoiser)
-      if full_chain:
-        table.add(sampler_lib.full_chain(denoiser.schedule), more_seeds=())
+      for chain in chains:
+        table.add(chain, more_seeds=(), row=("full_chain", chain.variance))
+    table.keep_real_images()
     comparison.draw(run.root, table.records)
     return table.records
 
@@ -225,20 +266,24 @@ class _Table:
     num_samples: the number of images of each row.
     more_seeds: further seeds with which each row is measured.
     searched: whether records say how their sampler was searched.
+    published: published figures for the records, or None.
 
   Attributes:
     run: the run directory.
     records: the records of all rows, in order.
   """
 
-  def __init__(self, run, evaluator, bar, num_samples, more_seeds, searched):
+  def __init__(self, run, evaluator, bar, num_samples, more_seeds, searched,
+               published=None):
     self.run, self.records = run, []
+    self._published = published
     self._evaluator, self._bar = evaluator, bar
     self._num_samples, self._more_seeds = num_samples, more_seeds
     self._searched = searched
     self._images = comparison.read_samples(run.path(run_dir_lib.SAMPLES_NPZ))
 
-  def add(self, sampler, x0_bound=None, search=None, more_seeds=None) -> None:
+  def add(self, sampler, x0_bound=None, search=None, more_seeds=None,
+          row=None) -> None:
     """Measures a row, and writes the table anew.
 
     Args:
@@ -246,6 +291,8 @@ class _Table:
       x0_bound: see `chain.bound_x0`.
       search: how it was searched, from its card; None: it was not.
       more_seeds: further seeds of this row; None: those of all rows.
+      row: its row and stride as published tables name them, see
+        `Published.of`; None: it is in none of them.
     """
     more_seeds = self._more_seeds if more_seeds is None else more_seeds
     record = self._evaluator.timed_record(sampler, self._num_samples, x0_bound)
@@ -258,6 +305,9 @@ class _Table:
         record = {**record, "objective": search and search["objective"],
                   "search_rate": search and search["rate"],
                   "search_seconds": search and search["seconds"]}
+      if self._published:
+        record = {**record, "published": row and self._published.of(
+            *row, record["num_steps"])}
       self.records.append(record)
       logging.info("%s", record)
     records_lib.write_table(self.run.path(run_dir_lib.TABLE), self.records)
@@ -269,6 +319,13 @@ class _Table:
       return
     self._images[key] = dataset_lib.to_uint8(
         self._evaluator.images(sampler, _SHOWN, x0_bound))
+    storage.save_arrays(
+        self.run.path(run_dir_lib.SAMPLES_NPZ), self._images, compressed=True)
+
+  def keep_real_images(self) -> None:
+    """Stores the data set's first images, for the pictures."""
+    self._images[labels.REAL_IMAGES] = dataset_lib.to_uint8(
+        self._evaluator.real_images(_SHOWN))
     storage.save_arrays(
         self.run.path(run_dir_lib.SAMPLES_NPZ), self._images, compressed=True)
 
@@ -292,16 +349,18 @@ class _Race:
     ranking: ranks samplers, on images of its own.
     default_starts: whether each family is searched from its default start only.
     jit_compile: compile the network with XLA.
+    parameterisation: the form of the families.
   """
 
   def __init__(self, table: _Table, denoiser, dataset, features,
                ranking: lineage.Ranking, default_starts: bool,
-               jit_compile: bool):
+               jit_compile: bool, parameterisation: str):
     self._table, self._ranking = table, ranking
     self._denoiser, self._dataset = denoiser, dataset
     self._features = features
     self._default_starts = default_starts
     self._jit_compile = jit_compile
+    self._parameterisation = parameterisation
 
   def run(self, steps: int, solvers, families, objectives) -> None:
     """Adds all rows of a number of steps."""
@@ -310,7 +369,7 @@ class _Race:
     ranked = [self._ranking.best_strides(functools.partial(make, family=solver))
               for solver in solvers]
     for sampler, *_ in ranked:
-      self._table.add(sampler)
+      self._table.add(sampler, row=_row_of(sampler))
     if objectives:
       for family in families:
         self._search_by_objective(steps, family, objectives)
@@ -336,7 +395,7 @@ class _Race:
     starts.ended(family, list(found))
     path = folder if len(found) == 1 else min(
         found, key=lambda path: self._ranking.rank(*found[path]))
-    self._table.add(*found[path], _search_of(path))
+    self._table.add(*found[path], _search_of(path), row=(family, ""))
 
   def _searched(self, folder, family, steps, candidates, **changes):
     """Searches in a folder; gives the found sampler and its bound on x0_hat."""
@@ -344,10 +403,49 @@ class _Race:
         run_dir=folder, denoiser=self._denoiser, dataset=self._dataset,
         features=self._features, sampler=functools.partial(
             families_lib.make_sampler, family=family, num_steps=steps,
-            init="auto"),
+            init="auto", parameterisation=self._parameterisation),
         start_candidates=candidates, cache_dir=self._table.run.cache,
         jit_compile=self._jit_compile, **changes)
     return zoo.load_searched(run_dir_lib.RunDir(folder), self._denoiser)
+
+
+def _baselines(baselines, schedule, num_steps):
+  """The baselines at K steps, made before anything is measured.
+
+  Raises:
+    UserError: one is a function and its sampler has another K.
+  """
+  samplers = [baselines_lib.make_baseline(baseline, schedule, num_steps)
+              for baseline in baselines]
+  for sampler in samplers:
+    if sampler.num_steps != num_steps:
+      raise UserError(
+          f"compare.baselines must take K = {num_steps}, out of "
+          "compare.num_steps: name a solver and a stride instead of a function. "
+          f"Received: {sampler.label!r}, which takes {sampler.num_steps}")
+  return samplers
+
+
+def _full_chains(denoiser, variances, num_steps):
+  """DDPM at many steps with each variance, made before anything is measured.
+
+  Raises:
+    UserError: K is out of range, or the network predicts no variance.
+  """
+  if "learned" in variances:
+    denoiser.check_variance()
+  try:
+    return [sampler_lib.full_chain(denoiser.schedule, variance, num_steps)
+            for variance in variances]
+  except ValueError as error:
+    raise UserError(f"compare.full_chain_steps: {error}") from error
+
+
+def _row_of(sampler):
+  """The row and the stride of a solver, as published tables name them."""
+  if not isinstance(sampler, sampler_lib.SolverSampler):
+    return None
+  return sampler.solver, str(sampler.stride)
 
 
 def _card_name(path):

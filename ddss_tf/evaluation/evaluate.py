@@ -1,6 +1,6 @@
 """The comparison: FID, KID and IS of samplers, side by side."""
 
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from absl import logging
 import gin
@@ -11,6 +11,7 @@ from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import baselines as baselines_lib
 from ddss_tf.evaluation import evaluator as evaluator_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.reporting import grids
@@ -18,13 +19,9 @@ from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
+from ddss_tf.evaluation.baselines import Baseline
 from ddss_tf.evaluation.evaluator import Evaluator
 from ddss_tf.samplers.chain import check_x0_bound
-from ddss_tf.samplers.families import make_sampler
-from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.samplers.solvers import SOLVERS
-from ddss_tf.samplers.strides import STRIDES
-from ddss_tf.schedules import NoiseSchedule
 
 
 def check_evaluate(arguments: Mapping[str, Any]) -> None:
@@ -37,63 +34,13 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
   Raises:
     UserError: an option is out of range, or a baseline has an unknown name.
   """
-  baselines = arguments["baselines"]
-  if isinstance(baselines, str) or not isinstance(baselines, Sequence):
-    raise UserError("evaluate.baselines must be a list, such as "
-                    f"['ddim linear']. Received: {baselines!r}")
-  for baseline in baselines:
-    if not (callable(baseline) or _is_baseline_name(baseline)):
-      raise UserError(
-          "evaluate.baselines must be functions from a noise schedule to a "
-          "sampler, or names of a solver, a space and a stride, such as 'ddim "
-          f"quadratic'. The solvers are {', '.join(SOLVERS)}. The strides are "
-          f"{', '.join(STRIDES)}. Received: {baseline!r}")
+  baselines_lib.check("evaluate", arguments["baselines"])
   check_whole("evaluate.num_steps", arguments["num_steps"], 1, optional=True)
   check_whole("evaluate.num_samples", arguments["num_samples"],
               evaluator_lib.LEAST_IMAGES)
   check_whole("evaluate.batch_size", arguments["batch_size"], 1)
   check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
   check_x0_bound("evaluate", arguments["x0_bound"])
-
-
-def _is_baseline_name(baseline) -> bool:
-  """Whether a baseline is the name of a solver, a space and a stride."""
-  if not isinstance(baseline, str):
-    return False
-  solver, _, stride = baseline.partition(" ")
-  return solver in SOLVERS and stride in STRIDES
-
-
-def make_baseline(
-    baseline: str | Sampler | Callable[[NoiseSchedule], Sampler],
-    schedule: NoiseSchedule, num_steps: int | None) -> Sampler:
-  """Makes one baseline of an evaluation.
-
-  Args:
-    baseline: a name that `check_evaluate` has checked, such as "ddim linear", a
-      function from a noise schedule to a sampler, or a sampler.
-    schedule: the forward process of the denoiser.
-    num_steps: K of a baseline that is given by name.
-
-  Returns:
-    The sampler.
-
-  Raises:
-    UserError: a baseline is given by name and K is None, or the solver cannot
-      take K steps on the stride.
-  """
-  if isinstance(baseline, Sampler):
-    return baseline
-  if not isinstance(baseline, str):
-    return baseline(schedule)
-  if num_steps is None:
-    raise UserError(
-        f"the baseline {baseline!r} takes K from the searched sampler, and there "
-        "is none: run --mode=search first, or give a card (evaluate.sampler) or "
-        "K (evaluate.num_steps)")
-  solver, _, stride = baseline.partition(" ")
-  return make_sampler(schedule, family=solver, num_steps=num_steps,
-                      stride=stride)
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -104,8 +51,7 @@ def evaluate(
     features: network_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: (network_lib.FeatureNetwork
                        | list[network_lib.FeatureNetwork] | None) = None,
-    baselines: Sequence[
-        str | Sampler | Callable[[NoiseSchedule], Sampler]] = (),
+    baselines: Sequence[Baseline] = (),
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,
     batch_size: int = 250,
@@ -115,6 +61,7 @@ def evaluate(
     sampler: str | None = None,
     force: bool = False,
     num_steps: int | None = None,
+    rounding: bool = True,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
@@ -146,6 +93,7 @@ def evaluate(
     force: take a card that was found for other weights.
     num_steps: K of the baselines that are given by name; that of the searched
       sampler if None.
+    rounding: see `Evaluator`.
 
   Returns:
     The records of this call, baselines first, the searched one last.
@@ -163,11 +111,12 @@ def evaluate(
       if num_steps is None:
         num_steps = searched[0][0].num_steps
     # Every sampler has its bound on x0_hat beside it.
-    samplers = [(make_baseline(baseline, denoiser.schedule, num_steps), x0_bound)
-                for baseline in baselines] + searched
+    samplers = [
+        (baselines_lib.make_baseline(baseline, denoiser.schedule, num_steps),
+         x0_bound) for baseline in baselines] + searched
     evaluator = Evaluator(
         run, denoiser, dataset, features, heldout_features, seed,
-        min(batch_size, num_samples), jit_compile)
+        min(batch_size, num_samples), jit_compile, rounding)
     run.keep_config()
     records = []
     for row, bound in samplers:

@@ -30,7 +30,8 @@ _TIMED = 4  # Batches that are timed; the first does not count.
 class Evaluator:
   """Measures samplers under one set of conditions, on the same noise.
 
-  Generated and real images are both rounded to uint8. Records are kept in
+  Generated and real images are both rounded to uint8, as image files are, or
+  clipped only. Records are kept in
   `metrics.json`, which is written after each measurement. What it holds under
   the same conditions is not measured again.
 
@@ -44,6 +45,8 @@ class Evaluator:
     seed: the seed of the noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
+    rounding: round images to bytes before the networks see them. Without it
+      they are clipped to [-1, 1], and the records' protocols say so.
 
   Raises:
     UserError: the parts do not fit together, or real images are too few.
@@ -56,8 +59,9 @@ class Evaluator:
                    network_lib.FeatureNetwork
                    | list[network_lib.FeatureNetwork] | None) = None,
                seed: int = 1234, batch_size: int = 250,
-               jit_compile: bool = True):
+               jit_compile: bool = True, rounding: bool = True):
     self._run = run
+    self._rounding = rounding
     self._denoiser = denoiser
     self._dataset = dataset
     self._networks = [
@@ -74,7 +78,7 @@ class Evaluator:
     self._jit_compile = jit_compile
     self._known = records_lib.read_records(run.path(run_dir_lib.METRICS))
     self._reference = [reference_lib.reference(
-        network, dataset, quantise=True, cache_dir=run.cache)
+        network, dataset, quantise=rounding, cache_dir=run.cache)
                        for network in self._networks]
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
@@ -124,7 +128,8 @@ class Evaluator:
     values = _measure(
         _timed(generator.batches(
             coefficients, num_samples, seed, sampler.label), seconds),
-        self._extract, self._reference, num_samples, sampler.label)
+        self._extract, self._reference, num_samples, sampler.label,
+        self._rounding)
     self._known.append({**conditions, **values,
                         "timing": _timing(seconds, generator.batch_size)})
     storage.write_json(self._run.path(run_dir_lib.METRICS), self._known)
@@ -156,9 +161,16 @@ class Evaluator:
     return self.generator(x0_bound).images(
         sampler.coefficients(), num_images, self._seed)
 
+  def real_images(self, num_images: int) -> np.ndarray:
+    """The first images of the data set, float32 [N, H, W, C]."""
+    return self._dataset.images[:num_images]
+
   def _conditions(self, sampler, coefficients, num_samples, x0_bound, seed):
     """All that decides a record's values."""
-    features = [network.identity for network in self._networks]
+    features = [dict(network.identity) for network in self._networks]
+    if not self._rounding:
+      for identity in features:
+        identity["protocol"] += ", not rounded to bytes"
     return records_lib.Record(
         sampler=sampler.label,
         num_steps=sampler.num_steps,
@@ -201,7 +213,7 @@ def _one_or_all(values):
   return values if len(values) > 1 else next(iter(values), None)
 
 
-def _measure(batches, extract, reference, num_samples, label):
+def _measure(batches, extract, reference, num_samples, label, rounding):
   """Metrics of one sampler's images, from one pass over them.
 
   A metric that is not finite is None. An image or a network that gives NaN
@@ -212,7 +224,10 @@ def _measure(batches, extract, reference, num_samples, label):
   def outputs():
     nonlocal broken
     for batch in batches:
-      images = tf.constant(dataset_lib.to_float(dataset_lib.to_uint8(np.nan_to_num(batch))))
+      images = np.nan_to_num(batch)
+      images = tf.constant(
+          dataset_lib.to_float(dataset_lib.to_uint8(images)) if rounding
+          else np.clip(images, -1, 1))
       found = [network(images) for network in extract]
       rows = [found[0]["logits"], *(output["pool"] for output in found)]
       bad = ~np.all(np.isfinite(batch), axis=(1, 2, 3))

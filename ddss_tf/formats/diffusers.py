@@ -8,6 +8,7 @@ the one value we implement; everything else is refused by name. `.bin` weights
 need PyTorch.
 """
 
+import dataclasses
 import os
 import re
 
@@ -383,6 +384,30 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     raise UserError(f"{path} is not a complete safetensors file of floats: "
                     f"{errors.one_line(error)}") from error
   return tensors.finite_float32(path, weights)
+
+
+def with_variance(path: str, config: UNetConfig) -> UNetConfig:
+  """The architecture with the channels of its learned variance.
+
+  Args:
+    path: as in `read_config`.
+    config: as `read_config` gives it.
+
+  Raises:
+    UserError: the network has no learned variance, or its scheduler does not
+      tell a range of variances (Nichol and Dhariwal 2021, equation 15).
+  """
+  network_json, scheduler_json = config_files(path)
+  channels = _read_json(network_json)["out_channels"]
+  if channels == config.out_channels:
+    raise UserError(f"learned_variance must not be given for {path!r}, whose "
+                    f"network predicts none. Received: {channels} out_channels")
+  kind = _read_json(scheduler_json).get("variance_type")
+  if kind != "learned_range":
+    raise UserError(
+        f"{scheduler_json}: variance_type must be 'learned_range' for "
+        f"learned_variance. Received: {kind!r}")
+  return dataclasses.replace(config, out_channels=channels)
 
 
 def without_variance(

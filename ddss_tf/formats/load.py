@@ -36,7 +36,7 @@ from ddss_tf.schedules import NoiseSchedule
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
                 "use_new_attention_order", "diffusion_steps", "noise_schedule",
-                "rescale_timesteps")
+                "rescale_timesteps", "learned_variance")
 
 
 @gin.register
@@ -61,6 +61,7 @@ def load_denoiser(
     signature: str | None = None,
     num_classes: int | None = None,
     preset: str | None = None,
+    learned_variance: bool | None = None,
     dtype_policy: str | None = None,
     cache_dir: str | None = None,
 ) -> Denoiser:
@@ -122,6 +123,9 @@ def load_denoiser(
     preset: the architecture of a `.weights.h5` file: a name of
       `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file,
       which has the fields of `unet.UNetConfig` or is a card of EDM.
+    learned_variance: whether a `.pt` or a diffusers file whose network predicts a
+      variance keeps it, for DDPM at many steps (`solvers.VARIANCES`). Few-step
+      samplers bring their own noise scales. The weights' hash differs.
     dtype_policy: what the network computes in, one of `precision.POLICIES`;
       None: as it was saved, which is float32 for all that we convert.
     cache_dir: the folder that keeps converted checkpoints in our own format,
@@ -146,6 +150,7 @@ def load_denoiser(
       "image_shape": image_shape, "process": process, "time_input": time_input,
       "time_scale": time_scale, "time_offset": time_offset,
       "signature": signature, "num_classes": num_classes, "preset": preset,
+      "learned_variance": learned_variance or None,
   }
   if image_size is not None:
     arguments["image_size"] = diffusers.side_or_sides(image_size)
@@ -307,8 +312,11 @@ def _convert_diffusers(path: str, given: dict) -> Denoiser:
   path = diffusers.find_network(path)
   config, betas, prediction = diffusers.read_config(
       path, given.get("image_size"))
-  weights = diffusers.without_variance(
-      path, diffusers.read_weights(path))
+  weights = diffusers.read_weights(path)
+  if given.get("learned_variance"):
+    config = diffusers.with_variance(path, config)
+  else:
+    weights = diffusers.without_variance(path, weights)
   model = tensors.build_frozen(
       path, config,
       lambda variables: diffusers.to_keras(weights, variables))
@@ -330,15 +338,17 @@ def _convert_ddpm(path: str, given: dict) -> Denoiser:
 def _convert_openai(path: str, given: dict) -> Denoiser:
   """Reads a state dict of improved-diffusion or guided-diffusion."""
   # The card first: its faults are cheaper to find.
+  given = dict(given)
+  keep_variance = given.pop("learned_variance", False)
   card = openai.read_card(path, given)
   betas = openai.betas(card)
   weights = tensors.read_state_dict(path)
-  model = openai.convert(path, weights, card)
+  model = openai.convert(path, weights, card, keep_variance)
   # The weights are in our order of attention's channels by now, so their hash
   # covers use_new_attention_order.
   return _converted(
       "improved- or guided-diffusion", model,
-      openai.infer_config(weights, card), NoiseSchedule(betas),
+      openai.infer_config(weights, card, keep_variance), NoiseSchedule(betas),
       "x0" if card["predict_xstart"] else "eps")
 
 
@@ -464,7 +474,7 @@ _FORMATS = (
            keras_weights.CARD_KEYS, kept=True),
     Format("openai", _is_openai, _convert_openai, _OPENAI_KEYS, kept=True),
     Format("diffusers", diffusers.is_diffusers, _convert_diffusers,
-           ("image_size",), kept=True),
+           ("image_size", "learned_variance"), kept=True),
     Format("ddpm", _is_ddpm, _convert_ddpm, ("image_size",), kept=True),
 )
 _registered = {}  # Formats from outside, by name.

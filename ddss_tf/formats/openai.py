@@ -125,12 +125,14 @@ def num_classes(weights: Mapping[str, np.ndarray]) -> int | None:
 
 
 def infer_config(weights: Mapping[str, np.ndarray],
-                 card: Mapping[str, object]) -> UNetConfig:
+                 card: Mapping[str, object],
+                 keep_variance: bool = False) -> UNetConfig:
   """The architecture that names, shapes and card tell.
 
   Args:
     weights: as `tensors.read_state_dict` gives them.
     card: as `read_card` gives it.
+    keep_variance: keep the channels of a learned variance.
 
   Raises:
     UserError: it is not such a network, or a variant that is not implemented;
@@ -146,6 +148,9 @@ def infer_config(weights: Mapping[str, np.ndarray],
     raise UserError(
         f"out.2.weight must have {in_channels} outputs, or twice as many with "
         f"learned variances. Received: {out_channels}")
+  if keep_variance and out_channels == in_channels:
+    raise UserError("learned_variance must not be given for a network that "
+                    f"predicts none. Received: {out_channels} outputs")
   time_features = _shape(weights, "time_embed.0.weight", 2)[1]
 
   last = max(int(match[1]) for match in (
@@ -190,8 +195,9 @@ def infer_config(weights: Mapping[str, np.ndarray],
   return UNetConfig(
       image_size=card["image_size"],
       in_channels=in_channels,
-      # A learned variance is not used, because a sampler brings its own.
-      out_channels=in_channels,
+      # A learned variance is left out unless it is asked for, because a sampler
+      # of few steps brings its own.
+      out_channels=out_channels if keep_variance else in_channels,
       channels=tuple(channels),
       blocks_per_level=blocks[0],
       attention_levels=tuple(sorted(attention)),
@@ -288,23 +294,24 @@ def _source_name(path: str, config: UNetConfig) -> str:
 
 
 def convert(source: str, weights: Mapping[str, np.ndarray],
-            card: Mapping[str, object]) -> keras.Model:
+            card: Mapping[str, object],
+            keep_variance: bool = False) -> keras.Model:
   """Makes the network, without PyTorch.
 
   Args:
     source: what the weights were read from, for messages.
     weights: as `tensors.read_state_dict` gives them.
     card: as `read_card` gives it.
+    keep_variance: keep the channels of a learned variance.
 
   Returns:
     A frozen network. It maps images, training-step indices t in [0, T - 1] and,
-    if it is class-conditional, labels to the prediction, without the channels
-    of a learned variance.
+    if it is class-conditional, labels to the prediction.
 
   Raises:
     UserError: see `infer_config`; weights and architecture do not match.
   """
-  config = infer_config(weights, card)
+  config = infer_config(weights, card, keep_variance)
   return tensors.build_frozen(
       source, config, lambda variables: _to_keras(
           weights, config, variables,
@@ -332,7 +339,7 @@ def _to_keras(weights, config, variables, new_attention_order):
             f"tensor out.2.{_LEAF[parts[-1]]} must have "
             f"{2 * config.in_channels} outputs, as out.2.weight has. "
             f"Received: shape {value.shape}")
-      value = value[:config.in_channels]
+      value = value[:config.out_channels]
     return tensors.torch_layout(path, value, shape)
 
   return tensors.matched(

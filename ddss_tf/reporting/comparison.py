@@ -75,7 +75,7 @@ def _best(curves):
   # squared features.
   least = 1e-12 * max(y for points in curves.values() for _, y, *_ in points)
   for name, points in curves.items():
-    if name == labels_lib.FULL_CHAIN:
+    if labels_lib.is_full_chain(name):
       continue  # It is a reference for all others.
     rank = (-len(points), float(np.mean(
         [math.log(max(y, least) or 1.0) for _, y, *_ in points])))
@@ -135,7 +135,7 @@ def _draw_curves(axis, curves):
     xs, ys, lows, highs = zip(*points)
     style = dict(color=colour, zorder=3 if strong else 2,
                  alpha=1 if strong else style_lib.PALE)
-    if name == labels_lib.FULL_CHAIN and len(points) > 1:
+    if labels_lib.is_full_chain(name) and len(points) > 1:
       marker, style = "", dict(color=style_lib.TEXT, linestyle="--", zorder=1)
     axis.plot(xs, ys, marker=marker, linewidth=2.2 if strong else 1.2,
               markersize=6 if strong else 4.5, gid=name, **style)
@@ -209,14 +209,14 @@ def fid_by_steps_png(path: str, records: list[dict]) -> None:
   records = _with_fid(records)
   label = records_lib.fid_label(records[0]["num_samples"])
   steps = sorted({record["num_steps"] for record in records
-                  if record["sampler"] != labels_lib.FULL_CHAIN})
+                  if not labels_lib.is_full_chain(record["sampler"])})
   if len(steps) < 2:
     figure = _ranking(records, label)
   else:
     curves = _curves(records, lambda r: r["num_steps"], lambda r: r["fid"])
-    if labels_lib.FULL_CHAIN in curves:  # It has no K: a line across all.
-      ((_, *y),) = curves[labels_lib.FULL_CHAIN]
-      curves[labels_lib.FULL_CHAIN] = [(steps[0], *y), (steps[-1], *y)]
+    for name in filter(labels_lib.is_full_chain, curves):
+      ((_, *y),) = curves[name]  # It has no K: a line across all.
+      curves[name] = [(steps[0], *y), (steps[-1], *y)]
     figure, axis = _curves_figure(curves)
     _log_axis(axis.xaxis, steps)
     axis.xaxis.set_major_locator(ticker.FixedLocator(steps))
@@ -331,8 +331,9 @@ def draw(folder: str, records: list[dict],
          shown: list[str] | None = None) -> list[str]:
   """Draws a comparison from what it left, without any measurement.
 
-  It draws FID against K, FID against time, and for each K a picture of the
-  first samples of all rows. A row without an FID is left out of the first two,
+  It draws FID against K, FID against time, for each K a picture of the first
+  samples of all rows, and if there are several K one of the best row of each
+  group at every K, beside DDPM at many steps and real images. A row without an FID is left out of the first two,
   one without a time out of the second, one without samples out of the last.
 
   Args:
@@ -376,7 +377,42 @@ def draw(folder: str, records: list[dict],
     if rows:
       names.append(f"samples_k{steps}.png")
       grids.sample_rows_png(path(names[-1]), f"K = {steps}", rows)
+  rows = _over_steps(records, images, shown)
+  if rows:
+    names.append(run_dir_lib.SAMPLES_OVER_K)
+    grids.sample_rows_png(path(names[-1]), "the same noise at every K", rows)
   return names
+
+
+def _over_steps(records, images, shown):
+  """Rows of samples over K; none if there is but one K or no samples.
+
+  At every K these are the best row of each group, or all in `shown`. DDPM at
+  many steps and real images end them.
+  """
+  drawn = [record for record in records
+           if records_lib.sample_key(record) in images]
+  few = [record for record in drawn
+         if not labels_lib.is_full_chain(record["sampler"])]
+  if len({record["num_steps"] for record in few}) < 2:
+    return []
+  best = {}
+  for record in sorted(few, key=records_lib.rank):
+    group = labels_lib.group(record["sampler"])
+    if shown is not None:
+      group = next((name for name in shown if _is_named(record, name)), None)
+    if group is not None:
+      best.setdefault((record["num_steps"], group), record)
+  chosen = [best[key] for key in sorted(best)] + [
+      record for record in drawn
+      if labels_lib.is_full_chain(record["sampler"])]
+  rows = [(record["sampler"], f"K = {record['num_steps']}, "
+           f"{records_lib.fid_label(record['num_samples'])} "
+           f"{records_lib.text(record['fid'])}",
+           images[records_lib.sample_key(record)]) for record in chosen]
+  if labels_lib.REAL_IMAGES in images:
+    rows.append((labels_lib.REAL_IMAGES, "", images[labels_lib.REAL_IMAGES]))
+  return rows
 
 
 def _is_named(record, name):

@@ -147,7 +147,8 @@ def sample_rows_png(path: str, title: str,
   middles = row_middles(height, len(titled))
   axis.set_yticks(middles, [name for name, *_ in titled], fontsize=9, **style_lib.PLAIN)
   for tick, (name, *_) in zip(axis.get_yticklabels(), titled):
-    tick.set_color(style_lib.GROUPS[labels_lib.group(name)][0])
+    if name != labels_lib.REAL_IMAGES:
+      tick.set_color(style_lib.GROUPS[labels_lib.group(name)][0])
   for y, (_, note, _) in zip(middles, titled):
     axis.annotate(
         note, (1, y), xycoords=axis.get_yaxis_transform(), xytext=(8, 0),

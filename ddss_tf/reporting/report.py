@@ -211,7 +211,7 @@ def _of_first_seed(records):
   They all have the first record's seed, or the luckiest seed would win. The
   full chain is left out, because no other sampler has its K.
   """
-  return [r for r in records if r["sampler"] != labels.FULL_CHAIN
+  return [r for r in records if not labels.is_full_chain(r["sampler"])
           and r["seed"] == records[0]["seed"]]
 
 

@@ -22,7 +22,8 @@ class Record(TypedDict, total=False):
 
   Records may have further keys, of other versions of the library. In the table
   of a `compare` with objectives they have "objective", "search_rate" and
-  "search_seconds", None where the sampler was not searched.
+  "search_seconds", None where the sampler was not searched; in that of one with
+  published figures they have "published", None where there are none.
 
   Attributes:
     sampler: the sampler's label.
@@ -204,12 +205,12 @@ def table(records: list[Record]) -> str:
   columns = list(dict.fromkeys(name for group in heldout for fids in group
                                for name in fids)) or [HELDOUT]
   head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
-          "KID", "IS"]
+          "KID", "IS", "IS in 10 parts"]
   rows = [[
       row_name(group[0]), str(group[0]["num_steps"]), _spread(group, "fid"),
       *(_spread(fids, name) for name in columns),
       f"{_mean(group, 'kid', '.4f')} ± {_mean(group, 'kid_std', '.4f')}",
-      _mean(group, "inception_score", ".2f")]
+      _mean(group, "inception_score", ".2f"), _in_parts(group)]
           for group, fids in zip(groups, heldout)]
   if not same:
     head.append("samples")
@@ -220,8 +221,26 @@ def table(records: list[Record]) -> str:
     for row, (record, *_) in zip(rows, groups):
       seconds = record.get("search_seconds")
       row.append("-" if seconds is None else f"{seconds:.0f}")
+  _add_published(head, rows, groups)
   return tabulate.tabulate(
       rows, head, "github", disable_numparse=True, stralign="left")
+
+
+def _in_parts(records):
+  """The mean Inception Score of ten parts and its deviation, over records."""
+  splits = [record.get("inception_score_splits") or {} for record in records]
+  return f"{_mean(splits, 'mean', '.2f')} ± {_mean(splits, 'std', '.2f')}"
+
+
+def _add_published(head, rows, groups):
+  """Adds the published figures of each row, under their source."""
+  cells = [group[0].get("published") for group in groups]
+  sources = sorted({cell["source"] for cell in cells if cell})
+  for source in sources:
+    head += [f"FID, {source}", f"IS, {source}"]
+    for row, cell in zip(rows, cells):
+      cell = cell if cell and cell["source"] == source else {}
+      row += [text(cell.get("fid"), "g"), text(cell.get("inception_score"), "g")]
 
 
 def rank(record: Record) -> float:

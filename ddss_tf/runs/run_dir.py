@@ -27,6 +27,7 @@ PATH = "path.png"
 BEFORE_AFTER = "before_after.png"
 FID_BY_STEPS = "fid_by_steps.png"
 QUALITY_BY_TIME = "quality_by_time.png"
+SAMPLES_OVER_K = "samples_over_k.png"
 EXPORT = "export"
 # Where other forms of the sampler go in a run directory.
 ALSO = {"diffusers": "diffusers_scheduler", "onnx": "sampler.onnx",
@@ -74,6 +75,8 @@ FILES = (
          "is better."),
     File(QUALITY_BY_TIME,
          caption="The same against the time that an image takes."),
+    File(SAMPLES_OVER_K, caption="The best row of each group at every K, on the "
+         "same noise."),
     File(f"{GENERATED}.png", caption="Samples of the searched sampler."),
     File(f"{GENERATED}.npz"),
     File(PATH, caption="One image on its way: the states, clipped to [-1, 1], "

@@ -70,7 +70,14 @@ class SamplerCard:
 
 
 def write(path: str, card: SamplerCard) -> None:
-  """Writes a card, atomically."""
+  """Writes a card, atomically.
+
+  Raises:
+    UserError: the sampler has a learned variance, which a card cannot hold.
+  """
+  if card.coefficients.noise_ratios is not None:
+    raise UserError("a card must be of a sampler without a learned variance. "
+                    f"Received: {card.label!r}")
   path = storage.expanded(path)
   published = {}
   if card.metrics:

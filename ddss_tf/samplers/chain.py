@@ -23,7 +23,7 @@ from ddss_tf.samplers.coefficients import Coefficients
 X0_BOUNDS = ("clip", "dynamic")
 _DYNAMIC_QUANTILE = 0.995
 
-EpsFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+EpsFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor | tuple]
 
 
 def bound_x0(x0_hat: tf.Tensor, x0_bound: str | None) -> tf.Tensor:
@@ -78,7 +78,9 @@ def run_chain(
     eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]. If the
       coefficients have guidance scales, it takes that of the step as a third
       argument, float32 [B]. It may be `Denoiser.output`, with coefficients that
-      have gone through `Denoiser.for_chain`.
+      have gone through `Denoiser.for_chain`. If the coefficients have noise
+      ratios, it also gives the exponent v [B, H, W, C] of the learned variance,
+      as `Denoiser.output_and_variance` does.
     coefficients: the coefficients of the K steps, float32. NumPy arrays are
       constants: a state with the weight 0 is not read, and a state is released
       after its last use. So every step of a Markovian sampler costs the same,
@@ -113,13 +115,17 @@ def run_chain(
       guidance = _of_samples(one.guidance_scales[k], batch, x_T.dtype),
     # By position, see `rematerialise`.
     eps = eps_fn(x_t, t, *guidance)
+    noise_scale = one.noise_scales[k]
+    if one.noise_ratios is not None:
+      eps, exponent = eps
+      noise_scale *= tf.exp(exponent * tf.math.log(one.noise_ratios[k]))
     x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps
     x0_hat = bound_x0(x0_hat, x0_bound)
     x_s = one.x0_weights[k] * (x0_hat if x_0 is None else x_0)
     for u, weight in terms[k]:
       x_s += weight * states[u]
     if step_noise is not None and k < num_steps - 1:
-      x_s += one.noise_scales[k] * step_noise[:, k]
+      x_s += noise_scale * step_noise[:, k]
     states.append(x_s)
     if trajectory:
       x0_hats.append(x0_hat)

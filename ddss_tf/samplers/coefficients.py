@@ -31,6 +31,10 @@ class Coefficients(NamedTuple):
     x0_weights: [K].
     noise_scales: [K], non-negative, the last one 0.
     guidance_scales: [K], or None where the denoiser is called as it is.
+    noise_ratios: [K], or None where every pixel has the step's noise scale. With
+      it, the noise scale of a pixel is noise_scales[k] noise_ratios[k]^v, and
+      the network predicts v together with the noise: a learned variance (Nichol
+      and Dhariwal 2021, equation 15). DDPM alone has it, at many steps.
   """
 
   times: Any
@@ -40,6 +44,7 @@ class Coefficients(NamedTuple):
   x0_weights: Any
   noise_scales: Any
   guidance_scales: Any = None
+  noise_ratios: Any = None
 
   @property
   def num_steps(self) -> int:
@@ -74,10 +79,11 @@ class Coefficients(NamedTuple):
         allowed.
     """
     needed = set(cls._fields) - set(cls._field_defaults)
-    if not needed <= set(values) <= set(cls._fields):
+    allowed = needed | {"guidance_scales"}
+    if not needed <= set(values) <= allowed:
       raise ValueError(
           f"coefficients must be {sorted(needed)}, and may be "
-          f"{sorted(cls._field_defaults)}. Received: {sorted(values)}")
+          f"{sorted(allowed - needed)}. Received: {sorted(values)}")
     arrays = cls(**values).numpy()
     arrays.validate()
     return arrays

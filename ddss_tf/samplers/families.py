@@ -1,7 +1,8 @@
 """The learned families: variables, and the map from them to `Coefficients`.
 
-Symbols follow the paper (Watson et al. 2022, https://arxiv.org/abs/2202.05830);
-where it publishes no formula the docstring says "our choice".
+Symbols follow the paper (Watson et al. 2022, https://arxiv.org/abs/2202.05830).
+A formula without a number on the authors' slides is called recalled, if it is
+recalled from the paper, or else our choice.
 
   fixed    a solver of `solvers.py`: nothing to learn
   learned  rows of weights and noise    what is free in them
@@ -46,9 +47,8 @@ from ddss_tf.schedules import NoiseSchedule
 class LearnedDDIM(LearnedSampler):
   """DDIM with one learned noise scale a step (Watson et al. 2022).
 
-  "paper": sigma = sqrt(1 - abar_s) sigmoid(v), as published; it has no number
-  on the slides. "real": sigma is its start plus an offset, kept inside
-  [0, 0.999 sqrt(1 - abar_s)]; our choice.
+  "paper": sigma = sqrt(1 - abar_s) sigmoid(v), recalled. "real": sigma is its
+  start plus an offset, kept inside [0, 0.999 sqrt(1 - abar_s)]; our choice.
   """
 
   def _create_rows(self):
@@ -88,7 +88,8 @@ class VARS(LearnedSampler):
   """A DDPM whose marginal variances are learned (Watson et al. 2022).
 
   1 - abar = cumsum(softmax([v; 1])), cleanest state first, in both
-  parameterisations; it starts at the schedule's own exactly.
+  parameterisations; this form is recalled. It starts at the schedule's own
+  exactly.
   """
 
   def default_start(self):

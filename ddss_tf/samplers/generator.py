@@ -71,13 +71,26 @@ class Generator:
     self.denoiser = denoiser
     self.batch_size = distribution.filled(batch_size)
     self.x0_bound = x0_bound
-    self._output = denoiser.compiled_output(jit_compile)
-    self._rows_output = distribution.row_wise(self._output)
+    self._jit_compile = jit_compile
+    self._rows_outputs = {}
     self._sample = distribution.replicated(self._sample_batch)
     self._walk = distribution.replicated(self._walk_path)
 
   def _tensors(self, coefficients):
     return self.denoiser.for_chain(coefficients.numpy()).map(tf.constant)
+
+  def _output(self, coefficients):
+    """What the chain of these coefficients is fed with."""
+    if coefficients.noise_ratios is None:
+      return self.denoiser.compiled_output(self._jit_compile)
+    return self.denoiser.compiled_output_and_variance(self._jit_compile)
+
+  def _rows_output(self, coefficients):
+    """The same, with the rows shared by the replicas; traced once."""
+    output = self._output(coefficients)
+    if output not in self._rows_outputs:
+      self._rows_outputs[output] = distribution.row_wise(output)
+    return self._rows_outputs[output]
 
   def _run(self, output, coefficients, seed, indices, labels=None, **options):
     return sample_chain(self.denoiser, output, coefficients, seed, indices,
@@ -87,12 +100,14 @@ class Generator:
     if labels is not None:
       labels = distribution.own_rows(labels)
     return distribution.all_rows(self._run(
-        self._output, coefficients, seed, distribution.own_rows(indices), labels))
+        self._output(coefficients), coefficients, seed,
+        distribution.own_rows(indices), labels))
 
   def _sample_long(self, coefficients, seed, indices, labels=None):
     # NumPy coefficients, so that states without weight cost nothing.
     return self._run(
-        self._rows_output, coefficients.numpy(), seed, indices, labels)
+        self._rows_output(coefficients), coefficients.numpy(), seed, indices,
+        labels)
 
   def _walk_path(self, coefficients, seed, indices):
     # Not compiled by XLA, which would take longer for so few images.
@@ -134,8 +149,14 @@ class Generator:
 
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
+
+    Raises:
+      UserError: the sampler has a learned variance, and the network predicts
+        none.
     """
     coefficients = self._tensors(coefficients)
+    if coefficients.noise_ratios is not None:
+      self.denoiser.check_variance()
     pair = seed_pair(seed)
     labels = None if label is None else tf.fill([self.batch_size], label)
     sample = (self._sample if coefficients.num_steps <= _UNROLLED

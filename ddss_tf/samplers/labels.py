@@ -1,5 +1,7 @@
 """What samplers are called in tables, and into which group they fall."""
 
+import re
+
 from ddss_tf.samplers import solvers
 from ddss_tf.samplers.strides import STRIDES
 
@@ -13,11 +15,27 @@ LABELS = {
     "vars": "VARS", "rddim": "RDDIM", "ggdm": "GGDM",
 }
 GIVEN_TIMES = "given times"
-FULL_CHAIN = "DDPM (full chain)"
+VARIANCES = {"fixed_large": "fixed-large variance",
+             "learned": "learned variance"}
+_MANY_STEPS = re.compile(r"DDPM \((full chain|\d+ of \d+ steps)[,)]")
+REAL_IMAGES = "real images"
 # What tables and pictures compare with each other.
 BASELINES = "DDPM and DDIM"
 TRAINING_FREE = "training-free solvers"
 SEARCHED = "searched"
+
+
+def full_chain(num_steps: int, total: int, variance: str) -> str:
+  """The label of DDPM at many steps, see `sampler.full_chain`."""
+  steps = "full chain" if num_steps == total else (
+      f"{num_steps} of {total} steps")
+  told = f", {VARIANCES[variance]}" if variance in VARIANCES else ""
+  return f"DDPM ({steps}{told})"
+
+
+def is_full_chain(label: str) -> bool:
+  """Whether a label is one that `full_chain` gives."""
+  return bool(_MANY_STEPS.match(label))
 
 
 def without_stride(label: str) -> str:
@@ -36,8 +54,9 @@ def group(label: str) -> str:
   read from the label; this is the only place that does so.
   """
   name = without_stride(label)
-  if (name in (LABELS["ddpm"], LABELS["ddim"], FULL_CHAIN)
-      or name.startswith("DDIM(eta=")):
+  if (name in (LABELS["ddpm"], LABELS["ddim"]) or is_full_chain(name)
+      or name.startswith("DDIM(eta=") or any(
+          name == f"{LABELS['ddpm']} ({told})" for told in VARIANCES.values())):
     return BASELINES
   if name in (LABELS[solver] for solver in solvers.SOLVERS):
     return TRAINING_FREE

@@ -5,8 +5,8 @@ value follows from them. Each method creates the variables of one quantity
 through `learn(kind, name, start, constraint)` and returns a function that gives
 the value, differentiable. The family decides where each quantity starts.
 
-  PaperForm  the published constraints: weights and noise scales in (0, 1),
-             cumulative softmaxes for +PRED and +TIME
+  PaperForm  as in the paper: weights and noise scales in (0, 1), cumulative
+             softmaxes for +PRED and +TIME
   RealForm   every value is its start plus an offset; our choice
 """
 
@@ -94,7 +94,7 @@ def cumulative(v) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 class PaperForm:
-  """The published form (Watson et al. 2022), started at DDIM or DDPM.
+  """The paper's form (Watson et al. 2022), started at DDIM or DDPM.
 
   The weights of RDDIM (slides, 10 and 11) and GGDM (13 and 14) and their noise
   scales are sigmoids of variables. That they stay in (0, 1) is published; the

@@ -124,42 +124,58 @@ class SolverSampler(FixedSampler):
     lower_order_final: see `solvers.solver_coefficients`.
     label: what tables and pictures call it; None makes it from solver, eta and
       stride.
+    variance: see `solvers.ddim_coefficients`.
   """
 
   def __init__(self, schedule: NoiseSchedule, num_steps: int,
                solver: str = "ddim", stride: str | npt.ArrayLike = "linear",
                eta: float | None = None, lower_order_final: bool = True,
-               label: str | None = None, **kwargs):
+               label: str | None = None, variance: str = "posterior",
+               **kwargs):
     values = solvers.solver_coefficients(
         schedule, solver, num_steps, stride, eta,
-        lower_order_final=lower_order_final)
+        lower_order_final=lower_order_final, variance=variance)
     if label is None:
       label = labels.LABELS[solver]
       if eta is not None and solver in ("ddim", "ddpm"):
         label = {0.0: "DDIM", 1.0: "DDPM"}.get(
             float(eta), f"DDIM(eta={eta:g})")
+      if variance != "posterior":
+        label += f" ({labels.VARIANCES[variance]})"
       label += " " + (stride if isinstance(stride, str) else labels.GIVEN_TIMES)
     super().__init__(schedule, values, label, **kwargs)
     self.solver = solver
     self.stride = stride
     self.eta = eta
     self.lower_order_final = lower_order_final
+    self.variance = variance
 
   def get_config(self):
     return {**super().get_config(), "solver": self.solver,
             "stride": self.stride, "eta": self.eta,
-            "lower_order_final": self.lower_order_final}
+            "lower_order_final": self.lower_order_final,
+            "variance": self.variance}
 
 
-def full_chain(schedule: NoiseSchedule) -> SolverSampler:
-  """DDPM at every training step, against which few-step samplers are measured.
+def full_chain(schedule: NoiseSchedule, variance: str = "posterior",
+               num_steps: int | None = None) -> SolverSampler:
+  """DDPM at many steps, against which few-step samplers are measured.
 
   Args:
     schedule: the forward process of the denoiser.
+    variance: see `solvers.ddim_coefficients`.
+    num_steps: K, from 1 to T; None for every training step.
 
   Returns:
-    A sampler of T steps (Ho et al. 2020, https://arxiv.org/abs/2006.11239,
-    algorithm 2, with the variance of the posterior).
+    A sampler of K steps (Ho et al. 2020, https://arxiv.org/abs/2006.11239,
+    algorithm 2), on the "linear" stride.
+
+  Raises:
+    ValueError: unknown variance, or K is out of range.
   """
-  return SolverSampler(schedule, schedule.num_train_steps, "ddpm", "linspace",
-                       label=labels.FULL_CHAIN)
+  total = schedule.num_train_steps
+  num_steps = total if num_steps is None else num_steps
+  return SolverSampler(
+      schedule, num_steps, "ddpm",
+      "linspace" if num_steps == total else "linear", variance=variance,
+      label=labels.full_chain(num_steps, total, variance))

@@ -25,8 +25,8 @@ from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
 
 
-def ddim_coefficients(schedule: NoiseSchedule, times,
-                      eta: float = 0.0) -> Coefficients:
+def ddim_coefficients(schedule: NoiseSchedule, times, eta: float = 0.0,
+                      variance: str = "posterior") -> Coefficients:
   """DDIM on a grid of times; eta = 1 is DDPM, eta = 0 is deterministic.
 
   Song et al. (2021, https://arxiv.org/abs/2010.02502), equations 12 and 16,
@@ -38,6 +38,12 @@ def ddim_coefficients(schedule: NoiseSchedule, times,
     times: [K], strictly decreasing, in [0, T - 1].
     eta: scale of the noise, at least 0. Above 1 the noise of a step is cut
       where it would exceed the whole deviation of its state.
+    variance: one of `VARIANCES`. "posterior" is the above. "fixed_large" adds
+      noise of the variance 1 - abar_t / abar_s instead, which is beta_t if no
+      training step is left out, and keeps the weights (Ho et al. 2020, section
+      3.2; the sigma-hat of Song et al., section 5.1). "learned" is between the
+      two, pixel by pixel, as the network says (Nichol and Dhariwal 2021,
+      equation 15); it needs a network that predicts a variance.
 
   Returns:
     Coefficients in float64 NumPy.
@@ -52,6 +58,11 @@ def ddim_coefficients(schedule: NoiseSchedule, times,
   # At abar_s = 1 this is 0 up to rounding, so the last step returns x0_hat.
   eps_weight = np.sqrt(np.maximum(1 - abar_s - sigma**2, 0))
   from_state = eps_weight / np.sqrt(1 - abar_t)
+  largest, ratios = np.sqrt(1 - abar_t / abar_s), None
+  if variance == "fixed_large":
+    sigma = largest
+  elif variance == "learned":
+    ratios = np.append(largest[:-1] / sigma[:-1], 1.0)
   return Coefficients(
       times=times,
       x0_from_state=1 / np.sqrt(abar_t),
@@ -59,6 +70,7 @@ def ddim_coefficients(schedule: NoiseSchedule, times,
       state_weights=np.diag(from_state),
       x0_weights=np.sqrt(abar_s) - from_state * np.sqrt(abar_t),
       noise_scales=np.where(np.arange(num_steps) < num_steps - 1, sigma, 0),
+      noise_ratios=ratios,
   )
 
 
@@ -363,13 +375,16 @@ _STEPS = {
     "unipc3-bh2": functools.partial(_unipc, order=3, bh="bh2"),
 }
 SOLVERS = ("ddpm", "ddim", *_STEPS)
+# What the noise of a DDPM may have.
+VARIANCES = ("posterior", "fixed_large", "learned")
 
 
 def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
                         stride: str | npt.ArrayLike = "linear",
                         eta: float | None = None,
                         abar_end: float = 1.0,
-                        lower_order_final: bool = True) -> Coefficients:
+                        lower_order_final: bool = True,
+                        variance: str = "posterior") -> Coefficients:
   """The coefficients of a training-free sampler.
 
     ddpm, ddim: Song et al. 2021, with `eta` 1 and 0 unless given.
@@ -400,6 +415,7 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
     lower_order_final: lower the order in the last steps, as published: UniPC
       always, DPM-Solver++ and DEIS if K < 15; the others never do. The way to a
       clean image is of first order in log-SNR regardless.
+    variance: see `ddim_coefficients`; other than "posterior" for ddpm only.
 
   Returns:
     Coefficients in float64 NumPy.
@@ -411,13 +427,20 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
   if solver not in SOLVERS:
     raise ValueError(f"solver must be one of {', '.join(SOLVERS)}. "
                      f"Received: {solver!r}")
+  if variance not in VARIANCES:
+    raise ValueError(f"variance must be one of {', '.join(VARIANCES)}. "
+                     f"Received: {variance!r}")
+  if variance != "posterior" and (solver != "ddpm" or eta not in (None, 1.0)):
+    raise ValueError(f"variance must be 'posterior' but for ddpm with eta=1. "
+                     f"Received: {variance!r} for {solver} with eta={eta}")
   if solver in ("ddpm", "ddim"):
     if abar_end != 1:
       raise ValueError(f"{solver} goes to abar_end=1. Received: {abar_end}")
     eta = (1.0 if solver == "ddpm" else 0.0) if eta is None else eta
     if eta < 0:
       raise ValueError(f"eta must be at least 0. Received: eta={eta}")
-    return ddim_coefficients(schedule, strides.times_of(schedule, stride, num_steps), eta)
+    return ddim_coefficients(
+        schedule, strides.times_of(schedule, stride, num_steps), eta, variance)
   if eta:
     raise ValueError(f"{solver} has no noise to scale. Received: eta={eta}")
   step = _STEPS[solver]

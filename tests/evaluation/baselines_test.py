@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ddss_tf
-from ddss_tf.evaluation import evaluate as evaluate_lib
+from ddss_tf.evaluation import baselines as baselines_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
@@ -19,7 +19,7 @@ SCHEDULE = ddss_tf.make_schedule("linear", 1000)
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_a_name_is_a_solver_on_a_stride(solver):
   for stride in STRIDES:
-    named = evaluate_lib.make_baseline(f"{solver} {stride}", SCHEDULE, 5)
+    named = baselines_lib.make_baseline(f"{solver} {stride}", SCHEDULE, 5)
     made = families.make_sampler(
         SCHEDULE, family=solver, num_steps=5, stride=stride)
     assert named.label == made.label and named.label.endswith(f" {stride}")
@@ -31,8 +31,8 @@ def test_a_name_is_a_solver_on_a_stride(solver):
 def test_samplers_and_functions_are_taken():
   make = functools.partial(families.make_sampler, family="ddpm", num_steps=3)
   sampler = make(SCHEDULE)
-  assert evaluate_lib.make_baseline(sampler, SCHEDULE, None) is sampler
-  made = evaluate_lib.make_baseline(make, SCHEDULE, 7)
+  assert baselines_lib.make_baseline(sampler, SCHEDULE, None) is sampler
+  made = baselines_lib.make_baseline(make, SCHEDULE, 7)
   assert (made.label, made.num_steps) == ("DDPM linear", 3)
 
 

@@ -1,5 +1,6 @@
 """Tests of the comparison on a Gaussian data set."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -24,6 +25,7 @@ from ddss_tf.samplers import card
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.searching import loop
 from ddss_tf.errors import UserError
+from ddss_tf.reporting.published import Published
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +38,27 @@ def arguments(gaussian_parts):
       stride_samples=64, batch_size=100, jit_compile=False)
 
 
-@pytest.fixture(scope="module")
-def compared(arguments, tmp_path_factory):
-  run = str(tmp_path_factory.mktemp("compared"))
-  bindings = {
-      "num_search_steps": 4, "batch_size": 32, "gradient_samples": 16,
-      "validation_samples": 64, "start_samples": 64, "validate_every": 2,
-      "control_variate": False}
+@contextlib.contextmanager
+def searches_of(**bindings):
+  """Binds options of `search`, which a comparison leaves to gin."""
+  assert ddss_tf.search  # Imported, so that gin knows it.
   with gin.unlock_config():
     for name, value in bindings.items():
       gin.bind_parameter(f"search.{name}", value)
   try:
-    yield run, ddss_tf.compare(run, **arguments)
+    yield
   finally:
     gin.clear_config()
+
+
+@pytest.fixture(scope="module")
+def compared(arguments, tmp_path_factory):
+  run = str(tmp_path_factory.mktemp("compared"))
+  with searches_of(
+      num_search_steps=4, batch_size=32, gradient_samples=16,
+      validation_samples=64, start_samples=64, validate_every=2,
+      control_variate=False):
+    yield run, ddss_tf.compare(run, **arguments)
 
 
 def test_a_row_for_every_solver_and_family(compared):
@@ -188,6 +197,9 @@ def test_samples_are_the_first_of_their_records(arguments, compared):
   run, records = compared
   with np.load(os.path.join(run, "samples.npz")) as arrays:
     images = dict(arrays)
+  np.testing.assert_array_equal(
+      images.pop("real images"),
+      dataset_lib.to_uint8(arguments["dataset"].images[:8]))
   assert set(images) == {records_lib.sample_key(r) for r in records}
   denoiser = arguments["denoiser"]
   for record in records[:2]:  # DDPM adds noise, DDIM does not.
@@ -313,19 +325,13 @@ def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
 
 @pytest.mark.slow
 def test_a_row_for_every_objective(arguments, tmp_path):
-  with gin.unlock_config():
-    for name, value in {"num_search_steps": 2, "batch_size": 16,
-                        "pool_samples": 32, "validation_samples": 32,
-                        "start_samples": 32}.items():
-      gin.bind_parameter(f"search.{name}", value)
-  try:
+  with searches_of(num_search_steps=2, batch_size=16, pool_samples=32,
+                   validation_samples=32, start_samples=32):
     records = ddss_tf.compare(str(tmp_path), **{
         **arguments, "solvers": ("ddim",), "strides": ("linear",),
         "families": ("ggdm",), "objectives": {
             "KID": "kid_linear", "ELBO": "elbo",
             "both": {"kid_linear": 1.0, "kid_cubic": 2.0}}})
-  finally:
-    gin.clear_config()
   assert [r["sampler"] for r in records] == [
       "DDIM linear", "GGDM, KID", "GGDM, ELBO", "GGDM, both"]
   assert [r["objective"] for r in records] == [
@@ -353,15 +359,101 @@ def test_a_row_for_every_objective(arguments, tmp_path):
     (dict(cards="mine.json"), "cards must be a list.*'mine.json'"),
     (dict(more_seeds=[3, 3]), r"must differ.*\[1234, 3, 3\]"),
     (dict(more_seeds=[-1]), "more_seeds must be .*Received: -1"),
-    (dict(solvers=[], families=[]), "needs solvers or families.*or cards"),
+    (dict(solvers=[], families=[]), "needs solvers, baselines or fam.*or cards"),
     (dict(objectives=["elbo"]), "objectives must be .* by label.*'elbo'"),
     (dict(objectives={"../a": "elbo"}), r"can name a folder.*'\.\./a'"),
     (dict(objectives={"/a": "elbo"}), "can name a folder.*'/a'"),
     (dict(objectives={"..": "elbo"}), r"can name a folder.*'\.\.'"),
     (dict(objectives={"a": "elbo", "b": "best"}),
      r"compare.objectives\['b'\]: objective must be out of.*'best'"),
+    (dict(full_chain=["learned"]), "full_chain must be out of post.*'learned'"),
+    (dict(full_chain="posterior"), "full_chain must be a list.*'posterior'"),
+    (dict(full_chain=True, full_chain_steps=2000),
+     "full_chain_steps: num_steps must be from 1 to 1000.*num_steps=2000"),
+    (dict(full_chain_steps=0), "full_chain_steps must be.*Received: 0"),
+    (dict(parameterisation="ours"), "parameterisation must be 'real' or 'pap.*"),
+    (dict(baselines=["ddim"]), "compare.baselines must be .*'ddim'"),
     (dict(stride_samples=3), "stride_samples must be .* >= 16.*Received: 3"),
 ])
 def test_bad_arguments(arguments, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     ddss_tf.compare(str(tmp_path), **{**arguments, **changes})
+
+
+def test_published_figures_stand_beside_what_was_measured(
+    arguments, tmp_path):
+  """Baselines on their own strides, DDPM at many steps, and what is published."""
+  published = Published("toys", "somebody", {
+      ("ddim", "linear", 2): {"fid": 12.5, "inception_score": 3.25,
+                              "source": "somebody", "note": ""},
+      ("ddim", "linear", 3): {"fid": 7.0, "inception_score": None,
+                              "source": "somebody", "note": ""},
+      ("ggdm_pred", "", 3): {"fid": 9.0, "inception_score": None,
+                             "source": "somebody", "note": ""},
+      ("full_chain", "", 10): {"fid": 0.125, "inception_score": None,
+                               "source": "somebody", "note": "told nowhere"}})
+  records = ddss_tf.compare(str(tmp_path), **{
+      **arguments, "solvers": (), "families": (), "num_steps": [2, 3],
+      "baselines": ["ddim linear", "ddim trailing"], "published": published,
+      "full_chain": ["posterior", "fixed_large"], "full_chain_steps": 10,
+      "rounding": False})
+  assert [(r["sampler"], r["num_steps"], (r["published"] or {}).get("fid"))
+          for r in records] == [
+      ("DDIM linear", 2, 12.5), ("DDIM trailing", 2, None),
+      ("DDIM linear", 3, 7.0), ("DDIM trailing", 3, None),
+      ("DDPM (10 of 1000 steps)", 10, 0.125),
+      ("DDPM (10 of 1000 steps, fixed-large variance)", 10, 0.125)]
+  head, _, *lines = (tmp_path / "table.md").read_text().splitlines()
+  cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+           for line in (head, *lines)]
+  assert cells[0][-2:] == ["FID, somebody", "IS, somebody"]
+  assert [row[-2:] for row in cells[1:]] == [
+      ["12.5", "3.25"], ["-", "-"], ["7", "-"], ["-", "-"], ["0.125", "-"],
+      ["0.125", "-"]]
+  # IS in one part and in ten.
+  where = cells[0].index("IS in 10 parts")
+  for row, record in zip(cells[1:], records):
+    parts = record["inception_score_splits"]
+    assert row[where - 1] == f"{record['inception_score']:.2f}"
+    assert row[where] == (
+        f"{parts['mean']:.2f} ± {records_lib.text(parts['std'])}")
+    assert record["features"]["protocol"].endswith(", not rounded to bytes")
+    assert "published.fid" in (tmp_path / "table.csv").read_text()
+  # The same images without their rounding: near, not equal.
+  (near,) = [r["fid"] for r in ddss_tf.compare(str(tmp_path), **{
+      **arguments, "solvers": (), "families": (), "num_steps": [3],
+      "baselines": [ddim_of_three_steps]})]
+  assert near == pytest.approx(records[2]["fid"], rel=0.05)
+  assert near != records[2]["fid"]
+  # The best of each group at every K, many steps and real images.
+  assert (tmp_path / "samples_over_k.png").stat().st_size > 0
+  with pytest.raises(UserError, match="must take K = 2.*'DDIM linear', which ta"):
+    ddss_tf.compare(str(tmp_path), **{
+        **arguments, "solvers": (), "families": (), "num_steps": [2],
+        "baselines": [ddim_of_three_steps]})
+
+
+def ddim_of_three_steps(schedule):
+  return ddss_tf.SolverSampler(schedule, 3, "ddim")
+
+
+def test_families_in_the_papers_form_start_at_ddim(
+    arguments, tmp_path):
+  with searches_of(num_search_steps=2, batch_size=16,
+                       optimizer="adam", validation_samples=16, start_samples=64,
+                       validate_every=2, control_variate=False):
+    records = ddss_tf.compare(str(tmp_path), **{
+        **arguments, "solvers": (), "families": ("vars+time", "ggdm+pred"),
+        "parameterisation": "paper", "starts": "default"})
+  assert [r["sampler"] for r in records] == ["VARS+TIME", "GGDM+PRED"]
+  for family, start in (("vars+time", "ddpm"), ("ggdm+pred", "ddim")):
+    with open(tmp_path / "k3" / family / "sampler.json") as f:
+      found = json.load(f)
+    assert found["search"]["config"]["parameterisation"] == "paper"
+    solver = ddss_tf.SolverSampler(arguments["denoiser"].schedule, 3, start)
+    ranking = ranking_of(str(tmp_path / "k3" / family))
+    assert len(ranking) == 1 and ranking[0][0] == "default"
+    with open(tmp_path / "k3" / family / "starts.json") as f:
+      (entry,) = json.load(f)["ranking"]
+    assert entry["sha256"] == fingerprint.coefficients_sha256(
+        solver.coefficients().numpy())

@@ -12,7 +12,6 @@ import pytest
 from ddss_tf import storage
 from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import records as records_lib
-from ddss_tf.samplers import labels as labels_lib
 from ddss_tf.errors import UserError
 from reported_run import coefficients, record, write_card, write_run  # pylint: disable=unused-import
 
@@ -181,7 +180,7 @@ def test_seeds_are_told_apart_and_the_luckiest_is_not_the_best(tmp_path):
       record(name, seed=seed, fid=fid) for name, seed, fid in (
           ("DDIM linear", 1234, 2.0), ("DDIM linear", 7, 0.1),
           ("PNDM linear", 1234, 1.0), ("PNDM linear", 7, 3.0))
-  ] + [record(labels_lib.FULL_CHAIN, 1000, fid=0.01)])
+  ] + [record("DDPM (full chain)", 1000, fid=0.01)])
   page = page_of(tmp_path)
   assert page.rows[0][:4] == ["sampler", "K", "seed", "FID-2k"]
   assert [row[2] for row in page.rows[1:6]] == [

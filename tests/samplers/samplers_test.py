@@ -13,12 +13,13 @@ from ddss_tf.denoisers import gaussian
 from ddss_tf.samplers import card
 from ddss_tf.samplers import chain
 from ddss_tf.samplers import families
+from ddss_tf.samplers import labels as labels_lib
 from ddss_tf.samplers import marginals
 from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.samplers import solvers
 from ddss_tf.samplers import strides
 from ddss_tf.errors import UserError
-from ddss_tf.schedules import NoiseSchedule
+from ddss_tf.schedules import NoiseSchedule, make_schedule
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (2, 2, 1)
@@ -209,6 +210,42 @@ def test_eta_one_is_ddpm():
   np.testing.assert_array_equal(
       images_of(families.make_sampler(SCHEDULE, "ddpm", 5)),
       images_of(families.make_sampler(SCHEDULE, "ddim", 5, eta=1.0)))
+
+
+def test_a_fixed_large_variance_is_beta():
+  """Ho et al. (2020), section 3.2: sigma_t^2 = beta_t, the mean unchanged."""
+  schedule = make_schedule("cosine", 40)
+  large, small = (sampler_lib.full_chain(schedule, variance)
+                  for variance in ("fixed_large", "posterior"))
+  one, other = large.coefficients().numpy(), small.coefficients().numpy()
+  np.testing.assert_allclose(
+      one.noise_scales[:-1], np.sqrt(schedule.betas[:0:-1]), rtol=1e-4)
+  assert one.noise_scales[-1] == 0
+  assert np.all(one.noise_scales[:-1] > other.noise_scales[:-1])
+  for name, a, b in zip(one._fields, one, other):
+    if name not in ("noise_scales", "guidance_scales"):
+      np.testing.assert_array_equal(a, b, err_msg=name)
+  assert [large.label, small.label] == [
+      "DDPM (full chain, fixed-large variance)", "DDPM (full chain)"]
+  fewer = sampler_lib.full_chain(schedule, num_steps=10)
+  assert fewer.label == "DDPM (10 of 40 steps)"
+  linear = sampler_lib.SolverSampler(
+      schedule, 10, "ddpm", variance="fixed_large")
+  assert linear.label == "DDPM (fixed-large variance) linear"
+  np.testing.assert_allclose(
+      linear.coefficients().times, fewer.coefficients().times)
+  for label in (large.label, small.label, fewer.label):
+    assert labels_lib.is_full_chain(label), label
+  assert not labels_lib.is_full_chain(linear.label)
+  for label in (large.label, fewer.label, linear.label):
+    assert labels_lib.group(label) == labels_lib.BASELINES, label
+  for solver, options in (("ddim", {}), ("ddpm", {"eta": 0.5}),
+                          ("dpm++2m", {})):
+    with pytest.raises(ValueError, match="variance must be 'posterior' but for"):
+      sampler_lib.SolverSampler(
+          schedule, 10, solver, variance="fixed_large", **options)
+  with pytest.raises(ValueError, match="must be one of posterior, fixed_large"):
+    sampler_lib.SolverSampler(schedule, 10, "ddpm", variance="large")
 
 
 def test_ddpm_is_the_posterior_of_ho_et_al():
