@@ -31,7 +31,7 @@ def activation_bytes(denoiser: Denoiser) -> int:
   that backpropagation through it keeps. The graph of a SavedModel is closed:
   there it is what backpropagation does keep, about a fifth less.
   """
-  specs = [tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))]
+  specs = [tf.TensorSpec((1, *denoiser.state_shape)), tf.TensorSpec((1,))]
   if denoiser.num_classes is not None:
     specs.append(tf.TensorSpec((1,), tf.int32))
   if isinstance(denoiser.model, SavedModelNetwork):
@@ -116,6 +116,16 @@ def _times(denoiser: Denoiser) -> str:
   return ", ".join(parts)
 
 
+def _images(denoiser):
+  """The shape of the images, and of the latents if there are any."""
+  shape = " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]"
+  decoder = denoiser.decoder
+  if decoder is None:
+    return shape
+  return (f"{shape}, of latents of {' x '.join(map(str, denoiser.state_shape))} "
+          f"by a decoder of {decoder.model.count_params():,} parameters")
+
+
 def _classes(denoiser):
   """The number of classes and the guidance, in one line."""
   if denoiser.num_classes is None:
@@ -169,7 +179,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
                     f"1. Received: {num_steps} and {micro_batch_size}")
   model = denoiser.model
   layers = collections.Counter(type(layer).__name__ for layer in model.layers)
-  state = 4 * int(np.prod(denoiser.image_shape))
+  state = 4 * int(np.prod(denoiser.state_shape))
   network = activation_bytes(denoiser)
   networks = as_networks("inspect.features", features, optional=True)
   seen = sum(feature_bytes(each, denoiser.image_shape) for each in networks)
@@ -179,7 +189,7 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "name": denoiser.name,
       "architecture": _architecture(denoiser),
       "prediction": denoiser.prediction,
-      "images": " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]",
+      "images": _images(denoiser),
       "classes": _classes(denoiser),
       "parameters": f"{model.count_params():,} in {len(model.weights)} "
                     "variables",
