@@ -62,6 +62,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.metrics_50k
 	$(BIN)/python -m benchmarks.search_memory
+	$(BIN)/python -m benchmarks.decoder_memory
 	$(BIN)/python -m benchmarks.evaluation_pass
 	$(BIN)/python -m benchmarks.search_step --pytorch=$(PYTORCH)
 	$(BIN)/python -m benchmarks.beside_pytorch --pytorch=$(PYTORCH)

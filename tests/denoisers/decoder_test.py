@@ -11,6 +11,7 @@ import ddss_tf
 import small_searches
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.denoisers import decoder as decoder_lib
+from ddss_tf.reporting import inspection
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.errors import UserError
 
@@ -205,6 +206,11 @@ def test_a_search_an_evaluation_and_an_export(latent_parts, tmp_path):
       expected).astype(int)).max() <= 1
   text = ddss_tf.inspect(None, denoiser)
   assert "latents of 3 x 2 x 4" in text and "6 x 4 x 2" in text
+  assert "of the decoder's at once" in text
+  one, two = (inspection.decoder_bytes(decoder_lib.Decoder(
+      decoder_model(), batch_size=size)) for size in (1, 2))
+  # Of the images, their last and first layer at least; twice for two images.
+  assert two == 2 * one > 4 * 6 * 4 * (2 + 8 + 8)
 
 
 def test_the_gradient_passes_the_decoder(latent_parts):
