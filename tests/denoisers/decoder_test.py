@@ -209,8 +209,9 @@ def test_a_search_an_evaluation_and_an_export(latent_parts, tmp_path):
   assert "of the decoder's at once" in text
   one, two = (inspection.decoder_bytes(decoder_lib.Decoder(
       decoder_model(), batch_size=size)) for size in (1, 2))
-  # Of the images, their last and first layer at least; twice for two images.
-  assert two == 2 * one > 4 * 6 * 4 * (2 + 8 + 8)
+  # Of the image, its last and first layer at least; but for constants, twice as
+  # much for two.
+  assert 4 * 6 * 4 * (2 + 8 + 8) < one < two <= 2 * one < two + 100
 
 
 def test_the_gradient_passes_the_decoder(latent_parts):
