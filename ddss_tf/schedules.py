@@ -45,6 +45,9 @@ class NoiseSchedule:
       or no signal is left before a last beta of 1.
   """
 
+  # Whether samplers on it are written in v, see `coefficients`.
+  in_v = False
+
   def __init__(self, betas: npt.ArrayLike):
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not betas.size:
@@ -216,13 +219,123 @@ class ExplodingSchedule(NoiseSchedule):
                      np.arange(self.num_train_steps))
 
 
+class FlowSchedule(NoiseSchedule):
+  """The process of flow matching in its variance-preserving form.
+
+  z = (1 - s) x_0 + s eps, s in (0, 1] (Liu et al. 2023,
+  https://arxiv.org/abs/2209.03003; Lipman et al. 2023,
+  https://arxiv.org/abs/2210.02747), divided by its deviation, has
+  alpha = (1 - s) n and sigma = s n with n = ((1 - s)^2 + s^2)^(-1/2), which is
+  alpha + sigma; so log(alpha / sigma) = log((1 - s) / s).
+
+  Step t, fractional or not, carries the shift of Esser et al. (2024,
+  https://arxiv.org/abs/2403.03206, for larger images):
+
+    s = shift q / (1 + (shift - 1) q),   q = (t + 1) / T.
+
+  All is in closed form, without a table, and there are no betas. At t = T - 1
+  s is 1 and alpha 0, exactly, and the log-SNR is minus infinity: the first
+  state is pure noise. Samplers on it are written in v, which stays finite there
+  (see `coefficients`), and named strides may begin there.
+
+  Args:
+    num_train_steps: T, a whole number from 1 on.
+    shift: positive; 1 is none, 3 that of Stable Diffusion 3.
+
+  Raises:
+    ValueError: an argument is out of its range.
+  """
+
+  in_v = True
+
+  def __init__(self, num_train_steps: int = 1000, shift: float = 1.0):
+    # type(), because True is an int.
+    if type(num_train_steps) is not int or not (
+        1 <= num_train_steps <= _MOST_STEPS):
+      raise ValueError(
+          f"num_train_steps must be a whole number from 1 to {_MOST_STEPS}. "
+          f"Received: {num_train_steps!r}")
+    if type(shift) not in (int, float) or not 0 < shift < float("inf"):
+      raise ValueError(f"shift must be a positive number. Received: {shift!r}")
+    self._num_train_steps = num_train_steps
+    self.shift = float(shift)
+
+  @property
+  def num_train_steps(self) -> int:
+    """T."""
+    return self._num_train_steps
+
+  @property
+  def num_visible_steps(self) -> int:
+    """T: in v no error grows with 1 / alpha, and the flow begins at noise."""
+    return self._num_train_steps
+
+  def rescaled_to_zero_snr(self) -> "FlowSchedule":
+    """Itself, which ends in pure noise as it is."""
+    return self
+
+  def card(self) -> dict:
+    """See the base class."""
+    return {"flow": {"num_train_steps": self._num_train_steps,
+                     "shift": self.shift}}
+
+  def _parts(self, t):
+    """What s and 1 - s are proportional to; neither loses digits near 0."""
+    return self.shift * (t + 1.0), (self._num_train_steps - 1.0) - t
+
+  def abar(self, t: npt.ArrayLike) -> np.ndarray:
+    """See the base class."""
+    noise, signal = self._parts(self._clipped(t))
+    return signal**2 / (signal**2 + noise**2)
+
+  def alpha_sigma(self, t: tf.Tensor, dtype: tf.DType = tf.float32
+                  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """See the base class."""
+    t = tf.clip_by_value(tf.cast(t, dtype), 0.0, self._num_train_steps - 1.0)
+    noise, signal = self._parts(t)
+    # Of parts that are at most 1, whose squares stay in float32.
+    largest = tf.stop_gradient(tf.maximum(noise, signal))
+    noise, signal = noise / largest, signal / largest
+    scale = tf.math.rsqrt(noise**2 + signal**2)
+    return signal * scale, noise * scale
+
+  def log_snr(self, t: npt.ArrayLike) -> np.ndarray:
+    """See the base class; minus infinity at T - 1."""
+    noise, signal = self._parts(self._clipped(t))
+    with np.errstate(divide="ignore"):
+      return np.log(signal) - np.log(noise)
+
+  def time_of_log_snr(self, log_snr: npt.ArrayLike) -> np.ndarray:
+    """See the base class; minus infinity is T - 1."""
+    with np.errstate(over="ignore"):
+      ratio = self.shift * np.exp(np.asarray(log_snr, np.float64))
+    return self._clipped(self._num_train_steps / (1 + ratio) - 1)
+
+  def noise_level(self, t: npt.ArrayLike) -> np.ndarray:
+    """s in float64 at times `t`, each in [0, T - 1]."""
+    noise, signal = self._parts(self._clipped(t))
+    return noise / (noise + signal)
+
+  def time_of_noise_level(self, s: npt.ArrayLike) -> np.ndarray:
+    """The inverse of `noise_level`: fractional times, clipped to [0, T - 1]."""
+    s = np.asarray(s, np.float64)
+    return self._clipped(self._num_train_steps * s / (
+        self.shift + (1 - self.shift) * s) - 1)
+
+  def _clipped(self, t):
+    return np.clip(np.asarray(t, np.float64), 0, self._num_train_steps - 1)
+
+
 def from_card(card: Mapping[str, object]) -> NoiseSchedule:
   """The schedule of a `card()`, which may have other keys as well.
 
   Raises:
-    KeyError: the card has neither betas nor sigmas.
+    KeyError: the card has neither betas, sigmas nor flow.
+    TypeError: the arguments of flow are unknown.
     ValueError: see the classes.
   """
+  if "flow" in card:
+    return FlowSchedule(**card["flow"])
   if "sigmas" in card:
     return ExplodingSchedule(card["sigmas"])
   return NoiseSchedule(card["betas"])
@@ -256,13 +369,13 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
                   betas: npt.ArrayLike | None = None, sigma_min: float = 0.01,
                   sigma_max: float = 50.0,
                   sigmas: npt.ArrayLike | None = None,
-                  zero_snr: bool = False) -> NoiseSchedule:
+                  zero_snr: bool = False, shift: float = 1.0) -> NoiseSchedule:
   """Makes a noise schedule from its name.
 
   Args:
     name: "linear", "scaled_linear", "cosine", or "betas" for given ones. For a
       variance-exploding process (see `ExplodingSchedule`), "geometric", or
-      "sigmas" for given ones.
+      "sigmas" for given ones. For flow matching, "flow" (see `FlowSchedule`).
     num_train_steps: T. If `betas` or `sigmas` are given, their number is T.
     beta_start: the first beta of the two linear ones.
     beta_end: the last beta of these.
@@ -273,15 +386,21 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
     sigma_max: the largest of these.
     sigmas: float [T], for "sigmas" only.
     zero_snr: whether to rescale the schedule so that it ends in pure noise, see
-      `NoiseSchedule.rescaled_to_zero_snr`; not for variance-exploding ones.
+      `NoiseSchedule.rescaled_to_zero_snr`; not for variance-exploding ones,
+      nor for the flow, which does.
+    shift: the shift of the flow's noise levels, for "flow" only.
 
   Returns:
     The schedule.
 
   Raises:
     ValueError: the name is unknown; betas or sigmas are missing, not asked for,
-      or out of range; `zero_snr` for a variance-exploding process.
+      or out of range; `zero_snr` for a variance-exploding process or a flow;
+      `shift` for another process.
   """
+  if shift != 1 and name != "flow":
+    raise ValueError("shift must be given with the schedule 'flow' only. "
+                     f"Received: name={name!r}, shift={shift!r}")
   for key, values in (("betas", betas), ("sigmas", sigmas)):
     if (values is not None) != (name == key):
       raise ValueError(
@@ -300,6 +419,7 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       "geometric": lambda: ExplodingSchedule.geometric(
           sigma_min, sigma_max, num_train_steps),
       "sigmas": lambda: ExplodingSchedule(sigmas),
+      "flow": lambda: FlowSchedule(num_train_steps, shift),
   }
   if name not in makers:
     raise ValueError(f"schedule must be one of {', '.join(makers)}. "
@@ -307,7 +427,7 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
   schedule = makers[name]()
   if not zero_snr:
     return schedule
-  if isinstance(schedule, ExplodingSchedule):
-    raise ValueError("zero_snr must be False for a variance-exploding schedule. "
-                     f"Received: name={name!r}")
+  if isinstance(schedule, (ExplodingSchedule, FlowSchedule)):
+    raise ValueError("zero_snr must be False for a variance-exploding schedule "
+                     f"and for a flow. Received: name={name!r}")
   return schedule.rescaled_to_zero_snr()

@@ -292,3 +292,89 @@ def test_exploding_schedule_in_closed_form():
 def test_exploding_schedules_that_are_refused(changes, words):
   with pytest.raises(ValueError, match=words):
     schedules.make_schedule(**changes)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 12.0])
+@pytest.mark.parametrize("total", [1, 2, 37, 1000])
+def test_flow_schedule(total, shift):
+  """Its closed forms against the definition, at pure noise too."""
+  schedule = schedules.FlowSchedule(total, shift)
+  t = np.linspace(0, total - 1, 41)
+  q = (t + 1) / total
+  s = shift * q / (1 + (shift - 1) * q)
+  norm = np.hypot(1 - s, s)
+  np.testing.assert_allclose(schedule.noise_level(t), s, rtol=1e-12)
+  np.testing.assert_allclose(
+      schedule.abar(t), ((1 - s) / norm) ** 2, rtol=1e-9, atol=1e-25)
+  np.testing.assert_allclose(
+      schedule.time_of_noise_level(s), t, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(
+      schedule.time_of_log_snr(schedule.log_snr(t)), t, rtol=1e-9, atol=1e-9)
+  for dtype, rtol in ((tf.float32, 2e-6), (tf.float64, 1e-12)):
+    # float32 cannot tell every t.
+    given = t if dtype == tf.float64 else t.astype(np.float32).astype(float)
+    abar = schedule.abar(given)
+    alpha, sigma = schedule.alpha_sigma(given, dtype)
+    np.testing.assert_allclose(alpha, np.sqrt(abar), rtol=rtol, atol=1e-12)
+    np.testing.assert_allclose(sigma, np.sqrt(1 - abar), rtol=rtol, atol=1e-9)
+  # The end is exact, and so are times beyond the ends.
+  for beyond in (total - 1, total):
+    assert schedule.abar(beyond) == 0 and schedule.noise_level(beyond) == 1
+    assert schedule.log_snr(beyond) == -np.inf
+    alpha, sigma = schedule.alpha_sigma(float(beyond))
+    assert alpha == 0 and sigma == 1
+  assert schedule.time_of_log_snr(-np.inf) == total - 1
+  assert schedule.time_of_log_snr(np.inf) == 0
+  again = schedules.from_card({**schedule.card(), "name": "a card of a model"})
+  assert again.card() == schedule.card() and again.shift == shift
+  assert schedule.num_visible_steps == schedule.num_train_steps == total
+
+
+def test_flow_schedule_has_gradients_at_its_ends():
+  schedule = schedules.FlowSchedule(1000, 3.0)
+  t = tf.constant([0.0, 500.5, 999.0])
+  with tf.GradientTape(persistent=True) as tape:
+    tape.watch(t)
+    alpha, sigma = schedule.alpha_sigma(t)
+  slopes = []
+  for side in (-1e-4, 1e-4):
+    # One-sided where the other side is clipped.
+    abar = schedule.abar(t.numpy().astype(float) + side)
+    slopes.append([np.sqrt(abar), np.sqrt(1 - abar)])
+  (low, high) = np.array(slopes)
+  width = np.array([1e-4, 2e-4, 1e-4])
+  for value, before, after in zip((alpha, sigma), low, high):
+    np.testing.assert_allclose(
+        tape.gradient(value, t), (after - before) / width, rtol=2e-3,
+        atol=2e-6)
+
+
+def test_flow_schedule_by_name():
+  schedule = schedules.make_schedule("flow", 100, shift=3.0)
+  assert isinstance(schedule, schedules.FlowSchedule)
+  assert schedule.card() == {"flow": {"num_train_steps": 100, "shift": 3.0}}
+  assert schedule.rescaled_to_zero_snr() is schedule
+  for arguments, words in (
+      (dict(name="flow", zero_snr=True), "zero_snr must be False.*flow"),
+      (dict(name="linear", shift=3.0), "shift must be given with"),
+      (dict(name="flow", shift=0.0), "shift must be a positive number"),
+      (dict(name="flow", shift=float("nan")), "shift must be a positive"),
+      (dict(name="flow", num_train_steps=0), "num_train_steps must be"),
+      (dict(name="flow", num_train_steps=2.0), "num_train_steps must be")):
+    with pytest.raises(ValueError, match=words):
+      schedules.make_schedule(**arguments)
+
+
+@pytest.mark.parametrize("name", strides.STRIDES + strides.FLOW_STRIDES)
+def test_strides_of_a_flow(name):
+  """Those that name the last step begin at pure noise; all are in order."""
+  schedule = schedules.FlowSchedule(1000, 3.0)
+  for steps in (1, 2, 5, 10, 50, 333, 1000):
+    tau = strides.times_of(schedule, name, steps)
+    assert len(tau) == steps and np.all(np.diff(tau) < 0)
+    assert 0 <= tau[-1] and tau[0] <= 999
+    if name in ("trailing", "linspace", "linspace_open", *strides.FLOW_STRIDES):
+      assert tau[0] == 999
+    if name in ("logsnr", "karras"):
+      assert schedule.log_snr(tau[0]) == pytest.approx(
+          schedules.NOISIEST_LOG_SNR)

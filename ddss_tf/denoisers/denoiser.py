@@ -42,7 +42,8 @@ class Denoiser(checks.Checks):
       their own. If it was loaded or built under `frozen.frozen_variables()`,
       a search is cheaper by a third.
     schedule: its forward process.
-    prediction: "eps", "x0", "v" or "score", see `conventions.Convention`.
+    prediction: "eps", "x0", "v", "score", "flow" or "flow_reversed", see
+      `conventions.Convention`.
     name: what results call it.
     num_classes: the number of classes, given exactly if the model is
       class-conditional.
@@ -298,13 +299,13 @@ class Denoiser(checks.Checks):
              guidance: tf.Tensor | None = None) -> tf.Tensor:
     """What a chain with the coefficients of `for_chain` is fed with.
 
-    It is the prediction itself if the network predicts x0 or v, else `eps`. The
-    arguments are those of `eps`.
+    It is the prediction itself if the network predicts x0 or v, v if it predicts
+    the velocity of a flow, else `eps`. The arguments are those of `eps`.
     """
-    if self.prediction not in conventions.EXACT:
-      return self.eps(x_t, t, labels, guidance)
-    return self._predicted(tf.convert_to_tensor(x_t, tf.float32),
-                           tf.convert_to_tensor(t, tf.float32), labels, guidance)
+    x_t = tf.convert_to_tensor(x_t, tf.float32)
+    t = tf.convert_to_tensor(t, tf.float32)
+    return self.convention.output(
+        self.schedule, x_t, t, self._predicted(x_t, t, labels, guidance))
 
   def output_and_variance(
       self, x_t: tf.Tensor, t: tf.Tensor, labels: tf.Tensor | None = None
@@ -336,8 +337,7 @@ class Denoiser(checks.Checks):
           f"denoiser {self.name!r} must predict a variance. The readers of "
           "checkpoints keep it with load_denoiser.learned_variance = True, where "
           "there is one. Received: a network without")
-    if self.prediction not in conventions.EXACT:
-      prediction = self.convention.eps(self.schedule, x_t, t, prediction)
+    prediction = self.convention.output(self.schedule, x_t, t, prediction)
     return prediction, 0.5 * rest[0] + 0.5
 
   def for_chain(self, coefficients):

@@ -5,8 +5,8 @@ from typing import Any, Callable, Sequence
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.families import make_sampler
 from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.samplers.solvers import SOLVERS
-from ddss_tf.samplers.strides import STRIDES
+from ddss_tf.samplers.solvers import ALL_SOLVERS
+from ddss_tf.samplers.strides import FLOW_STRIDES, STRIDES
 from ddss_tf.schedules import NoiseSchedule
 
 # A name such as "ddim linear", a function from the forward process, a sampler.
@@ -31,8 +31,8 @@ def check(root: str, baselines: Any) -> None:
       raise UserError(
           f"{root}.baselines must be functions from a noise schedule to a "
           "sampler, or names of a solver, a space and a stride, such as 'ddim "
-          f"quadratic'. The solvers are {', '.join(SOLVERS)}. The strides are "
-          f"{', '.join(STRIDES)}. Received: {baseline!r}")
+          f"quadratic'. The solvers are {', '.join(ALL_SOLVERS)}. The strides are "
+          f"{', '.join((*STRIDES, *FLOW_STRIDES))}. Received: {baseline!r}")
 
 
 def _is_name(baseline) -> bool:
@@ -40,7 +40,7 @@ def _is_name(baseline) -> bool:
   if not isinstance(baseline, str):
     return False
   solver, _, stride = baseline.partition(" ")
-  return solver in SOLVERS and stride in STRIDES
+  return solver in ALL_SOLVERS and stride in (*STRIDES, *FLOW_STRIDES)
 
 
 def make_baseline(baseline: Baseline, schedule: NoiseSchedule,

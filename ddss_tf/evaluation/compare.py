@@ -54,8 +54,8 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   Raises:
     UserError: a name is unknown or a number is out of range.
   """
-  for what, known in (("solvers", solvers_lib.SOLVERS),
-                      ("strides", strides.STRIDES),
+  for what, known in (("solvers", solvers_lib.ALL_SOLVERS),
+                      ("strides", (*strides.STRIDES, *strides.FLOW_STRIDES)),
                       ("families", families_lib.family_names()),
                       ("full_chain", solvers_lib.VARIANCES)):
     for name in _listed(what, arguments, "list of names"):
@@ -174,8 +174,9 @@ def compare(
     heldout_features: an unrelated network for `fid_heldout`, or a list of them;
       see `evaluate.evaluate`.
     num_steps: the values of K, a list.
-    solvers: names out of `solvers.SOLVERS`.
-    strides: names out of `strides.STRIDES`.
+    solvers: names out of `solvers.ALL_SOLVERS`.
+    strides: names out of `strides.STRIDES` and, on a flow,
+      `strides.FLOW_STRIDES`.
     baselines: samplers that are measured as they are, at every K: names such as
       "ddim quadratic", or functions from a noise schedule to a sampler.
     families: names of learned families, smaller ones first.

@@ -44,6 +44,9 @@ def config(card: SamplerCard, denoiser: Denoiser,
     raise UserError("a scheduler of diffusers cannot guide. Received: a "
                     f"denoiser with guidance_scale {denoiser.guidance_scale}, "
                     f"{denoiser.name!r}")
+  if card.coefficients.in_v or denoiser.schedule.in_v:
+    raise UserError("a scheduler of diffusers must be of a sampler in eps. "
+                    f"Received: one of a flow, {card.label!r}")
   names = {ours: theirs for theirs, ours
            in diffusers.PREDICTIONS.items()}
   other = denoiser.convention.non_default()

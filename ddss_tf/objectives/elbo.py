@@ -28,7 +28,8 @@ def negative_elbo(eps_fn: chain.EpsFn, coefficients: Coefficients,
   costs x0_weights[k]^2 |x_0 - x0_hat_k|^2 / (2 noise_scales[k]^2)
   (Watson et al. 2022; Ho et al. 2020, equation 5). The first state
   is N(a x_0, v) in q, with a = 1 / x0_from_state[0] and
-  v = (x0_from_eps[0] a)^2, and N(0, 1) in p. The last step is a Gaussian around
+  v = (x0_from_eps[0] a)^2 (in v, a = x0_from_state[0] and v = x0_from_v[0]^2),
+  and N(0, 1) in p. The last step is a Gaussian around
   x0_hat whose variance is the best one for the batch: our choice, because the
   paper does not say.
 
@@ -102,5 +103,7 @@ def bound(coefficients: Coefficients, means: tf.Tensor) -> tf.Tensor:
 
 def _first_state(coefficients):
   """The first state given x_0: the factor of x_0, and the variance."""
+  if coefficients.in_v:
+    return coefficients.x0_from_state[0], coefficients.x0_from_v[0] ** 2
   a = 1.0 / coefficients.x0_from_state[0]
   return a, (coefficients.x0_from_eps[0] * a) ** 2

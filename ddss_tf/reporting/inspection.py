@@ -13,7 +13,7 @@ from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.features.network import FeatureNetwork, as_networks
 from ddss_tf.formats.saved_model import SavedModelNetwork
-from ddss_tf.schedules import ExplodingSchedule
+from ddss_tf.schedules import ExplodingSchedule, FlowSchedule
 
 # Operations whose results are views, or are not kept for backpropagation.
 _NOT_KEPT = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN",
@@ -115,6 +115,8 @@ def _process(denoiser: Denoiser) -> str:
   """The forward process, in one line."""
   schedule = denoiser.schedule
   steps = schedule.num_train_steps
+  if isinstance(schedule, FlowSchedule):
+    return f"T = {steps}, flow, shift = {schedule.shift:.4g}"
   noise = (f"sigma from {schedule.sigmas[0]:.3g} to {schedule.sigmas[-1]:.3g}"
            if isinstance(schedule, ExplodingSchedule) else
            f"beta from {schedule.betas[0]:.3g} to {schedule.betas[-1]:.3g}")

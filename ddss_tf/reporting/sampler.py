@@ -50,8 +50,8 @@ def coefficients_png(path: str, coefficients: Coefficients, label: str,
   names = ["found", "start"]
   for name, found, before, colour, marker in (
       ("of the state", c.x0_from_state, s and s.x0_from_state, style_lib.BLUE, "o"),
-      ("of the predicted noise", c.x0_from_eps, s and s.x0_from_eps, style_lib.ORANGE,
-       "s")):
+      ("of the predicted " + ("v" if c.in_v else "noise"), c.x0_from_output,
+       s and s.x0_from_output, style_lib.ORANGE, "s")):
     _draw_steps(axes["x0"], found, before, colour, marker, [name])
   axes["x0"].set_yscale("symlog", linthresh=1)
   axes["x0"].set(ylabel="coefficient (log beyond 1)",

@@ -25,6 +25,9 @@ _EQUATIONS = [
     "state_{k+1} = x0_weights[k] x0_hat_k + sum_{u<=k} state_weights[k][u] "
     "state_u + noise_scales[k] z_k; the image is state_K",
 ]
+_IN_V = (
+    "x0_hat_k = x0_from_state[k] state_k + x0_from_v[k] v(state_k, times[k]), "
+    "v = alpha_t eps - sigma_t x_0; state_0 is x_T, the noise")
 _GUIDANCE = (
     "eps(state_k, times[k]) = eps(null) + guidance_scales[k] (eps(label) - "
     "eps(null))")
@@ -89,7 +92,8 @@ def write(path: str, card: SamplerCard) -> None:
       "version": _VERSION,
       "label": card.label,
       "num_steps": card.coefficients.num_steps,
-      "equations": _EQUATIONS + (
+      "equations": (
+          [_IN_V, *_EQUATIONS[1:]] if card.coefficients.in_v else _EQUATIONS) + (
           [_GUIDANCE] if card.coefficients.guidance_scales is not None else []),
       "x0_bound": card.x0_bound,
       "coefficients": card.coefficients.to_dict(),

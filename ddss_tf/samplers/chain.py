@@ -75,7 +75,8 @@ def run_chain(
   Differentiable in every coefficient, the times included, through all states.
 
   Args:
-    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]. If the
+    eps_fn: (x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C], or v
+      where the coefficients are written in v. If the
       coefficients have guidance scales, it takes that of the step as a third
       argument, float32 [B]. It may be `Denoiser.output`, with coefficients that
       have gone through `Denoiser.for_chain`. If the coefficients have noise
@@ -107,6 +108,7 @@ def run_chain(
   x_T = tf.convert_to_tensor(x_T)
   one, terms, last_reads = _taken_apart(coefficients, x_T.dtype)
   states, x0_hats = [x_T], []
+  x0_from_output = one.x0_from_output
   for k in range(num_steps):
     x_t = states[-1]
     t = _of_samples(one.times[k], batch, x_T.dtype)
@@ -119,7 +121,7 @@ def run_chain(
     if one.noise_ratios is not None:
       eps, exponent = eps
       noise_scale *= tf.exp(exponent * tf.math.log(one.noise_ratios[k]))
-    x0_hat = one.x0_from_state[k] * x_t + one.x0_from_eps[k] * eps
+    x0_hat = one.x0_from_state[k] * x_t + x0_from_output[k] * eps
     x0_hat = bound_x0(x0_hat, x0_bound)
     x_s = one.x0_weights[k] * (x0_hat if x_0 is None else x_0)
     for u, weight in terms[k]:

@@ -93,7 +93,7 @@ class VARS(LearnedSampler):
   """
 
   def default_start(self):
-    return "ddpm", "linear"
+    return "ddpm", self._simple_stride()
 
   def _create_rows(self):
     if self.init not in (None, "auto", "ddpm"):
@@ -103,7 +103,7 @@ class VARS(LearnedSampler):
       raise ValueError(f"vars is a DDPM. Received: eta={self._eta}")
     abar = self.schedule.abar(self._start.times)
     self._vars = self._learn(
-        "noise_scales", "variances", parameterisations.cumulative_logits((1 - abar)[::-1]))
+        "noise_scales", "variances", parameterisations.variance_logits(abar))
 
   def _marginals(self):
     """1 - abar and abar of the K states, noisiest first."""
@@ -127,7 +127,8 @@ class VARS(LearnedSampler):
 
   def _implied_x0(self, state_weights, x0_weights, noise_scales):
     variance, abar = self._marginals()
-    return marginals_lib.x0_of_marginals(tf.sqrt(abar), variance)
+    return marginals_lib.x0_of_marginals(
+        tf.sqrt(abar), variance, self._start.in_v)
 
 
 class GGDM(LearnedSampler):
@@ -136,7 +137,8 @@ class GGDM(LearnedSampler):
   Each state may use every earlier state and x0_hat; the authors' slides call it
   GDDIM. With `markov` it may use only the last state and x0_hat: this is RDDIM.
   Theorem 1 needs the mean and deviation of the noisiest state, so without +PRED
-  these are learned too.
+  these are learned too. In v the square of the one is 1 minus that of the other
+  (our choice): at pure noise x0_hat would tell of nothing but their ratio.
 
   The rows are equations 13 and 14 of the slides; with `markov`, 10 and 11. In
   "paper" weights and noise scales are sigmoids of their variables (the sigmoid
@@ -164,6 +166,8 @@ class GGDM(LearnedSampler):
   def default_start(self):
     if self.markov or self._form.starts:
       return super().default_start()
+    if self.schedule.in_v:
+      return learned.BEST_FLOW_START
     return next(start for most, *start in learned.BEST_STARTS
                 if self.num_steps <= most)
 
@@ -194,6 +198,9 @@ class GGDM(LearnedSampler):
     self._fixed_x0 = np.array(start.x0_weights[rows:], np.float32)
     if self.pred:
       return
+    if start.in_v:
+      self._create_first_in_v()
+      return
     # x0_hat = p x + q eps of the noisiest state means that this state has the
     # mean 1/p and the deviation -q/p.
     mean = 1 / start.x0_from_state[0]
@@ -206,11 +213,31 @@ class GGDM(LearnedSampler):
     self._first_std = self._form.bounded(
         self._learn, "weights", "first_std", std, least=1e-2)
 
+  def _create_first_in_v(self):
+    """x0_hat = p x + q v, p^2 + q^2 = 1: the mean p and the deviation -q."""
+    mean, variance = self._start.x0_from_state[0], self._start.x0_from_v[0]**2
+    if self._form.exact:
+      self._check_marginals(mean, np.sqrt(variance))
+    self._first_mean = self._form.bounded(
+        self._learn, "weights", "first_mean", mean,
+        most=np.maximum(0.999, mean))
+    first = np.float32(mean)
+
+    def std():
+      # From its start, or float32 would lose it where there is little noise.
+      value = self._first_mean()
+      return tf.sqrt(tf.maximum(
+          np.float32(variance) + (first - value) * (first + value), 1e-12))
+
+    self._first_std = std
+
   def _check_marginals(self, mean, std):
     """Without +PRED a start must have the x0_hat that Theorem 1 implies."""
     start = self._start.numpy()
-    implied = marginals_lib.x0_of_marginals(*marginals_lib.marginals(*start[3:6], mean, std))
-    for value, expected in zip(start[1:3], implied):
+    implied = marginals_lib.x0_of_marginals(*marginals_lib.marginals(
+        *start[3:6], mean, std), start.in_v)
+    for value, expected in zip(
+        (start.x0_from_state, start.x0_from_output), implied):
       if not np.allclose(value, expected, rtol=1e-3, atol=1e-4):
         raise ValueError(f"{self.family} without +pred cannot start at a "
                          "sampler whose x0_hat is not that of its marginals")
@@ -224,7 +251,7 @@ class GGDM(LearnedSampler):
   def _implied_x0(self, state_weights, x0_weights, noise_scales):
     return marginals_lib.x0_of_marginals(*marginals_lib.marginals(
         state_weights, x0_weights, noise_scales, self._first_mean(),
-        self._first_std()))
+        self._first_std()), self._start.in_v)
 
 
 class Family(NamedTuple):
@@ -274,7 +301,7 @@ def register_family(name: str, *, label: str, contains: tuple[str, ...] = (),
     ValueError: the name is taken, has a "+", or a family that it contains is
       not known.
   """
-  if name in solvers.SOLVERS or "+" in name or not name:
+  if name in solvers.ALL_SOLVERS or "+" in name or not name:
     raise ValueError(
         f"a family's name must be new, without +. Received: {name!r}")
   unknown = set(contains) - set(LEARNED)
@@ -322,9 +349,10 @@ def split_name(family: str) -> tuple[str, tuple[str, ...]]:
 
 def family_names() -> tuple[str, ...]:
   """All names that `make_sampler` takes: solvers and families, with extras."""
-  return (*solvers.SOLVERS,
+  return (*solvers.ALL_SOLVERS,
           *(name + extra for name in LEARNED for extra in _EXTRAS),
-          *(name + extra for name in solvers.SOLVERS for extra in _EXTRAS[1:]))
+          *(name + extra for name in solvers.ALL_SOLVERS
+            for extra in _EXTRAS[1:]))
 
 
 def contained(family: str) -> tuple[str, ...]:
@@ -360,7 +388,7 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
 
   Args:
     schedule: the forward process of the denoiser.
-    family: a solver of `solvers.SOLVERS`, such as "ddpm", "ddim", "dpm++2m",
+    family: a solver of `solvers.ALL_SOLVERS`, such as "ddpm", "ddim", "dpm++2m",
       "unipc2-bh2"; or a learned family: "ddim-learned", "vars", "rddim",
       "ggdm", or one that was registered (`register_family`). Either may be
       followed by "+pred", "+time", "+guidance", or several in this order.
@@ -380,7 +408,7 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
   """
   if family not in family_names():
     raise UserError(
-        f"sampler family must be one of {', '.join(solvers.SOLVERS)}, "
+        f"sampler family must be one of {', '.join(solvers.ALL_SOLVERS)}, "
         f"{', '.join(LEARNED)}, or one of these with +pred, +time, +guidance "
         f"or several in this order. Received: {family!r}")
   if isinstance(num_steps, bool) or not isinstance(num_steps, int):
@@ -391,7 +419,7 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
                    for extra in ("pred", "time", "guidance")}
   make = LEARNED[base].make if base in LEARNED else Retimed
   try:
-    if family in solvers.SOLVERS:
+    if family in solvers.ALL_SOLVERS:
       return SolverSampler(schedule, num_steps, solver=family, **options)
     return make(schedule, num_steps, base, **learned_parts, **options)
   except (TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 import re
 
 from ddss_tf.samplers import solvers
-from ddss_tf.samplers.strides import STRIDES
+from ddss_tf.samplers.strides import FLOW_STRIDES, STRIDES
 
 LABELS = {
     "ddpm": "DDPM", "ddim": "DDIM", "dpm++2m": "DPM-Solver++(2M)",
@@ -11,7 +11,7 @@ LABELS = {
     "deis2": "DEIS-2", "deis3": "DEIS-3", "ab2": "AB-2", "ab3": "AB-3",
     "ipndm": "iPNDM", "pndm": "PNDM", "unipc2-bh1": "UniPC-2 (bh1)",
     "unipc2-bh2": "UniPC-2 (bh2)", "unipc3-bh1": "UniPC-3 (bh1)",
-    "unipc3-bh2": "UniPC-3 (bh2)", "ddim-learned": "learned DDIM",
+    "unipc3-bh2": "UniPC-3 (bh2)", "heun": "Heun", "ddim-learned": "learned DDIM",
     "vars": "VARS", "rddim": "RDDIM", "ggdm": "GGDM",
 }
 GIVEN_TIMES = "given times"
@@ -40,7 +40,7 @@ def is_full_chain(label: str) -> bool:
 
 def without_stride(label: str) -> str:
   """A label without its stride: what one solver is called at every K."""
-  for stride in (*STRIDES, GIVEN_TIMES):
+  for stride in (*STRIDES, *FLOW_STRIDES, GIVEN_TIMES):
     if label.endswith(f" {stride}"):
       return label.removesuffix(f" {stride}")
   return label
@@ -58,6 +58,6 @@ def group(label: str) -> str:
       or name.startswith("DDIM(eta=") or any(
           name == f"{LABELS['ddpm']} ({told})" for told in VARIANCES.values())):
     return BASELINES
-  if name in (LABELS[solver] for solver in solvers.SOLVERS):
+  if name in (LABELS[solver] for solver in solvers.ALL_SOLVERS):
     return TRAINING_FREE
   return SEARCHED

@@ -40,8 +40,20 @@ def marginals(state_weights, x0_weights, noise_scales, first_mean, first_std):
           tf.cast(tf.reduce_sum(solution[:, 1:] ** 2, axis=1), tf.float32))
 
 
-def x0_of_marginals(mean, variance):
-  """x0_hat = (x_t - sqrt(v) eps) / a, as its two coefficients."""
+def x0_of_marginals(mean, variance, in_v: bool = False):
+  """x0_hat = (x_t - sqrt(v) eps) / a, as its two coefficients.
+
+  Args:
+    mean: [K], a.
+    variance: [K], v.
+    in_v: give those of x_t and the network's v. With n = sqrt(a^2 + v), x_t / n
+      is the state of a variance-preserving process whose alpha is a / n and
+      whose sigma is sqrt(v) / n; so x0_hat = alpha x_t / n - sigma v (our
+      choice). It is finite where a is 0.
+  """
+  if in_v:
+    square = tf.maximum(mean**2 + variance, MEAN_FLOOR**2)
+    return mean / square, -tf.sqrt(variance / square)
   # A search may move a mean through 0. No schedule comes near this floor.
   mean = tf.where(mean < 0.0, tf.minimum(mean, -MEAN_FLOOR),
                   tf.maximum(mean, MEAN_FLOOR))

@@ -74,6 +74,12 @@ def logit(p) -> np.ndarray:
   return np.log(p) - np.log1p(-p)
 
 
+def variance_logits(abar) -> np.ndarray:
+  """The `cumulative_logits` of 1 - abar, given with the noisiest first."""
+  abar = np.where(abar == 0, _LEAST_ABAR, abar)
+  return cumulative_logits((1 - abar)[::-1])
+
+
 def cumulative_logits(values) -> np.ndarray:
   """Variables v for which cumsum(softmax([v; 1])) starts with `values`."""
   increments = np.diff(np.concatenate([[0.0], values, [1.0]]))
@@ -126,14 +132,17 @@ class PaperForm:
     return lambda: factor * tf.sigmoid(variable.value)
 
   def x0_hat(self, learn, schedule: NoiseSchedule, start: Coefficients):
-    """+PRED: the coefficients of x0_hat, see above."""
+    """+PRED: the coefficients of x0_hat, see above.
+
+    In v, they are those of the same s, see `marginals.x0_of_marginals`.
+    """
     abar = schedule.abar(start.times)
-    variable = learn("pred", "pred", cumulative_logits((1 - abar)[::-1]))
+    variable = learn("pred", "pred", variance_logits(abar))
 
     def value():
       variance, rest = cumulative(variable.value)
       return marginals_lib.x0_of_marginals(
-          tf.sqrt(rest)[::-1], variance[::-1])
+          tf.sqrt(rest)[::-1], variance[::-1], start.in_v)
 
     return value
 
@@ -185,8 +194,10 @@ class RealForm:
     """+PRED: both coefficients of x0_hat."""
     del schedule
     state = self.weight(learn, "pred", "x0_from_state", start.x0_from_state)
-    eps = self.weight(learn, "pred", "x0_from_eps", start.x0_from_eps)
-    return lambda: (state(), eps())
+    output = self.weight(
+        learn, "pred", "x0_from_v" if start.in_v else "x0_from_eps",
+        start.x0_from_output)
+    return lambda: (state(), output())
 
   def times(self, learn, schedule: NoiseSchedule, start: Coefficients) -> Value:
     """+TIME: the times.

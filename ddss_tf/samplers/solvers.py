@@ -8,11 +8,20 @@ row of weights over
   x_T, x0_hat_0, x0_hat_1, ..., x0_hat_{K-1}.
 
 So a solver here is a function that computes the row of the next state from rows
-(`_History`) by its published formula, in float64 NumPy. One elimination then
-turns the rows into `Coefficients`: the weights of state k + 1 on x0_hat_k and
-on the states 0 ... k. It needs a non-zero weight of x0_hat_k in every state,
-which all of these have. GGDM+PRED therefore holds the deterministic ones
-exactly.
+(`recursion.History`) by its published formula, in float64 NumPy. One
+elimination then turns the rows into `Coefficients`: the weights of state k + 1
+on x0_hat_k and on the states 0 ... k. It needs a non-zero weight of x0_hat_k in
+every state, which all of these have. GGDM+PRED therefore holds the
+deterministic ones exactly.
+
+A flow begins at pure noise: alpha is 0 there, the log-SNR minus infinity and
+sigma / alpha infinite. The first step of every solver is then DDIM's, which is
+what it tends to. The first prediction, a node at infinity, leaves the
+polynomials of all later steps, whose orders are those of a chain that begins
+one step later; so do its weights in DEIS and AB as alpha tends to 0. That is
+our choice: diffusers starts a little below pure noise instead. UniPC with
+B(h) = h leaves its first correction out, where B is infinite, and PNDM, which
+cannot step away from pure noise with another noise than its own, is iPNDM.
 """
 
 import functools
@@ -20,6 +29,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from ddss_tf.samplers import recursion
 from ddss_tf.samplers import strides
 from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.schedules import NoiseSchedule
@@ -65,108 +75,12 @@ def ddim_coefficients(schedule: NoiseSchedule, times, eta: float = 0.0,
     ratios = np.append(largest[:-1] / sigma[:-1], 1.0)
   return Coefficients(
       times=times,
-      x0_from_state=1 / np.sqrt(abar_t),
-      x0_from_eps=-np.sqrt(1 - abar_t) / np.sqrt(abar_t),
+      **Coefficients.x0_of(schedule, np.sqrt(abar_t), np.sqrt(1 - abar_t)),
       state_weights=np.diag(from_state),
       x0_weights=np.sqrt(abar_s) - from_state * np.sqrt(abar_t),
       noise_scales=np.where(np.arange(num_steps) < num_steps - 1, sigma, 0),
       noise_ratios=ratios,
   )
-
-
-class _History:
-  """All that a solver has seen when it makes step k, as rows.
-
-  Attributes:
-    k: the step, from 0.
-    num_steps: K.
-    lower_order_final: whether the last steps may be of lower order.
-    alpha, sigma: [K + 1], of the K states and of the image.
-    log_snr: [K + 1]; the last is infinite if the image is clean.
-    x: rows of the states 0 ... k.
-    x0: rows of x0_hat_0 ... x0_hat_k.
-    eps: rows of the noises predicted at the same states.
-  """
-
-  def __init__(self, alpha, sigma, lower_order_final):
-    self.alpha, self.sigma = alpha, sigma
-    self.lower_order_final = lower_order_final
-    with np.errstate(divide="ignore"):
-      self.log_snr = np.log(alpha) - np.log(sigma)
-    self.num_steps = len(alpha) - 1
-    self.k = -1
-    self.x, self.x0, self.eps = [], [], []
-    self._unit = np.eye(self.num_steps + 1)
-    # Corrected states, for the solvers that have a corrector.
-    self.corrected = []
-
-  def visit(self, x):
-    """The network is called at the state `x`."""
-    self.k += 1
-    k = self.k
-    self.x.append(x)
-    self.x0.append(self._unit[k + 1])
-    self.eps.append((x - self.alpha[k] * self.x0[k]) / self.sigma[k])
-
-  def transfer(self, x, eps, k=None):
-    """DDIM's step from time k to the next one, with a given noise."""
-    k = self.k if k is None else k
-    ratio = self.alpha[k + 1] / self.alpha[k]
-    return ratio * x + (self.sigma[k + 1] - ratio * self.sigma[k]) * eps
-
-
-def _linear_recursion(schedule, times, step, abar_end,
-                      lower_order_final) -> Coefficients:
-  """Runs a solver on rows and eliminates all predictions but the newest.
-
-  Args:
-    schedule: the forward process.
-    times: [K], noisiest first.
-    step: function from a `_History` to the row of the next state.
-    abar_end: alpha^2 of the image: 1, or less to stop early.
-    lower_order_final: see `solver_coefficients`.
-
-  Returns:
-    Coefficients in float64 NumPy.
-  """
-  times = np.asarray(times, np.float64)
-  num_steps = len(times)
-  abar = np.append(schedule.abar(times), abar_end)
-  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-  history = _History(alpha, sigma, lower_order_final)
-  state_weights = np.zeros((num_steps, num_steps))
-  x0_weights = np.zeros(num_steps)
-  x = np.eye(num_steps + 1)[0]
-  for k in range(num_steps):
-    history.visit(x)
-    x = step(history)
-    # x = x0_weight x0_hat_k + weights . (states 0 ... k), and the states span
-    # x_T, x0_hat_0 ... x0_hat_{k-1}, each with its newest prediction last.
-    x0_weights[k] = x[k + 1]
-    states = np.array(history.x)[:, :k + 1]
-    weights = np.linalg.solve(states.T, x[:k + 1])
-    # Weights that are 0 in exact arithmetic should be 0.
-    weights[np.abs(weights) < 1e-12 * np.abs(weights).max(initial=1)] = 0
-    state_weights[k, :k + 1] = weights
-  return Coefficients(
-      times=times,
-      x0_from_state=1 / alpha[:-1],
-      x0_from_eps=-sigma[:-1] / alpha[:-1],
-      state_weights=state_weights,
-      x0_weights=x0_weights,
-      noise_scales=np.zeros(num_steps))
-
-
-def _order(history, order, step=None, lower_end=True):
-  """The order of a step: lower at the start, which lacks history, and the end.
-
-  At the end it falls by one in each of the last steps, for stability (Lu et al.
-  2022), if both `lower_end` and `lower_order_final` are set.
-  """
-  step = history.k if step is None else step
-  if lower_end and history.lower_order_final:
-    order = min(order, history.num_steps - step)
-  return min(order, step + 1)
 
 
 def _short(history):
@@ -190,7 +104,7 @@ def _dpm_solver_pp(history, order, exact=False):
   alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
   if sigma == 0:
     return alpha * x0[k]
-  order = _order(history, order, lower_end=_short(history))
+  order = recursion.order_of(history, order, lower_end=_short(history))
   h = lam[k + 1] - lam[k]
   phi_1 = -np.expm1(-h)
   x = sigma / history.sigma[k] * history.x[k] + alpha * phi_1 * x0[k]
@@ -241,8 +155,11 @@ def _adams_bashforth(history, order, integrals, lower_end):
   a clean image, so the last steps need no lower order; `lower_end` asks for it.
   """
   k = history.k
-  rho = history.sigma / history.alpha
-  order = _order(history, order, lower_end=lower_end and _short(history))
+  if history.is_noise():
+    return history.first_order()
+  with np.errstate(divide="ignore"):
+    rho = history.sigma / history.alpha
+  order = recursion.order_of(history, order, lower_end=lower_end and _short(history))
   used = range(k, k - order, -1)
   weights = integrals(rho[list(used)], rho[k:k + 2])
   x = history.x[k] / history.alpha[k]
@@ -269,6 +186,8 @@ def _ipndm(history):
   constants are those of equal steps whatever the stride, so it is of second
   order on strides with equal steps.
   """
+  if history.is_noise():
+    return history.first_order()
   return history.transfer(history.x[-1], _multistep_eps(history.eps))
 
 
@@ -328,9 +247,9 @@ def _unipc(history, order, bh):
   """
   k, x0 = history.k, history.x0
   x = history.x[k]
-  if k > 0:
+  if k > 0 and not (bh == "bh1" and np.isinf(history.log_snr[k - 1])):
     # Correct with the order of the step that made this state.
-    p = _order(history, order, k - 1)
+    p = recursion.order_of(history, order, k - 1)
     weights, ratios, scale, phi_1 = _unipc_weights(
         p, history, k - 1, bh, corrector=True)
     differences = [(x0[k - 1 - i] - x0[k - 1]) / ratios[i - 1]
@@ -340,7 +259,7 @@ def _unipc(history, order, bh):
              w * d for w, d in zip(weights, differences))))
   history.corrected.append(x)
 
-  p = _order(history, order)
+  p = recursion.order_of(history, order)
   alpha, sigma = history.alpha[k + 1], history.sigma[k + 1]
   if sigma == 0:
     return alpha * x0[k]
@@ -353,6 +272,27 @@ def _unipc(history, order, bh):
         w * (x0[k - i] - x0[k]) / ratios[i - 1]
         for i, w in enumerate(weights, 1))
   return x
+
+
+def _heun(history):
+  """Heun's method on dz / ds = u, with two network calls a step.
+
+  Karras et al. (2022, https://arxiv.org/abs/2206.00364), algorithm 1, in the
+  variables of a flow: z = x / (alpha + sigma), s = sigma / (alpha + sigma) and
+  u = eps - x0 = (z - x0) / s. Every process has them. A step by Euler's method
+  is made again from its begin, with the mean of u at both ends. The last one,
+  to a clean image, is Euler's, because there is no network to call at s = 0;
+  where K is even, the one before is Euler's too (our choice).
+  """
+  k = history.k
+  if k % 2 == 0 or k == history.num_steps - 1:
+    return history.first_order()
+  norm = history.alpha + history.sigma
+  s = history.sigma / norm
+  # States k and k + 1 are at the same time.
+  z = [history.x[j] / norm[j] for j in (k - 1, k)]
+  mean = sum((z[i] - history.x0[k - 1 + i]) / s[k - 1 + i] for i in (0, 1)) / 2
+  return norm[k] * (z[0] + (s[k] - s[k - 1]) * mean)
 
 
 _STEPS = {
@@ -374,7 +314,10 @@ _STEPS = {
     "unipc3-bh1": functools.partial(_unipc, order=3, bh="bh1"),
     "unipc3-bh2": functools.partial(_unipc, order=3, bh="bh2"),
 }
+# What searches and comparisons try, unless they are told what to.
 SOLVERS = ("ddpm", "ddim", *_STEPS)
+_STEPS["heun"] = _heun
+ALL_SOLVERS = (*SOLVERS, "heun")
 # What the noise of a DDPM may have.
 VARIANCES = ("posterior", "fixed_large", "learned")
 
@@ -401,12 +344,15 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
     ipndm: constants of up to fourth order for equal steps; it is of second
       order.
     unipc2-bh1 ... unipc3-bh2: UniPC with B(h) = h or e^h - 1.
+    heun: Heun's method in the variables of a flow. It calls the network twice a
+      step and once in the last, so the stride has (K + 1) / 2 times, or K / 2 +
+      1 where K is even.
 
   All but ddpm and ddim with eta > 0 are deterministic. All visit K states.
 
   Args:
     schedule: the forward process.
-    solver: one of `SOLVERS`.
+    solver: one of `ALL_SOLVERS`.
     num_steps: K, the network calls.
     stride: a name or the times, see `strides.times_of`.
     eta: scale of the noise, for ddim and ddpm only.
@@ -424,8 +370,8 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
     ValueError: unknown solver, an argument that it does not have, or a stride
       that does not fit.
   """
-  if solver not in SOLVERS:
-    raise ValueError(f"solver must be one of {', '.join(SOLVERS)}. "
+  if solver not in ALL_SOLVERS:
+    raise ValueError(f"solver must be one of {', '.join(ALL_SOLVERS)}. "
                      f"Received: {solver!r}")
   if variance not in VARIANCES:
     raise ValueError(f"variance must be one of {', '.join(VARIANCES)}. "
@@ -444,11 +390,16 @@ def solver_coefficients(schedule: NoiseSchedule, solver: str, num_steps: int,
   if eta:
     raise ValueError(f"{solver} has no noise to scale. Received: eta={eta}")
   step = _STEPS[solver]
-  if solver == "pndm" and num_steps >= 3:
+  if solver == "heun":
+    times = strides.times_of(schedule, stride, num_steps // 2 + 1)
+    times = np.repeat(times, 2)[1:num_steps + 1]
+  elif solver == "pndm" and num_steps >= 3:
     times = strides.times_of(schedule, stride, num_steps - 1)
     times = np.insert(times, 1, times[1])
+    if schedule.abar(times[0]) == 0:
+      times, step = strides.times_of(schedule, stride, num_steps), _ipndm
   else:
     times = strides.times_of(schedule, stride, num_steps)
     step = _ipndm if solver == "pndm" else step
-  return _linear_recursion(
+  return recursion.linear_recursion(
       schedule, times, step, abar_end, lower_order_final)

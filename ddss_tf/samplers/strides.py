@@ -6,7 +6,7 @@ from typing import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ddss_tf.schedules import NoiseSchedule
+from ddss_tf.schedules import NOISIEST_LOG_SNR, FlowSchedule, NoiseSchedule
 
 _KARRAS_RHO = 7.0
 _MATCHED = "matched_"
@@ -44,6 +44,22 @@ STRIDES = (*_WHOLE, "logsnr", "karras", "leading", "uniform",
            *(_MATCHED + name for name in _WHOLE))
 
 
+def _flow_euler(schedule, num_steps):
+  # Of the last step's s, which is shifted, the shift is taken once more.
+  q = np.linspace(1, schedule.noise_level(0), num_steps)
+  # Without a shift the last one is step 0, to rounding.
+  return np.round(schedule.num_train_steps * q - 1, 9)
+
+
+def _flow_dynamic(schedule, num_steps):
+  return np.linspace(schedule.num_train_steps - 1.0, 0, num_steps)
+
+
+# Of flows only: functions of the schedule and K, the noisiest time first.
+_OF_FLOWS = {"flow-euler": _flow_euler, "flow-dynamic": _flow_dynamic}
+FLOW_STRIDES = tuple(_OF_FLOWS)
+
+
 def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
              num_steps: int) -> np.ndarray:
   """Times tau of a K-step sampler, noisiest first.
@@ -71,6 +87,15 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
                trailing, ... steps. Where the range of this schedule is
                smaller, the values are scaled to fit into it.
 
+  and on a flow, where q = (t + 1) / T is what the schedule shifts,
+
+    flow-euler: q = linspace(1, s_0, K)_i, s_0 the s of step 0, which is shifted
+               already: FlowMatchEulerDiscreteScheduler of diffusers, which
+               shifts its steps twice; for a shift of 1 or more
+    flow-dynamic: q = linspace(1, 1 / T, K)_i: the same with dynamic shifting,
+               where the schedule has the shift of the image's size (see
+               `flow.dynamic_shift`)
+
   The paper names a linear and a quadratic stride without a formula. The
   quadratic one is that of Song et al. (2021,
   https://arxiv.org/abs/2010.02502); N and the matched strides are our choice.
@@ -79,8 +104,13 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
   images are practically pure noise: there every error in eps becomes one
   hundred times as large in x0_hat. So named strides leave them out, except for
   "leading", which follows other libraries. A list of times may name any step.
+  On a flow, whose chains are in v, N is T: "trailing", "linspace",
+  "linspace_open" and its own strides begin at pure noise. There logsnr and
+  karras, which cannot begin at an infinite log-SNR, begin at
+  `NOISIEST_LOG_SNR`; the matched ones have the noise levels of the linear
+  schedule, which are finite.
 
-  logsnr and karras give fractional times. Where one of the others names a step
+  logsnr, karras and the flow's own give fractional times. Where one of the others names a step
   twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
   the later one moves to the next free step, so that no step is wasted. At
   K = 1 linear, leading, uniform and quadratic give 0, the other ones that are
@@ -88,7 +118,7 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
 
   Args:
     schedule: the forward process.
-    stride: one of `STRIDES`, or the K times themselves, strictly decreasing,
+    stride: one of `STRIDES`, of `FLOW_STRIDES` on a flow, or the K times themselves, strictly decreasing,
       in [0, T - 1], fractional allowed.
     num_steps: K, from 1 to T.
 
@@ -96,8 +126,9 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
     float64 [K], strictly decreasing, in [0, T - 1].
 
   Raises:
-    ValueError: unknown name; K outside [1, T], or above 1000 for a matched
-      stride; given times out of order, out of range, or not K.
+    ValueError: unknown name; a stride of flows on another schedule, or
+      flow-euler with a shift below 1; K outside [1, T], or above 1000 for a
+      matched stride; given times out of order, out of range, or not K.
   """
   total = schedule.num_train_steps
   if not 1 <= num_steps <= total:
@@ -106,6 +137,12 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
         f"model. Received: num_steps={num_steps}")
   if not isinstance(stride, str):
     return _given_times(schedule, stride, num_steps)
+  if stride in FLOW_STRIDES:
+    if not isinstance(schedule, FlowSchedule):
+      raise ValueError(f"stride {stride!r} must be on a FlowSchedule. "
+                       f"Received: {type(schedule).__name__}")
+    return _given_times(
+        schedule, _OF_FLOWS[stride](schedule, num_steps), num_steps)
   if stride not in STRIDES:
     raise ValueError(
         f"stride must be one of {', '.join(STRIDES)}, or a list of times. "
@@ -143,7 +180,8 @@ def _even(schedule: NoiseSchedule, count: int, num_steps: int,
     scale: the function.
     log_snr: its inverse.
   """
-  noisy, clean = scale(schedule.log_snr([count - 1, 0]))
+  ends = schedule.log_snr([count - 1, 0])
+  noisy, clean = scale(np.where(np.isinf(ends), NOISIEST_LOG_SNR, ends))
   return schedule.time_of_log_snr(
       log_snr(np.linspace(noisy, clean, num_steps))).astype(np.float64)
 

@@ -42,7 +42,7 @@ def possible(make: Callable[..., Sampler], candidates=None
       found.append((start, make(**{"init": None, **start})))
     except UserError as error:
       # Not a start of this family, or not a stride for this K.
-      if start.get("init") not in solvers.SOLVERS:
+      if start.get("init") not in solvers.ALL_SOLVERS:
         logging.warning("no start: %s", error)
   if not found:
     raise UserError("init='auto' must have a start that the family allows. "

@@ -44,7 +44,8 @@ class Exact(keras.Model):
     # Not through eps: each is exact on its own.
     x0 = MEAN + a * STD**2 * (z - a * MEAN) / variance
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0,
-            "score": -(z - a * MEAN) / variance}[self.prediction]
+            "score": -(z - a * MEAN) / variance, "flow": eps - x0,
+            "flow_reversed": x0 - eps}[self.prediction]
 
 
 def states():
@@ -303,7 +304,7 @@ def test_own_format_keeps_the_convention(tmp_path):
 
 
 @pytest.mark.parametrize("changes,words", [
-    (dict(prediction="flow"), "eps, x0, v, score.*'flow'"),
+    (dict(prediction="mean"), "eps, x0, v, score, flow.*'mean'"),
     (dict(process="sub-vp"), "vp, ve.*'sub-vp'"),
     (dict(time_input="snr"), "step, sigma, log_sigma.*'snr'"),
     (dict(prediction="v", process="ve"), "eps, x0 or score.*'ve'.*'v'"),
@@ -314,3 +315,123 @@ def test_own_format_keeps_the_convention(tmp_path):
 def test_conventions_that_there_are_not(changes, words):
   with pytest.raises(ValueError, match=words):
     conventions.Convention(**changes)
+
+
+FLOWS = {  # Arguments of `Denoiser`, and the (a, s) of the network at its time.
+    "SD3": (dict(prediction="flow", time_input="flow", time_scale=1000.0),
+            lambda t: (1 - t / 1000, t / 1000)),
+    "SiT": (dict(prediction="flow_reversed", time_input="flow",
+                 time_scale=-1.0, time_offset=1.0), lambda t: (t, 1 - t)),
+    "x0": (dict(prediction="x0", time_input="flow"), lambda t: (1 - t, t)),
+    "v": (dict(prediction="v", time_input="flow"), None),
+    "score": (dict(prediction="score", time_input="flow"),
+              lambda t: (1 - t, t)),
+    "eps": (dict(prediction="eps", time_input="flow"), lambda t: (1 - t, t)),
+}
+
+
+class VelocityOfStates(Exact):
+  """v is of the variance-preserving form, whatever the network is fed with."""
+
+  def call(self, inputs, training=False):
+    z, s = inputs
+    norm = tf.math.rsqrt((1 - s)**2 + s**2)[:, None, None, None]
+    self.process = lambda s: ((1 - s) * norm[:, 0, 0, 0],
+                              s * norm[:, 0, 0, 0])
+    return super().call([z * norm, s])
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_networks_of_flows(kind):
+  schedule = schedules.FlowSchedule(1000, 3.0)
+  arguments, own = FLOWS[kind]
+  prediction = arguments["prediction"]
+  network = (VelocityOfStates if own is None else Exact)(prediction, own)
+  denoiser = ddss_tf.Denoiser(network, schedule, process="flow", **arguments)
+  x_t, t = states()
+  t = tf.minimum(t, 998.0) if prediction == "score" else t
+  np.testing.assert_allclose(
+      denoiser.eps(x_t, t), expected_eps(schedule, x_t, t),
+      atol=3e-4 if prediction == "x0" else 1e-4)  # It is divided by 0.003.
+  # A scalar time is one for all.
+  np.testing.assert_allclose(
+      denoiser.output(x_t[2:3], t[2]), denoiser.output(x_t, t)[2:3], atol=1e-6)
+  exact = ddss_tf.gaussian_denoiser(SHAPE, MEAN, STD, schedule)
+  # eps and score must begin below pure noise, where they tell of an image.
+  times = [900.0 if prediction in ("eps", "score") else 999.0, 700, 400, 150, 9]
+  x_T, _ = chain.draw_noise([0, 1], tf.range(4), SHAPE, 5)
+  for family in ("unipc2-bh2", "ggdm+pred+time"):
+    c = ddss_tf.make_sampler(
+        schedule, family, 5, stride=times,
+        **({} if "+" not in family else {"init": "ddim"})).coefficients()
+    images, expected = (
+        chain.run_chain(each.output, each.for_chain(c), x_T)
+        for each in (denoiser, exact))
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+    at_once = denoiser.for_chain(c.numpy()).numpy()
+    for name, value in denoiser.for_chain(c).numpy().arrays().items():
+      np.testing.assert_allclose(at_once.arrays()[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", conventions.PREDICTIONS)
+def test_learned_coefficients_in_v(prediction):
+  """Values and gradients of x0_hat = p x_t + q v for every network."""
+  schedule = schedules.FlowSchedule(1000, 3.0)
+  c = ddss_tf.solver_coefficients(schedule, "dpm++3m", 5, [
+      900.3, 700.0, 400.6, 150.2, 20.7]).numpy()
+  rng = np.random.default_rng(1)
+  c = c._replace(
+      x0_from_state=c.x0_from_state * rng.uniform(0.8, 1.2, 5).astype("f"),
+      x0_from_v=c.x0_from_v * rng.uniform(0.8, 1.2, 5).astype("f"))
+  x_T, noise = chain.draw_noise([0, 1], tf.range(4), SHAPE, 5)
+  results = []
+  for each in ("v", prediction):
+    denoiser = ddss_tf.Denoiser(
+        Exact(each, schedule.alpha_sigma), schedule, each)
+    variables = c.map(tf.constant)
+    with tf.GradientTape() as tape:
+      tape.watch(list(variables.arrays().values()))
+      images = chain.run_chain(
+          denoiser.output, denoiser.for_chain(variables), x_T, noise)
+      loss = tf.reduce_sum(images**3 + images)
+    results.append([images, *tape.gradient(
+        loss, [variables.x0_from_state, variables.x0_from_v,
+               variables.x0_weights])])
+  for one, other in zip(*results):
+    np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+
+
+def test_pure_noise_tells_eps_nothing_but_stays_finite():
+  schedule = schedules.FlowSchedule()
+  denoiser = ddss_tf.Denoiser(Exact("eps", schedule.alpha_sigma), schedule)
+  c = ddss_tf.solver_coefficients(schedule, "ddim", 3, "trailing").numpy()
+  denoiser.for_chain(c).validate()
+
+
+@pytest.mark.parametrize("prediction", ["v", "flow", "flow_reversed"])
+def test_velocities_are_not_of_exploding_processes(prediction):
+  with pytest.raises(ValueError, match=f"eps, x0 or score.*'{prediction}'"):
+    conventions.Convention(prediction, "ve")
+
+
+def test_flow_denoisers_are_saved(tmp_path):
+  denoiser = ddss_tf.gaussian_denoiser(
+      SHAPE, MEAN, STD, schedules.FlowSchedule(50, 1.5))
+  denoiser.save(str(tmp_path))
+  again = ddss_tf.Denoiser.load(str(tmp_path))
+  assert again.convention == denoiser.convention
+  assert again.schedule.card() == denoiser.schedule.card()
+  x_t, _ = states()
+  np.testing.assert_array_equal(again.output(x_t, 49.0),
+                                denoiser.output(x_t, 49.0))
+  np.testing.assert_allclose(again.output(x_t, 49.0),
+                             np.full(x_t.shape, -MEAN), atol=1e-6)
+
+
+def test_a_network_of_steps_on_a_flow(vp):
+  """`on_schedule`: from noise levels that its own schedule has."""
+  flow = ddss_tf.on_schedule(vp, schedules.FlowSchedule(1000, 3.0))
+  x_t, _ = states()
+  t = tf.constant([3.0, 100.5, 400.0, 600.0, 800.25, 900.0])
+  np.testing.assert_allclose(
+      flow.eps(x_t, t), expected_eps(flow.schedule, x_t, t), atol=2e-3)

@@ -87,7 +87,7 @@ def test_every_prediction_gives_the_same_eps(prediction):
 def test_unknown_prediction():
   exact = ddss_tf.gaussian_denoiser((2, 2, 1))
   with pytest.raises(ValueError, match="eps, x0, v, score.*'flow'"):
-    denoiser_lib.Denoiser(exact.model, exact.schedule, "flow")
+    denoiser_lib.Denoiser(exact.model, exact.schedule, "mean")
 
 
 @pytest.fixture()

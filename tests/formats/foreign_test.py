@@ -197,7 +197,7 @@ def test_signatures(exact, tmp_path):
 
 @pytest.mark.parametrize("told,words", [
     ({}, ["prediction, schedule must be given"]),
-    (dict(TOLD, prediction="flow"), ["'flow'", "score"]),
+    (dict(TOLD, prediction="mean"), ["'mean'", "score"]),
     (dict(TOLD, schedule="linear"), ["make_schedule", "'linear'"]),
     (dict(TOLD, schedule={"name": "sigmoid"}), ["schedule", "'sigmoid'"]),
     (dict(TOLD, schedule={"nam": "linear"}), ["schedule", "nam"]),
