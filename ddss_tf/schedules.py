@@ -89,6 +89,37 @@ class NoiseSchedule:
     abar = np.cos(angle) ** 2
     return cls(np.minimum(1 - abar[1:] / abar[:-1], max_beta))
 
+  @classmethod
+  def of_alpha_bar(cls, alpha_bar: npt.ArrayLike) -> "NoiseSchedule":
+    """The process with these abar, float [T], which fall inside (0, 1)."""
+    alpha_bar = np.asarray(alpha_bar, np.float64)
+    if alpha_bar.ndim != 1 or not alpha_bar.size:
+      raise ValueError("alpha_bar must be a non-empty list. "
+                       f"Received: shape {alpha_bar.shape}")
+    before = np.concatenate([[1.0], alpha_bar[:-1]])
+    if not np.all((0 < alpha_bar) & (alpha_bar < before)):
+      raise ValueError("alpha_bar must fall inside (0, 1). Received: "
+                       f"{alpha_bar[:3].tolist()} ... {alpha_bar[-1]:g}")
+    return cls(1 - alpha_bar / before)
+
+  @classmethod
+  def cosine_angle(cls, num_train_steps: int = 1000,
+                   max_signal_rate: float = 0.95,
+                   min_signal_rate: float = 0.02) -> "NoiseSchedule":
+    """alpha is the cosine of an angle in equal steps, between two signal rates.
+
+    It is the schedule of the DDIM example of keras.io, whose rates are the
+    defaults, at T equal steps of its continuous time: alpha_t = cos(a_t), with
+    cos(a_0) = max_signal_rate and cos(a_{T-1}) = min_signal_rate.
+    """
+    if not 0 < min_signal_rate < max_signal_rate < 1:
+      raise ValueError(
+          "signal rates must be in (0, 1), the least below the largest. "
+          f"Received: {min_signal_rate} and {max_signal_rate}")
+    angles = np.linspace(np.arccos(max_signal_rate),
+                         np.arccos(min_signal_rate), num_train_steps)
+    return cls.of_alpha_bar(np.cos(angles) ** 2)
+
   def rescaled_to_zero_snr(self) -> "NoiseSchedule":
     """The same process, shifted and stretched so that it ends in pure noise.
 
@@ -369,14 +400,19 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
                   betas: npt.ArrayLike | None = None, sigma_min: float = 0.01,
                   sigma_max: float = 50.0,
                   sigmas: npt.ArrayLike | None = None,
-                  zero_snr: bool = False, shift: float = 1.0) -> NoiseSchedule:
+                  zero_snr: bool = False, shift: float = 1.0,
+                  alpha_bar: npt.ArrayLike | None = None,
+                  max_signal_rate: float = 0.95,
+                  min_signal_rate: float = 0.02) -> NoiseSchedule:
   """Makes a noise schedule from its name.
 
   Args:
-    name: "linear", "scaled_linear", "cosine", or "betas" for given ones. For a
+    name: "linear", "scaled_linear", "cosine", "cosine_angle" (see
+      `NoiseSchedule.cosine_angle`), or "betas" or "alpha_bar" for given ones. For a
       variance-exploding process (see `ExplodingSchedule`), "geometric", or
       "sigmas" for given ones. For flow matching, "flow" (see `FlowSchedule`).
-    num_train_steps: T. If `betas` or `sigmas` are given, their number is T.
+    num_train_steps: T. If `betas`, `sigmas` or `alpha_bar` are given, their
+      number is T.
     beta_start: the first beta of the two linear ones.
     beta_end: the last beta of these.
     betas: float [T], for "betas" only.
@@ -389,19 +425,23 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       `NoiseSchedule.rescaled_to_zero_snr`; not for variance-exploding ones,
       nor for the flow, which does.
     shift: the shift of the flow's noise levels, for "flow" only.
+    alpha_bar: float [T], alpha_t^2, for "alpha_bar" only.
+    max_signal_rate: alpha at the first step of "cosine_angle".
+    min_signal_rate: alpha at its last step.
 
   Returns:
     The schedule.
 
   Raises:
-    ValueError: the name is unknown; betas or sigmas are missing, not asked for,
-      or out of range; `zero_snr` for a variance-exploding process or a flow;
+    ValueError: the name is unknown; betas, sigmas or alpha_bar are missing, not
+      asked for, or out of range; `zero_snr` for a variance-exploding process or a flow;
       `shift` for another process.
   """
   if shift != 1 and name != "flow":
     raise ValueError("shift must be given with the schedule 'flow' only. "
                      f"Received: name={name!r}, shift={shift!r}")
-  for key, values in (("betas", betas), ("sigmas", sigmas)):
+  for key, values in (("betas", betas), ("sigmas", sigmas),
+                      ("alpha_bar", alpha_bar)):
     if (values is not None) != (name == key):
       raise ValueError(
           f"{key} must be given with the schedule {key!r}, and only then. "
@@ -415,7 +455,10 @@ def make_schedule(name: str = "linear", num_train_steps: int = 1000,
       "scaled_linear": lambda: NoiseSchedule.scaled_linear(
           num_train_steps, beta_start, beta_end),
       "cosine": lambda: NoiseSchedule.cosine(num_train_steps),
+      "cosine_angle": lambda: NoiseSchedule.cosine_angle(
+          num_train_steps, max_signal_rate, min_signal_rate),
       "betas": lambda: NoiseSchedule(betas),
+      "alpha_bar": lambda: NoiseSchedule.of_alpha_bar(alpha_bar),
       "geometric": lambda: ExplodingSchedule.geometric(
           sigma_min, sigma_max, num_train_steps),
       "sigmas": lambda: ExplodingSchedule(sigmas),

@@ -54,7 +54,7 @@ class Checks:
 
   def check_latents(self, root: str, x0_bound: str | None = None,
                     elbo: bool = False) -> None:
-    """Checks that what is asked for makes sense where states are latents.
+    """Checks that what is asked for makes sense where states are no images.
 
     Args:
       root: the function whose options they are, for the message.
@@ -67,8 +67,8 @@ class Checks:
     if self.decoder is None:
       return
     if x0_bound is not None:
-      raise UserError(f"{root}.x0_bound must be None for latents, which have no "
-                      f"range of their own. Received: {x0_bound!r}")
+      raise UserError(f"{root}.x0_bound must be None for latents and standardised "
+                      f"images, which are not in [-1, 1]. Received: {x0_bound!r}")
     if elbo:
       raise UserError(
           f"{root}.objective must not be 'elbo' for a denoiser with a decoder: "

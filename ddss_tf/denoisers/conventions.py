@@ -16,7 +16,7 @@ from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = ("eps", "x0", "v", "score", "flow", "flow_reversed")
 PROCESSES = ("vp", "ve", "flow")
-TIME_INPUTS = ("step", "sigma", "log_sigma", "flow")
+TIME_INPUTS = ("step", "sigma", "log_sigma", "flow", "variance", "sigma_vp")
 # These give an exact image even where the state has hardly any signal. There
 # the image would be lost in eps, which is a difference from the state.
 EXACT = ("x0", "v", "flow", "flow_reversed")
@@ -56,8 +56,8 @@ class Convention:
       is none of these.
     process: "vp", "ve" or "flow".
     time_input: what the network's clock shows: "step", the index t in
-      [0, T - 1]; "sigma", the s of "ve"; "log_sigma", ln of it; or "flow", the
-      s of "flow", in [0, 1].
+      [0, T - 1]; "sigma", the s of "ve"; "log_sigma", ln of it; "flow", the
+      s of "flow", in [0, 1]; "sigma_vp", sigma_t; or "variance", its square.
     time_scale: the network is fed with time_scale * clock + time_offset.
       1 / (T - 1) makes steps of [0, T - 1] times of [0, 1]; 1 / T with the
       offset 1 / T makes them (t + 1) / T.
@@ -112,6 +112,8 @@ class Convention:
         x = x_t / (alpha_t + sigma_t)[..., None, None, None]
       if self.time_input == "flow":
         clock = sigma_t / (alpha_t + sigma_t)
+      elif self.time_input in ("variance", "sigma_vp"):
+        clock = sigma_t**2 if self.time_input == "variance" else sigma_t
       elif self.time_input != "step":
         clock = sigma_t / alpha_t
       if self.time_input == "log_sigma":

@@ -1,4 +1,8 @@
-"""From the states of a latent diffusion model to images, image by image."""
+"""From the states of a model to images, where they are not images themselves.
+
+  Decoder       of latents, by a network, image by image
+  Standardised  of images that were shifted and scaled before training
+"""
 
 import functools
 import json
@@ -58,6 +62,17 @@ class Decoder:
     """Scale and shift, as JSON has them."""
     return {name: value.tolist() for name, value in (
         ("scale", self.scale), ("shift", self.shift))}
+
+  @property
+  def variables(self) -> list:
+    """What a SavedModel that decodes must hold."""
+    return [variable.value for variable in self.model.variables]
+
+  @property
+  def description(self) -> str:
+    """How it makes images of states, in words."""
+    return (f"of latents of {_by(self.state_shape)} by a decoder of "
+            f"{self.model.count_params():,} parameters")
 
   def __call__(self, states: tf.Tensor) -> tf.Tensor:
     """Decodes latents, differentiable in them.
@@ -125,6 +140,58 @@ class Decoder:
         self.model(states / scale + shift, training=False), tf.float32)
 
 
+class Standardised:
+  """Images that were standardised: x = (image - mean) / std.
+
+  Many networks are trained on images with a mean of 0 and a deviation of 1,
+  such as those behind a normalisation layer of Keras. A layer that was fitted to
+  images in [0, 1], with the means m and the deviations d, means here
+  mean = 2 m - 1 and std = 2 d.
+
+  Args:
+    state_shape: (H, W, C).
+    mean: of images in [-1, 1]; a number, or one for each channel.
+    std: see `mean`; positive.
+
+  Attributes:
+    state_shape, image_shape: (H, W, C).
+    sha256: hash of mean and std.
+
+  Raises:
+    UserError: mean or std are not numbers, or std is not positive.
+  """
+
+  batch_size = None  # All images at once.
+
+  def __init__(self, state_shape: tuple[int, int, int], mean=0.0, std=1.0):
+    self.state_shape = self.image_shape = tuple(state_shape)
+    self.mean, self.std = (
+        _numbers(name, value, self.state_shape[-1], "image's")
+        for name, value in (("mean", mean), ("std", std)))
+    if not np.all(self.std > 0):
+      raise UserError(f"an image's std must be positive. Received: {std!r}")
+    self.sha256 = fingerprint.text_sha256(json.dumps(self.told()))
+    self.variables = []
+
+  @property
+  def description(self) -> str:
+    """How it makes images of states, in words."""
+    return "standardised for the network"
+
+  def told(self) -> dict:
+    """Mean and std, as JSON has them."""
+    return {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
+  def __call__(self, states: tf.Tensor) -> tf.Tensor:
+    """The images, float32 [B, H, W, C], of standardised ones."""
+    return states * tf.constant(self.std, tf.float32) + tf.constant(
+        self.mean, tf.float32)
+
+
+def _by(shape):
+  return " x ".join(map(str, shape))
+
+
 def _shape(does, shape) -> tuple[int, int, int]:
   """(H, W, C) of a model's input or output."""
   if not isinstance(shape, tuple) or len(shape) != 4 or None in shape[1:]:
@@ -134,13 +201,14 @@ def _shape(does, shape) -> tuple[int, int, int]:
   return tuple(shape[1:])
 
 
-def _numbers(name, value, channels) -> np.ndarray:
+def _numbers(name, value, channels, whose="decoder's") -> np.ndarray:
   """A number, or one for each channel, float64."""
   try:
     numbers = np.asarray(value, np.float64)
   except (TypeError, ValueError):
     numbers = np.asarray(np.nan)
   if numbers.shape not in ((), (channels,)) or not np.all(np.isfinite(numbers)):
-    raise UserError(f"a decoder's {name} must be a number, or one for each of "
-                    f"its {channels} channels. Received: {value!r}")
+    article = "an" if whose.startswith("i") else "a"
+    raise UserError(f"{article} {whose} {name} must be a number, or one for each "
+                    f"of its {channels} channels. Received: {value!r}")
   return numbers

@@ -23,7 +23,7 @@ from ddss_tf.denoisers import inputs as inputs_lib
 from ddss_tf.denoisers import rematerialise
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
-from ddss_tf.denoisers.decoder import Decoder
+from ddss_tf.denoisers.decoder import Decoder, Standardised
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
 from ddss_tf.schedules import NoiseSchedule
 
@@ -55,8 +55,8 @@ class Denoiser(checks.Checks):
       it to be unconditional. It is never drawn.
     image_shape: (H, W, C) of what the model takes, needed if the model has no
       `input_shape`.
-    decoder: makes images of what the model takes, which then are latents; None:
-      the model takes images.
+    decoder: makes images of what the model takes, which then are latents or
+      standardised images; None: the model takes images in [-1, 1].
     sha256: hash, if not that of the weights.
     continuous_time: whether fractional times mean something to the network;
       None: they do unless it takes integers.
@@ -71,7 +71,7 @@ class Denoiser(checks.Checks):
     state_shape: (H, W, C) of what the network takes and the chain walks in.
     image_shape: (H, W, C) of the images that `decode` gives. Without a decoder
       it is the state's.
-    decoder: the `Decoder`, or None.
+    decoder: the `Decoder` or `Standardised`, or None.
     continuous_time: False if times are rounded to integers, or have no
       gradient. They cannot be learned then; all else works.
     sha256: hash of all weights; None if there are none. If `load_denoiser` read
@@ -96,7 +96,7 @@ class Denoiser(checks.Checks):
                image_shape: tuple[int, int, int] | None = None,
                sha256: str | None = None, continuous_time: bool | None = None,
                architecture: dict | None = None,
-               decoder: Decoder | None = None, **convention):
+               decoder: Decoder | Standardised | None = None, **convention):
     self.convention = conventions.Convention(prediction, **convention)
     check_whole("num_classes", num_classes, 1, optional=True)
     check_whole("null_label", null_label, 0, optional=True)
@@ -171,7 +171,8 @@ class Denoiser(checks.Checks):
         self.guidance_scale if guidance_scale is None else guidance_scale,
         self.null_label if null_label is None else null_label)
 
-  def with_decoder(self, decoder: Decoder | None) -> "Denoiser":
+  def with_decoder(
+      self, decoder: Decoder | Standardised | None) -> "Denoiser":
     """The same network with another decoder, or without one.
 
     Raises:
@@ -459,8 +460,7 @@ class Denoiser(checks.Checks):
     tracked = tracked or [variable.value for variable in self.model.variables]
     if self.decoder is None:
       return tracked
-    return [*tracked, *(
-        variable.value for variable in self.decoder.model.variables)]
+    return [*tracked, *self.decoder.variables]
 
   def save(self, path: str) -> None:
     """Writes our own format, see `formats.own.save`."""

@@ -33,6 +33,8 @@ def _kinds(spec, num_classes: int | None) -> str:
     return "xt" if dtype.is_floating else "ty"
   if shape.rank == 1 or (shape.rank == 2 and shape[1] == 1):
     return "t" if dtype.is_floating else "ty"
+  if all(size == 1 for size in shape[1:]):
+    return "t"  # As in [B, 1, 1, 1], to be multiplied with images.
   return "x" if shape.rank == 4 and dtype.is_floating else ""
 
 
@@ -82,34 +84,37 @@ class TimeInput(keras.layers.Layer):
   Args:
     integer: the integer type that they are rounded to; None: floats.
     column: [B, 1] if True, [B] if False.
+    axes: how many axes of length 1 follow the first; None: as `column` says.
 
   Call arguments:
     t: float [B].
   """
 
-  def __init__(self, integer=None, column=False, **kwargs):
+  def __init__(self, integer=None, column=False, axes=None, **kwargs):
     # Times reach 1000 and more: see `layers.TimeEmbedding`.
     kwargs.setdefault("dtype", "float32")
     super().__init__(**kwargs)
     self.integer = integer
     self.column = column
+    self.axes = int(column) if axes is None else axes
 
   def call(self, t):
     if self.integer is not None:
       t = ops.cast(ops.round(t), self.integer)
-    return t[:, None] if self.column else t
+    return t[(slice(None), *[None] * self.axes)]
 
   def get_config(self):
     return {**super().get_config(), "integer": self.integer,
-            "column": self.column}
+            "column": self.column,
+            **({} if self.axes == self.column else {"axes": self.axes})}
 
 
 def adapted(model, num_classes: int | None = None):
   """Makes a Keras model one of [x_t, t] or [x_t, t, labels].
 
   Args:
-    model: one that takes these in any order. Its times may be integers or
-      [B, 1], and its labels [B, 1], or [B, classes] of zeros and a one. A
+    model: one that takes these in any order. Its times may be integers, [B, 1]
+      or [B, 1, 1, 1], and its labels [B, 1], or [B, classes] of zeros and a one. A
       subclassed model, which does not tell its inputs, and one with more than
       one but another number of inputs pass as they are.
     num_classes: the number of classes, given exactly if it takes labels.
@@ -140,8 +145,9 @@ def adapted(model, num_classes: int | None = None):
   x = keras.Input(image.shape[1:], name="x_t")
   t = keras.Input((), name="t")
   outer = [x, t]
-  fed = [x, TimeInput(None if floating else time.dtype, len(time.shape) == 2,
-                      name="time_input")(t)]
+  axes = len(time.shape) - 1
+  fed = [x, TimeInput(None if floating else time.dtype, axes == 1,
+                      None if axes < 2 else axes, name="time_input")(t)]
   if label:
     labels = keras.Input((), dtype="int32", name="labels")
     outer.append(labels)

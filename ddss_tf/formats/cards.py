@@ -28,7 +28,8 @@ _LARGEST = 2**16
 
 CONVENTION_KEYS = ("process", "time_input", "time_scale", "time_offset")
 CARD_KEYS = ("prediction", "schedule", "image_shape", "signature",
-             "num_classes", "null_label", *CONVENTION_KEYS)
+             "num_classes", "null_label", "image_mean", "image_std",
+             *CONVENTION_KEYS)
 
 
 def read_card(path: str, given: Mapping[str, object]) -> dict:
@@ -39,8 +40,8 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
     given: values of `CARD_KEYS` that take precedence.
 
   Returns:
-    What `parsed_card` gives, and "image_shape", "signature" and "num_classes",
-    each None if not given.
+    What `parsed_card` gives, and "image_shape", "signature", "num_classes",
+    "image_mean" and "image_std", each None if not given.
 
   Raises:
     UserError: a key is missing or unknown, or has a value that is not allowed.
@@ -51,6 +52,7 @@ def read_card(path: str, given: Mapping[str, object]) -> dict:
       "image_shape": _image_shape(path, card.get("image_shape")),
       "signature": card.get("signature"),
       "num_classes": _whole_number(path, card, "num_classes", 1),
+      "image_mean": card.get("image_mean"), "image_std": card.get("image_std"),
   }
 
 

@@ -28,6 +28,7 @@ from ddss_tf.formats import saved_model
 from ddss_tf.formats import tensors
 from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
+from ddss_tf.denoisers.decoder import Standardised
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
@@ -59,6 +60,8 @@ def load_denoiser(
     time_offset: float | None = None,
     signature: str | None = None,
     num_classes: int | None = None,
+    image_mean: float | list[float] | None = None,
+    image_std: float | list[float] | None = None,
     preset: str | None = None,
     learned_variance: bool | None = None,
     dtype_policy: str | None = None,
@@ -121,6 +124,10 @@ def load_denoiser(
     signature: the signature of a SavedModel, if there is a choice.
     num_classes: the number of classes of a SavedModel or a Keras file that
       takes labels too.
+    image_mean: the mean of the images that a SavedModel or a Keras file was
+      trained on, which were standardised; see `decoder.Standardised`. A number
+      or one for each channel, of images in [-1, 1]; None: 0, or no change.
+    image_std: their deviation; None: 1, or no change.
     preset: the architecture of a `.weights.h5` file: a name of
       `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file,
       which has the fields of `unet.UNetConfig` or is a card of EDM.
@@ -151,6 +158,7 @@ def load_denoiser(
       "image_shape": image_shape, "process": process, "time_input": time_input,
       "time_scale": time_scale, "time_offset": time_offset,
       "signature": signature, "num_classes": num_classes, "preset": preset,
+      "image_mean": image_mean, "image_std": image_std,
       "learned_variance": learned_variance or None,
   }
   if image_size is not None:
@@ -386,7 +394,12 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     raise UserError(f"{path}: {error}") from error
   if not saved_model.check(denoiser, path):
     denoiser.continuous_time = False
-  return denoiser
+  if card["image_mean"] is None and card["image_std"] is None:
+    return denoiser
+  return denoiser.with_decoder(Standardised(
+      denoiser.state_shape,
+      0.0 if card["image_mean"] is None else card["image_mean"],
+      1.0 if card["image_std"] is None else card["image_std"]))
 
 
 # Our formats, in the order in which they are tried on a path.

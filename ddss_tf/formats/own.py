@@ -12,7 +12,7 @@ from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import cards
 from ddss_tf.formats import saved_model
 from ddss_tf.networks import files as network_files
-from ddss_tf.denoisers.decoder import Decoder
+from ddss_tf.denoisers.decoder import Decoder, Standardised
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 
@@ -43,7 +43,7 @@ def save(denoiser: Denoiser, path: str) -> None:
   with storage.replacing(os.path.join(path, NETWORK)) as temporary:
     denoiser.model.save(temporary)
   decoder = denoiser.decoder
-  if decoder is not None:
+  if isinstance(decoder, Decoder):
     with storage.replacing(os.path.join(path, DECODER)) as temporary:
       decoder.model.save(temporary)
   storage.write_json(os.path.join(path, CARD), {
@@ -62,8 +62,9 @@ def save(denoiser: Denoiser, path: str) -> None:
       "guidance_scale": denoiser.guidance_scale,
       "null_label": denoiser.null_label,
       **({} if decoder is None else {"decoder": {
-          **decoder.told(), "batch_size": decoder.batch_size,
-          "sha256": decoder.sha256}}),
+          **decoder.told(), "sha256": decoder.sha256,
+          **({"batch_size": decoder.batch_size} if decoder.batch_size else {}),
+      }}),
   })
 
 
@@ -103,7 +104,7 @@ def load(folder: str) -> Denoiser:
     raise UserError(
         f"weights in {network_path} must have the SHA-256 {sha256} of their "
         f"{CARD}. Received: {received}")
-  decoder = _load_decoder(folder, card["decoder"]) if (
+  decoder = _load_decoder(folder, card["decoder"], model) if (
       "decoder" in card) else None
   try:
     return Denoiser(
@@ -117,15 +118,19 @@ def load(folder: str) -> Denoiser:
     raise UserError(f"{card_path} is damaged: {error}") from error
 
 
-def _load_decoder(folder, told) -> Decoder:
+def _load_decoder(folder, told, model) -> Decoder | Standardised:
   """Reads the decoder beside a network, and checks its hash."""
   path = os.path.join(folder, DECODER)
-  if not storage.exists(path):
-    raise UserError(f"{folder} has a decoder in its {CARD} but no {DECODER}")
   try:
+    if "mean" in told:
+      return Standardised(model.input_shape[0][1:], told["mean"], told["std"])
+    if not storage.exists(path):
+      raise UserError(f"{folder} has a decoder in its {CARD} but no {DECODER}")
     decoder = Decoder(network_files.load_keras(path), told["scale"],
                       told["shift"], told["batch_size"])
     expected = told["sha256"]
+  except UserError:
+    raise
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{os.path.join(folder, CARD)} is damaged: decoder: "
                     f"{errors.one_line(error)}") from error

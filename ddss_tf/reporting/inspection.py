@@ -138,11 +138,9 @@ def _times(denoiser: Denoiser) -> str:
 def _images(denoiser):
   """The shape of the images, and of the latents if there are any."""
   shape = " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]"
-  decoder = denoiser.decoder
-  if decoder is None:
+  if denoiser.decoder is None:
     return shape
-  return (f"{shape}, of latents of {' x '.join(map(str, denoiser.state_shape))} "
-          f"by a decoder of {decoder.model.count_params():,} parameters")
+  return f"{shape}, {denoiser.decoder.description}"
 
 
 def _classes(denoiser):
@@ -202,7 +200,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   network = activation_bytes(denoiser)
   networks = as_networks("inspect.features", features, optional=True)
   seen = sum(feature_bytes(each, denoiser.image_shape) for each in networks)
-  decoded = 0 if denoiser.decoder is None else decoder_bytes(denoiser.decoder)
+  decoded = (decoder_bytes(denoiser.decoder)
+             if isinstance(denoiser.decoder, Decoder) else 0)
   needed = COMPILER_BYTES + max(
       micro_batch_size * HELD_SHARE * network, micro_batch_size * seen, decoded
   ) + micro_batch_size * 2 * num_steps * state
