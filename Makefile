@@ -12,7 +12,8 @@ RUN := $(BIN)/python -m ddss_tf.main
 PUBLISHED := $(RUN) --mode=search --gin_file=gin_configs/published.gin \
   --run_dir=results/published
 FEWER := --gin_param='search.batch_size = 64' \
-  --gin_param='search.real_samples = 64'
+  --gin_param='search.real_samples = 64' \
+  --gin_param='search.num_search_steps = 60'
 # Two workers share two cores: with a thread each they do not wait for each
 # other.
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
@@ -48,10 +49,8 @@ figures: $(VENV)/.installed
 
 published: $(VENV)/.installed
 	$(PUBLISHED)/k5
-	$(PUBLISHED)/k10 $(FEWER) --gin_param='NUM_STEPS = 10' \
-	  --gin_param='search.num_search_steps = 100'
-	$(PUBLISHED)/k20 $(FEWER) --gin_param='NUM_STEPS = 20' \
-	  --gin_param='search.num_search_steps = 60'
+	$(PUBLISHED)/k10 $(FEWER) --gin_param='NUM_STEPS = 10'
+	$(PUBLISHED)/k20 $(FEWER) --gin_param='NUM_STEPS = 20'
 	$(RUN) --mode=search --gin_file=gin_configs/published_ours.gin \
 	  --run_dir=results/published/k5-ours
 	$(RUN) --mode=compare --gin_file=gin_configs/published_table.gin \
@@ -63,6 +62,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.metrics_50k
 	$(BIN)/python -m benchmarks.search_memory
+	$(BIN)/python -m benchmarks.decoder_memory
 	$(BIN)/python -m benchmarks.evaluation_pass
 	$(BIN)/python -m benchmarks.search_step --pytorch=$(PYTORCH)
 	$(BIN)/python -m benchmarks.beside_pytorch --pytorch=$(PYTORCH)

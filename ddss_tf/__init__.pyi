@@ -4,6 +4,7 @@ from . import zoo
 from .datasets.dataset import ImageDataset
 from .datasets.load import load_dataset
 from .denoisers.clocks import on_schedule
+from .denoisers.decoder import Decoder
 from .denoisers.denoiser import Denoiser
 from .denoisers.gaussian import gaussian_denoiser
 from .errors import UserError

@@ -21,9 +21,25 @@ PAGES = sorted(
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
   # The blocks of a page follow each other, as a reader would type them.
   monkeypatch.chdir(tmp_path)
+  if page == "docs/models.md":
+    _bring_models()
   names = {}
   for block in blocks(page):
     exec(compile(block, page, "exec"), names)  # pylint: disable=exec-used
+
+
+def _bring_models():
+  """Small ones where a reader's own would be."""
+  import keras  # pylint: disable=g-import-not-at-top
+  import ddss_tf  # pylint: disable=g-import-not-at-top
+
+  os.makedirs("path/to")
+  os.symlink(os.path.join(ROOT, "tests", "testdata", "latent_ldm"),
+             "path/to/pipeline")
+  ddss_tf.gaussian_denoiser((4, 4, 3)).save("path/to/latent_network")
+  latents = keras.Input((4, 4, 3))
+  keras.Model(latents, keras.layers.UpSampling2D(2)(latents)).save(
+      "path/to/decoder.keras")
 
 
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):

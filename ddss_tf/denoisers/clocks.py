@@ -81,7 +81,7 @@ def on_schedule(denoiser: Denoiser = gin.REQUIRED,
   return Denoiser(
       model, schedule, denoiser.prediction, denoiser.name,
       denoiser.num_classes, denoiser.guidance_scale, denoiser.null_label,
-      image_shape=denoiser.image_shape,
+      image_shape=denoiser.state_shape, decoder=denoiser.decoder,
       sha256=fingerprint.text_sha256(repr(
           [denoiser.sha256, own.card(), schedule.card()])),
       continuous_time=denoiser.continuous_time,

@@ -52,7 +52,7 @@ def obstacle(denoiser) -> str | None:
       labels = None if denoiser.num_classes is None else tf.zeros([1], tf.int32)
       compiled = tf.function(gradient, jit_compile=True)
       lower = compiled.experimental_get_compiler_ir(
-          tf.zeros([1, *denoiser.image_shape]), tf.zeros([1]), labels)
+          tf.zeros([1, *denoiser.state_shape]), tf.zeros([1]), labels)
       lower(stage="hlo")
   except Exception as error:  # TensorFlow raises many kinds.
     missing = sorted(set(re.findall(r"No registered '(\w+)'", str(error))))

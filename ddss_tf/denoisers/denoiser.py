@@ -3,7 +3,8 @@
 The rest of the package need not know a foreign model's architecture, what it
 predicts, or how its times are scaled. It calls `eps(x_t, t)` or, if the network
 is class-conditional, `eps(x_t, t, labels)`: NHWC, images in [-1, 1], `t` a
-(fractional) index of a training step.
+(fractional) index of a training step. What x_t holds are images, or the latents
+of a latent diffusion model; `decode` makes images of either.
 """
 
 import functools
@@ -14,19 +15,22 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.denoisers import checks
 from ddss_tf.denoisers import compiling
+from ddss_tf.denoisers import conditions
 from ddss_tf.denoisers import conventions
 from ddss_tf.denoisers import inputs as inputs_lib
 from ddss_tf.denoisers import rematerialise
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
+from ddss_tf.denoisers.decoder import Decoder
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
 
 
-class Denoiser:
+class Denoiser(checks.Checks):
   """A frozen network with the process it was trained for.
 
   Args:
@@ -49,7 +53,10 @@ class Denoiser:
       calls, made as one of twice the batch. None: no guidance, one call.
     null_label: the label that stands for no class. The network was trained with
       it to be unconditional. It is never drawn.
-    image_shape: (H, W, C), needed if the model has no `input_shape`.
+    image_shape: (H, W, C) of what the model takes, needed if the model has no
+      `input_shape`.
+    decoder: makes images of what the model takes, which then are latents; None:
+      the model takes images.
     sha256: hash, if not that of the weights.
     continuous_time: whether fractional times mean something to the network;
       None: they do unless it takes integers.
@@ -61,7 +68,10 @@ class Denoiser:
 
   Attributes:
     convention: how the network is called and read.
-    image_shape: (H, W, C).
+    state_shape: (H, W, C) of what the network takes and the chain walks in.
+    image_shape: (H, W, C) of the images that `decode` gives. Without a decoder
+      it is the state's.
+    decoder: the `Decoder`, or None.
     continuous_time: False if times are rounded to integers, or have no
       gradient. They cannot be learned then; all else works.
     sha256: hash of all weights; None if there are none. If `load_denoiser` read
@@ -69,8 +79,8 @@ class Denoiser:
       architecture, prediction and schedule, which weights do not tell.
     dtype_policy: what the network computes in, see `precision`.
     key: `sha256`, or a hash that also covers what else decides the images, if
-      any of it is not the default: convention, null label, guidance scale and
-      `dtype_policy`.
+      any of it is not the default: convention, null label, guidance scale,
+      `dtype_policy` and decoder.
 
   Raises:
     ValueError: the prediction or another word of the convention is unknown; the
@@ -85,7 +95,8 @@ class Denoiser:
                null_label: int | None = None, *,
                image_shape: tuple[int, int, int] | None = None,
                sha256: str | None = None, continuous_time: bool | None = None,
-               architecture: dict | None = None, **convention):
+               architecture: dict | None = None,
+               decoder: Decoder | None = None, **convention):
     self.convention = conventions.Convention(prediction, **convention)
     check_whole("num_classes", num_classes, 1, optional=True)
     check_whole("null_label", null_label, 0, optional=True)
@@ -117,7 +128,14 @@ class Denoiser:
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
-    self.image_shape = _image_shape(model, image_shape)
+    self.state_shape = inputs_lib.state_shape(model, image_shape)
+    self.decoder = decoder
+    if decoder is not None and decoder.state_shape != self.state_shape:
+      raise ValueError(
+          f"the decoder must take latents {shape_text(self.state_shape)}, as the "
+          f"network does. Received: {shape_text(decoder.state_shape)}")
+    self.image_shape = (
+        self.state_shape if decoder is None else decoder.image_shape)
     if continuous_time is None:
       continuous_time = inputs_lib.is_continuous(model)
     self.continuous_time = continuous_time
@@ -125,12 +143,15 @@ class Denoiser:
     self.sha256 = weights_sha256(model) if sha256 is None else sha256
     self.dtype_policy = precision.policy(model)
     self.key = self.sha256
-    if self._told():
+    rest = [self._told()] if self._told() else []
+    if decoder is not None:
+      rest.append({"decoder": decoder.sha256})
+    if rest:
       self.key = fingerprint.text_sha256(
-          json.dumps([self.sha256, self._told()], sort_keys=True))
+          json.dumps([self.sha256, *rest], sort_keys=True))
     self._compiled = {}
     self._told_rest = dict(
-        image_shape=self.image_shape, sha256=self.sha256,
+        image_shape=self.state_shape, sha256=self.sha256, decoder=decoder,
         continuous_time=self.continuous_time, architecture=self.architecture,
         **convention)
 
@@ -150,6 +171,15 @@ class Denoiser:
         self.guidance_scale if guidance_scale is None else guidance_scale,
         self.null_label if null_label is None else null_label)
 
+  def with_decoder(self, decoder: Decoder | None) -> "Denoiser":
+    """The same network with another decoder, or without one.
+
+    Raises:
+      ValueError: the decoder does not take the network's latents.
+    """
+    return self._again(self.model, self.guidance_scale, self.null_label,
+                       decoder=decoder)
+
   def with_policy(self, dtype_policy: str) -> "Denoiser":
     """The same weights in another number format; this object stays as it is.
 
@@ -162,15 +192,27 @@ class Denoiser:
     return self._again(precision.with_policy(self.model, dtype_policy),
                        self.guidance_scale, self.null_label)
 
-  def _again(self, model, guidance_scale, null_label):
+  def _again(self, model, guidance_scale, null_label, **changes):
     return Denoiser(
         model, self.schedule, self.prediction, self.name,
-        self.num_classes, guidance_scale, null_label, **self._told_rest)
+        self.num_classes, guidance_scale, null_label,
+        **{**self._told_rest, **changes})
 
   @property
   def identity(self) -> dict:
     """How results name it: "name", "sha256", and what else `key` covers."""
     return {"name": self.name, "sha256": self.sha256, **self._told()}
+
+  @property
+  def setting(self) -> dict:
+    """`identity`, and the decoder's hash if there is one.
+
+    A sampler belongs to a network whichever decoder it has, so cards hold the
+    identity alone. Its images do not, so records of measurements hold this.
+    """
+    if self.decoder is None:
+      return self.identity
+    return {**self.identity, "decoder": self.decoder.sha256}
 
   def _told(self) -> dict:
     """What decides the images beside weights and coefficients."""
@@ -204,15 +246,13 @@ class Denoiser:
     return self._parts(x, t, labels)[0]
 
   def _parts(self, x, t, labels) -> list[tf.Tensor]:
-    """The prediction and, if there is one, what tells of the variance.
-
-    Each is float32 [B, H, W, C].
-    """
+    """The prediction, and what tells of a variance, float32 [B, H, W, C]."""
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], tf.shape(x)[0])
-    inputs = [x, t, *self._label_input(labels, tf.shape(x)[0])]
+    inputs = [x, t, *conditions.label_input(
+        self.name, self.num_classes, labels, tf.shape(x)[0])]
     # training=False: no dropout, or rematerialisation would redraw its mask.
     output = self.model(inputs, training=False)
     parts = [tf.cast(part, tf.float32) for part in self._taken_apart(output)]
@@ -221,45 +261,19 @@ class Denoiser:
             for part in parts]
 
   def _taken_apart(self, output):
-    """Splits [B, H, W, 2 C] in two parts; [B, H, W, C] is one part.
-
-    If an output does not tell its channels, its first C are the only part.
-    """
-    *size, channels = self.image_shape
+    """Splits [B, H, W, 2 C] in two. All else, also untold, gives the first C."""
+    *size, channels = self.state_shape
     if not any(output.shape.is_compatible_with((None, *size, c))
                for c in (channels, 2 * channels)):
       raise UserError(
           f"denoiser {self.name!r} must give "
-          f"{shape_text((None, *self.image_shape))}, or {2 * channels} "
+          f"{shape_text((None, *self.state_shape))}, or {2 * channels} "
           "channels with a learned variance. Received: "
           f"{shape_text(output.shape)}")
     parts = [output[..., :channels]]
     if output.shape[-1] == 2 * channels:
       parts.append(output[..., channels:])
     return parts
-
-  def _label_input(self, labels, batch_size) -> list[tf.Tensor]:
-    """The network's third input, int32 [B], in a list; empty if it has none."""
-    if self.num_classes is None:
-      if labels is not None:
-        raise ValueError(f"labels must be None: {self.name!r} is unconditional."
-                         f" Received: {type(labels).__name__}")
-      return []
-    if labels is None:
-      raise ValueError(f"labels must be given: {self.name!r} has "
-                       f"{self.num_classes} classes. Received: None")
-    labels = tf.convert_to_tensor(labels)
-    if not labels.dtype.is_integer:
-      raise ValueError("labels must be whole numbers. "
-                       f"Received: {labels.dtype.name}")
-    known = tf.get_static_value(labels)
-    if known is not None and not np.all(
-        (0 <= known) & (known < self.num_classes)):
-      raise ValueError(f"labels must be in [0, {self.num_classes - 1}]. "
-                       f"Received: {known.min()} to {known.max()}")
-    labels = tf.cast(labels, tf.int32)
-    return [tf.repeat(labels[None], batch_size) if labels.shape.rank == 0
-            else labels]
 
   def eps(self, x_t: tf.Tensor, t: tf.Tensor, labels: tf.Tensor | None = None,
           guidance: tf.Tensor | None = None) -> tf.Tensor:
@@ -350,7 +364,8 @@ class Denoiser:
     It is right for every kind of prediction: they are affine in each other.
     """
     batch_size = tf.shape(x_t)[0]
-    (labels,) = self._label_input(labels, batch_size)
+    (labels,) = conditions.label_input(
+        self.name, self.num_classes, labels, batch_size)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], batch_size)
@@ -363,11 +378,20 @@ class Denoiser:
       scale = scale[:, None, None, None]
     return free + scale * (given - free)
 
-  def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
-    """Draws a class for every sample, from its own seed.
+  def decode(self, states: tf.Tensor) -> tf.Tensor:
+    """The images of clean states.
 
-    All classes but the null one are equally frequent. That is our choice, and
-    right for a data set with as many images of each.
+    Args:
+      states: float32 [B, *state_shape].
+
+    Returns:
+      float32 [B, *image_shape], nominally in [-1, 1]; without a decoder, the
+      states.
+    """
+    return states if self.decoder is None else self.decoder(states)
+
+  def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
+    """Draws a class for every sample, see `conditions.draw_labels`.
 
     Args:
       seed: int32 [2].
@@ -376,22 +400,8 @@ class Denoiser:
     Returns:
       int32 [B]; None for an unconditional network.
     """
-    if self.num_classes is None:
-      return None
-    count = self.num_classes - (self.null_label is not None)
-
-    def one(index):
-      own = tf.random.experimental.stateless_fold_in(
-          tf.cast(seed, tf.int32), index, alg="philox")
-      # The noise is drawn from `own` itself and from 1, see chain.draw_noise.
-      own = tf.random.experimental.stateless_fold_in(own, 2, alg="philox")
-      return tf.random.stateless_uniform(
-          [], own, 0, count, tf.int32, alg="philox")
-
-    labels = tf.map_fn(one, tf.cast(indices, tf.int32))
-    if self.null_label is None:
-      return labels
-    return labels + tf.cast(labels >= self.null_label, tf.int32)
+    return conditions.draw_labels(
+        self.num_classes, self.null_label, seed, indices)
 
   def compiled_eps(self, jit_compile: bool = True, remat: bool = False):
     """`eps` as a `tf.function`, the same one at every call.
@@ -446,7 +456,11 @@ class Denoiser:
   def tracked(self) -> list:
     """What a SavedModel that calls this denoiser must hold."""
     tracked = getattr(self.model, "tracked", None)
-    return tracked or [variable.value for variable in self.model.variables]
+    tracked = tracked or [variable.value for variable in self.model.variables]
+    if self.decoder is None:
+      return tracked
+    return [*tracked, *(
+        variable.value for variable in self.decoder.model.variables)]
 
   def save(self, path: str) -> None:
     """Writes our own format, see `formats.own.save`."""
@@ -459,64 +473,6 @@ class Denoiser:
     from ddss_tf.formats import own  # pylint: disable=g-import-not-at-top
     return own.load(folder)
 
-  def check_times(self, label: str) -> None:
-    """Checks that a sampler may learn the times that the network is fed with.
-
-    Args:
-      label: the label of the sampler.
-
-    Raises:
-      UserError: the network takes whole steps, or has no gradient in the time.
-    """
-    if not self.continuous_time:
-      raise UserError(
-          f"sampler {label!r} must not learn times with the denoiser "
-          f"{self.name!r}, which takes whole steps only or has no gradient "
-          "in the time: search a family without +time")
-
-  def check_variance(self) -> None:
-    """Checks that the network predicts a variance which a chain can use.
-
-    Raises:
-      UserError: see `output_and_variance`.
-    """
-    labels = None if self.num_classes is None else 0
-    self.output_and_variance(tf.zeros([1, *self.image_shape]), 0.0, labels)
-
-  def check_guidance(self, scales) -> None:
-    """Checks that a sampler's own guidance scales, if any, can be used.
-
-    Args:
-      scales: the scales of the sampler, or None.
-
-    Raises:
-      UserError: the network has no null label, or a scale of its own.
-    """
-    if scales is None:
-      return
-    if self.null_label is None:
-      raise UserError(
-          f"a sampler with guidance needs a class-conditional denoiser whose "
-          f"null_label is told. Received: {self.name!r} without")
-    if self.guidance_scale is not None:
-      raise UserError(
-          "guidance_scale must not be given for the denoiser of a sampler that "
-          f"has its own. Received: {self.guidance_scale}")
-
-
-def _image_shape(model, told) -> tuple[int, int, int]:
-  """(H, W, C) of a model; where the model leaves it open, as told."""
-  shape = model.input_shape[0][1:] if hasattr(model, "input_shape") else None
-  shape = tuple(shape or (None,) * 3)
-  told = tuple(told or shape)
-  if len(told) != 3 or any(
-      None not in (a, b) and a != b for a, b in zip(shape, told)):
-    raise ValueError(f"image_shape must be {shape_text(shape)}. "
-                     f"Received: {shape_text(told)}")
-  if None in told:
-    raise ValueError("image_shape must be given, because the model takes "
-                     f"{shape_text(shape)}")
-  return told
 
 
 def weights_sha256(model) -> str | None:

@@ -164,3 +164,23 @@ def is_continuous(model) -> bool:
     return model.continuous_time
   return not any(isinstance(layer, TimeInput) and layer.integer is not None
                  for layer in getattr(model, "layers", ()))
+
+
+def state_shape(model, told) -> tuple[int, int, int]:
+  """(H, W, C) of a model; where the model leaves it open, as told.
+
+  Raises:
+    ValueError: what is told is not the model's shape, or must be told and is
+      not.
+  """
+  shape = model.input_shape[0][1:] if hasattr(model, "input_shape") else None
+  shape = tuple(shape or (None,) * 3)
+  told = tuple(told or shape)
+  if len(told) != 3 or any(
+      None not in (a, b) and a != b for a, b in zip(shape, told)):
+    raise ValueError(f"image_shape must be {shape_text(shape)}. "
+                     f"Received: {shape_text(told)}")
+  if None in told:
+    raise ValueError("image_shape must be given, because the model takes "
+                     f"{shape_text(shape)}")
+  return told

@@ -181,7 +181,7 @@ class Evaluator:
         seed=seed,
         features=features[0],
         features_heldout=_one_or_all(features[1:]),
-        denoiser=self._denoiser.identity,
+        denoiser=self._denoiser.setting,
         dataset=self._dataset.name,
         dataset_sha256=self._dataset.sha256)
 

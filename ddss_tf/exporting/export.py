@@ -45,7 +45,7 @@ class SamplerModule(tf.Module):
     # NumPy arrays become constants of the graph. Eager tensors would become
     # hidden inputs, which other formats show.
     coefficients = denoiser.for_chain(coefficients.numpy())
-    height, width, channels = denoiser.image_shape
+    height, width, channels = denoiser.state_shape
     steps = coefficients.num_steps
 
     conditional = denoiser.num_classes is not None
@@ -57,9 +57,9 @@ class SamplerModule(tf.Module):
               else denoiser.compiled_output(jit_compile))
 
     def run(x_T, step_noise, labels):
-      return chain.run_chain(
+      return denoiser.decode(chain.run_chain(
           denoiser_lib.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
-          x0_bound=x0_bound)
+          x0_bound=x0_bound))
 
     def of_indices(seed, indices, labels):
       return {"images": dataset_lib.to_uint8(generator_lib.sample_chain(
@@ -100,8 +100,9 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   The signatures need nothing but `tensorflow`:
     serving_default(seed int32 [2], batch_size int32 []) -> images, uint8
       [B, H, W, C]; image i depends on the seed and i only.
-    from_noise(x_T [B, H, W, C], step_noise [B, K - 1, H, W, C]) -> images,
-      float32 [B, H, W, C] in [-1, 1].
+    from_noise(x_T [B, h, w, c], step_noise [B, K - 1, h, w, c]) -> images,
+      float32 [B, H, W, C] in [-1, 1]. The noise has the shape of the states,
+      which is that of the images unless there is a decoder.
   With a class-conditional network, serving_default draws a class for each
   image, from_noise also takes labels int32 [B], and there is
     of_classes(seed int32 [2], labels int32 [B]) -> images, as serving_default.
@@ -175,14 +176,14 @@ def _golden(denoiser, coefficients, x0_bound):
   """Inputs of from_noise by name, and the 4 images made of them in memory."""
   seed, indices = generator_lib.seed_pair(0), tf.range(4)
   x_T, step_noise = chain.draw_noise(
-      seed, indices, denoiser.image_shape, coefficients.num_steps)
+      seed, indices, denoiser.state_shape, coefficients.num_steps)
   labels = denoiser.draw_labels(seed, indices)
 
   def run():
-    return tf.clip_by_value(chain.run_chain(
+    return tf.clip_by_value(denoiser.decode(chain.run_chain(
         denoiser_lib.with_labels(denoiser.output, labels),
         denoiser.for_chain(coefficients), x_T, step_noise,
-        x0_bound=x0_bound), -1.0, 1.0)
+        x0_bound=x0_bound)), -1.0, 1.0)
 
   if denoiser.dtype_policy != precision.FLOAT32:
     # In half precision, a graph keeps fused values in float32 where single

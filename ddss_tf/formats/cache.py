@@ -12,6 +12,7 @@ from ddss_tf import version
 from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import own
+from ddss_tf.formats import pipelines
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
@@ -94,6 +95,8 @@ def _files(path: str) -> list[str]:
     folder, start = os.path.split(os.path.abspath(prefix))
     return [os.path.join(folder, name) for name in sorted(storage.listdir(folder))
             if name.startswith((f"{start}.index", f"{start}.data-"))]
+  if pipelines.is_latent(path):
+    return [file for file in pipelines.files(path) if storage.exists(file)]
   path = diffusers.find_network(path)
   files = [path, path + ".json"] if storage.isfile(path) else [
       os.path.join(path, name)

@@ -8,7 +8,6 @@ the one value we implement; everything else is refused by name. `.bin` weights
 need PyTorch.
 """
 
-import dataclasses
 import os
 import re
 
@@ -251,7 +250,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
     raise
   except (TypeError, ValueError) as error:  # A word where a number should be.
     raise UserError(f"{source}: {errors.one_line(error)}") from error
-  betas, prediction = _read_scheduler(path)
+  betas, prediction = read_scheduler(path)
   return unet_config, betas, prediction
 
 
@@ -305,10 +304,19 @@ def _classes(source, config) -> tuple[int | None, str]:
   return count, "table" if kind is None else "sinusoidal"
 
 
-def _read_scheduler(path: str) -> tuple[np.ndarray, str]:
-  """Betas and prediction type of `scheduler_config.json`.
+def read_scheduler(path: str) -> tuple[np.ndarray, str]:
+  """Reads `scheduler_config.json`.
 
   Keys that only say how to sample, such as `use_karras_sigmas`, are ignored.
+
+  Args:
+    path: see `read_config`.
+
+  Returns:
+    The betas, float64 [T], and the prediction type in our words.
+
+  Raises:
+    UserError: see `read_config`.
   """
   _, source = config_files(path)
   config = _read_json(source)
@@ -384,59 +392,6 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     raise UserError(f"{path} is not a complete safetensors file of floats: "
                     f"{errors.one_line(error)}") from error
   return tensors.finite_float32(path, weights)
-
-
-def with_variance(path: str, config: UNetConfig) -> UNetConfig:
-  """The architecture with the channels of its learned variance.
-
-  Args:
-    path: as in `read_config`.
-    config: as `read_config` gives it.
-
-  Raises:
-    UserError: the network has no learned variance, or its scheduler does not
-      tell a range of variances (Nichol and Dhariwal 2021, equation 15).
-  """
-  network_json, scheduler_json = config_files(path)
-  channels = _read_json(network_json)["out_channels"]
-  if channels == config.out_channels:
-    raise UserError(f"learned_variance must not be given for {path!r}, whose "
-                    f"network predicts none. Received: {channels} out_channels")
-  kind = _read_json(scheduler_json).get("variance_type")
-  if kind != "learned_range":
-    raise UserError(
-        f"{scheduler_json}: variance_type must be 'learned_range' for "
-        f"learned_variance. Received: {kind!r}")
-  return dataclasses.replace(config, out_channels=channels)
-
-
-def without_variance(
-    path: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Removes the channels of a learned variance from the last convolution.
-
-  Args:
-    path: as in `read_config`.
-    weights: as `read_weights` gives them.
-
-  Returns:
-    The weights, with as many output channels as input channels.
-
-  Raises:
-    UserError: a tensor of that convolution has another number of channels than
-      the configuration says.
-  """
-  config = _read_json(config_files(path)[0])
-  before, kept = config["out_channels"], config["in_channels"]
-  if before == kept:
-    return weights
-  halves = {name: weights[name] for name in ("conv_out.weight", "conv_out.bias")
-            if name in weights}
-  for name, value in halves.items():
-    if value.shape[:1] != (before,):
-      raise UserError(f"{path}: tensor {name} must have {before} outputs, as "
-                      f"{CONFIG} says. Received: shape {value.shape}")
-    halves[name] = value[:kept]
-  return {**weights, **halves}
 
 
 # Our names of the layers inside a block, and theirs.

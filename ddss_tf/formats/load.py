@@ -6,8 +6,6 @@ a cache (`load_denoiser.cache_dir`). SavedModels and Keras files are programs,
 which are used as they are.
 """
 
-import dataclasses
-import json
 import os
 from typing import Callable, NamedTuple
 
@@ -17,20 +15,21 @@ from ddss_tf import storage
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import cache as cache_lib
 from ddss_tf.formats import cards
+from ddss_tf.formats import converted
 from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
+from ddss_tf.formats import dit
 from ddss_tf.formats import edm
 from ddss_tf.formats import keras_weights
 from ddss_tf.formats import openai
 from ddss_tf.formats import own
+from ddss_tf.formats import pipelines
 from ddss_tf.formats import saved_model
 from ddss_tf.formats import tensors
 from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.networks.edm_unet import EDMConfig
-from ddss_tf.networks.unet import UNetConfig
 from ddss_tf.schedules import NoiseSchedule
 
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -73,7 +72,9 @@ def load_denoiser(
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
         `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
         `.bin` (which needs PyTorch); or such a file of any name, with the two
-        others beside it;
+        others beside it; or the folder of a `DiTTransformer2DModel`;
+      - a latent pipeline of diffusers, a folder with `model_index.json`: an
+        LDMPipeline or a DiTPipeline. Its decoder comes with it;
       - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
         by its prefix ("folder/model.ckpt-790000") or its folder;
       - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
@@ -307,30 +308,13 @@ def _is_ddpm(path: str) -> bool:
   return ddpm.find_prefix(path) is not None
 
 
-def _convert_diffusers(path: str, given: dict) -> Denoiser:
-  """Reads a diffusers folder, or a weights file in it, into our U-Net."""
-  path = diffusers.find_network(path)
-  config, betas, prediction = diffusers.read_config(
-      path, given.get("image_size"))
-  weights = diffusers.read_weights(path)
-  if given.get("learned_variance"):
-    config = diffusers.with_variance(path, config)
-  else:
-    weights = diffusers.without_variance(path, weights)
-  model = tensors.build_frozen(
-      path, config,
-      lambda variables: diffusers.to_keras(weights, variables))
-  return _converted("diffusers", model, config, NoiseSchedule(betas),
-                    prediction)
-
-
 def _convert_ddpm(path: str, given: dict) -> Denoiser:
   """Reads a checkpoint of the original DDPM; all have the same schedule."""
   prefix = ddpm.find_prefix(path)
   weights = ddpm.read_weights(prefix)
   image_size = given.get("image_size")
   model = ddpm.convert(prefix, weights, image_size)
-  return _converted(
+  return converted.converted(
       "DDPM", model, ddpm.infer_config(weights, image_size),
       NoiseSchedule.linear())
 
@@ -346,7 +330,7 @@ def _convert_openai(path: str, given: dict) -> Denoiser:
   model = openai.convert(path, weights, card, keep_variance)
   # The weights are in our order of attention's channels by now, so their hash
   # covers use_new_attention_order.
-  return _converted(
+  return converted.converted(
       "improved- or guided-diffusion", model,
       openai.infer_config(weights, card, keep_variance), NoiseSchedule(betas),
       "x0" if card["predict_xstart"] else "eps")
@@ -358,57 +342,18 @@ def _convert_edm(path: str, given: dict) -> Denoiser:
   if "schedule" in given:
     schedule = edm.read_schedule(path, given["schedule"])
   model = edm.convert(path, edm.read_weights(path), config)
-  return _converted("EDM", model, config, schedule)
+  return converted.converted("EDM", model, config, schedule)
 
 
 def _convert_weights(path: str, card: dict) -> Denoiser:
   """Reads weights of Keras; see `keras_weights.read_card` for the card."""
   model = keras_weights.convert(path, card["config"])
   try:
-    return _converted(
+    return converted.converted(
         "weights of Keras", model, card["config"], card["schedule"],
         card["prediction"], card["null_label"], **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
-
-
-def _converted(source: str, model, config: UNetConfig | EDMConfig,
-               schedule: NoiseSchedule, prediction: str = "eps",
-               null_label: int | None = None, **convention) -> Denoiser:
-  """The denoiser of one of our own networks.
-
-  Args:
-    source: what it was read from, in words.
-    model: the network, frozen.
-    config: its architecture. It is part of the hash, because no weight tells
-      the padding of a convolution or the epsilon of a normalisation.
-    schedule: see `Denoiser`, as for all below. It is the only one of these for
-      a network of EDM, whose process and prediction are its own.
-    prediction: see `Denoiser`.
-    null_label: see `Denoiser`.
-    **convention: see `Denoiser`.
-  """
-  # Defaults are left out, so that a field that is added changes no hash.
-  architecture = {
-      "kind": type(config).__name__,
-      **{field.name: getattr(config, field.name)
-         for field in dataclasses.fields(config)
-         if getattr(config, field.name) != field.default}}
-  classes = getattr(config, "num_classes", None)
-  if isinstance(config, EDMConfig):
-    convention = {"process": "ve", "time_input": "sigma"}
-    # The label after the last stands for no class: all zeros, see
-    # `layers.OneHot`. The network has seen it only if it was trained with
-    # dropped labels.
-    knows_null = bool(config.label_dim and config.label_dropout)
-    null_label = config.label_dim if knows_null else None
-    classes = config.label_dim + knows_null or None
-  sha256 = _told_sha256(
-      denoiser_lib.weights_sha256(model), prediction, schedule,
-      {**convention, "architecture": architecture})
-  return Denoiser(model, schedule, prediction, num_classes=classes,
-                  null_label=null_label, sha256=sha256,
-                  architecture={"format": source, **architecture}, **convention)
 
 
 def _load_foreign(path: str, given: dict) -> Denoiser:
@@ -430,7 +375,7 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     model = saved_model.SavedModelNetwork(
         path, card["signature"], card["image_shape"], card["num_classes"])
     sha256 = model.sha256
-  sha256 = _told_sha256(
+  sha256 = converted.told_sha256(
       sha256, card["prediction"], card["schedule"], told, card["num_classes"])
   try:
     denoiser = Denoiser(
@@ -444,26 +389,6 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
   return denoiser
 
 
-def _told_sha256(sha256: str | None, prediction: str,
-                 schedule: NoiseSchedule, others: dict,
-                 num_classes: int | None = None) -> str:
-  """Hash of a network and of what its weights do not tell.
-
-  If any of it changes, a run must not go on, and no cached result may be used.
-
-  Args:
-    sha256: the hash of the weights, or of the files.
-    prediction: see `Denoiser`.
-    schedule: see `Denoiser`.
-    others: the rest by name, such as the convention and the architecture.
-    num_classes: the number of classes of a foreign network.
-  """
-  told = [sha256, prediction, schedule.card(), others]
-  if num_classes is not None:
-    told.append(num_classes)
-  return fingerprint.text_sha256(json.dumps(told, sort_keys=True))
-
-
 # Our formats, in the order in which they are tried on a path.
 _FORMATS = (
     Format("own", _is_own, _load_own),
@@ -473,7 +398,11 @@ _FORMATS = (
     Format("keras weights", keras_weights.is_weights, _convert_weights,
            keras_weights.CARD_KEYS, kept=True),
     Format("openai", _is_openai, _convert_openai, _OPENAI_KEYS, kept=True),
-    Format("diffusers", diffusers.is_diffusers, _convert_diffusers,
+    Format("latent pipeline", pipelines.is_latent, pipelines.convert,
+           ("learned_variance",), kept=True),
+    Format("DiT", dit.is_dit, pipelines.convert_dit, ("learned_variance",),
+           kept=True),
+    Format("diffusers", diffusers.is_diffusers, pipelines.convert_unet,
            ("image_size", "learned_variance"), kept=True),
     Format("ddpm", _is_ddpm, _convert_ddpm, ("image_size",), kept=True),
 )

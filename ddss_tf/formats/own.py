@@ -1,4 +1,7 @@
-"""The format of this library: a folder with `denoiser.json` and `network.keras`."""
+"""The format of this library: a folder with `denoiser.json` and `network.keras`.
+
+A latent diffusion model has its decoder beside them, in `decoder.keras`.
+"""
 
 import os
 
@@ -9,11 +12,13 @@ from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import cards
 from ddss_tf.formats import saved_model
 from ddss_tf.networks import files as network_files
+from ddss_tf.denoisers.decoder import Decoder
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 
 CARD = "denoiser.json"
 NETWORK = "network.keras"
+DECODER = "decoder.keras"
 _FORMAT, _VERSION = "ddss_tf.denoiser", 1
 
 
@@ -37,6 +42,10 @@ def save(denoiser: Denoiser, path: str) -> None:
   told = {} if denoiser.sha256 == weights else {"told_sha256": denoiser.sha256}
   with storage.replacing(os.path.join(path, NETWORK)) as temporary:
     denoiser.model.save(temporary)
+  decoder = denoiser.decoder
+  if decoder is not None:
+    with storage.replacing(os.path.join(path, DECODER)) as temporary:
+      decoder.model.save(temporary)
   storage.write_json(os.path.join(path, CARD), {
       "format": _FORMAT,
       "version": _VERSION,
@@ -52,6 +61,9 @@ def save(denoiser: Denoiser, path: str) -> None:
       "num_classes": denoiser.num_classes,
       "guidance_scale": denoiser.guidance_scale,
       "null_label": denoiser.null_label,
+      **({} if decoder is None else {"decoder": {
+          **decoder.told(), "batch_size": decoder.batch_size,
+          "sha256": decoder.sha256}}),
   })
 
 
@@ -91,6 +103,8 @@ def load(folder: str) -> Denoiser:
     raise UserError(
         f"weights in {network_path} must have the SHA-256 {sha256} of their "
         f"{CARD}. Received: {received}")
+  decoder = _load_decoder(folder, card["decoder"]) if (
+      "decoder" in card) else None
   try:
     return Denoiser(
         # Older cards say nothing of classes.
@@ -98,6 +112,24 @@ def load(folder: str) -> Denoiser:
         card.get("guidance_scale"), card.get("null_label"),
         sha256=card.get("told_sha256", sha256),
         continuous_time=card.get("continuous_time"),
-        architecture=card.get("architecture"), **convention)
+        architecture=card.get("architecture"), decoder=decoder, **convention)
   except (TypeError, ValueError) as error:
     raise UserError(f"{card_path} is damaged: {error}") from error
+
+
+def _load_decoder(folder, told) -> Decoder:
+  """Reads the decoder beside a network, and checks its hash."""
+  path = os.path.join(folder, DECODER)
+  if not storage.exists(path):
+    raise UserError(f"{folder} has a decoder in its {CARD} but no {DECODER}")
+  try:
+    decoder = Decoder(network_files.load_keras(path), told["scale"],
+                      told["shift"], told["batch_size"])
+    expected = told["sha256"]
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{os.path.join(folder, CARD)} is damaged: decoder: "
+                    f"{errors.one_line(error)}") from error
+  if decoder.sha256 != expected:
+    raise UserError(f"the decoder in {path} must have the SHA-256 {expected} of "
+                    f"its {CARD}. Received: {decoder.sha256}")
+  return decoder

@@ -176,7 +176,7 @@ def check(denoiser, source: str) -> bool:
   for times in ([0, last // 3], [2 * last // 3, last]):
     x, t = denoiser.convention.inputs(
         denoiser.schedule,
-        tf.random.stateless_normal([2, *denoiser.image_shape], [0, last]),
+        tf.random.stateless_normal([2, *denoiser.state_shape], [0, last]),
         tf.constant(times, tf.float32))
     try:
       with tf.GradientTape() as tape:
@@ -186,7 +186,7 @@ def check(denoiser, source: str) -> bool:
       raise
     except Exception as error:  # Whatever the graph raises.
       raise UserError(
-          f"{source} must take images {shape_text((2, *denoiser.image_shape))} "
+          f"{source} must take images {shape_text((2, *denoiser.state_shape))} "
           f"and times [2]{taken}: {errors.one_line(error)}") from error
     if not np.all(np.isfinite(output)):
       raise UserError(f"{source} must give finite predictions. Received: NaN "

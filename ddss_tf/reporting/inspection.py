@@ -8,6 +8,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.denoisers.decoder import Decoder
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.features.network import FeatureNetwork, as_networks
@@ -31,7 +32,7 @@ def activation_bytes(denoiser: Denoiser) -> int:
   that backpropagation through it keeps. The graph of a SavedModel is closed:
   there it is what backpropagation does keep, about a fifth less.
   """
-  specs = [tf.TensorSpec((1, *denoiser.image_shape)), tf.TensorSpec((1,))]
+  specs = [tf.TensorSpec((1, *denoiser.state_shape)), tf.TensorSpec((1,))]
   if denoiser.num_classes is not None:
     specs.append(tf.TensorSpec((1,), tf.int32))
   if isinstance(denoiser.model, SavedModelNetwork):
@@ -76,9 +77,25 @@ def feature_bytes(features: FeatureNetwork,
     features: the network, with the preprocessing of its images.
     image_shape: (H, W, C) of the denoiser's images.
   """
-  graph = tf.function(lambda images: features(images)["pool"])
-  graph = graph.get_concrete_function(
-      tf.TensorSpec((1, *image_shape))).graph.as_graph_def(add_shapes=True)
+  return _graph_bytes(lambda images: features(images)["pool"],
+                      (1, *image_shape))
+
+
+def decoder_bytes(decoder: Decoder) -> int:
+  """Bytes of what a decoder keeps for the gradient of the images it makes at once.
+
+  This is the sum of all floating-point results in its graph. It does not grow
+  with the batch.
+  """
+  return _graph_bytes(
+      lambda latents: decoder.model(latents, training=False),
+      (decoder.batch_size, *decoder.state_shape))
+
+
+def _graph_bytes(function, shape) -> int:
+  """Bytes of all floating-point results in a function's graph."""
+  graph = tf.function(function).get_concrete_function(
+      tf.TensorSpec(shape)).graph.as_graph_def(add_shapes=True)
   total = 0
   for node in itertools.chain(
       graph.node, *(each.node_def for each in graph.library.function)):
@@ -116,6 +133,16 @@ def _times(denoiser: Denoiser) -> str:
   parts.append("may be learned" if denoiser.continuous_time else
                "whole steps, or without gradient: no +time")
   return ", ".join(parts)
+
+
+def _images(denoiser):
+  """The shape of the images, and of the latents if there are any."""
+  shape = " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]"
+  decoder = denoiser.decoder
+  if decoder is None:
+    return shape
+  return (f"{shape}, of latents of {' x '.join(map(str, denoiser.state_shape))} "
+          f"by a decoder of {decoder.model.count_params():,} parameters")
 
 
 def _classes(denoiser):
@@ -157,10 +184,10 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
   Returns:
     Lines of text: architecture, prediction, image shape, times, parameters,
     hash, kinds of layers, schedule, and an estimate of the memory of a search
-    step that is rematerialised and compiled by XLA. The estimate is the larger
-    of two parts, plus the states of K steps. One part is what a network call
-    and its gradient hold. The other is what the feature networks hold, which
-    run before and are then freed.
+    step that is rematerialised and compiled by XLA. The estimate is the largest
+    of three parts, plus the states of K steps. The parts are what a network
+    call and its gradient hold, what the feature networks hold, and what the
+    decoder holds, if there is one. They run one after another and are freed.
 
   Raises:
     UserError: `num_steps` or `micro_batch_size` below 1.
@@ -171,17 +198,19 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
                     f"1. Received: {num_steps} and {micro_batch_size}")
   model = denoiser.model
   layers = collections.Counter(type(layer).__name__ for layer in model.layers)
-  state = 4 * int(np.prod(denoiser.image_shape))
+  state = 4 * int(np.prod(denoiser.state_shape))
   network = activation_bytes(denoiser)
   networks = as_networks("inspect.features", features, optional=True)
   seen = sum(feature_bytes(each, denoiser.image_shape) for each in networks)
-  needed = COMPILER_BYTES + micro_batch_size * (
-      max(HELD_SHARE * network, seen) + 2 * num_steps * state)
+  decoded = 0 if denoiser.decoder is None else decoder_bytes(denoiser.decoder)
+  needed = COMPILER_BYTES + max(
+      micro_batch_size * HELD_SHARE * network, micro_batch_size * seen, decoded
+  ) + micro_batch_size * 2 * num_steps * state
   rows = {
       "name": denoiser.name,
       "architecture": _architecture(denoiser),
       "prediction": denoiser.prediction,
-      "images": " x ".join(map(str, denoiser.image_shape)) + ", in [-1, 1]",
+      "images": _images(denoiser),
       "classes": _classes(denoiser),
       "parameters": f"{model.count_params():,} in {len(model.weights)} "
                     "variables",
@@ -194,6 +223,8 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
       "a search": f"K = {num_steps}, micro-batch {micro_batch_size}: about "
                   f"{needed / 2**30:.2f} GiB above the idle process "
                   f"({network / 2**20:.1f} MiB of activations an image"
+                  + (f", {decoded / 2**20:.1f} MiB of the decoder's at once"
+                     if decoded else "")
                   + (f", {seen / 2**20:.1f} MiB of the features'" if networks
                      else "; its feature network is not told") + ")",
   }

@@ -35,7 +35,7 @@ class Record(TypedDict, total=False):
     seed: the seed of the noise.
     features: "name", "sha256" and "protocol" of the feature network.
     features_heldout: the same of a held-out network, a list of several, or None.
-    denoiser: identity of the model, see `Denoiser.identity`.
+    denoiser: what decides the model's images, see `Denoiser.setting`.
     dataset: the data set's name.
     dataset_sha256: its hash.
     fid, kid, kid_std, inception_score: figures; None if not finite.
@@ -98,10 +98,20 @@ def condition_key(record: Record) -> str:
 
 def is_of(record: Record, coefficients_sha256: str, x0_bound: str | None,
           denoiser: dict) -> bool:
-  """Whether a record is of these coefficients, this bound and this model."""
+  """Whether a record is of these coefficients, this bound and this model.
+
+  Args:
+    record: the record.
+    coefficients_sha256: see `Record`.
+    x0_bound: see `Record`.
+    denoiser: see `Denoiser.identity`, which says nothing of a decoder.
+  """
+  known = record.get("denoiser")
+  if isinstance(known, dict):
+    known = {key: value for key, value in known.items() if key != "decoder"}
   return (record.get("coefficients_sha256") == coefficients_sha256
           and record.get("x0_bound") == x0_bound
-          and record.get("denoiser") == denoiser)
+          and known == denoiser)
 
 
 def heldout_names(record: Record) -> list[str]:

@@ -26,7 +26,7 @@ def seed_pair(seed: int) -> tf.Tensor:
 def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
                  seed: tf.Tensor, indices: tf.Tensor,
                  labels: tf.Tensor | None = None, **options):
-  """Draws the noise of samples and runs their chains.
+  """Draws the noise of samples, runs their chains and decodes what they give.
 
   Args:
     denoiser: the frozen network; it gives the image shape and the classes.
@@ -38,15 +38,18 @@ def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
     **options: options of `chain.run_chain`.
 
   Returns:
-    What `chain.run_chain` returns.
+    What `chain.run_chain` returns, decoded.
   """
   if labels is None:
     labels = denoiser.draw_labels(seed, indices)
   x_T, step_noise = chain.draw_noise(
-      seed, indices, denoiser.image_shape, coefficients.num_steps)
-  return chain.run_chain(
+      seed, indices, denoiser.state_shape, coefficients.num_steps)
+  states = chain.run_chain(
       denoiser_lib.with_labels(output, labels), coefficients, x_T, step_noise,
       **options)
+  if denoiser.decoder is None:
+    return states
+  return tf.nest.map_structure(denoiser.decode, states)
 
 
 class Generator:
@@ -68,6 +71,7 @@ class Generator:
 
   def __init__(self, denoiser: Denoiser, batch_size: int = 250,
                jit_compile: bool = True, x0_bound: str | None = None):
+    denoiser.check_latents("a sampler", x0_bound)
     self.denoiser = denoiser
     self.batch_size = distribution.filled(batch_size)
     self.x0_bound = x0_bound
@@ -129,6 +133,7 @@ class Generator:
       Three float32 arrays: the image [H, W, C], which is image `index` of
       `batches` to float precision; the states [K, H, W, C] before it, the
       noisiest first; and the predicted images [K, H, W, C] in the same order.
+      If there is a decoder, all are decoded.
     """
     found = self._walk(self._tensors(coefficients), seed_pair(seed),
                        tf.constant([index]))

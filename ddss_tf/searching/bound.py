@@ -62,7 +62,7 @@ class BoundGradient:
     """The bound of images, averaged with weights [B], and its gradient."""
     sampler = self._variables.sampler
     first_noise, step_noise = chain.draw_noise(
-        self._pair, distribution.own_rows(indices), self._denoiser.image_shape,
+        self._pair, distribution.own_rows(indices), self._denoiser.state_shape,
         sampler.num_steps)
     with tf.GradientTape() as tape:
       squares = elbo.squares(

@@ -66,6 +66,8 @@ class SearchParts:
 
   def _check_denoiser(self):
     name = self.denoiser.name
+    self.denoiser.check_latents(
+        "search", self.options.x0_bound, self.options.is_elbo)
     if self.options.is_elbo and self.denoiser.num_classes is not None:
       raise UserError("objective 'elbo' needs an unconditional denoiser: "
                       f"images come without their classes. Received: {name!r}")

@@ -78,7 +78,7 @@ class Validation:
   def _squares_of_rows(self, coefficients, indices, x_0):
     first_noise, step_noise = chain.draw_noise(
         generator_lib.seed_pair(self._seed), distribution.own_rows(indices),
-        self._denoiser.image_shape, coefficients.num_steps)
+        self._denoiser.state_shape, coefficients.num_steps)
     return distribution.all_rows(elbo.squares(
         self._output, coefficients, distribution.own_rows(x_0), first_noise,
         step_noise, self._denoiser.for_chain))
