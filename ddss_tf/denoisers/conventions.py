@@ -48,9 +48,9 @@ class Convention:
 
   Attributes:
     prediction: "eps"; "x0"; "v" = alpha_t eps - sigma_t x0 (Salimans and Ho
-      2022, https://arxiv.org/abs/2202.00512), not for "ve"; "flow", the velocity
-      u = dz / ds = eps - x0 of a flow, not for "ve" either; "flow_reversed",
-      which is -u; or "score", the
+      2022, https://arxiv.org/abs/2202.00512), not for "ve"; "flow", the
+      velocity u = dz / ds = eps - x0 of a flow, not for "ve" either;
+      "flow_reversed", which is -u; or "score", the
       gradient of log q(z) with respect to z in the network's own units, which
       is -eps / s. A network that returns s times the score predicts -eps: that
       is none of these.
@@ -179,8 +179,8 @@ class Convention:
                     coefficients):
     """`Coefficients` of x0_hat for what `output` gives instead of eps or v.
 
-    The images are the same but for rounding. With v, which is also the output of
-    a flow's network, x0_hat = p x_t + q eps is
+    The images are the same but for rounding. With v, which is also the output
+    of a flow's network, x0_hat = p x_t + q eps is
 
       (alpha_t + dp + dq sigma_t) x_t + (-sigma_t + dq alpha_t) v,
       dp = p - 1 / alpha_t,  dq = q + sigma_t / alpha_t,
@@ -205,8 +205,8 @@ class Convention:
 
     Args:
       schedule: the process in its "vp" form.
-      coefficients: for eps, or for v. NumPy arrays are computed at once; tensors, of any
-        trailing dimensions, stay differentiable.
+      coefficients: for eps, or for v. NumPy arrays are computed at once;
+        tensors, of any trailing dimensions, stay differentiable.
 
     Returns:
       Coefficients whose `x0_from_output` multiplies what `output` gives. They

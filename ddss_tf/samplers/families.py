@@ -388,8 +388,8 @@ def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
 
   Args:
     schedule: the forward process of the denoiser.
-    family: a solver of `solvers.ALL_SOLVERS`, such as "ddpm", "ddim", "dpm++2m",
-      "unipc2-bh2"; or a learned family: "ddim-learned", "vars", "rddim",
+    family: a solver of `solvers.ALL_SOLVERS`, such as "ddpm", "ddim",
+      "dpm++2m", "unipc2-bh2"; or a learned family: "ddim-learned", "vars", "rddim",
       "ggdm", or one that was registered (`register_family`). Either may be
       followed by "+pred", "+time", "+guidance", or several in this order.
     num_steps: K, from 1 to T.

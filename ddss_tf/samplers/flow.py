@@ -78,8 +78,8 @@ def dynamic_shift(num_tokens: int, kind: str = "exponential",
   (few, many), (low, high) = num_tokens_range, mu_range
   if few == many or min(num_tokens, few, many) < 1:
     raise ValueError(
-        "num_tokens and the two of num_tokens_range must be positive, and these "
-        f"differ. Received: {num_tokens} and {num_tokens_range}")
+        "num_tokens and the two of num_tokens_range must be positive, and "
+        f"these differ. Received: {num_tokens} and {num_tokens_range}")
   mu = low + (high - low) * (num_tokens - few) / (many - few)
   shift = math.exp(mu) if kind == "exponential" else float(mu)
   if not shift > 0:

@@ -159,7 +159,8 @@ def _adams_bashforth(history, order, integrals, lower_end):
     return history.first_order()
   with np.errstate(divide="ignore"):
     rho = history.sigma / history.alpha
-  order = recursion.order_of(history, order, lower_end=lower_end and _short(history))
+  order = recursion.order_of(
+      history, order, lower_end=lower_end and _short(history))
   used = range(k, k - order, -1)
   weights = integrals(rho[list(used)], rho[k:k + 2])
   x = history.x[k] / history.alpha[k]

@@ -110,16 +110,16 @@ def times_of(schedule: NoiseSchedule, stride: str | npt.ArrayLike,
   `NOISIEST_LOG_SNR`; the matched ones have the noise levels of the linear
   schedule, which are finite.
 
-  logsnr, karras and the flow's own give fractional times. Where one of the others names a step
-  twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
+  logsnr, karras and the flow's own give fractional times. Where one of the
+  others names a step twice (quadratic from K = 30 at T = 1000, the rounded ones close to K = T),
   the later one moves to the next free step, so that no step is wasted. At
   K = 1 linear, leading, uniform and quadratic give 0, the other ones that are
   not matched N - 1.
 
   Args:
     schedule: the forward process.
-    stride: one of `STRIDES`, of `FLOW_STRIDES` on a flow, or the K times themselves, strictly decreasing,
-      in [0, T - 1], fractional allowed.
+    stride: one of `STRIDES`, of `FLOW_STRIDES` on a flow, or the K times
+      themselves, strictly decreasing, in [0, T - 1], fractional allowed.
     num_steps: K, from 1 to T.
 
   Returns:

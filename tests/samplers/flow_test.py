@@ -1,4 +1,4 @@
-"""Tests of samplers on flows: exact at pure noise, and as other code has them."""
+"""Tests of samplers on flows: exact at pure noise, and as others have them."""
 
 import numpy as np
 import pytest
