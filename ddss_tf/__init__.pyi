@@ -17,6 +17,7 @@ from .features.network import FeatureNetwork
 from .formats.load import load_denoiser, register_format
 from .objectives.objective import register_objective
 from .reporting.inspection import inspect
+from .reporting.published import load_published
 from .reporting.report import report
 from .samplers.card import SamplerCard
 from .samplers.chain import draw_noise, run_chain

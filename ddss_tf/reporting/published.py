@@ -43,7 +43,7 @@ class Published:
         (row, "", num_steps))
 
 
-@gin.configurable
+@gin.register
 def load_published(dataset: str = gin.REQUIRED, source: str = gin.REQUIRED,
                    path: str = _TABLES) -> Published:
   """Reads published figures from a CSV file.
