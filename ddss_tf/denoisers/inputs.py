@@ -33,8 +33,8 @@ def _kinds(spec, num_classes: int | None) -> str:
     return "xt" if dtype.is_floating else "ty"
   if shape.rank == 1 or (shape.rank == 2 and shape[1] == 1):
     return "t" if dtype.is_floating else "ty"
-  if all(size == 1 for size in shape[1:]):
-    return "t"  # As in [B, 1, 1, 1], to be multiplied with images.
+  if dtype.is_floating and shape[1:].as_list() == [1, 1, 1]:
+    return "xt"  # Times to be multiplied with images, or images of one pixel.
   return "x" if shape.rank == 4 and dtype.is_floating else ""
 
 

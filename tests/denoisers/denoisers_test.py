@@ -86,7 +86,7 @@ def test_every_prediction_gives_the_same_eps(prediction):
 
 def test_unknown_prediction():
   exact = ddss_tf.gaussian_denoiser((2, 2, 1))
-  with pytest.raises(ValueError, match="eps, x0, v, score.*'flow'"):
+  with pytest.raises(ValueError, match="eps, x0, v, score, flow, flow_reversed.*'mean'"):
     denoiser_lib.Denoiser(exact.model, exact.schedule, "mean")
 
 

@@ -366,7 +366,7 @@ def test_a_row_for_every_objective(arguments, tmp_path):
     (dict(objectives={"..": "elbo"}), r"can name a folder.*'\.\.'"),
     (dict(objectives={"a": "elbo", "b": "best"}),
      r"compare.objectives\['b'\]: objective must be out of.*'best'"),
-    (dict(full_chain=["learned"]), "full_chain must be out of post.*'learned'"),
+    (dict(full_chain=["least"]), "full_chain must be out of post.*'least'"),
     (dict(full_chain="posterior"), "full_chain must be a list.*'posterior'"),
     (dict(full_chain=True, full_chain_steps=2000),
      "full_chain_steps: num_steps must be from 1 to 1000.*num_steps=2000"),
