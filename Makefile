@@ -14,11 +14,9 @@ PUBLISHED := $(RUN) --mode=search --gin_file=gin_configs/published.gin \
 FEWER := --gin_param='search.batch_size = 64' \
   --gin_param='search.real_samples = 64' \
   --gin_param='search.num_search_steps = 60'
-# Two workers share two cores: with a thread each they do not wait for each
-# other.
+# Two workers share two cores.
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
-test test-all test-lowest: export TF_NUM_INTRAOP_THREADS ?= 1
 test test-all test-lowest: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-full table table-cosine objectives figures published bench docs test test-all test-lowest clean
