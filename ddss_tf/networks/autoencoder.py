@@ -12,9 +12,8 @@ import dataclasses
 import keras
 from keras import ops
 
-from ddss_tf.networks import group_norm
 from ddss_tf.networks import layers
-from ddss_tf.networks.layers import SelfAttention
+from ddss_tf.networks.layers import ResidualBlock, SelfAttention
 
 # A larger size is a mistake or from a damaged file, and would fill the memory.
 _MOST = {"latent_channels": 2**13, "out_channels": 2**13, "channels": 2**13,
@@ -96,13 +95,9 @@ def build_decoder(config: DecoderConfig,
         name="post_quant_conv")(h)
   h = keras.layers.Conv2D(
       config.channels[-1], 3, padding="same", name="conv_in")(h)
-  h = _up(config, _middle(config, h))
-  h = group_norm.GroupNormalization(
-      groups=config.norm_groups, epsilon=config.norm_epsilon,
-      name="norm_out")(h)
-  h = keras.layers.Activation("silu", name="silu_out")(h)
-  h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
-                          dtype="float32", name="conv_out")(h)
+  h = layers.image_output(
+      _up(config, _middle(config, h)), config.out_channels, config.norm_groups,
+      config.norm_epsilon)
   return keras.Model(z, h, name=name)
 
 
@@ -128,9 +123,9 @@ def _checked(config: DecoderConfig) -> tuple[int, int]:
 
 
 def _block(config: DecoderConfig, h, width, place):
-  return DecoderBlock(
+  return ResidualBlock(
       width, norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon,
-      activation=config.activation, name=place)(h)
+      activation=config.activation, timed=False, name=place)(h)
 
 
 def _middle(config: DecoderConfig, h):
@@ -154,70 +149,6 @@ def _up(config: DecoderConfig, h):
       h = keras.layers.Conv2D(
           width, 3, padding="same", name=f"up_{up}_upsample")(h)
   return h
-
-
-@keras.saving.register_keras_serializable(package="ddss_tf")
-class DecoderBlock(keras.layers.Layer):
-  """norm, activation, conv, norm, activation, conv, plus a shortcut.
-
-  It is `layers.ResidualBlock` without a time.
-
-  Args:
-    channels: channels of the output.
-    norm_groups: groups of both normalisations.
-    norm_epsilon: their epsilon.
-    activation: one of `layers.ACTIVATIONS`.
-
-  Call arguments:
-    x: float [B, H, W, C].
-
-  Returns:
-    float [B, H, W, channels].
-  """
-
-  def __init__(self, channels, norm_groups, norm_epsilon, activation="silu",
-               **kwargs):
-    super().__init__(**kwargs)
-    self.channels = channels
-    self.norm_groups = norm_groups
-    self.norm_epsilon = norm_epsilon
-    self.activation = activation
-    norm = dict(groups=norm_groups, epsilon=norm_epsilon)
-    self.norm1 = group_norm.GroupNormalization(**norm, name="norm1")
-    self.conv1 = keras.layers.Conv2D(channels, 3, padding="same", name="conv1")
-    self.norm2 = group_norm.GroupNormalization(**norm, name="norm2")
-    self.conv2 = keras.layers.Conv2D(channels, 3, padding="same", name="conv2")
-    self.shortcut = None
-
-  def build(self, x_shape):
-    out_shape = self.compute_output_shape(x_shape)
-    self.norm1.build(x_shape)
-    self.conv1.build(x_shape)
-    self.norm2.build(out_shape)
-    self.conv2.build(out_shape)
-    if x_shape[-1] != self.channels:
-      self.shortcut = keras.layers.Conv2D(self.channels, 1, name="shortcut")
-      self.shortcut.build(x_shape)
-    self.built = True
-
-  def call(self, x):
-    # Keras's GELU is the exact one, as that of `layers` is.
-    act = keras.activations.get(self.activation)
-    h = self.conv1(act(self.norm1(x)))
-    h = self.conv2(act(self.norm2(h)))
-    return h + (x if self.shortcut is None else self.shortcut(x))
-
-  def compute_output_shape(self, x_shape):
-    return (*x_shape[:-1], self.channels)
-
-  def get_config(self):
-    return {
-        **super().get_config(),
-        "channels": self.channels,
-        "norm_groups": self.norm_groups,
-        "norm_epsilon": self.norm_epsilon,
-        "activation": self.activation,
-    }
 
 
 @keras.saving.register_keras_serializable(package="ddss_tf")

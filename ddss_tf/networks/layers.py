@@ -76,10 +76,12 @@ class ResidualBlock(keras.layers.Layer):
     resample: "down" halves height and width by averages, "up" doubles them by
       repetition, on both branches before their convolutions; None: neither.
     divisor: a divisor of the sum of both branches.
+    timed: whether the block is told the time; the decoder of an autoencoder,
+      which knows none, has blocks without.
 
   Call arguments:
     x: float [B, H, W, C].
-    time_features: float [B, E].
+    time_features: float [B, E]; left out if not `timed`.
 
   Returns:
     float [B, H, W, channels], or with half or twice the height and width.
@@ -89,7 +91,8 @@ class ResidualBlock(keras.layers.Layer):
   """
 
   def __init__(self, channels, norm_groups, norm_epsilon, scale_shift=False,
-               activation="silu", resample=None, divisor=1.0, **kwargs):
+               activation="silu", resample=None, divisor=1.0, timed=True,
+               **kwargs):
     super().__init__(**kwargs)
     self.channels = channels
     self.norm_groups = norm_groups
@@ -98,20 +101,23 @@ class ResidualBlock(keras.layers.Layer):
     self.activation = activation
     self.resample = resample
     self.divisor = divisor
+    self.timed = timed
     norm = dict(groups=norm_groups, epsilon=norm_epsilon)
     self.norm1 = group_norm.GroupNormalization(**norm, name="norm1")
     self.conv1 = keras.layers.Conv2D(channels, 3, padding="same", name="conv1")
-    self.time_projection = keras.layers.Dense(
-        channels * (2 if scale_shift else 1), name="time_projection")
+    if timed:
+      self.time_projection = keras.layers.Dense(
+          channels * (2 if scale_shift else 1), name="time_projection")
     self.norm2 = group_norm.GroupNormalization(**norm, name="norm2")
     self.conv2 = keras.layers.Conv2D(channels, 3, padding="same", name="conv2")
     self.shortcut = None
 
-  def build(self, x_shape, time_features_shape):
+  def build(self, x_shape, time_features_shape=None):
     out_shape = self.compute_output_shape(x_shape, time_features_shape)
     self.norm1.build(x_shape)
     self.conv1.build(x_shape)
-    self.time_projection.build(time_features_shape)
+    if self.timed:
+      self.time_projection.build(time_features_shape)
     self.norm2.build(out_shape)
     self.conv2.build(out_shape)
     if x_shape[-1] != self.channels:
@@ -126,21 +132,25 @@ class ResidualBlock(keras.layers.Layer):
       return ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
     return x
 
-  def call(self, x, time_features):
+  def call(self, x, time_features=None):
     act = _ACTIVATIONS[self.activation]
     h = self.conv1(self._resampled(act(self.norm1(x))))
     x = self._resampled(x)
-    time = self.time_projection(act(time_features))[:, None, None, :]
-    if self.scale_shift:
-      scale, shift = ops.split(time, 2, axis=-1)
-      h = self.norm2(h) * (1.0 + scale) + shift
-    else:
-      h = self.norm2(h + time)
-    h = self.conv2(act(h))
+    h = self.conv2(act(self._timed(h, act, time_features)))
     h = h + (x if self.shortcut is None else self.shortcut(x))
     return h if self.divisor == 1 else h / self.divisor
 
-  def compute_output_shape(self, x_shape, time_features_shape):
+  def _timed(self, h, act, time_features):
+    """The second normalisation, which the time enters before or after."""
+    if not self.timed:
+      return self.norm2(h)
+    time = self.time_projection(act(time_features))[:, None, None, :]
+    if not self.scale_shift:
+      return self.norm2(h + time)
+    scale, shift = ops.split(time, 2, axis=-1)
+    return self.norm2(h) * (1.0 + scale) + shift
+
+  def compute_output_shape(self, x_shape, time_features_shape=None):
     del time_features_shape
     batch, height, width, _ = x_shape
     if self.resample == "down":
@@ -159,6 +169,8 @@ class ResidualBlock(keras.layers.Layer):
         "activation": self.activation,
         "resample": self.resample,
         "divisor": self.divisor,
+        # Left out where it was always so, which changes no hash.
+        **({} if self.timed else {"timed": False}),
     }
 
 
@@ -224,6 +236,28 @@ class SelfAttention(keras.layers.Layer):
         "head_channels": self.head_channels,
         "divisor": self.divisor,
     }
+
+
+def image_output(h, channels: int, norm_groups: int, norm_epsilon: float):
+  """The last layers of a convolutional network: `norm_out` to `conv_out`.
+
+  What leaves them is float32 whatever the policy: a sampling chain multiplies a
+  prediction by up to 1 / sqrt(abar_T).
+
+  Args:
+    h: float [B, H, W, C].
+    channels: channels of the result.
+    norm_groups: groups of the normalisation.
+    norm_epsilon: its epsilon.
+
+  Returns:
+    float32 [B, H, W, channels].
+  """
+  h = group_norm.GroupNormalization(
+      groups=norm_groups, epsilon=norm_epsilon, name="norm_out")(h)
+  h = keras.layers.Activation("silu", name="silu_out")(h)
+  return keras.layers.Conv2D(
+      channels, 3, padding="same", dtype="float32", name="conv_out")(h)
 
 
 def check_sizes(sizes, most) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 
 import keras
 
-from ddss_tf.networks import group_norm
 from ddss_tf.networks import layers
 from ddss_tf.networks.layers import ResidualBlock, SelfAttention, TimeEmbedding
 
@@ -139,15 +138,9 @@ def build_unet(config: UNetConfig, name: str = "unet") -> keras.Model:
     x = keras.layers.Rescaling(2.0, -1.0, name="center_input")(x)
   h = keras.layers.Conv2D(
       config.channels[0], 3, padding="same", name="conv_in")(x)
-  h = parts.up(parts.middle(parts.down(h)))
-  h = group_norm.GroupNormalization(
-      groups=config.norm_groups, epsilon=config.norm_epsilon,
-      name="norm_out")(h)
-  h = keras.layers.Activation("silu", name="silu_out")(h)
-  # The prediction leaves in float32 whatever the policy: the coefficients of
-  # the chain multiply it by up to 1 / sqrt(abar_T).
-  h = keras.layers.Conv2D(config.out_channels, 3, padding="same",
-                          dtype="float32", name="conv_out")(h)
+  h = layers.image_output(
+      parts.up(parts.middle(parts.down(h))), config.out_channels,
+      config.norm_groups, config.norm_epsilon)
   return keras.Model(inputs, h, name=name)
 
 
