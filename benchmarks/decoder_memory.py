@@ -7,10 +7,6 @@ of Stable Diffusion at a quarter of its width, with random weights. A batch of
 16 and one of 1 are decoded with their gradient, each in a process of its own.
 """
 
-import argparse
-import json
-import sys
-
 from benchmarks import records
 
 BATCH = 16
@@ -42,15 +38,11 @@ def measure(batch_size: int) -> dict:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--batch_size", type=int)
-  arguments = parser.parse_args()
-  if arguments.batch_size:
-    print(json.dumps(measure(arguments.batch_size)))
+  measured = records.of_batch_sizes(
+      "benchmarks.decoder_memory", __doc__, measure, (BATCH, 1))
+  if measured is None:
     return
-  large, small = (records.part("benchmarks.decoder_memory", f"--batch_size={n}")
-                  for n in (BATCH, 1))
-  print(large, small, file=sys.stderr)
+  large, small = measured
   above = [part["gib"] - part["before"] for part in (large, small)]
   records.keep([
       records.record(

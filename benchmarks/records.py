@@ -1,5 +1,6 @@
 """Measured figures beside their yardsticks, kept in `results.json`."""
 
+import argparse
 import json
 import os
 import platform
@@ -37,6 +38,30 @@ def part(module: str, *arguments) -> dict:
     RuntimeError: the part failed.
   """
   return _json_of([sys.executable, "-m", module, *map(str, arguments)])
+
+
+def of_batch_sizes(module: str, about: str, measure, sizes) -> list[dict] | None:
+  """Measures several batch sizes, each in a process of its own.
+
+  Args:
+    module: the benchmark that calls this, by its name.
+    about: what its `--help` says.
+    measure: function from a batch size to what was measured.
+    sizes: the batch sizes.
+
+  Returns:
+    What was measured, in the order of `sizes`; None in such a process, which
+    prints it.
+  """
+  parser = argparse.ArgumentParser(description=about)
+  parser.add_argument("--batch_size", type=int)
+  arguments = parser.parse_args()
+  if arguments.batch_size:
+    print(json.dumps(measure(arguments.batch_size)))
+    return None
+  measured = [part(module, f"--batch_size={size}") for size in sizes]
+  print(*measured, file=sys.stderr)
+  return measured
 
 
 def script(python: str, name: str, *arguments) -> dict:

@@ -6,10 +6,6 @@ Two exact steps at K = 10 run, each in a process of its own: one of a population
 of 512 in micro-batches of 64, and one of a population of 64 in one chain.
 """
 
-import argparse
-import json
-import sys
-
 from benchmarks import records
 
 NUM_STEPS, MICRO_BATCH = 10, 64
@@ -44,15 +40,11 @@ def measure(batch_size: int) -> dict:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--batch_size", type=int)
-  arguments = parser.parse_args()
-  if arguments.batch_size:
-    print(json.dumps(measure(arguments.batch_size)))
+  measured = records.of_batch_sizes(
+      "benchmarks.search_memory", __doc__, measure, (512, MICRO_BATCH))
+  if measured is None:
     return
-  large, small = (records.part("benchmarks.search_memory", f"--batch_size={size}")
-                  for size in (512, MICRO_BATCH))
-  print(large, small, file=sys.stderr)
+  large, small = measured
   records.keep([
       records.record(
           "search_512_memory", [large["gib"]], [small["gib"]], bound=6.0,

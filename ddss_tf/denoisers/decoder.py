@@ -47,7 +47,7 @@ class Decoder:
     self.state_shape = _shape("take", getattr(model, "input_shape", None))
     self.image_shape = _shape("give", getattr(model, "output_shape", None))
     self.scale, self.shift = (
-        _numbers(name, value, self.state_shape[-1])
+        _numbers(f"a decoder's {name}", value, self.state_shape[-1])
         for name, value in (("scale", scale), ("shift", shift)))
     if not np.all(self.scale):
       raise UserError(f"a decoder's scale must not be 0. Received: {scale!r}")
@@ -161,12 +161,10 @@ class Standardised:
     UserError: mean or std are not numbers, or std is not positive.
   """
 
-  batch_size = None  # All images at once.
-
   def __init__(self, state_shape: tuple[int, int, int], mean=0.0, std=1.0):
     self.state_shape = self.image_shape = tuple(state_shape)
     self.mean, self.std = (
-        _numbers(name, value, self.state_shape[-1], "image's")
+        _numbers(f"an image's {name}", value, self.state_shape[-1])
         for name, value in (("mean", mean), ("std", std)))
     if not np.all(self.std > 0):
       raise UserError(f"an image's std must be positive. Received: {std!r}")
@@ -201,14 +199,13 @@ def _shape(does, shape) -> tuple[int, int, int]:
   return tuple(shape[1:])
 
 
-def _numbers(name, value, channels, whose="decoder's") -> np.ndarray:
+def _numbers(what, value, channels) -> np.ndarray:
   """A number, or one for each channel, float64."""
   try:
     numbers = np.asarray(value, np.float64)
   except (TypeError, ValueError):
     numbers = np.asarray(np.nan)
   if numbers.shape not in ((), (channels,)) or not np.all(np.isfinite(numbers)):
-    article = "an" if whose.startswith("i") else "a"
-    raise UserError(f"{article} {whose} {name} must be a number, or one for each "
-                    f"of its {channels} channels. Received: {value!r}")
+    raise UserError(f"{what} must be a number, or one for each of its {channels} "
+                    f"channels. Received: {value!r}")
   return numbers

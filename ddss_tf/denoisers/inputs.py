@@ -114,9 +114,9 @@ def adapted(model, num_classes: int | None = None):
 
   Args:
     model: one that takes these in any order. Its times may be integers, [B, 1]
-      or [B, 1, 1, 1], and its labels [B, 1], or [B, classes] of zeros and a one. A
-      subclassed model, which does not tell its inputs, and one with more than
-      one but another number of inputs pass as they are.
+      or [B, 1, 1, 1], and its labels [B, 1], or [B, classes] of zeros and a
+      one. A subclassed model, which does not tell its inputs, and one with more
+      than one but another number of inputs pass as they are.
     num_classes: the number of classes, given exactly if it takes labels.
 
   Returns:
@@ -146,8 +146,8 @@ def adapted(model, num_classes: int | None = None):
   t = keras.Input((), name="t")
   outer = [x, t]
   axes = len(time.shape) - 1
-  fed = [x, TimeInput(None if floating else time.dtype, axes == 1,
-                      None if axes < 2 else axes, name="time_input")(t)]
+  fed = [x, TimeInput(None if floating else time.dtype, axes == 1, axes,
+                      name="time_input")(t)]
   if label:
     labels = keras.Input((), dtype="int32", name="labels")
     outer.append(labels)

@@ -9,8 +9,9 @@ def rematerialise(eps_fn: Callable, jit_compile: bool = False) -> Callable:
   """Wraps a network call so that backpropagation recomputes its activations.
 
   As in the paper (Watson et al. 2022), all K states are kept, which a
-  non-Markovian sampler needs anyway, but nothing inside the network survives its call. So memory
-  grows by one image per step instead of by one set of activations.
+  non-Markovian sampler needs anyway, but nothing inside the network survives
+  its call. So memory grows by one image per step instead of by one set of
+  activations.
 
   Everything must be passed by position: `tf.recompute_grad` silently gives no
   gradient to tensors it does not see as arguments, and the learned times would

@@ -54,6 +54,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
   Raises:
     UserError: a name is unknown or a number is out of range.
   """
+  arguments = {**arguments, "full_chain": _variances(arguments["full_chain"])}
   for what, known in (("solvers", solvers_lib.ALL_SOLVERS),
                       ("strides", (*strides.STRIDES, *strides.FLOW_STRIDES)),
                       ("families", families_lib.family_names()),
@@ -111,12 +112,17 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
 
 def _listed(name, arguments, what="list"):
   """The argument of a name, which must be a list."""
-  if isinstance(arguments[name], bool) and name == "full_chain":
-    return ("posterior",) if arguments[name] else ()
   if not isinstance(arguments[name], (list, tuple)):
     raise UserError(f"compare.{name} must be a {what}. "
                     f"Received: {arguments[name]!r}")
   return arguments[name]
+
+
+def _variances(full_chain):
+  """The variances of DDPM's rows; True stands for that of the posterior."""
+  if not isinstance(full_chain, bool):
+    return full_chain
+  return ("posterior",) if full_chain else ()
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -227,9 +233,7 @@ def compare(
     run.keep_config()
     fixed = {steps: _baselines(baselines, denoiser.schedule, steps)
              for steps in num_steps}
-    chains = _full_chains(
-        denoiser, _listed("full_chain", {"full_chain": full_chain}),
-        full_chain_steps)
+    chains = _full_chains(denoiser, _variances(full_chain), full_chain_steps)
     rows = (len(num_steps) * (len(baselines) + len(solvers)
                               + len(families) * len(objectives or [0]))
             + len(cards) + len(chains))
@@ -316,17 +320,15 @@ class _Table:
 
   def _keep_images(self, key, sampler, x0_bound):
     """Makes and stores the first images of a row, unless they are there."""
-    if key in self._images:
-      return
-    self._images[key] = dataset_lib.to_uint8(
-        self._evaluator.images(sampler, _SHOWN, x0_bound))
-    storage.save_arrays(
-        self.run.path(run_dir_lib.SAMPLES_NPZ), self._images, compressed=True)
+    if key not in self._images:
+      self._store(key, self._evaluator.images(sampler, _SHOWN, x0_bound))
 
   def keep_real_images(self) -> None:
     """Stores the data set's first images, for the pictures."""
-    self._images[labels.REAL_IMAGES] = dataset_lib.to_uint8(
-        self._evaluator.real_images(_SHOWN))
+    self._store(labels.REAL_IMAGES, self._evaluator.real_images(_SHOWN))
+
+  def _store(self, key, images):
+    self._images[key] = dataset_lib.to_uint8(images)
     storage.save_arrays(
         self.run.path(run_dir_lib.SAMPLES_NPZ), self._images, compressed=True)
 

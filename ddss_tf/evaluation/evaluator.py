@@ -31,9 +31,8 @@ class Evaluator:
   """Measures samplers under one set of conditions, on the same noise.
 
   Generated and real images are both rounded to uint8, as image files are, or
-  clipped only. Records are kept in
-  `metrics.json`, which is written after each measurement. What it holds under
-  the same conditions is not measured again.
+  clipped only. Records are kept in `metrics.json`, which is written after each
+  measurement. What it holds under the same conditions is not measured again.
 
   Args:
     run: the run directory.

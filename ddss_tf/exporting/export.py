@@ -9,7 +9,6 @@ import tensorflow as tf
 from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
-from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.exporting import diffusers_scheduler
 from ddss_tf.exporting import portable
 from ddss_tf.networks import precision
@@ -57,9 +56,9 @@ class SamplerModule(tf.Module):
               else denoiser.compiled_output(jit_compile))
 
     def run(x_T, step_noise, labels):
-      return denoiser.decode(chain.run_chain(
-          denoiser_lib.with_labels(eps_fn, labels), coefficients, x_T, step_noise,
-          x0_bound=x0_bound))
+      return generator_lib.decoded_chain(
+          denoiser, eps_fn, coefficients, x_T, step_noise, labels,
+          x0_bound=x0_bound)
 
     def of_indices(seed, indices, labels):
       return {"images": dataset_lib.to_uint8(generator_lib.sample_chain(
@@ -180,10 +179,9 @@ def _golden(denoiser, coefficients, x0_bound):
   labels = denoiser.draw_labels(seed, indices)
 
   def run():
-    return tf.clip_by_value(denoiser.decode(chain.run_chain(
-        denoiser_lib.with_labels(denoiser.output, labels),
-        denoiser.for_chain(coefficients), x_T, step_noise,
-        x0_bound=x0_bound)), -1.0, 1.0)
+    return tf.clip_by_value(generator_lib.decoded_chain(
+        denoiser, denoiser.output, denoiser.for_chain(coefficients), x_T,
+        step_noise, labels, x0_bound=x0_bound), -1.0, 1.0)
 
   if denoiser.dtype_policy != precision.FLOAT32:
     # In half precision, a graph keeps fused values in float32 where single

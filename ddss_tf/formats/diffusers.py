@@ -24,7 +24,7 @@ from ddss_tf.networks.unet import UNetConfig
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
-_PIPELINE = "model_index.json"
+PIPELINE = "model_index.json"
 _UNET, _SCHEDULER_FOLDER = "unet", "scheduler"
 SUFFIXES = (".safetensors", ".bin")
 WEIGHTS, PICKLED_WEIGHTS = (
@@ -79,7 +79,7 @@ def is_diffusers(path: str) -> bool:
   """Whether a path is such a folder, a pipeline, or a file of weights."""
   if storage.isfile(path):
     return path.endswith(SUFFIXES)
-  return storage.exists(os.path.join(path, _PIPELINE)) or storage.exists(
+  return storage.exists(os.path.join(path, PIPELINE)) or storage.exists(
       os.path.join(path, CONFIG))
 
 
@@ -95,9 +95,9 @@ def find_network(path: str) -> str:
   Raises:
     UserError: the pipeline has other parts, as a latent one has.
   """
-  if not storage.exists(os.path.join(path, _PIPELINE)):
+  if not storage.exists(os.path.join(path, PIPELINE)):
     return path
-  index = os.path.join(path, _PIPELINE)
+  index = os.path.join(path, PIPELINE)
   parts = {name for name, value in cards.read_json_object(index).items()
            if isinstance(value, list) and value != [None, None]}
   if parts != {_UNET, _SCHEDULER_FOLDER}:
@@ -122,7 +122,12 @@ def config_files(path: str) -> tuple[str, str]:
   return os.path.join(folder, CONFIG), scheduler
 
 
-def _read_json(path: str) -> dict:
+def read_json(path: str) -> dict:
+  """Reads a configuration of a diffusers folder.
+
+  Raises:
+    UserError: the file is missing, or not a JSON object.
+  """
   folder, name = os.path.split(path)
   if not storage.exists(path):
     received = (f"{folder!r} with {sorted(storage.listdir(folder))}"
@@ -166,7 +171,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
       that is not implemented.
   """
   source, _ = config_files(path)
-  config = _read_json(source)
+  config = read_json(source)
   if config.get("_class_name") != "UNet2DModel":
     raise UserError(f"{source}: _class_name must be 'UNet2DModel'. "
                     f"Received: {config.get('_class_name')!r}")
@@ -319,7 +324,7 @@ def read_scheduler(path: str) -> tuple[np.ndarray, str]:
     UserError: see `read_config`.
   """
   _, source = config_files(path)
-  config = _read_json(source)
+  config = read_json(source)
   scheduler = config.get("_class_name", "DDPMScheduler")
   if scheduler not in list(_SCHEDULERS):
     raise UserError(f"{source}: _class_name must be of a scheduler with betas, "

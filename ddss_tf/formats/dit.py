@@ -145,12 +145,7 @@ def read(folder: str,
 def _as_in_file(folder: str) -> DiTConfig:
   """The architecture, with all output channels that the file has."""
   source = os.path.join(folder, diffusers.CONFIG)
-  if not storage.isfile(source):
-    received = (f"{folder!r} with {sorted(storage.listdir(folder))}"
-                if storage.isdir(folder) else f"no folder {folder!r}")
-    raise UserError(f"a diffusers folder must hold {diffusers.CONFIG} beside "
-                    f"the weights. Received: {received}")
-  config = cards.read_json_object(source)
+  config = diffusers.read_json(source)
   _check_keys(source, config)
   values = {
       ours: cards.json_value(source, key, config.get(key, default), kind)

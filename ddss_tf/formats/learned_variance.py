@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 
-from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.errors import UserError
 from ddss_tf.networks.unet import UNetConfig
@@ -22,11 +21,11 @@ def with_variance(path: str, config: UNetConfig) -> UNetConfig:
       tell a range of variances (Nichol and Dhariwal 2021, equation 15).
   """
   network_json, scheduler_json = diffusers.config_files(path)
-  channels = cards.read_json_object(network_json)["out_channels"]
+  channels = diffusers.read_json(network_json)["out_channels"]
   if channels == config.out_channels:
     raise UserError(f"learned_variance must not be given for {path!r}, whose "
                     f"network predicts none. Received: {channels} out_channels")
-  kind = cards.read_json_object(scheduler_json).get("variance_type")
+  kind = diffusers.read_json(scheduler_json).get("variance_type")
   if kind != "learned_range":
     raise UserError(
         f"{scheduler_json}: variance_type must be 'learned_range' for "
@@ -49,7 +48,7 @@ def without_variance(
     UserError: a tensor of that convolution has another number of channels than
       the configuration says.
   """
-  config = cards.read_json_object(diffusers.config_files(path)[0])
+  config = diffusers.read_json(diffusers.config_files(path)[0])
   before, kept = config["out_channels"], config["in_channels"]
   if before == kept:
     return weights

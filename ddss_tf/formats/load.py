@@ -394,12 +394,12 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     raise UserError(f"{path}: {error}") from error
   if not saved_model.check(denoiser, path):
     denoiser.continuous_time = False
-  if card["image_mean"] is None and card["image_std"] is None:
+  standard = {name: card[f"image_{name}"] for name in ("mean", "std")
+              if card[f"image_{name}"] is not None}
+  if not standard:
     return denoiser
-  return denoiser.with_decoder(Standardised(
-      denoiser.state_shape,
-      0.0 if card["image_mean"] is None else card["image_mean"],
-      1.0 if card["image_std"] is None else card["image_std"]))
+  return denoiser.with_decoder(
+      Standardised(denoiser.state_shape, **standard))
 
 
 # Our formats, in the order in which they are tried on a path.

@@ -63,7 +63,8 @@ def save(denoiser: Denoiser, path: str) -> None:
       "null_label": denoiser.null_label,
       **({} if decoder is None else {"decoder": {
           **decoder.told(), "sha256": decoder.sha256,
-          **({"batch_size": decoder.batch_size} if decoder.batch_size else {}),
+          **({"batch_size": decoder.batch_size}
+             if isinstance(decoder, Decoder) else {}),
       }}),
   })
 
@@ -123,11 +124,13 @@ def _load_decoder(folder, told, model) -> Decoder | Standardised:
   path = os.path.join(folder, DECODER)
   try:
     if "mean" in told:
-      return Standardised(model.input_shape[0][1:], told["mean"], told["std"])
-    if not storage.exists(path):
+      decoder = Standardised(
+          model.input_shape[0][1:], told["mean"], told["std"])
+    elif storage.exists(path):
+      decoder = Decoder(network_files.load_keras(path), told["scale"],
+                        told["shift"], told["batch_size"])
+    else:
       raise UserError(f"{folder} has a decoder in its {CARD} but no {DECODER}")
-    decoder = Decoder(network_files.load_keras(path), told["scale"],
-                      told["shift"], told["batch_size"])
     expected = told["sha256"]
   except UserError:
     raise
@@ -135,6 +138,6 @@ def _load_decoder(folder, told, model) -> Decoder | Standardised:
     raise UserError(f"{os.path.join(folder, CARD)} is damaged: decoder: "
                     f"{errors.one_line(error)}") from error
   if decoder.sha256 != expected:
-    raise UserError(f"the decoder in {path} must have the SHA-256 {expected} of "
+    raise UserError(f"the decoder in {folder} must have the SHA-256 {expected} of "
                     f"its {CARD}. Received: {decoder.sha256}")
   return decoder

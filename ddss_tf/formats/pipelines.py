@@ -20,7 +20,6 @@ from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 
-INDEX = "model_index.json"
 # The folders of network and decoder, by the class of a pipeline.
 _PARTS = {"LDMPipeline": ("unet", "vqvae"),
           "DiTPipeline": ("transformer", "vae")}
@@ -29,7 +28,7 @@ _DECODERS = ("vae", "vqvae")
 
 def _index(path: str) -> dict:
   """What `model_index.json` says; {} without the file."""
-  source = os.path.join(path, INDEX)
+  source = os.path.join(path, diffusers.PIPELINE)
   return cards.read_json_object(source) if storage.isfile(source) else {}
 
 
@@ -49,7 +48,7 @@ def _folders(path: str) -> tuple[str, str]:
   kind = _index(path).get("_class_name")
   if kind not in list(_PARTS):  # list(): the value may have no hash.
     raise UserError(
-        f"{os.path.join(path, INDEX)}: _class_name of a pipeline with a decoder "
+        f"{os.path.join(path, diffusers.PIPELINE)}: _class_name of a pipeline with a decoder "
         f"must be one of {', '.join(_PARTS)}, because networks with text "
         f"conditions are not read. Received: {kind!r}")
   network, decoder = (os.path.join(path, name) for name in _PARTS[kind])

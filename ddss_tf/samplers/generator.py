@@ -44,12 +44,30 @@ def sample_chain(denoiser: Denoiser, output, coefficients: Coefficients,
     labels = denoiser.draw_labels(seed, indices)
   x_T, step_noise = chain.draw_noise(
       seed, indices, denoiser.state_shape, coefficients.num_steps)
-  states = chain.run_chain(
+  return decoded_chain(denoiser, output, coefficients, x_T, step_noise, labels,
+                       **options)
+
+
+def decoded_chain(denoiser: Denoiser, output, coefficients: Coefficients,
+                  x_T: tf.Tensor, step_noise: tf.Tensor,
+                  labels: tf.Tensor | None = None, **options):
+  """Runs chains from given noise and decodes what they give.
+
+  Args:
+    denoiser: see `sample_chain`.
+    output: see `sample_chain`.
+    coefficients: see `sample_chain`.
+    x_T: see `chain.run_chain`.
+    step_noise: see `chain.run_chain`.
+    labels: int32 [B], the classes; None exactly if there are none.
+    **options: options of `chain.run_chain`.
+
+  Returns:
+    What `chain.run_chain` returns, decoded.
+  """
+  return tf.nest.map_structure(denoiser.decode, chain.run_chain(
       denoiser_lib.with_labels(output, labels), coefficients, x_T, step_noise,
-      **options)
-  if denoiser.decoder is None:
-    return states
-  return tf.nest.map_structure(denoiser.decode, states)
+      **options))
 
 
 class Generator:

@@ -60,7 +60,7 @@ class History:
 
 
 def linear_recursion(schedule, times, step, abar_end,
-                      lower_order_final) -> Coefficients:
+                     lower_order_final) -> Coefficients:
   """Runs a solver on rows and eliminates all predictions but the newest.
 
   Args:
