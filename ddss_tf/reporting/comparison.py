@@ -333,8 +333,9 @@ def draw(folder: str, records: list[dict],
 
   It draws FID against K, FID against time, for each K a picture of the first
   samples of all rows, and if there are several K one of the best row of each
-  group at every K, beside DDPM at many steps and real images. A row without an FID is left out of the first two,
-  one without a time out of the second, one without samples out of the last.
+  group at every K, beside DDPM at many steps and real images. A row without an
+  FID is left out of the first two, one without a time out of the second, one
+  without samples out of the others.
 
   Args:
     folder: the folder of the comparison, with its `samples.npz` if there is
