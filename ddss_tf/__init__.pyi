@@ -7,6 +7,7 @@ from .denoisers.clocks import on_schedule
 from .denoisers.decoder import Decoder, Standardised
 from .denoisers.denoiser import Denoiser
 from .denoisers.gaussian import gaussian_denoiser
+from .denoisers.table import ConditionTable
 from .errors import UserError
 from .evaluation.compare import compare
 from .evaluation.evaluate import evaluate

@@ -70,17 +70,21 @@ def on_schedule(denoiser: Denoiser = gin.REQUIRED,
   if convention.time_input == "step":
     steps = own.time_of_log_snr(
         schedule.log_snr(np.arange(schedule.num_train_steps)))
-    x, t, *labels = (keras.Input(
-        value.shape[1:], dtype=value.dtype, name=name) for value, name in zip(
-            model.inputs, ("x_t", "t", "labels")))
+    names = ("x_t", "t", *(denoiser.conditions or ("labels",)))
+    x, t, *labels = (keras.Input(value.shape[1:], dtype=value.dtype, name=name)
+                     for value, name in zip(model.inputs, names))
     with frozen.frozen_variables():
       clock = Clock(scale * steps + offset, name="clock")
     model = keras.Model([x, t, *labels], model([x, clock(t), *labels]),
                         name=model.name)
     scale, offset = 1.0, 0.0
+  classes = {} if denoiser.conditions else dict(
+      num_classes=denoiser.num_classes, null_label=denoiser.null_label,
+      label_weights=denoiser.label_weights)
   return Denoiser(
       model, schedule, denoiser.prediction, denoiser.name,
-      denoiser.num_classes, denoiser.guidance_scale, denoiser.null_label,
+      guidance_scale=denoiser.guidance_scale, **classes,
+      conditions=denoiser.conditions, table=denoiser.table,
       image_shape=denoiser.state_shape, decoder=denoiser.decoder,
       sha256=fingerprint.text_sha256(repr(
           [denoiser.sha256, own.card(), schedule.card()])),

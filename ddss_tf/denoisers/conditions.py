@@ -1,7 +1,9 @@
-"""The classes of a class-conditional network: its input, and their draw."""
+"""What a conditional network is told, a class or a row of a table, and its draw."""
 
 import numpy as np
 import tensorflow as tf
+
+from ddss_tf.errors import UserError
 
 
 def label_input(name: str, num_classes: int | None, labels,
@@ -40,18 +42,89 @@ def label_input(name: str, num_classes: int | None, labels,
           else labels]
 
 
+def given(names, values) -> list[tf.Tensor]:
+  """The conditions themselves, float32 [B, ...] each, in a list.
+
+  Args:
+    names: names of the inputs.
+    values: a tuple of arrays, one for each name.
+
+  Raises:
+    ValueError: there are not as many arrays as names.
+  """
+  if len(values) != len(names):
+    raise ValueError(f"conditions must be {', '.join(names)}. "
+                     f"Received: {len(values)} arrays")
+  return [tf.convert_to_tensor(value, tf.float32) for value in values]
+
+
+def of_table(names, table, num_classes, null_label, label_weights):
+  """The number of classes, the null class and the weights of a table's rows.
+
+  Args:
+    names: the inputs that the network takes.
+    table: a `table.ConditionTable`, or None.
+    num_classes, null_label, label_weights: must be None.
+
+  Raises:
+    ValueError: one of them is given, or the table is of other inputs.
+  """
+  told = {"num_classes": num_classes, "null_label": null_label,
+          "label_weights": label_weights}
+  for name, value in told.items():
+    if value is not None:
+      raise ValueError(f"{name} must not be given for a network of conditions, "
+                       f"whose table tells it. Received: {value!r}")
+  if table is None:
+    return None, None, None
+  if sorted(table.names) != sorted(names):
+    raise ValueError(f"a table of conditions must hold {', '.join(names)}. "
+                     f"Received: {', '.join(table.names)}")
+  return (table.num_rows, table.null_row,
+          None if table.drawn_alike else table.frequencies)
+
+
+def frequencies(weights, num_classes: int, never=()) -> np.ndarray:
+  """How often each class is drawn, float64 [num_classes], of sum 1.
+
+  Args:
+    weights: a number for each class, in any unit.
+    num_classes: the number of classes.
+    never: classes that are never drawn, whatever their weights.
+
+  Raises:
+    ValueError: there are not as many weights as classes; one is negative or not
+      finite, or no class is left to draw.
+  """
+  try:
+    result = np.array(weights, np.float64)
+  except (TypeError, ValueError):
+    result = np.zeros([0])
+  if good := result.shape == (num_classes,) and np.all(
+      np.isfinite(result) & (result >= 0)):
+    result[list(never)] = 0
+    good = np.any(result)
+  if not good:
+    raise ValueError(
+        f"weights must be {num_classes} numbers, one for each class, not negative "
+        f"and not all 0 but for the null class. Received: {weights!r}")
+  return result / result.sum()
+
+
 def draw_labels(num_classes: int | None, null_label: int | None,
-                seed: tf.Tensor, indices: tf.Tensor):
+                seed: tf.Tensor, indices: tf.Tensor,
+                weights: np.ndarray | None = None):
   """Draws a class for every sample, from its own seed.
 
-  All classes but the null one are equally frequent. That is our choice, and
-  right for a data set with as many images of each.
+  Without weights, all classes but the null one are equally frequent. That is our
+  choice, and right for a data set with as many images of each.
 
   Args:
     num_classes: the number of classes; None: unconditional.
     null_label: the class that is never drawn, or None.
     seed: int32 [2].
     indices: int [B], the global indices of the samples.
+    weights: what `frequencies` gives, or None.
 
   Returns:
     int32 [B]; None for an unconditional network.
@@ -65,10 +138,84 @@ def draw_labels(num_classes: int | None, null_label: int | None,
         tf.cast(seed, tf.int32), index, alg="philox")
     # The noise is drawn from `own` itself and from 1, see chain.draw_noise.
     own = tf.random.experimental.stateless_fold_in(own, 2, alg="philox")
+    if weights is not None:
+      return tf.random.stateless_uniform([], own, alg="philox")
     return tf.random.stateless_uniform(
         [], own, 0, count, tf.int32, alg="philox")
 
+  if weights is not None:
+    uniform = tf.map_fn(one, tf.cast(indices, tf.int32),
+                        fn_output_signature=tf.float32)
+    return tf.searchsorted(_cumulative(weights), uniform, side="right")
   labels = tf.map_fn(one, tf.cast(indices, tf.int32))
   if null_label is None:
     return labels
   return labels + tf.cast(labels >= null_label, tf.int32)
+
+
+def _cumulative(weights: np.ndarray) -> np.ndarray:
+  """The upper ends of the classes' shares of [0, 1), float32."""
+  ends = np.cumsum(weights).astype(np.float32)
+  # Rounding must leave no gap below 1, which no class would answer.
+  ends[np.flatnonzero(weights)[-1]:] = 1.0
+  return ends
+
+
+class Conditional:
+  """What a `Denoiser`, which inherits this, is told beside state and time."""
+
+  def null_labels(self, labels, batch_size):
+    """The label that stands for none, for each of these, int32 [B]."""
+    if self.table is None or isinstance(labels, tuple):
+      return tf.fill([batch_size], self.null_label)
+    (rows,) = label_input(
+        self.name, self.num_classes, labels, batch_size)
+    return self.table.null_rows(rows)
+
+  def example_labels(self, batch_size: int, tokens: int = 77):
+    """Labels of any kind that the network takes, as zeros.
+
+    Args:
+      batch_size: how many.
+      tokens: the length of the inputs that may have any.
+
+    Returns:
+      int32 [B]; None for an unconditional network; a tuple of float32 [B, ...]
+      for one that needs a table and has none.
+    """
+    if self.num_classes is not None:
+      return tf.zeros([batch_size], tf.int32)
+    if not self.conditions:
+      return None
+    return tuple(tf.zeros([batch_size, *(size or tokens for size in value.shape[1:])])
+                 for value in self.model.inputs[2:])
+
+  def told_to(self, labels, batch_size) -> list[tf.Tensor]:
+    """What the network takes beside x and t for these labels, [B, ...] each."""
+    if self.conditions and isinstance(labels, tuple):
+      return given(self.conditions, labels)
+    if not self.conditions:
+      return label_input(self.name, self.num_classes, labels, batch_size)
+    if self.table is None:
+      raise UserError(
+          f"denoiser {self.name!r} needs a table of {', '.join(self.conditions)}: "
+          "load_denoiser.conditions = 'FILE.npz', which tools/encode_prompts.py "
+          "makes of prompts. Received: none")
+    (rows,) = label_input(self.name, self.num_classes, labels, batch_size)
+    found = self.table.rows(rows)
+    return [found[name] for name in self.conditions]
+
+  def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
+    """Draws a class, or a row of the table, for every sample.
+
+    See `conditions.draw_labels`.
+
+    Args:
+      seed: int32 [2].
+      indices: int [B], the global indices of the samples.
+
+    Returns:
+      int32 [B]; None for an unconditional network.
+    """
+    return draw_labels(
+        self.num_classes, self.null_label, seed, indices, self.label_weights)

@@ -7,30 +7,28 @@ is class-conditional, `eps(x_t, t, labels)`: NHWC, images in [-1, 1], `t` a
 of a latent diffusion model; `decode` makes images of either.
 """
 
-import functools
 import json
-from typing import Callable
+from typing import Callable, Sequence
 
-from absl import logging
 import numpy as np
 import tensorflow as tf
 
 from ddss_tf.denoisers import checks
 from ddss_tf.denoisers import compiling
-from ddss_tf.denoisers import conditions
+from ddss_tf.denoisers import conditions as conditions_lib
 from ddss_tf.denoisers import conventions
 from ddss_tf.denoisers import inputs as inputs_lib
-from ddss_tf.denoisers import rematerialise
 from ddss_tf.networks import precision
 from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers.decoder import Decoder, Standardised
+from ddss_tf.denoisers.table import ConditionTable
 from ddss_tf.errors import UserError, check_number, check_whole, shape_text
 from ddss_tf.schedules import NoiseSchedule
 
 PREDICTIONS = conventions.PREDICTIONS
 
 
-class Denoiser(checks.Checks):
+class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
   """A frozen network with the process it was trained for.
 
   Args:
@@ -62,6 +60,14 @@ class Denoiser(checks.Checks):
       None: they do unless it takes integers.
     architecture: what is known of the network's architecture, for `inspect`:
       "format" and "kind", then numbers and words by name, as JSON has them.
+    conditions: names of the inputs of a network that takes more than a label,
+      such as ("context", "pooled"): the model maps [x_t, t, *conditions]. Then
+      `num_classes` and `null_label` are those of the table. None: those of the
+      table, if there is one.
+    table: the rows of these inputs, see `table.ConditionTable`. A label is a
+      row. Without it the network can be looked at and saved, but not sampled.
+    label_weights: how often each class is drawn, `num_classes` numbers in any
+      unit; None: all but the null class as often. A table has its own.
     **convention: the other arguments of `conventions.Convention`, for networks
       of another process or another clock: process, time_input, time_scale,
       time_offset.
@@ -80,7 +86,7 @@ class Denoiser(checks.Checks):
     dtype_policy: what the network computes in, see `precision`.
     key: `sha256`, or a hash that also covers what else decides the images, if
       any of it is not the default: convention, null label, guidance scale,
-      `dtype_policy` and decoder.
+      `dtype_policy`, decoder, table and the classes' weights.
 
   Raises:
     ValueError: the prediction or another word of the convention is unknown; the
@@ -96,35 +102,37 @@ class Denoiser(checks.Checks):
                image_shape: tuple[int, int, int] | None = None,
                sha256: str | None = None, continuous_time: bool | None = None,
                architecture: dict | None = None,
-               decoder: Decoder | Standardised | None = None, **convention):
+               decoder: Decoder | Standardised | None = None,
+               conditions: Sequence[str] | None = None,
+               table: ConditionTable | None = None,
+               label_weights: Sequence[float] | None = None, **convention):
     self.convention = conventions.Convention(prediction, **convention)
+    told_classes = dict(num_classes=num_classes, null_label=null_label)
+    self.table = table
+    self.conditions = tuple(conditions or (table.names if table else ()))
+    if self.conditions:
+      model = inputs_lib.conditional(model, self.conditions)
+      num_classes, null_label, label_weights = conditions_lib.of_table(
+          self.conditions, table, num_classes, null_label, label_weights)
     check_whole("num_classes", num_classes, 1, optional=True)
     check_whole("null_label", null_label, 0, optional=True)
     if guidance_scale is not None:
       check_number("guidance_scale", guidance_scale)
-    self.model = model = inputs_lib.adapted(model, num_classes)
-    inputs = getattr(model, "input_shape", None)
-    if inputs and len(inputs) != (2 if num_classes is None else 3):
-      raise ValueError(
-          "num_classes must be given exactly for a model of three inputs. "
-          f"Received: {num_classes} for {len(inputs)} inputs")
-    for layer in getattr(model, "layers", ()):
-      known = getattr(layer, "input_dim", num_classes)
-      called = getattr(layer, "name", None)
-      if called == "label_embedding" and known != num_classes:
-        raise ValueError(f"num_classes must be {known}, as the network has "
-                         f"them. Received: {num_classes}")
-    if null_label is not None and null_label >= (num_classes or 0):
-      raise ValueError(
-          "null_label must be one of the network's classes, of which there are "
-          f"{num_classes or 'none'}. Received: {null_label}")
-    if guidance_scale is not None and null_label is None:
-      raise ValueError(
-          "guidance_scale needs a null_label: the class with which the network "
-          f"is unconditional. Received: guidance_scale={guidance_scale}")
+    if not self.conditions:
+      model = inputs_lib.adapted(model, num_classes)
+    self.model = model
+    checks.check_classes(model, num_classes, null_label, guidance_scale,
+                         self.conditions)
     self.num_classes = num_classes
     self.guidance_scale = guidance_scale
     self.null_label = null_label
+    self.label_weights = label_weights
+    if label_weights is not None and num_classes is None:
+      raise ValueError("label_weights must be of a class-conditional network. "
+                       f"Received: {label_weights!r}")
+    if label_weights is not None and not self.conditions:
+      self.label_weights = conditions_lib.frequencies(
+          label_weights, num_classes, () if null_label is None else [null_label])
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
@@ -144,8 +152,8 @@ class Denoiser(checks.Checks):
     self.dtype_policy = precision.policy(model)
     self.key = self.sha256
     rest = [self._told()] if self._told() else []
-    if decoder is not None:
-      rest.append({"decoder": decoder.sha256})
+    if self._images():
+      rest.append(self._images())
     if rest:
       self.key = fingerprint.text_sha256(
           json.dumps([self.sha256, *rest], sort_keys=True))
@@ -153,7 +161,9 @@ class Denoiser(checks.Checks):
     self._told_rest = dict(
         image_shape=self.state_shape, sha256=self.sha256, decoder=decoder,
         continuous_time=self.continuous_time, architecture=self.architecture,
-        **convention)
+        conditions=self.conditions or None, table=table,
+        label_weights=None if self.conditions else self.label_weights,
+        **told_classes, **convention)
 
   def guided(self, guidance_scale: float | None = None,
              null_label: int | None = None) -> "Denoiser":
@@ -166,10 +176,11 @@ class Denoiser(checks.Checks):
     Raises:
       ValueError: see the class.
     """
+    changes = {} if null_label is None else {"null_label": null_label}
     return self._again(
         self.model,
         self.guidance_scale if guidance_scale is None else guidance_scale,
-        self.null_label if null_label is None else null_label)
+        **changes)
 
   def with_decoder(
       self, decoder: Decoder | Standardised | None) -> "Denoiser":
@@ -178,8 +189,29 @@ class Denoiser(checks.Checks):
     Raises:
       ValueError: the decoder does not take the network's latents.
     """
-    return self._again(self.model, self.guidance_scale, self.null_label,
-                       decoder=decoder)
+    return self._again(self.model, self.guidance_scale, decoder=decoder)
+
+  def with_table(self, table: ConditionTable) -> "Denoiser":
+    """The same network with another table of conditions.
+
+    Raises:
+      ValueError: the network takes no conditions, or not those of the table.
+    """
+    if not self.conditions:
+      raise ValueError(f"{self.name!r} takes no conditions beside a class. "
+                       f"Received: a table of {', '.join(table.names)}")
+    return self._again(self.model, self.guidance_scale, table=table)
+
+  def with_label_weights(self, weights: Sequence[float] | None) -> "Denoiser":
+    """The same network, whose classes are drawn as often as told.
+
+    Args:
+      weights: see `label_weights` of the class.
+
+    Raises:
+      ValueError: see the class.
+    """
+    return self._again(self.model, self.guidance_scale, label_weights=weights)
 
   def with_policy(self, dtype_policy: str) -> "Denoiser":
     """The same weights in another number format; this object stays as it is.
@@ -191,13 +223,12 @@ class Denoiser(checks.Checks):
       UserError: see `precision.with_policy`.
     """
     return self._again(precision.with_policy(self.model, dtype_policy),
-                       self.guidance_scale, self.null_label)
+                       self.guidance_scale)
 
-  def _again(self, model, guidance_scale, null_label, **changes):
+  def _again(self, model, guidance_scale, **changes):
     return Denoiser(
         model, self.schedule, self.prediction, self.name,
-        self.num_classes, guidance_scale, null_label,
-        **{**self._told_rest, **changes})
+        guidance_scale=guidance_scale, **{**self._told_rest, **changes})
 
   @property
   def identity(self) -> dict:
@@ -206,26 +237,37 @@ class Denoiser(checks.Checks):
 
   @property
   def setting(self) -> dict:
-    """`identity`, and the decoder's hash if there is one.
+    """`identity`, and what else decides the images.
 
-    A sampler belongs to a network whichever decoder it has, so cards hold the
-    identity alone. Its images do not, so records of measurements hold this.
+    That is the decoder, the table and how often classes are drawn. A sampler
+    belongs to a network whichever it has, so cards hold the identity alone. Its
+    images do not, so records of measurements hold this.
     """
-    if self.decoder is None:
-      return self.identity
-    return {**self.identity, "decoder": self.decoder.sha256}
+    return {**self.identity, **self._images()}
+
+  def _images(self) -> dict:
+    """What decides the images, but not whether a sampler is valid."""
+    images = {}
+    if self.decoder is not None:
+      images["decoder"] = self.decoder.sha256
+    if self.table is not None:
+      images["conditions"] = self.table.sha256
+    elif self.label_weights is not None:
+      images["label_weights"] = fingerprint.arrays_sha256([self.label_weights])
+    return images
 
   def _told(self) -> dict:
     """What decides the images beside weights and coefficients."""
+    # The null row of a table is the table's own.
     told = {"guidance_scale": self.guidance_scale,
-            "null_label": self.null_label}
+            "null_label": None if self.conditions else self.null_label}
     told = {name: value for name, value in told.items() if value is not None}
     if self.dtype_policy != precision.FLOAT32:
       told["dtype_policy"] = self.dtype_policy
     return {**told, **self.convention.non_default()}
 
   def network(self, x: tf.Tensor, t: tf.Tensor,
-              labels: tf.Tensor | None = None) -> tf.Tensor:
+              labels: tf.Tensor | tuple | None = None) -> tf.Tensor:
     """The raw prediction, in the network's own units (`self.convention`).
 
     Args:
@@ -234,7 +276,8 @@ class Denoiser(checks.Checks):
         unless the network has another clock.
       labels: int [B], or a scalar for all of them, in [0, num_classes - 1];
         None exactly if the network is unconditional. Labels that are symbolic,
-        inside a `tf.function`, are not checked.
+        inside a `tf.function`, are not checked. If the network has `conditions`,
+        they may be these themselves, as a tuple of float [B, ...].
 
     Returns:
       float32 [B, H, W, C].
@@ -244,16 +287,15 @@ class Denoiser(checks.Checks):
       ValueError: labels are missing, must not be given, are not whole numbers
         or out of range.
     """
-    return self._parts(x, t, labels)[0]
+    return self._parts(x, t, self.told_to(labels, tf.shape(x)[0]))[0]
 
-  def _parts(self, x, t, labels) -> list[tf.Tensor]:
+  def _parts(self, x, t, told) -> list[tf.Tensor]:
     """The prediction, and what tells of a variance, float32 [B, H, W, C]."""
     x = tf.convert_to_tensor(x, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], tf.shape(x)[0])
-    inputs = [x, t, *conditions.label_input(
-        self.name, self.num_classes, labels, tf.shape(x)[0])]
+    inputs = [x, t, *told]
     # training=False: no dropout, or rematerialisation would redraw its mask.
     output = self.model(inputs, training=False)
     parts = [tf.cast(part, tf.float32) for part in self._taken_apart(output)]
@@ -332,7 +374,8 @@ class Denoiser(checks.Checks):
     x_t = tf.convert_to_tensor(x_t, tf.float32)
     t = tf.convert_to_tensor(t, tf.float32)
     prediction, *rest = self._parts(
-        *self.convention.inputs(self.schedule, x_t, t), labels)
+        *self.convention.inputs(self.schedule, x_t, t),
+        self.told_to(labels, tf.shape(x_t)[0]))
     if not rest:
       raise UserError(
           f"denoiser {self.name!r} must predict a variance. The readers of "
@@ -365,15 +408,15 @@ class Denoiser(checks.Checks):
     It is right for every kind of prediction: they are affine in each other.
     """
     batch_size = tf.shape(x_t)[0]
-    (labels,) = conditions.label_input(
-        self.name, self.num_classes, labels, batch_size)
     t = tf.convert_to_tensor(t, tf.float32)
     if t.shape.rank == 0:
       t = tf.repeat(t[None], batch_size)
-    null = tf.fill(tf.shape(labels), self.null_label)
-    given, free = tf.split(self.network(
+    told = self.told_to(labels, batch_size)
+    null = self.told_to(self.null_labels(labels, batch_size), batch_size)
+    given, free = tf.split(self._parts(
         tf.concat([x_t, x_t], axis=0), tf.concat([t, t], axis=0),
-        tf.concat([labels, null], axis=0)), 2)
+        [tf.concat(pair, axis=0) for pair in zip(told, null, strict=True)]
+    )[0], 2)
     scale = tf.convert_to_tensor(scale, tf.float32)
     if scale.shape.rank:
       scale = scale[:, None, None, None]
@@ -391,76 +434,14 @@ class Denoiser(checks.Checks):
     """
     return states if self.decoder is None else self.decoder(states)
 
-  def draw_labels(self, seed: tf.Tensor, indices: tf.Tensor):
-    """Draws a class for every sample, see `conditions.draw_labels`.
-
-    Args:
-      seed: int32 [2].
-      indices: int [B], the global indices of the samples.
-
-    Returns:
-      int32 [B]; None for an unconditional network.
-    """
-    return conditions.draw_labels(
-        self.num_classes, self.null_label, seed, indices)
-
-  def compiled_eps(self, jit_compile: bool = True, remat: bool = False):
-    """`eps` as a `tf.function`, the same one at every call.
-
-    Compiling a U-Net takes longer than many steps of a search. TensorFlow keeps
-    what it compiled, gradients too, with the function. So all chains, searches
-    and evaluations of a process share this one.
-
-    Args:
-      jit_compile: compile it with XLA, if XLA knows all its operations and
-        their gradients. If not, a warning says why, and it is not compiled.
-      remat: backpropagation recomputes its activations, see
-        `rematerialise.rematerialise`. Then all arguments must be given by
-        position.
-    """
-    return self._compile(self.eps, jit_compile, remat)
-
-  def compiled_output(self, jit_compile: bool = True, remat: bool = False):
-    """`output` as a `tf.function`; it is `compiled_eps` if eps is predicted.
-
-    Args:
-      jit_compile: see `compiled_eps`.
-      remat: see `compiled_eps`.
-    """
-    if self.prediction not in conventions.EXACT:
-      return self.compiled_eps(jit_compile, remat)
-    return self._compile(self.output, jit_compile, remat)
-
-  def compiled_output_and_variance(self, jit_compile: bool = True):
-    """`output_and_variance` as a `tf.function`, see `compiled_eps`."""
-    return self._compile(self.output_and_variance, jit_compile, False)
-
-  def _compile(self, function, jit_compile, remat):
-    jit_compile = jit_compile and self._xla_can
-    key = function.__name__, jit_compile, remat
-    if key not in self._compiled:
-      self._compiled[key] = (
-          rematerialise.rematerialise(
-              self._compile(function, jit_compile, False), jit_compile)
-          if remat else tf.function(function, jit_compile=jit_compile))
-    return self._compiled[key]
-
-  @functools.cached_property
-  def _xla_can(self) -> bool:
-    obstacle = compiling.obstacle(self)
-    if obstacle:
-      logging.warning("denoiser %r is not compiled by XLA: %s", self.name,
-                      obstacle)
-    return not obstacle
-
   @property
   def tracked(self) -> list:
     """What a SavedModel that calls this denoiser must hold."""
     tracked = getattr(self.model, "tracked", None)
     tracked = tracked or [variable.value for variable in self.model.variables]
-    if self.decoder is None:
-      return tracked
-    return [*tracked, *self.decoder.variables]
+    return [*tracked,
+            *(() if self.decoder is None else self.decoder.variables),
+            *(() if self.table is None else self.table.variables)]
 
   def save(self, path: str) -> None:
     """Writes our own format, see `formats.own.save`."""

@@ -164,6 +164,30 @@ def adapted(model, num_classes: int | None = None):
       model.input, ordered)), name=model.name)
 
 
+def conditional(model, names):
+  """Checks that a model maps [x_t, t, *conditions], and gives it back.
+
+  Args:
+    model: a Keras model, or any function, which does not tell its inputs.
+    names: names of the conditions.
+
+  Raises:
+    ValueError: the model's inputs are not these, in this order.
+  """
+  inputs = getattr(model, "inputs", None)
+  if inputs is None:
+    return model
+  _, *rest = inputs
+  if (len(inputs) != 2 + len(names) or not isinstance(model.input, (list, tuple))
+      or len(inputs[0].shape) != 4 or len(rest[0].shape) != 1
+      or any(not keras.backend.is_float_dtype(i.dtype) for i in inputs)):
+    raise ValueError(
+        "a network of conditions must take float images [B, H, W, C], times [B] "
+        f"and {', '.join(names)}, in this order. Received: "
+        + ", ".join(f"{i.name} {shape_text(i.shape)} {i.dtype}" for i in inputs))
+  return model
+
+
 def is_continuous(model) -> bool:
   """Whether a network takes fractional times, as far as its inputs tell."""
   if hasattr(model, "continuous_time"):

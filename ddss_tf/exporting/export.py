@@ -88,6 +88,17 @@ class SamplerModule(tf.Module):
 
       self.endpoints["of_classes"] = of_classes
 
+    if denoiser.table is not None:
+
+      @tf.function(autograph=False, input_signature=[seed_spec, *(
+          tf.TensorSpec([None, *denoiser.table.shapes[name]], tf.float32, name)
+          for name in denoiser.conditions)])
+      def of_conditions(seed, *conditions):
+        return of_indices(
+            seed, tf.range(tf.shape(conditions[0])[0]), conditions)
+
+      self.endpoints["of_conditions"] = of_conditions
+
 
 @gin.configurable(denylist=["run_dir"])
 def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
@@ -105,6 +116,10 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   With a class-conditional network, serving_default draws a class for each
   image, from_noise also takes labels int32 [B], and there is
     of_classes(seed int32 [2], labels int32 [B]) -> images, as serving_default.
+  A network with a table of conditions has rows for classes, and beside these
+    of_conditions(seed int32 [2], one float32 [B, ...] for each input by its
+      name) -> images, for prompts that are not in the table. Guidance takes the
+      negative prompt of the table's first row.
 
   The folder appears whole or not at all, and only after its images have been
   compared with those made in memory.

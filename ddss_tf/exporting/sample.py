@@ -1,6 +1,6 @@
 """Samples of a searched or given sampler, as files."""
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from absl import logging
 import gin
@@ -36,6 +36,7 @@ def check_sample(arguments: Mapping[str, Any]) -> None:
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
            jit_compile: bool = True, label: int | None = None,
+           prompt: str | Sequence[str] | None = None,
            sampler: str | None = None, force: bool = False) -> str:
   """Writes images of the searched sampler to `generated.npz` and `.png`.
 
@@ -46,8 +47,10 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     seed: the seed of their noise.
     batch_size: images per call.
     jit_compile: compile the network with XLA.
-    label: the class of all images, for a class-conditional denoiser; None: a
-      class is drawn for each image.
+    label: the class of all images, for a class-conditional denoiser, or the row
+      of a table of conditions; None: a class is drawn for each image.
+    prompt: a text of the table of conditions, instead of a label; or a list of
+      texts, of which image i has the text i modulo their number.
     sampler: path of a card, or its name in the zoo, instead of the sampler in
       the run directory.
     force: take a card that was found for other weights.
@@ -57,19 +60,20 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
 
   Raises:
     UserError: there is no sampler, it was found for another model, a number is
-      out of range, or the denoiser does not have the label.
+      out of range, or the denoiser does not have the label or the text.
   """
   check_sample(locals())
   if label is not None and not 0 <= label < (denoiser.num_classes or 0):
     raise UserError(f"sample.label must be one of the {denoiser.num_classes or 0}"
                     f" classes of {denoiser.name!r}. Received: {label}")
+  labels = label if prompt is None else _rows(denoiser, prompt, label)
   with run_dir_lib.RunDir(run_dir).locked() as run:
     found, x0_bound = load_searched(run, denoiser, sampler, force)
     run.keep_config()
     generator = generator_lib.Generator(
         denoiser, min(batch_size, num_images), jit_compile, x0_bound)
     images = generator.images(
-        found.coefficients(), num_images, seed, "sample", label)
+        found.coefficients(), num_images, seed, "sample", labels)
     broken = np.sum(~np.all(np.isfinite(images), axis=(1, 2, 3)))
     if broken:
       logging.warning("%d of %d images have NaN or infinity, for which there is no "
@@ -82,3 +86,18 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
         [(f"{found.label}, K = {found.num_steps}, seed {seed}",
           images[:64])])
     return path
+
+
+def _rows(denoiser: Denoiser, prompt, label) -> list[int]:
+  """The rows of texts."""
+  if label is not None:
+    raise UserError("sample.label must not be given with sample.prompt. "
+                    f"Received: {label}")
+  if denoiser.table is None:
+    raise UserError("sample.prompt needs a denoiser with a table of conditions: "
+                    "load_denoiser.conditions. Received: "
+                    f"{denoiser.name!r} without")
+  texts = [prompt] if isinstance(prompt, str) else list(prompt)
+  if not texts:
+    raise UserError("sample.prompt must be a text, or a list of texts. Received: []")
+  return [denoiser.table.row_of(text) for text in texts]

@@ -30,6 +30,7 @@ from ddss_tf.networks import files as network_files
 from ddss_tf.runs import fingerprint
 from ddss_tf.denoisers.decoder import Standardised
 from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.denoisers.table import ConditionTable
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
 
@@ -62,6 +63,8 @@ def load_denoiser(
     num_classes: int | None = None,
     image_mean: float | list[float] | None = None,
     image_std: float | list[float] | None = None,
+    conditions: str | None = None,
+    label_weights: list[float] | None = None,
     preset: str | None = None,
     learned_variance: bool | None = None,
     dtype_policy: str | None = None,
@@ -128,6 +131,10 @@ def load_denoiser(
       trained on, which were standardised; see `decoder.Standardised`. A number
       or one for each channel, of images in [-1, 1]; None: 0, or no change.
     image_std: their deviation; None: 1, or no change.
+    conditions: the path of a table of conditions, `.npz`, for a network of texts
+      (`table.ConditionTable.load`). A Keras file must then map [x_t, t,
+      *conditions], with conditions in the table's order.
+    label_weights: how often each class is drawn, see `Denoiser`.
     preset: the architecture of a `.weights.h5` file: a name of
       `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file,
       which has the fields of `unet.UNetConfig` or is a card of EDM.
@@ -166,15 +173,21 @@ def load_denoiser(
     if arguments["image_size"] is None:
       raise UserError("image_size must be a whole number, or (height, width). "
                       f"Received: {image_size!r}")
+  table = None if conditions is None else ConditionTable.load(conditions)
   denoiser = _load(
       storage.expanded(path), {key: value for key, value in arguments.items()
              if value is not None},
-      cache_lib.default_cache_dir() if cache_dir is None else storage.expanded(cache_dir))
+      cache_lib.default_cache_dir() if cache_dir is None else storage.expanded(cache_dir),
+      table)
   if dtype_policy is not None:
     denoiser = denoiser.with_policy(dtype_policy)
-  if null_label is None and guidance_scale is None:
-    return denoiser
   try:
+    if table is not None:
+      denoiser = denoiser.with_table(table)
+    if label_weights is not None:
+      denoiser = denoiser.with_label_weights(label_weights)
+    if null_label is None and guidance_scale is None:
+      return denoiser
     return denoiser.guided(guidance_scale, null_label)
   except ValueError as error:
     raise UserError(f"load_denoiser: {error}") from error
@@ -236,12 +249,16 @@ def find_format(path: str) -> Format | None:
                if known.recognises(path)), None)
 
 
-def _load(path: str, given: dict, cache_dir: str) -> Denoiser:
+def _load(path: str, given: dict, cache_dir: str,
+          table: ConditionTable | None) -> Denoiser:
   """Finds out what a path is, and reads it; see `load_denoiser`."""
   found = find_format(path)
   if found is None:
     raise _unknown(path)
   _check_given(path, given, found.arguments)
+  if found.read is _load_foreign and table is not None:
+    # Such a network does not tell that its inputs are conditions.
+    return _load_foreign(path, given, table.names)
   if not found.kept:
     return found.read(path, given)
   if keras_weights.is_weights(path):
@@ -364,7 +381,8 @@ def _convert_weights(path: str, card: dict) -> Denoiser:
     raise UserError(f"{path}: {error}") from error
 
 
-def _load_foreign(path: str, given: dict) -> Denoiser:
+def _load_foreign(path: str, given: dict,
+                  conditions: tuple[str, ...] | None = None) -> Denoiser:
   """Reads a SavedModel or a Keras file, and tries it."""
   card = cards.read_card(path, given)
   name = os.path.basename(os.path.normpath(path))
@@ -380,6 +398,10 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     told["architecture"] = fingerprint.text_sha256(
         network_files.graph_text(model))
   else:
+    if conditions:
+      raise UserError(f"conditions must not be given for {path!r}, a SavedModel: "
+                      "save its network as a Keras file. "
+                      f"Received: {', '.join(conditions)}")
     model = saved_model.SavedModelNetwork(
         path, card["signature"], card["image_shape"], card["num_classes"])
     sha256 = model.sha256
@@ -389,7 +411,8 @@ def _load_foreign(path: str, given: dict) -> Denoiser:
     denoiser = Denoiser(
         model, card["schedule"], card["prediction"], name,
         card["num_classes"], null_label=card["null_label"],
-        image_shape=card["image_shape"], sha256=sha256, **card["convention"])
+        image_shape=card["image_shape"], sha256=sha256, conditions=conditions,
+        **card["convention"])
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
   if not saved_model.check(denoiser, path):

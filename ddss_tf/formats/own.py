@@ -1,6 +1,7 @@
 """The format of this library: a folder with `denoiser.json` and `network.keras`.
 
-A latent diffusion model has its decoder beside them, in `decoder.keras`.
+A latent diffusion model has its decoder beside them, in `decoder.keras`, and a
+network of conditions their table, in `conditions.npz`.
 """
 
 import os
@@ -14,11 +15,13 @@ from ddss_tf.formats import saved_model
 from ddss_tf.networks import files as network_files
 from ddss_tf.denoisers.decoder import Decoder, Standardised
 from ddss_tf.denoisers.denoiser import Denoiser
+from ddss_tf.denoisers.table import ConditionTable
 from ddss_tf.errors import UserError
 
 CARD = "denoiser.json"
 NETWORK = "network.keras"
 DECODER = "decoder.keras"
+TABLE = "conditions.npz"
 _FORMAT, _VERSION = "ddss_tf.denoiser", 1
 
 
@@ -46,6 +49,8 @@ def save(denoiser: Denoiser, path: str) -> None:
   if isinstance(decoder, Decoder):
     with storage.replacing(os.path.join(path, DECODER)) as temporary:
       decoder.model.save(temporary)
+  if denoiser.table is not None:
+    denoiser.table.save(os.path.join(path, TABLE))
   storage.write_json(os.path.join(path, CARD), {
       "format": _FORMAT,
       "version": _VERSION,
@@ -58,15 +63,26 @@ def save(denoiser: Denoiser, path: str) -> None:
       **({} if denoiser.continuous_time else {"continuous_time": False}),
       **({"architecture": denoiser.architecture}
          if denoiser.architecture else {}),
-      "num_classes": denoiser.num_classes,
-      "guidance_scale": denoiser.guidance_scale,
-      "null_label": denoiser.null_label,
+      **_classes(denoiser),
       **({} if decoder is None else {"decoder": {
           **decoder.told(), "sha256": decoder.sha256,
           **({"batch_size": decoder.batch_size}
              if isinstance(decoder, Decoder) else {}),
       }}),
   })
+
+
+def _classes(denoiser: Denoiser) -> dict:
+  """What the card says of classes, or of conditions and their table."""
+  told = {"guidance_scale": denoiser.guidance_scale}
+  if not denoiser.conditions:
+    weights = denoiser.label_weights
+    return {"num_classes": denoiser.num_classes, **told,
+            "null_label": denoiser.null_label,
+            **({} if weights is None else {"label_weights": weights.tolist()})}
+  table = denoiser.table
+  return {**told, "conditions": list(denoiser.conditions),
+          **({} if table is None else {"table": table.sha256})}
 
 
 def load(folder: str) -> Denoiser:
@@ -107,6 +123,7 @@ def load(folder: str) -> Denoiser:
         f"{CARD}. Received: {received}")
   decoder = _load_decoder(folder, card["decoder"], model) if (
       "decoder" in card) else None
+  table = _load_table(folder, card["table"]) if "table" in card else None
   try:
     return Denoiser(
         # Older cards say nothing of classes.
@@ -114,7 +131,9 @@ def load(folder: str) -> Denoiser:
         card.get("guidance_scale"), card.get("null_label"),
         sha256=card.get("told_sha256", sha256),
         continuous_time=card.get("continuous_time"),
-        architecture=card.get("architecture"), decoder=decoder, **convention)
+        architecture=card.get("architecture"), decoder=decoder,
+        conditions=card.get("conditions"), table=table,
+        label_weights=card.get("label_weights"), **convention)
   except (TypeError, ValueError) as error:
     raise UserError(f"{card_path} is damaged: {error}") from error
 
@@ -141,3 +160,12 @@ def _load_decoder(folder, told, model) -> Decoder | Standardised:
     raise UserError(f"the decoder in {folder} must have the SHA-256 {expected} of "
                     f"its {CARD}. Received: {decoder.sha256}")
   return decoder
+
+
+def _load_table(folder, expected) -> ConditionTable:
+  """Reads the table beside a network, and checks its hash."""
+  table = ConditionTable.load(os.path.join(folder, TABLE))
+  if table.sha256 != expected:
+    raise UserError(f"{TABLE} in {folder} must have the SHA-256 {expected} of its "
+                    f"{CARD}. Received: {table.sha256}")
+  return table

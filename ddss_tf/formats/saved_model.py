@@ -171,7 +171,8 @@ def check(denoiser, source: str) -> bool:
   last = denoiser.schedule.num_train_steps - 1
   by_time = False
   classes = denoiser.num_classes
-  labels = None if classes is None else tf.constant([0, classes - 1])
+  labels = (denoiser.example_labels(2) if classes is None
+            else tf.constant([0, classes - 1]))
   taken = "" if classes is None else ", and labels [2]"
   for times in ([0, last // 3], [2 * last // 3, last]):
     x, t = denoiser.convention.inputs(

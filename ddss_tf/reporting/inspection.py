@@ -33,8 +33,9 @@ def activation_bytes(denoiser: Denoiser) -> int:
   there it is what backpropagation does keep, about a fifth less.
   """
   specs = [tf.TensorSpec((1, *denoiser.state_shape)), tf.TensorSpec((1,))]
-  if denoiser.num_classes is not None:
-    specs.append(tf.TensorSpec((1,), tf.int32))
+  labels = denoiser.example_labels(1)
+  if labels is not None:
+    specs.append(tf.nest.map_structure(tf.TensorSpec.from_tensor, labels))
   if isinstance(denoiser.model, SavedModelNetwork):
     return _kept_bytes(denoiser, specs)
   graph = tf.function(denoiser.eps).get_concrete_function(*specs).graph
@@ -145,13 +146,20 @@ def _images(denoiser):
 
 def _classes(denoiser):
   """The number of classes and the guidance, in one line."""
+  if denoiser.conditions and denoiser.table is None:
+    return f"a table of {', '.join(denoiser.conditions)} is needed"
   if denoiser.num_classes is None:
     return "none: unconditional"
   null = ("" if denoiser.null_label is None
           else f", label {denoiser.null_label} stands for none")
+  if denoiser.table is not None:
+    null = ("" if denoiser.null_label is None else ", with negative prompts")
   guidance = ("" if denoiser.guidance_scale is None else
               f", guidance {denoiser.guidance_scale:g}: 2 calls a step")
-  return f"{denoiser.num_classes}{null}{guidance}"
+  classes = (denoiser.num_classes if denoiser.table is None
+             else denoiser.table.description)
+  weights = "" if denoiser.label_weights is None else ", drawn as often as told"
+  return f"{classes}{null}{weights}{guidance}"
 
 
 def _architecture(denoiser: Denoiser) -> str:

@@ -1,6 +1,6 @@
 """Many images from a sampler, in batches, without gradient."""
 
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -158,7 +158,8 @@ class Generator:
     return tuple(value.numpy() for value in found)
 
   def batches(self, coefficients: Coefficients, num_images: int, seed: int,
-              description: str = "", label: int | None = None
+              description: str = "",
+              label: int | Sequence[int] | None = None
               ) -> Iterator[tf.Tensor]:
     """Yields images 0 ... num_images - 1 of a seed.
 
@@ -167,8 +168,9 @@ class Generator:
       num_images: how many.
       seed: the seed of the run; image i depends on it and on i only.
       description: text of the progress bar; none is shown if empty.
-      label: the class of all images of a class-conditional network; None draws
-        the class of each image (`Denoiser.draw_labels`).
+      label: the class of all images of a class-conditional network; or a list,
+        of which image i has number i modulo its length; None draws the class of
+        each image (`Denoiser.draw_labels`).
 
     Yields:
       float32 [B, H, W, C], nominally in [-1, 1]; the last batch may be smaller.
@@ -181,18 +183,21 @@ class Generator:
     if coefficients.noise_ratios is not None:
       self.denoiser.check_variance()
     pair = seed_pair(seed)
-    labels = None if label is None else tf.fill([self.batch_size], label)
+    classes = None if label is None else np.atleast_1d(label)
     sample = (self._sample if coefficients.num_steps <= _UNROLLED
               else self._sample_long)
     with progress.bar(num_images, description, "image") as bar:
       for start in range(0, num_images, self.batch_size):
         indices = tf.range(start, start + self.batch_size)
         count = min(self.batch_size, num_images - start)
+        labels = None if classes is None else tf.constant(
+            classes[indices % len(classes)], tf.int32)
         yield sample(coefficients, pair, indices, labels)[:count]
         bar.update(count)
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,
-             description: str = "", label: int | None = None) -> np.ndarray:
+             description: str = "",
+             label: int | Sequence[int] | None = None) -> np.ndarray:
     """All of `batches` as one array, float32 [N, H, W, C]."""
     return np.concatenate([batch.numpy() for batch in self.batches(
         coefficients, num_images, seed, description, label)])
