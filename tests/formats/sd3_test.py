@@ -259,6 +259,49 @@ def test_missing_and_wrong_tensors(network, tmp_path, name):
   assert folder in refusal(sd3.read, folder)
 
 
+def shards(folder, weights):
+  """Weights in two files with an index, as diffusers saves large networks."""
+  folder = write(folder)
+  os.remove(os.path.join(folder, diffusers.WEIGHTS))
+  names = sorted(weights)
+  places = {}
+  for i, part in enumerate((names[:9], names[9:]), 1):
+    file = f"diffusion_pytorch_model-{i:05}-of-00002.safetensors"
+    safetensors.numpy.save_file(
+        {name: weights[name] for name in part}, os.path.join(folder, file))
+    places |= dict.fromkeys(part, file)
+  index = os.path.join(folder, diffusers.WEIGHTS + ".index.json")
+  with open(index, "w", encoding="utf-8") as f:
+    json.dump({"metadata": {"total_size": 1}, "weight_map": places}, f)
+  return folder, index
+
+
+def test_weights_in_several_files(network, tmp_path, inputs):
+  folder, index = shards(tmp_path, tensors())
+  model, _ = sd3.read(folder)
+  np.testing.assert_array_equal(run(model, inputs), run(network, inputs))
+  found = sd3.weight_files(folder)
+  assert found[0] == index and len(found) == 3
+  assert {os.path.basename(file) for file in found} | {diffusers.CONFIG} == (
+      set(os.listdir(folder)))
+  assert [os.path.basename(file) for file in sd3.weight_files(FOLDER)] == [
+      diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS]
+  os.remove(found[2])
+  message = refusal(sd3.read, folder)
+  assert "00002-of-00002" in message and index in message
+
+
+@pytest.mark.parametrize("places", [
+    None, {}, {"proj_out.bias": 1}, {"proj_out.bias": "../a.safetensors"},
+    {"proj_out.bias": "a.bin"}])
+def test_damaged_index(tmp_path, places):
+  folder, index = shards(tmp_path, tensors())
+  with open(index, "w", encoding="utf-8") as f:
+    json.dump({"weight_map": places}, f)
+  message = refusal(sd3.weight_files, folder)
+  assert index in message and "weight_map" in message
+
+
 def test_without_keras_hub(monkeypatch):
   for name in ("keras_hub", "keras_hub.models"):
     monkeypatch.setitem(sys.modules, name, None)
