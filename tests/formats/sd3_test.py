@@ -142,8 +142,15 @@ def test_every_tensor_has_a_place(hub, tmp_path, name):
   values = sd3.to_keras(numbered, variables, config.num_layers)
   assert {n for value in values.values() for n in np.unique(value)} == set(
       range(len(weights)))
-  fused = values["joint_block_0/x_block/attention_qkv/kernel"]
   names = list(weights)
+  if config.query_key_norm:
+    # Outputs would not tell: only the product of the two gains counts.
+    for ours, theirs in (("x_block/q_norm", "attn.norm_q"),
+                         ("x_block/q_norm2", "attn2.norm_q"),
+                         ("context_block/q_norm", "attn.norm_added_q")):
+      assert np.all(values[f"joint_block_0/{ours}/scale"] == names.index(
+          f"transformer_blocks.0.{theirs}.weight"))
+  fused = values["joint_block_0/x_block/attention_qkv/kernel"]
   for part, value in zip("qkv", np.split(fused, 3, axis=1), strict=True):
     assert np.all(value == names.index(
         f"transformer_blocks.0.attn.to_{part}.weight"))
