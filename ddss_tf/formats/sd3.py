@@ -1,0 +1,330 @@
+"""Reads Stable Diffusion 3: diffusers' folder, or KerasHub's own object.
+
+The folder, `transformer/` of a pipeline, holds the `config.json` of a
+`SD3Transformer2DModel` and its weights, in one file or in several, which are
+put into KerasHub's network.
+Every config key is either honoured or required to have the one value we
+implement; everything else is refused by name.
+"""
+
+import os
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from ddss_tf import storage
+from ddss_tf.formats import cards
+from ddss_tf.formats import diffusers
+from ddss_tf.formats import flow_scheduler
+from ddss_tf.formats import tensors
+from ddss_tf.networks import keras_hub
+from ddss_tf.denoisers.decoder import Decoder
+from ddss_tf.errors import UserError
+from ddss_tf.networks.keras_hub import MMDiTConfig
+from ddss_tf.schedules import FlowSchedule
+
+_CLASS = "SD3Transformer2DModel"
+# It says in which of several files a tensor is; the large networks have it.
+_INDEX = diffusers.WEIGHTS + ".index.json"
+
+# The keys that `MMDiTConfig` has, in its words, and diffusers' defaults.
+_FIELDS = {
+    "sample_size": ("image_size", 128),
+    "patch_size": ("patch_size", 2),
+    "in_channels": ("in_channels", 16),
+    "num_layers": ("num_layers", 18),
+    "attention_head_dim": ("head_channels", 64),
+    "num_attention_heads": ("num_heads", 18),
+    "joint_attention_dim": ("context_width", 4096),
+    "pooled_projection_dim": ("pooled_width", 2048),
+    "pos_embed_max_size": ("position_size", 96),
+}
+_DUAL, _NORM, _CAPTION, _OUT = (
+    "dual_attention_layers", "qk_norm", "caption_projection_dim",
+    "out_channels")
+_KNOWN = {*_FIELDS, _DUAL, _NORM, _CAPTION, _OUT}
+
+# KerasHub's places outside of blocks, and diffusers' names.
+_PLACES = {
+    "patch_embedding/patch_embedding": "pos_embed.proj",
+    "position_embedding": "pos_embed.pos_embed",
+    "context_embedding": "context_embedder",
+    "vector_embedding/dense1": "time_text_embed.text_embedder.linear_1",
+    "vector_embedding/dense2": "time_text_embed.text_embedder.linear_2",
+    "timestep_embedding/mlp/dense1":
+        "time_text_embed.timestep_embedder.linear_1",
+    "timestep_embedding/mlp/dense2":
+        "time_text_embed.timestep_embedder.linear_2",
+    "output_ada_layer_norm/dense": "norm_out.linear",
+    "output_dense": "proj_out",
+}
+# The same inside a block: of the latents, and of the prompt.
+_LATENTS = {
+    "ada_layer_norm/dense": "norm1.linear",
+    "attention_proj": "attn.to_out.0", "attention_proj2": "attn2.to_out.0",
+    "q_norm": "attn.norm_q", "k_norm": "attn.norm_k",
+    "q_norm2": "attn2.norm_q", "k_norm2": "attn2.norm_k",
+    "mlp/dense1": "ff.net.0.proj", "mlp/dense2": "ff.net.2",
+}
+_PROMPT = {
+    "ada_layer_norm/dense": "norm1_context.linear",
+    "attention_proj": "attn.to_add_out",
+    "q_norm": "attn.norm_added_q", "k_norm": "attn.norm_added_k",
+    "mlp/dense1": "ff_context.net.0.proj", "mlp/dense2": "ff_context.net.2",
+}
+_INSIDE = {"x_block": _LATENTS, "context_block": _PROMPT}
+# KerasHub has one layer where diffusers has three: query, key and value.
+_FUSED = {
+    ("x_block", "attention_qkv"): "attn.to_{}",
+    ("x_block", "attention_qkv2"): "attn2.to_{}",
+    ("context_block", "attention_qkv"): "attn.add_{}_proj",
+}
+_PARTS = "qkv"
+
+
+class KerasHubParts(NamedTuple):
+  """What `of_keras_hub` finds in a model of KerasHub.
+
+  Attributes:
+    network: as `keras_hub.build_mmdit` gives it.
+    config: its architecture.
+    decoder: of its latents.
+    schedule: its process.
+    convention: the arguments of `conventions.Convention` by name.
+  """
+
+  network: keras.Model
+  config: MMDiTConfig
+  decoder: Decoder
+  schedule: FlowSchedule
+  convention: dict
+
+
+def of_keras_hub(backbone) -> KerasHubParts:
+  """Takes a `StableDiffusion3Backbone` of KerasHub apart.
+
+  All but its text encoders is used. If it was loaded under
+  `frozen.frozen_variables()`, a search is cheaper by a third.
+
+  Args:
+    backbone: that object. Its network and its decoder are frozen, not copied,
+      and times are computed in float32 from now on.
+
+  Raises:
+    UserError: KerasHub is not installed, or `backbone` is something else.
+  """
+  network, config = keras_hub.of_backbone(backbone)
+  network.trainable = False
+  return KerasHubParts(
+      network, config, Decoder(*keras_hub.decoder_of_backbone(backbone)),
+      FlowSchedule(backbone.num_train_timesteps, backbone.shift),
+      flow_scheduler.convention(backbone.num_train_timesteps))
+
+
+def is_sd3(folder: str) -> bool:
+  """Whether a folder holds the configuration of such a network."""
+  source = os.path.join(folder, diffusers.CONFIG)
+  return storage.isfile(source) and (
+      cards.read_json_object(source).get("_class_name") == _CLASS)
+
+
+def read_config(folder: str, latent_size: int | tuple[int, int] | None = None
+                ) -> MMDiTConfig:
+  """Reads `config.json`.
+
+  Args:
+    folder: the path of the network's folder.
+    latent_size: height and width of the latents; None: as `sample_size` says.
+      The network takes any size for which it has positions.
+
+  Returns:
+    The architecture.
+
+  Raises:
+    UserError: the file is missing or damaged; a key is not known, or has a
+      value that is not implemented; `latent_size` is not a size.
+  """
+  source = os.path.join(folder, diffusers.CONFIG)
+  config = diffusers.read_json(source)
+  if config.get("_class_name") != _CLASS:
+    raise UserError(f"{source}: _class_name must be {_CLASS!r}. "
+                    f"Received: {config.get('_class_name')!r}")
+  for key, value in config.items():
+    if key not in _KNOWN and not key.startswith("_"):
+      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  values = {ours: cards.json_value(source, key, config.get(key, default), int)
+            for key, (ours, default) in _FIELDS.items()}
+  channels, layers = values["in_channels"], values["num_layers"]
+  out_channels = config.get(_OUT, 16)
+  if out_channels is not None and (
+      type(out_channels) is not int or out_channels != channels):
+    raise UserError(f"{source}: {_OUT} must be {channels}, as in_channels is, "
+                    f"or null. Received: {out_channels!r}")
+  width = values["num_heads"] * values["head_channels"]
+  caption = config.get(_CAPTION, 1152)
+  if type(caption) is not int or caption != width:
+    raise UserError(
+        f"{source}: {_CAPTION} must be {width}, num_attention_heads times "
+        f"attention_head_dim. Received: {caption!r}")
+  norm = config.get(_NORM)
+  if norm not in (None, "rms_norm"):
+    raise UserError(f"{source}: {_NORM} must be 'rms_norm' or null. "
+                    f"Received: {norm!r}")
+  dual = cards.json_value(source, _DUAL, config.get(_DUAL, []), tuple, 0)
+  if any(i >= layers for i in dual):
+    raise UserError(f"{source}: {_DUAL} must be among the {layers} layers, "
+                    f"counted from 0. Received: {list(dual)}")
+  size = values.pop("image_size")
+  if latent_size is not None:
+    size = diffusers.side_or_sides(latent_size)
+    if size is None:
+      raise UserError("latent_size must be a whole number, or height and "
+                      f"width. Received: {latent_size!r}")
+  return MMDiTConfig(
+      image_size=size if isinstance(size, tuple) else (size, size),
+      query_key_norm=norm is not None, dual_attention=tuple(sorted(set(dual))),
+      **values)
+
+
+def read(folder: str, latent_size: int | tuple[int, int] | None = None
+         ) -> tuple[keras.Model, MMDiTConfig]:
+  """Reads the network.
+
+  Args:
+    folder: see `read_config`.
+    latent_size: see `read_config`.
+
+  Returns:
+    The network of `keras_hub.build_mmdit`, frozen, and its architecture.
+
+  Raises:
+    UserError: see `read_config`; or KerasHub is not installed; or the network
+      cannot be built; or the weights are missing, damaged or not finite, or do
+      not match the architecture.
+  """
+  config = read_config(folder, latent_size)
+  keras_hub.require()
+  model = tensors.frozen(folder, keras_hub.build_mmdit, config)
+  try:
+    values = to_keras(
+        _weights(folder),
+        [(v.path, tuple(v.shape)) for v in model.weights], config.num_layers)
+  except UserError as error:
+    raise UserError(f"{folder}: {error}") from error
+  tensors.fill(model, values)
+  return model, config
+
+
+def weight_files(folder: str) -> list[str]:
+  """The files that hold the weights, those that may be missing too.
+
+  Args:
+    folder: see `read_config`.
+
+  Returns:
+    Their paths: the file for all weights, in both formats, or the index of
+    several files and these.
+
+  Raises:
+    UserError: the index is damaged.
+  """
+  whole = [os.path.join(folder, name)
+           for name in (diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS)]
+  source = os.path.join(folder, _INDEX)
+  if any(map(storage.exists, whole)) or not storage.exists(source):
+    return whole
+  return [source, *(os.path.join(folder, name)
+                    for name in sorted(set(_places(source).values())))]
+
+
+def _places(source: str) -> dict[str, str]:
+  """The file of each tensor, as an index has it."""
+  places = cards.read_json_object(source).get("weight_map")
+  if not isinstance(places, dict) or not places or not all(
+      isinstance(name, str) and name == os.path.basename(name)
+      and name.endswith(".safetensors") for name in places.values()):
+    raise UserError(f"{source}: weight_map must give the .safetensors file "
+                    f"beside it for each tensor. Received: {str(places)[:80]}")
+  return places
+
+
+def _weights(folder: str) -> dict[str, np.ndarray]:
+  """The weights, from one file or from several."""
+  source, *several = weight_files(folder)
+  if os.path.basename(source) != _INDEX:
+    return diffusers.read_weights(folder)
+  weights = {}
+  for file in several:
+    if not storage.exists(file):
+      raise UserError(f"{source} needs {os.path.basename(file)} beside it. "
+                      f"Received: {sorted(storage.listdir(folder))}")
+    weights |= diffusers.read_weights(file)
+  return weights
+
+
+def to_keras(
+    weights: dict[str, np.ndarray],
+    variables: list[tuple[str, tuple[int, ...]]],
+    num_layers: int,
+) -> dict[str, np.ndarray]:
+  """Renames and re-lays weights for the network of `keras_hub.build_mmdit`.
+
+  Args:
+    weights: arrays by diffusers' names.
+    variables: (path, shape) of every variable to fill.
+    num_layers: number of blocks.
+
+  Returns:
+    Arrays by KerasHub's paths.
+
+  Raises:
+    UserError: see `tensors.matched`.
+  """
+  # A fused variable is three, by its path and one letter, until they are found.
+  split = []
+  for path, (*rest, last) in variables:
+    if _fused(path):
+      split += [(f"{path}/{part}", (*rest, last // 3)) for part in _PARTS]
+    else:
+      split.append((path, (*rest, last)))
+  # Of these diffusers has the scale first, KerasHub the shift.
+  swapped = ("output_ada_layer_norm/dense/",
+             f"joint_block_{num_layers - 1}/context_block/ada_layer_norm/")
+
+  def relayout(path, value, shape):
+    if path.startswith("position_embedding/"):
+      return value[0] if value.shape[:1] == (1,) else value
+    kernel = path.rsplit("/", 1)[0] if _fused(path) else path
+    value = tensors.torch_layout(kernel, value, shape)
+    if path.startswith(swapped):
+      value = np.roll(value, value.shape[-1] // 2, axis=-1)
+    return value
+
+  found = tensors.matched(weights, split, _source_name, relayout)
+  return {path: np.concatenate([found[f"{path}/{part}"] for part in _PARTS], -1)
+          if _fused(path) else found[path] for path, _ in variables}
+
+
+def _fused(path: str) -> str | None:
+  """diffusers' names of what fills a fused layer; None for other paths."""
+  _, *inside = path.split("/")
+  return _FUSED.get(tuple(inside[:2]))
+
+
+def _source_name(path: str) -> str:
+  """diffusers' name of what fills the variable `path` of KerasHub."""
+  if fused := _fused(path):
+    block, _, _, leaf, part = path.split("/")
+    inside = fused.format(part)
+  else:
+    place, leaf = path.rsplit("/", 1)
+    if place == "position_embedding":
+      return _PLACES[place]
+    if place in _PLACES:
+      return f"{_PLACES[place]}.{'bias' if leaf == 'bias' else 'weight'}"
+    block, side, place = place.split("/", 2)
+    inside = _INSIDE[side][place]
+  number = block.removeprefix("joint_block_")
+  leaf = "bias" if leaf == "bias" else "weight"
+  return f"transformer_blocks.{number}.{inside}.{leaf}"
