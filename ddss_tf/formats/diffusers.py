@@ -414,8 +414,8 @@ _LEAF = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias",
          "embeddings": "weight"}
 
 
-def _source_name(path: str) -> str:
-  """diffusers' name of our variable `path`."""
+def source_name(path: str) -> str:
+  """diffusers' name of the variable `path` of `unet.build_unet`."""
   *layers, leaf = path.split("/")
   place = layers[0]
   fixed = {
@@ -462,8 +462,8 @@ def to_keras(
     UserError: see `tensors.matched`.
   """
 
-  def source_name(path):
-    name = _source_name(path)
+  def in_file(path):
+    name = source_name(path)
     for new, old in _OLD_ATTENTION.items():
       if name not in weights:
         old_name = name.replace(f".{new}.", f".{old}.")
@@ -471,4 +471,4 @@ def to_keras(
     return name
 
   return tensors.matched(
-      weights, variables, source_name, tensors.torch_layout)
+      weights, variables, in_file, tensors.torch_layout)

@@ -12,6 +12,7 @@ from ddss_tf import storage
 # Keras finds layers by the names under which these modules register them.
 from ddss_tf.errors import UserError
 from ddss_tf.networks import autoencoder  # pylint: disable=unused-import
+from ddss_tf.networks import condition_layers  # pylint: disable=unused-import
 from ddss_tf.networks import dit  # pylint: disable=unused-import
 from ddss_tf.networks import edm_layers  # pylint: disable=unused-import
 from ddss_tf.networks import group_norm  # pylint: disable=unused-import

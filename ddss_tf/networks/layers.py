@@ -238,7 +238,29 @@ class SelfAttention(keras.layers.Layer):
     }
 
 
-def image_output(h, channels: int, norm_groups: int, norm_epsilon: float):
+@keras.saving.register_keras_serializable(package="ddss_tf")
+class Activation(keras.layers.Layer):
+  """One of `ACTIVATIONS`, number by number.
+
+  `keras.layers.Activation` approximates "gelu".
+  """
+
+  def __init__(self, activation, **kwargs):
+    super().__init__(**kwargs)
+    self.activation = activation
+
+  def call(self, x):
+    return _ACTIVATIONS[self.activation](x)
+
+  def compute_output_shape(self, x_shape):
+    return x_shape
+
+  def get_config(self):
+    return {**super().get_config(), "activation": self.activation}
+
+
+def image_output(h, channels: int, norm_groups: int, norm_epsilon: float,
+                 activation: str = "silu", kernel_size: int = 3):
   """The last layers of a convolutional network: `norm_out` to `conv_out`.
 
   What leaves them is float32 whatever the policy: a sampling chain multiplies a
@@ -249,15 +271,20 @@ def image_output(h, channels: int, norm_groups: int, norm_epsilon: float):
     channels: channels of the result.
     norm_groups: groups of the normalisation.
     norm_epsilon: its epsilon.
+    activation: one of `ACTIVATIONS`.
+    kernel_size: odd height and width of the convolution.
 
   Returns:
     float32 [B, H, W, channels].
   """
   h = group_norm.GroupNormalization(
       groups=norm_groups, epsilon=norm_epsilon, name="norm_out")(h)
-  h = keras.layers.Activation("silu", name="silu_out")(h)
-  return keras.layers.Conv2D(
-      channels, 3, padding="same", dtype="float32", name="conv_out")(h)
+  if activation == "silu":
+    h = keras.layers.Activation("silu", name="silu_out")(h)
+  else:
+    h = Activation(activation, name=f"{activation}_out")(h)
+  return keras.layers.Conv2D(channels, kernel_size, padding="same",
+                             dtype="float32", name="conv_out")(h)
 
 
 def check_sizes(sizes, most) -> None:
