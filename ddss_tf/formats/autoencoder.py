@@ -17,6 +17,7 @@ from ddss_tf import storage
 from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import tensors
+from ddss_tf.formats import weight_files
 from ddss_tf.networks import autoencoder
 from ddss_tf.networks import layers
 from ddss_tf.errors import UserError
@@ -129,12 +130,12 @@ def read(folder: str, latent_size: int | tuple[int, int] | None = None
     `read_config` gives them.
 
   Raises:
-    UserError: what `read_config` and `diffusers.read_weights` raise; the
+    UserError: what `read_config` and `weight_files.read` raise; the
       network cannot be built; weights and architecture do not match.
   """
   config, scale, shift = read_config(folder, latent_size)
   weights = {name: value
-             for name, value in diffusers.read_weights(folder).items()
+             for name, value in weight_files.read(folder).items()
              if not name.startswith(_SKIPPED)}
   model = tensors.frozen(folder, autoencoder.build_decoder, config)
   try:

@@ -13,6 +13,7 @@ from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import own
 from ddss_tf.formats import pipelines
+from ddss_tf.formats import weight_files
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.schedules import NoiseSchedule
@@ -98,8 +99,7 @@ def _files(path: str) -> list[str]:
   if pipelines.is_latent(path):
     return [file for file in pipelines.files(path) if storage.exists(file)]
   path = diffusers.find_network(path)
-  files = [path, path + ".json"] if storage.isfile(path) else [
-      os.path.join(path, name)
-      for name in (diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS)]
+  files = ([path, path + ".json"] if storage.isfile(path)
+           else weight_files.files(path))
   files += diffusers.config_files(path)
   return [file for file in files if storage.exists(file)]

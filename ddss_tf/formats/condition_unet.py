@@ -14,6 +14,7 @@ from ddss_tf.errors import UserError
 from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import tensors
+from ddss_tf.formats import weight_files
 from ddss_tf.networks import condition_unet
 from ddss_tf.networks import layers
 from ddss_tf.networks.condition_unet import ConditionUNetConfig
@@ -181,7 +182,7 @@ def read(folder: str, image_size: int | tuple[int, int] | None = None,
       finite, or do not match the architecture.
   """
   config = read_config(folder, image_size, num_sizes)
-  weights = diffusers.read_weights(folder)
+  weights = weight_files.read(folder)
   model = tensors.frozen(folder, condition_unet.build_condition_unet, config)
   tensors.fill(model, tensors.matched(
       weights, [(v.path, tuple(v.shape)) for v in model.weights], source_name,

@@ -13,13 +13,15 @@ from ddss_tf.schedules import NoiseSchedule
 def converted(source: str, model, config, schedule: NoiseSchedule,
               prediction: str = "eps", null_label: int | None = None,
               **convention) -> Denoiser:
-  """The denoiser of one of our own networks.
+  """The denoiser of a network that was converted.
 
   Args:
     source: what it was read from, in words.
     model: the network, frozen.
-    config: its architecture, a dataclass such as `UNetConfig`. It is part of the hash, because no weight tells
-      the padding of a convolution or the epsilon of a normalisation.
+    config: its architecture, a dataclass such as `UNetConfig`. It is part of the
+      hash, because no weight tells the padding of a convolution or the epsilon
+      of a normalisation. A network of texts has `conditions`, pairs of name and
+      shape, in it.
     schedule: see `Denoiser`, as for all below. It is the only one of these for
       a network of EDM, whose process and prediction are its own.
     prediction: see `Denoiser`.
@@ -44,8 +46,9 @@ def converted(source: str, model, config, schedule: NoiseSchedule,
   sha256 = told_sha256(
       denoiser_lib.weights_sha256(model), prediction, schedule,
       {**convention, "architecture": architecture})
+  conditions = [name for name, _ in getattr(config, "conditions", ())]
   return Denoiser(model, schedule, prediction, num_classes=classes,
-                  null_label=null_label, sha256=sha256,
+                  null_label=null_label, sha256=sha256, conditions=conditions,
                   architecture={"format": source, **architecture}, **convention)
 
 

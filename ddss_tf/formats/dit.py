@@ -17,6 +17,7 @@ from ddss_tf.errors import UserError
 from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import tensors
+from ddss_tf.formats import weight_files
 from ddss_tf.networks import dit
 from ddss_tf.networks.dit import DiTConfig
 
@@ -127,7 +128,7 @@ def read(folder: str,
   """
   in_file = _as_in_file(folder)
   config = _asked_for(folder, in_file, learned_variance)
-  weights = diffusers.read_weights(folder)
+  weights = weight_files.read(folder)
   weights = _with_outputs(folder, weights, in_file, config.out_channels)
   if _equal_embedders(weights, config.num_layers):
     config = dataclasses.replace(config, shared_embedding=True)

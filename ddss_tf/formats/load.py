@@ -18,7 +18,6 @@ from ddss_tf.formats import cards
 from ddss_tf.formats import converted
 from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
-from ddss_tf.formats import dit
 from ddss_tf.formats import edm
 from ddss_tf.formats import keras_weights
 from ddss_tf.formats import openai
@@ -78,9 +77,12 @@ def load_denoiser(
       - a folder in the diffusers layout: `config.json` of a `UNet2DModel`,
         `scheduler_config.json`, `diffusion_pytorch_model.safetensors` or
         `.bin` (which needs PyTorch); or such a file of any name, with the two
-        others beside it; or the folder of a `DiTTransformer2DModel`;
-      - a latent pipeline of diffusers, a folder with `model_index.json`: an
-        LDMPipeline or a DiTPipeline. Its decoder comes with it;
+        others beside it; or the folder of a `DiTTransformer2DModel`,
+        `UNet2DConditionModel` or `SD3Transformer2DModel` (which needs KerasHub);
+      - a latent pipeline of diffusers, a folder with `model_index.json`:
+        LDMPipeline, DiTPipeline, StableDiffusionPipeline,
+        StableDiffusionXLPipeline or StableDiffusion3Pipeline. Its decoder comes
+        with it, its text encoders do not: see `conditions`;
       - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
         by its prefix ("folder/model.ckpt-790000") or its folder;
       - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
@@ -97,7 +99,8 @@ def load_denoiser(
         as arguments or in such a card;
       - the name of an embedded model: "digits16-ddpm".
     image_size: a number, or (height, width), for the files that do not say:
-      `.pt`, DDPM's, and diffusers' if `sample_size` is null. None: the card's
+      `.pt`, DDPM's, and diffusers' if `sample_size` is null. Networks of texts
+      take other sizes as well, in pixels of the latents. None: the card's
       or, for DDPM, such that attention is at 16x16.
     num_heads: the number of heads of a `.pt` network; None: the card's, as for
       the next five arguments.
@@ -435,9 +438,8 @@ _FORMATS = (
            keras_weights.CARD_KEYS, kept=True),
     Format("openai", _is_openai, _convert_openai, _OPENAI_KEYS, kept=True),
     Format("latent pipeline", pipelines.is_latent, pipelines.convert,
-           ("learned_variance",), kept=True),
-    Format("DiT", dit.is_dit, pipelines.convert_dit, ("learned_variance",),
-           kept=True),
+           ("image_size", "learned_variance"), kept=True),
+    *(Format(*network, kept=True) for network in pipelines.NETWORKS),
     Format("diffusers", diffusers.is_diffusers, pipelines.convert_unet,
            ("image_size", "learned_variance"), kept=True),
     Format("ddpm", _is_ddpm, _convert_ddpm, ("image_size",), kept=True),

@@ -18,6 +18,7 @@ from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import flow_scheduler
 from ddss_tf.formats import tensors
+from ddss_tf.formats import weight_files
 from ddss_tf.networks import keras_hub
 from ddss_tf.denoisers.decoder import Decoder
 from ddss_tf.errors import UserError
@@ -25,8 +26,6 @@ from ddss_tf.networks.keras_hub import MMDiTConfig
 from ddss_tf.schedules import FlowSchedule
 
 _CLASS = "SD3Transformer2DModel"
-# It says in which of several files a tensor is; the large networks have it.
-_INDEX = diffusers.WEIGHTS + ".index.json"
 
 # The keys that `MMDiTConfig` has, in its words, and diffusers' defaults.
 _FIELDS = {
@@ -208,59 +207,12 @@ def read(folder: str, latent_size: int | tuple[int, int] | None = None
   model = tensors.frozen(folder, keras_hub.build_mmdit, config)
   try:
     values = to_keras(
-        _weights(folder),
+        weight_files.read(folder),
         [(v.path, tuple(v.shape)) for v in model.weights], config.num_layers)
   except UserError as error:
     raise UserError(f"{folder}: {error}") from error
   tensors.fill(model, values)
   return model, config
-
-
-def weight_files(folder: str) -> list[str]:
-  """The files that hold the weights, those that may be missing too.
-
-  Args:
-    folder: see `read_config`.
-
-  Returns:
-    Their paths: the file for all weights, in both formats, or the index of
-    several files and these.
-
-  Raises:
-    UserError: the index is damaged.
-  """
-  whole = [os.path.join(folder, name)
-           for name in (diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS)]
-  source = os.path.join(folder, _INDEX)
-  if any(map(storage.exists, whole)) or not storage.exists(source):
-    return whole
-  return [source, *(os.path.join(folder, name)
-                    for name in sorted(set(_places(source).values())))]
-
-
-def _places(source: str) -> dict[str, str]:
-  """The file of each tensor, as an index has it."""
-  places = cards.read_json_object(source).get("weight_map")
-  if not isinstance(places, dict) or not places or not all(
-      isinstance(name, str) and name == os.path.basename(name)
-      and name.endswith(".safetensors") for name in places.values()):
-    raise UserError(f"{source}: weight_map must give the .safetensors file "
-                    f"beside it for each tensor. Received: {str(places)[:80]}")
-  return places
-
-
-def _weights(folder: str) -> dict[str, np.ndarray]:
-  """The weights, from one file or from several."""
-  source, *several = weight_files(folder)
-  if os.path.basename(source) != _INDEX:
-    return diffusers.read_weights(folder)
-  weights = {}
-  for file in several:
-    if not storage.exists(file):
-      raise UserError(f"{source} needs {os.path.basename(file)} beside it. "
-                      f"Received: {sorted(storage.listdir(folder))}")
-    weights |= diffusers.read_weights(file)
-  return weights
 
 
 def to_keras(

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import ddss_tf
 import small_searches
+from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 
@@ -22,28 +23,61 @@ def read(name):
     return ddss_tf.load_denoiser(folder), dict(file)
 
 
+# Names of a table's arrays in the golden file, of prompts and negative prompts.
+CONDITIONS = {
+    "context": ("run_prompt_embeds", "run_negative_prompt_embeds"),
+    "pooled": ("run_pooled_prompt_embeds", "run_negative_pooled_prompt_embeds")}
+
+
+def with_prompts(denoiser, golden):
+  """Rows 0 and 1 are the golden prompts, 2 and 3 their negative ones."""
+  table = ddss_tf.ConditionTable(
+      {name: np.concatenate([golden[key] for key in CONDITIONS[name]])
+       for name in denoiser.conditions},
+      prompts=["one", "two", "not one", "not two"], null_row=[2, 3, 2, 3])
+  return denoiser.with_table(table)
+
+
+def its_own(denoiser, golden):
+  """The sampler of the pipeline, as ours."""
+  times = golden["run_timesteps"].astype(float)
+  if "run_sigmas" in golden:
+    return ddss_tf.make_sampler(
+        denoiser.schedule, "ddim", len(times), stride="flow-euler")
+  np.testing.assert_allclose(
+      denoiser.schedule.abar(times), golden["run_abar"][:-1], rtol=1e-4)
+  found = solvers.ddim_coefficients(denoiser.schedule, times).numpy()
+  # Stable Diffusion's scheduler ends at the first step's noise, not without any.
+  last, end = golden["run_abar"][-2:]
+  alpha_t, sigma_t = np.sqrt(last), np.sqrt(1 - last)
+  state, eps = found.x0_from_state.copy(), found.x0_from_eps.copy()
+  state[-1] = np.sqrt(end) / alpha_t
+  eps[-1] = np.sqrt(1 - end) - np.sqrt(end) * sigma_t / alpha_t
+  return ddss_tf.FixedSampler(denoiser.schedule, found._replace(
+      x0_from_state=state, x0_from_eps=eps), "its own")
+
+
 def relative(value, golden):
   """The largest difference, in standard deviations of what is right."""
   return np.abs(np.asarray(value) - golden).max() / golden.std()
 
 
 @pytest.mark.parametrize("name,shapes", [
-    ("ldm", ((8, 8, 3), (16, 16, 3))), ("dit", ((8, 8, 4), (16, 16, 3)))])
+    ("ldm", ((8, 8, 3), (16, 16, 3))), ("dit", ((8, 8, 4), (16, 16, 3))),
+    ("sd", ((8, 8, 4), (16, 16, 3))), ("sd3", ((8, 8, 16), (16, 16, 3)))])
 def test_a_whole_run_of_the_pipeline(name, shapes):
-  """Its own 4 steps of DDIM, with guidance, to the decoded image."""
+  """Its own 4 steps, with guidance, to the decoded image."""
   denoiser, golden = read(name)
   assert (denoiser.state_shape, denoiser.image_shape) == shapes
   labels = golden.get("run_class_labels")
-  if labels is not None:
+  if denoiser.conditions:
+    denoiser, labels = with_prompts(denoiser, golden), np.arange(2)
+  elif labels is not None:
     assert (denoiser.num_classes, denoiser.null_label) == (11, 10)
     assert golden["run_null_label"] == 10
+  if labels is not None:
     denoiser = denoiser.guided(float(golden["run_guidance"]))
-  times = golden["run_timesteps"].astype(float)
-  np.testing.assert_allclose(
-      np.append(denoiser.schedule.abar(times), 1.0), golden["run_abar"],
-      rtol=1e-4)
-  coefficients = solvers.ddim_coefficients(denoiser.schedule, times)
-  sampler = ddss_tf.FixedSampler(denoiser.schedule, coefficients, "its own")
+  sampler = its_own(denoiser, golden)
 
   def output(x, t):
     return denoiser.output(x, t, *(
@@ -52,8 +86,12 @@ def test_a_whole_run_of_the_pipeline(name, shapes):
   latents, states, _ = ddss_tf.run_chain(
       output, denoiser.for_chain(sampler.coefficients()), golden["run_x_T"],
       trajectory=True)
-  for state, expected in zip(states[1:], golden["run_states"]):
-    assert relative(state, expected) < 5e-4
+  # diffusers holds a flow's states as z = (1 - s) x0 + s eps, not as alpha x0 +
+  # sigma eps.
+  sizes = (1 - golden["run_sigmas"]) ** 2 + golden["run_sigmas"] ** 2 if (
+      "run_sigmas" in golden) else np.ones(5)
+  for state, size, expected in zip(states[1:], sizes[1:], golden["run_states"]):
+    assert relative(state * np.sqrt(size), expected) < 5e-4
   assert relative(latents, golden["run_latents"]) < 5e-4
   assert relative(denoiser.decode(latents), golden["run_image"]) < 5e-4
 
@@ -76,7 +114,28 @@ def test_network_and_decoder_of_a_pipeline():
   assert relative(slope, golden["dec_gradient"]) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ldm", "dit"])
+def network_inputs(name, golden):
+  """The golden inputs of a network, in our order."""
+  rest = {"ldm": [], "dit": ["net_class_labels"],
+          "sd": ["net_encoder_hidden_states"],
+          "sd3": ["net_encoder_hidden_states", "net_pooled_projections"]}[name]
+  told = [golden[key] for key in rest]
+  if name == "dit":
+    return [golden["net_x"], golden["net_t"], told[0].astype(np.int32)]
+  return [golden["net_x"], golden["net_t"], *([tuple(told)] if told else [])]
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_networks_of_prompts(name):
+  denoiser, golden = read(name)
+  found = denoiser.network(*network_inputs(name, golden))
+  assert relative(found, golden["net_out"]) < 2e-4
+  scale, shift = denoiser.decoder.scale, denoiser.decoder.shift
+  z = ((golden["dec_z"] - shift) * scale).astype(np.float32)
+  assert relative(denoiser.decode(z), golden["dec_image"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ldm", "dit", "sd", "sd3"])
 def test_a_round_trip_and_the_cache_are_bit_equal(name, tmp_path):
   denoiser, golden = read(name)
   denoiser.save(str(tmp_path / "own"))
@@ -90,11 +149,10 @@ def test_a_round_trip_and_the_cache_are_bit_equal(name, tmp_path):
     assert again.setting == denoiser.setting and again.key == denoiser.key
     assert again.null_label == denoiser.null_label
     np.testing.assert_array_equal(again.decode(z), denoiser.decode(z))
-    x, t = golden["net_x"], golden["net_t"]
-    labels = [] if name == "ldm" else [
-        golden["net_class_labels"].astype(np.int32)]
+    assert again.conditions == denoiser.conditions
+    inputs = network_inputs(name, golden)
     np.testing.assert_array_equal(
-        again.network(x, t, *labels), denoiser.network(x, t, *labels))
+        again.network(*inputs), denoiser.network(*inputs))
 
 
 def test_another_decoder_is_another_key_of_the_cache(tmp_path):
@@ -112,12 +170,40 @@ def test_another_decoder_is_another_key_of_the_cache(tmp_path):
   assert second.decoder.scale == 2.0
 
 
-@pytest.mark.parametrize("name,words", [
-    ("sd", "must be one of LDMPipeline.*text.*'StableDiffusionPipeline'"),
-    ("sd3", "must be one of LDMPipeline.*'StableDiffusion3Pipeline'")])
-def test_what_is_not_read_is_refused_by_name(name, words):
-  with pytest.raises(UserError, match=words):
-    read(name)
+def changed(path, **values):
+  with open(path) as f:
+    config = json.load(f)
+  with open(path, "w") as f:
+    json.dump(config | values, f)
+
+
+def test_what_is_not_read_is_refused_by_name(tmp_path):
+  folder = str(tmp_path / "pipeline")
+  shutil.copytree(os.path.join(DATA, "latent_sd"), folder)
+  changed(os.path.join(folder, "model_index.json"),
+          _class_name="StableDiffusionUpscalePipeline")
+  with pytest.raises(UserError, match="must be one of LDMPipeline.*with_decoder.*"
+                     "'StableDiffusionUpscalePipeline'"):
+    ddss_tf.load_denoiser(folder)
+  with pytest.raises(UserError, match="learned_variance must not be given"):
+    ddss_tf.load_denoiser(os.path.join(DATA, "latent_sd"), learned_variance=True)
+  with pytest.raises(UserError, match="takes no conditions"):
+    table = str(tmp_path / "table.npz")
+    ddss_tf.ConditionTable({"context": np.ones([2, 5, 12])}).save(table)
+    ddss_tf.load_denoiser(os.path.join(DATA, "latent_dit"), conditions=table)
+
+
+def test_another_size_and_a_pipeline_of_flow(tmp_path):
+  """A U-Net takes latents of any size, and any scheduler may be of a flow."""
+  folder = str(tmp_path / "pipeline")
+  shutil.copytree(os.path.join(DATA, "latent_sd"), folder)
+  shutil.copy(os.path.join(DATA, "latent_sd3", "scheduler", "scheduler_config.json"),
+              os.path.join(folder, "scheduler"))
+  denoiser = ddss_tf.load_denoiser(folder, image_size=(8, 12))
+  assert denoiser.state_shape == (8, 12, 4)
+  assert denoiser.image_shape == (16, 24, 3)
+  assert denoiser.prediction == "flow" and denoiser.schedule.shift == 3.0
+  assert denoiser.convention.time_scale == 1000.0
 
 
 def test_parts_must_fit(tmp_path):
@@ -134,10 +220,55 @@ def test_parts_must_fit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ldm", "dit"])
+@pytest.mark.parametrize("name", ["ldm", "dit", "sd", "sd3"])
+def test_gradients_through_chain_and_decoder(name):
+  """Coefficients, times and guidance, beside finite differences."""
+  denoiser, golden = read(name)
+  if denoiser.conditions:
+    denoiser = with_prompts(denoiser, golden)
+  if name == "ldm":  # Its images are those of the nearest codes: all steps.
+    denoiser = denoiser.with_decoder(None)
+  family = "ggdm+pred+time" + ("" if name == "ldm" else "+guidance")
+  sampler = ddss_tf.make_sampler(denoiser.schedule, family, 4, init="ddim")
+  variables = sampler.trainable_variables
+  weight = tf.random.stateless_normal([2, *denoiser.image_shape], [0, 1])
+  output = denoiser.compiled_output(False, True)
+  labels = None if denoiser.num_classes is None else tf.constant([0, 1])
+
+  @tf.function
+  def loss():
+    images = generator_lib.sample_chain(
+        denoiser, output, denoiser.for_chain(sampler.coefficients()),
+        tf.constant([1, 0]), tf.range(2), labels)
+    return tf.reduce_mean(weight * images)
+
+  with tf.GradientTape() as tape:
+    value = loss()
+  slopes = tape.gradient(value, variables)
+  assert all(slope is not None for slope in slopes)
+  assert any("guidance" in v.path for v in variables) == (name != "ldm")
+  for i, (variable, slope) in enumerate(zip(variables, slopes)):
+    direction = np.random.default_rng(i).standard_normal(variable.shape)
+    expected = float(tf.reduce_sum(slope * direction.astype(np.float32)))
+    start, width = variable.numpy(), 2e-3
+    ends = []
+    for sign in (1, -1):
+      variable.assign(start + sign * width * direction.astype(np.float32))
+      ends.append(float(loss()))
+    variable.assign(start)
+    found = (ends[0] - ends[1]) / (2 * width)
+    size = float(tf.norm(slope))
+    assert abs(found - expected) < 0.02 * size + 2e-4, variable.path
+    assert size > 0, variable.path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ldm", "dit", "sd", "sd3"])
 def test_a_search_from_folder_to_export(name, tmp_path, feature_file):
   """Random weights, K = 4: killed and resumed; exported and served."""
-  denoiser, _ = read(name)
+  denoiser, golden = read(name)
+  if denoiser.conditions:
+    denoiser = with_prompts(denoiser, golden)
   if denoiser.num_classes:
     denoiser = denoiser.guided(1.5)
   rng = np.random.default_rng(0)

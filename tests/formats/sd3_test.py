@@ -19,6 +19,7 @@ import ddss_tf
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import flow_scheduler
 from ddss_tf.formats import sd3
+from ddss_tf.formats import weight_files
 from ddss_tf.networks import files
 from ddss_tf.networks import precision
 from ddss_tf.networks.keras_hub import MMDiTConfig
@@ -287,11 +288,11 @@ def test_weights_in_several_files(network, tmp_path, inputs):
   folder, index = shards(tmp_path, tensors())
   model, _ = sd3.read(folder)
   np.testing.assert_array_equal(run(model, inputs), run(network, inputs))
-  found = sd3.weight_files(folder)
+  found = weight_files.files(folder)
   assert found[0] == index and len(found) == 3
   assert {os.path.basename(file) for file in found} | {diffusers.CONFIG} == (
       set(os.listdir(folder)))
-  assert [os.path.basename(file) for file in sd3.weight_files(FOLDER)] == [
+  assert [os.path.basename(file) for file in weight_files.files(FOLDER)] == [
       diffusers.WEIGHTS, diffusers.PICKLED_WEIGHTS]
   os.remove(found[2])
   message = refusal(sd3.read, folder)
@@ -305,7 +306,7 @@ def test_damaged_index(tmp_path, places):
   folder, index = shards(tmp_path, tensors())
   with open(index, "w", encoding="utf-8") as f:
     json.dump({"weight_map": places}, f)
-  message = refusal(sd3.weight_files, folder)
+  message = refusal(weight_files.files, folder)
   assert index in message and "weight_map" in message
 
 
