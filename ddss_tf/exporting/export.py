@@ -129,7 +129,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     denoiser: the frozen model.
     also: other forms to write, under the names in `run_dir.ALSO`: "diffusers",
       a folder with the sampler alone as a scheduler for PyTorch
-      (`diffusers_scheduler.write`); "onnx" and "tflite", sampler and network as
+      (`diffusers_scheduler.write`), and guidance for its pipelines; "onnx" and "tflite", sampler and network as
       one file with the signature of from_noise (`portable.write`).
     integer_timesteps: round the times of the "diffusers" form, for a model that
       takes no fractions.

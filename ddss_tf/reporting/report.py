@@ -184,6 +184,8 @@ def _uses(run, groups, found):
         "exported": storage.isdir(model), "model": repr(model),
         **{name: storage.exists(path) and repr(path)
            for name, path in others.items()},
+        "guided": storage.exists(
+            os.path.join(others["diffusers"], run_dir_lib.GUIDANCE)),
         "card": os.path.join(folder, run_dir_lib.SAMPLER),
         "command": shlex.join([
             "python", "-m", "ddss_tf.main", "--mode=export",

@@ -32,6 +32,8 @@ EXPORT = "export"
 # Where other forms of the sampler go in a run directory.
 ALSO = {"diffusers": "diffusers_scheduler", "onnx": "sampler.onnx",
         "tflite": "sampler.tflite"}
+# In the first of these, of a sampler with guidance.
+GUIDANCE = "guidance.py"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 CACHE = "cache"

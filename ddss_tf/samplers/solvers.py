@@ -315,7 +315,8 @@ _STEPS = {
     "unipc3-bh1": functools.partial(_unipc, order=3, bh="bh1"),
     "unipc3-bh2": functools.partial(_unipc, order=3, bh="bh2"),
 }
-# What searches and comparisons try, unless they are told what to.
+# What searches and comparisons try, unless they are told what to; on a flow
+# searches try all.
 SOLVERS = ("ddpm", "ddim", *_STEPS)
 _STEPS["heun"] = _heun
 ALL_SOLVERS = (*SOLVERS, "heun")

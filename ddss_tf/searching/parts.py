@@ -108,9 +108,10 @@ class SearchParts:
     """The options and samplers that the search may start at."""
     if not self.sampler.chooses_start:
       return [({}, self.sampler)]
+    schedule, told = self.denoiser.schedule, self.options.start_candidates
     return starts.possible(
-        functools.partial(self.make_sampler, self.denoiser.schedule),
-        self.options.start_candidates)
+        functools.partial(self.make_sampler, schedule),
+        starts.suited(schedule) if told is None else told)
 
   def setting(self) -> dict:
     """What decides the value of a sampler, as JSON."""

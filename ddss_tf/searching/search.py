@@ -200,7 +200,8 @@ def search(
     seed: the seed of the search's noise; validation uses seed + 1.
     x0_bound: see `chain.bound_x0`.
     start_samples: images by which `init="auto"` chooses; see `starts.choose`.
-    start_candidates: what it chooses from, see `starts.possible`.
+    start_candidates: what it chooses from, see `starts.possible`; None: what
+      suits the schedule, see `starts.suited`.
     validation_samples: images of the validation, on fixed noise.
     validate_every: steps between validations. With "metric", one that is
       not better than the best takes the search back there, with half the rate.

@@ -1,7 +1,7 @@
 """Where a search starts: every solver on every stride, tried on fixed noise."""
 
 import functools
-from typing import Callable
+from typing import Callable, Mapping, Sequence
 
 from absl import logging
 import numpy as np
@@ -12,20 +12,36 @@ from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.coefficients import Coefficients
 from ddss_tf.samplers.sampler import Sampler
-from ddss_tf.samplers.strides import STRIDES
+from ddss_tf.samplers.strides import FLOW_STRIDES, STRIDES
+from ddss_tf.schedules import FlowSchedule, NoiseSchedule
 
 _FIELDS = ("start", "samples", "sha256", "distance")
 _AGAIN = 8
 
 
-def possible(make: Callable[..., Sampler], candidates=None
+def suited(schedule: NoiseSchedule) -> list[dict]:
+  """What `init="auto"` tries on a schedule, unless it is told what to.
+
+  That is every solver on every stride. On a flow it is Heun's method and the
+  strides of flows, too: they have the noise levels of its own schedulers.
+
+  Returns:
+    Options of `make_sampler`, "init" and "stride".
+  """
+  names, grids = solvers.SOLVERS, STRIDES
+  if isinstance(schedule, FlowSchedule):
+    names, grids = solvers.ALL_SOLVERS, (*STRIDES, *FLOW_STRIDES)
+  return [{"init": name, "stride": grid} for name in names for grid in grids]
+
+
+def possible(make: Callable[..., Sampler], candidates: Sequence[Mapping]
              ) -> list[tuple[dict, Sampler]]:
   """The starts that a family allows, before any of them is tried.
 
   Args:
     make: makes the sampler to be searched from `init` and `stride`.
     candidates: options of `make`, a list of dicts such as {"init": "ddim",
-      "stride": "linear"}; None is every solver on every stride.
+      "stride": "linear"}; for instance those of `suited`.
 
   Returns:
     Options and the sampler that starts there, in the order of the candidates.
@@ -33,9 +49,6 @@ def possible(make: Callable[..., Sampler], candidates=None
   Raises:
     UserError: there is none among them.
   """
-  if candidates is None:
-    candidates = [{"init": solver, "stride": stride}
-                  for solver in solvers.SOLVERS for stride in STRIDES]
   found = []
   for start in candidates:
     try:

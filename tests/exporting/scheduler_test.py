@@ -1,4 +1,4 @@
-"""Tests of the scheduler that is written for diffusers.
+"""Tests of the scheduler that is written for diffusers, in pipelines of images.
 
 The fixture is what diffusers' own pipeline made with it. CI has no PyTorch, so
 there the written configuration and the class are tied to the fixture; set
@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 
-import conditional_parts
 import pages
 import numpy as np
 import pytest
@@ -85,26 +84,6 @@ def test_only_a_schedulers_folder_is_replaced(cases, tmp_path):
   with pytest.raises(ddss_tf.UserError, match="must be new"):
     diffusers_scheduler.write(str(tmp_path), sampler, denoiser)
   assert os.listdir(tmp_path) == ["scheduler"]
-
-
-def test_guidance_is_refused(tmp_path):
-  denoiser = conditional_parts.make(null_label=1, guidance_scale=2.0)
-  coefficients = ddss_tf.solver_coefficients(
-      denoiser.schedule, "ddim", 3, "linear").numpy()
-  folder = str(tmp_path / "scheduler")
-
-  def write(found, model):
-    diffusers_scheduler.write(folder, card.SamplerCard(
-        "DDIM", found, model.identity, {}, None), model)
-
-  with pytest.raises(ddss_tf.UserError, match="cannot guide.*guidance_scale 2"):
-    write(coefficients, denoiser)
-  scales = np.ones(3, np.float32)
-  with pytest.raises(ddss_tf.UserError, match="cannot guide.*guidance_scales"):
-    write(coefficients._replace(guidance_scales=scales),
-          conditional_parts.make(null_label=1))
-  assert not os.path.exists(folder)
-  write(coefficients, conditional_parts.make(null_label=1))
 
 
 @pytest.mark.skipif(not TORCH, reason="DDSS_TORCH_PYTHON is not set")

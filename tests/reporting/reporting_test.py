@@ -9,9 +9,11 @@ import re
 import numpy as np
 import pytest
 
+from ddss_tf import schedules
 from ddss_tf import storage
 from ddss_tf.reporting import report as report_lib
 from ddss_tf.runs import records as records_lib
+from ddss_tf.samplers import solvers
 from ddss_tf.errors import UserError
 from reported_run import coefficients, record, write_card, write_run  # pylint: disable=unused-import
 
@@ -243,6 +245,21 @@ def test_use_of_an_exported_sampler(tmp_path):
   text = page_of(tmp_path).text
   assert f"tf.saved_model.load({str(tmp_path / 'export')!r})" in text
   assert "--mode=export" not in text
+  (tmp_path / "diffusers_scheduler").mkdir()
+  assert "pipe(num_inference_steps=3)" in page_of(tmp_path).text
+  (tmp_path / "diffusers_scheduler" / "guidance.py").touch()
+  assert "num_inference_steps=3, **guidance(" in page_of(tmp_path).text
+
+
+def test_coefficients_of_a_flow(tmp_path):
+  found = solvers.solver_coefficients(
+      schedules.FlowSchedule(), "ddim", 3, "trailing").numpy()
+  write_card(str(tmp_path), found=found)
+  page = page_of(tmp_path)
+  (head,) = [row for row in page.rows if row[:2] == ["step", "t"]]
+  assert head[3].endswith(": v")
+  for value in found.x0_from_v.astype(float):
+    assert repr(float(value)) in [number for number, _ in page.numbers]
 
 
 @pytest.mark.parametrize("name,content,message", [

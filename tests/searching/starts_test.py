@@ -21,6 +21,7 @@ from ddss_tf.samplers import strides
 from ddss_tf.searching import parts as parts_lib
 from ddss_tf.searching import starts
 from ddss_tf.errors import UserError
+from project import TESTDATA
 from small_searches import options
 
 
@@ -111,6 +112,56 @@ def test_nothing_is_ranked_for_a_search_that_is_refused(
     search(start_candidates=[{"init": "ddim"}, {"init": "ddpm"}])
   with pytest.raises(AssertionError, match="ranked"):
     search(family="ggdm", restart=True)
+
+
+@pytest.mark.parametrize("family,steps", [
+    ("ggdm+pred", 4), ("ggdm+pred", 1), ("rddim", 4)])
+def test_a_flow_tries_what_suits_it(
+    parts, tmp_path, monkeypatch, family, steps):
+  """Heun's method and the noise levels of its own schedulers."""
+  found = []
+
+  def choose(candidates, *args):
+    found.extend(candidates)
+    raise AssertionError("ranked")
+
+  monkeypatch.setattr(starts, "choose", choose)
+  flow = ddss_tf.make_schedule("flow", 1000, shift=3.0)
+  parts = dict(parts, denoiser=ddss_tf.gaussian_denoiser(
+      (4, 4, 1), schedule=flow))
+  with pytest.raises(AssertionError, match="ranked"):
+    ddss_tf.search(run_dir=str(tmp_path), **parts, **options(
+        sampler=functools.partial(families.make_sampler, family=family,
+                                  num_steps=steps, init="auto")))
+  tried = {(start["init"], start["stride"]): sampler.start.numpy()
+           for start, sampler in found}
+  grids = {*strides.STRIDES, *strides.FLOW_STRIDES}
+  names = {"ddim", "ddpm"} if family == "rddim" else set(solvers.ALL_SOLVERS)
+  assert set(tried) == set(itertools.product(names, grids))
+  if steps == 4:
+    with np.load(os.path.join(TESTDATA, "latent_sd3", "golden.npz")) as own:
+      np.testing.assert_allclose(
+          1000 * flow.noise_level(tried["ddim", "flow-euler"].times),
+          own["run_timesteps"], rtol=1e-6)
+  if steps == 4 and family == "ggdm+pred":
+    times = tried["heun", "trailing"].times
+    assert times[1] == times[2] and len(set(times)) == 3
+    assert ("unipc2-bh2", "trailing") in tried
+
+
+def test_only_a_flow_tries_them():
+  names, grids = (
+      {start[key] for start in starts.suited(ddss_tf.make_schedule())}
+      for key in ("init", "stride"))
+  assert names == set(solvers.SOLVERS) and "heun" not in names
+  assert grids == set(strides.STRIDES) and not grids & set(strides.FLOW_STRIDES)
+  # The strides of flows that go with their shift only.
+  flow = ddss_tf.make_schedule("flow", 1000, shift=0.5)
+  found = starts.possible(functools.partial(
+      families.make_sampler, flow, family="ggdm+pred", num_steps=4),
+                          starts.suited(flow))
+  assert {start["stride"] for start, _ in found} == {
+      *strides.STRIDES, "flow-dynamic"}
 
 
 def test_a_deterministic_start_has_no_bound(parts, tmp_path, monkeypatch):
