@@ -96,6 +96,32 @@ def test_a_whole_run_of_the_pipeline(name, shapes):
   assert relative(denoiser.decode(latents), golden["run_image"]) < 5e-4
 
 
+def test_sdxl_from_prompts_to_images(tmp_path):
+  """What tools/encode_prompts.py made of two prompts; weights in float16."""
+  folder = os.path.join(DATA, "latent_xl")
+  conditions = os.path.join(folder, "conditions.npz")
+  denoiser = ddss_tf.load_denoiser(folder, conditions=conditions, guidance_scale=3.0)
+  with np.load(os.path.join(folder, "golden.npz")) as file:
+    golden = dict(file)
+  assert denoiser.conditions == ("context", "pooled", "time_ids")
+  assert denoiser.table.prompts == ("a cat", "a dog", "blurry")
+  np.testing.assert_allclose(denoiser.table.frequencies, [2 / 3, 1 / 3, 0])
+  rows = tf.constant([denoiser.table.row_of(text) for text in ("a dog", "a cat")])
+  coefficients = its_own(denoiser, golden).coefficients()
+  latents = ddss_tf.run_chain(
+      lambda x, t: denoiser.output(x, t, rows), denoiser.for_chain(coefficients),
+      golden["run_x_T"])
+  assert relative(latents, golden["run_latents"]) < 1e-4
+  assert relative(denoiser.decode(latents), golden["run_image"]) < 1e-4
+  # The cache keeps network and decoder, not the table.
+  cache = str(tmp_path / "cache")
+  for options in ({}, {"conditions": conditions}):
+    ddss_tf.load_denoiser(folder, cache_dir=cache, **options)
+  (kept,) = os.listdir(os.path.join(cache, "denoisers"))
+  assert sorted(os.listdir(os.path.join(cache, "denoisers", kept))) == [
+      "decoder.keras", "denoiser.json", "network.keras"]
+
+
 def test_network_and_decoder_of_a_pipeline():
   denoiser, golden = read("dit")
   found = denoiser.network(
