@@ -36,8 +36,6 @@ _TIME_SCALE = 1000.0
 _PIXEL_STD = 0.1
 _LABEL_DROPOUT = 0.1
 _AVERAGE_DECAY = 0.999
-# What the denoiser samples with where nothing else is asked for.
-_GUIDANCE_SCALE = 1.5
 # An image at once would keep a CPU busy with calls.
 _DECODED_AT_ONCE = 32
 _SAVE_EVERY = 120.0  # Seconds.
@@ -54,6 +52,9 @@ _STATE = flags.DEFINE_string(
     "state", None, "Folder of the training's state, to go on from. Needed.")
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", _ASSETS, "Folder of the denoiser.")
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Steps of the transformer, instead of the recipe's. A "
+    "training that is ready goes on to more of them.", 1)
 _MINUTES = flags.DEFINE_float(
     "minutes", None, "Stop after so many minutes, if not ready before.", 0.0)
 _THREADS = flags.DEFINE_integer("threads", 1, "CPU threads of TensorFlow.", 1)
@@ -63,7 +64,7 @@ _DATA_DIR = flags.DEFINE_string(
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How a network is trained: Adam, with a warm-up and a cosine decay to 0.
+  """How a network is trained: by Adam, with a warm-up.
 
   Attributes:
     num_steps: steps of training.
@@ -71,6 +72,8 @@ class Recipe:
     learning_rate: the largest.
     seed: of the first weights, the batches and all that is drawn.
     warmup_steps: steps on which the rate grows linearly.
+    last_rate: what is left of the rate at the end of a cosine decay. With 1 it
+      stays, and a longer training goes on from a shorter one.
   """
 
   num_steps: int
@@ -78,11 +81,12 @@ class Recipe:
   learning_rate: float
   seed: int
   warmup_steps: int = 100
+  last_rate: float = 0.0
 
   def optimizer(self) -> keras.optimizers.Optimizer:
     """A new one."""
     return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(
-        0.0, self.num_steps - self.warmup_steps,
+        0.0, self.num_steps - self.warmup_steps, alpha=self.last_rate,
         warmup_target=self.learning_rate, warmup_steps=self.warmup_steps),
                                  beta_2=0.99)
 
@@ -99,7 +103,9 @@ class Recipe:
 
 AUTOENCODER = Recipe(
     num_steps=1500, batch_size=64, learning_rate=2e-3, seed=1)
-DENOISER = Recipe(num_steps=8000, batch_size=64, learning_rate=1e-3, seed=2)
+# The average of its weights does what a decay of the rate would.
+DENOISER = Recipe(num_steps=6000, batch_size=64, learning_rate=1e-3, seed=2,
+                  last_rate=1.0)
 
 
 def build_encoder() -> keras.Model:
@@ -368,6 +374,8 @@ def make_denoiser(network: keras.Model, decoder: keras.Model,
                   ) -> ddss_tf.Denoiser:
   """The denoiser of trained networks.
 
+  It has no guidance scale of its own, or samplers could not learn theirs.
+
   Args:
     network: the DiT.
     decoder: the decoder.
@@ -379,9 +387,8 @@ def make_denoiser(network: keras.Model, decoder: keras.Model,
             if getattr(TRANSFORMER, field.name) != field.default}
   return ddss_tf.Denoiser(
       network, ddss_tf.make_schedule("flow", 1000, shift=1.0), "flow", NAME,
-      num_classes=_NUM_CLASSES + 1, guidance_scale=_GUIDANCE_SCALE,
-      null_label=_NUM_CLASSES, process="flow", time_input="flow",
-      time_scale=_TIME_SCALE,
+      num_classes=_NUM_CLASSES + 1, null_label=_NUM_CLASSES, process="flow",
+      time_input="flow", time_scale=_TIME_SCALE,
       architecture={"format": "ours", "kind": "DiTConfig", **fields},
       decoder=ddss_tf.Decoder(
           decoder, 1.0 / std.astype(np.float64), mean,
@@ -444,9 +451,11 @@ def main(argv):
     return
   moments = encoder.predict(images, batch_size=100, verbose=0)
   standard = standard_of(moments)
+  recipe = dataclasses.replace(
+      DENOISER, num_steps=_STEPS.value or DENOISER.num_steps)
   network, of_transformer = train_transformer(
       os.path.join(_STATE.value, "transformer"), moments, labels, standard,
-      deadline)
+      deadline, recipe)
   if of_transformer is None:
     return
   denoiser = make_denoiser(network, decoder, standard)

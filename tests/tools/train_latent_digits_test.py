@@ -118,6 +118,21 @@ def test_a_pass_sees_every_image_once():
   assert passes[0].tolist() != passes[1].tolist()
 
 
+@pytest.mark.parametrize("last_rate", [0.0, 0.25, 1.0])
+def test_the_rate_grows_and_then_falls_to_what_is_left(last_rate):
+  optimizer = tool.Recipe(
+      num_steps=110, batch_size=4, learning_rate=2.0, seed=0, warmup_steps=10,
+      last_rate=last_rate).optimizer()
+
+  def rate(step):
+    optimizer.iterations.assign(step)
+    return float(optimizer.learning_rate)
+
+  np.testing.assert_allclose(
+      [rate(0), rate(5), rate(10), rate(60), rate(110)],
+      [0.0, 1.0, 2.0, 1.0 + last_rate, 2.0 * last_rate], atol=1e-6)
+
+
 def test_the_transformer_begins_at_zero(tiny):
   del tiny
   x, _ = some_moments(5)
@@ -208,3 +223,4 @@ def test_what_is_saved_is_what_was_trained(tiny, tmp_path):
   z = (own - standard[0]) / standard[1]
   np.testing.assert_allclose(loaded.decode(z), decoder(own), atol=1e-4)
   assert (loaded.null_label, loaded.num_classes) == (10, 11)
+  assert loaded.guidance_scale is None
