@@ -7,6 +7,7 @@ resize, tokens by hand, and finite differences.
 import json
 import os
 import shutil
+import sys
 
 import gin
 import keras
@@ -27,6 +28,7 @@ from ddss_tf.errors import UserError
 import conditional_parts
 import gaussian_parts
 import small_clip
+from project import ROOT
 
 keras_hub = pytest.importorskip("keras_hub")
 
@@ -405,7 +407,18 @@ def test_damaged_presets_and_tokens_are_refused(preset, tmp_path):
   refusal(folder, "prompts, texts [N]", token_ids=str(tmp_path / "none.npz"))
 
 
+def test_the_command_line_refuses_it_before_it_begins(
+    preset, gaussian_config, main_in_process, tmp_path, capsys):
+  file = os.path.join(ROOT, "gin_configs", "features", "clip.gin")
+  with pytest.raises(SystemExit):
+    main_in_process([
+        "--mode=evaluate", f"--gin_file={gaussian_config}", f"--gin_file={file}",
+        f"--gin_param=load_clip.path = '{preset}'", f"--run_dir={tmp_path}/run"])
+  assert "error: the CLIP score needs prompts" in capsys.readouterr().err
+  assert not os.path.exists(tmp_path / "run")
+
+
 def test_without_keras_hub(monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "keras_hub", None)
+  monkeypatch.setitem(sys.modules, "keras_hub", None)
   with pytest.raises(UserError, match=r"pip install ddss_tf\[kerashub\]"):
     ddss_tf.load_clip("clip_vit_base_patch32")
