@@ -210,10 +210,11 @@ def table(records: list[Record]) -> str:
 
   If FIDs are of fewer than 50 000 samples, their heading says of how many
   (`fid_label`); if the numbers differ, they have a column of their own. A
-  bound on x0_hat stands beside the sampler's name. Records of one sampler with
-  several seeds are one line with their means, and for FID the standard
-  deviation of single seeds. Each of several held-out networks has a column with
-  its name; the mean CLIP score has one where it was measured. "-" stands for a value that was not finite.
+  bound on x0_hat stands beside the sampler's name. Records of one sampler
+  with several seeds are one line with their means, and for FID the standard
+  deviation of single seeds. Each of several held-out networks has a column
+  with its name; the mean CLIP score has one where it was measured. "-" stands
+  for a value that was not finite.
   """
   counts = {record["num_samples"] for record in records}
   same = len(counts) == 1
