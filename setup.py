@@ -60,8 +60,8 @@ setuptools.setup(
     extras_require={
         # Only to read .pt files.
         "torch": ["torch>=2.4"],
-        # Only for Stable Diffusion 3. It imports modules of KerasHub that are
-        # not public, hence the bound.
+        # Only for Stable Diffusion 3 and the CLIP score. The former imports
+        # modules of KerasHub that are not public, hence the bound.
         "kerashub": ["keras-hub>=0.32,<0.33"],
         # Only to export to this format, and to check what was written.
         "onnx": ["tf2onnx>=1.17", "onnxruntime>=1.20"],

@@ -13,6 +13,7 @@ from .evaluation.compare import compare
 from .evaluation.evaluate import evaluate
 from .exporting.export import export
 from .exporting.sample import sample
+from .features.clip import Clip, load_clip
 from .features.load import load_features, register_features
 from .features.network import FeatureNetwork
 from .formats.load import load_denoiser, register_format

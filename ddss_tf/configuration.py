@@ -29,16 +29,18 @@ from ddss_tf.evaluation import compare
 from ddss_tf.evaluation import evaluate
 from ddss_tf.exporting import export
 from ddss_tf.exporting import sample
+from ddss_tf.features import clip as clip_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.reporting import inspection
 from ddss_tf.reporting import report
 from ddss_tf.searching import options as options_lib
 from ddss_tf.searching import search
-from ddss_tf.datasets.load import load_dataset
+from ddss_tf.datasets.load import label_counts, load_dataset
 from ddss_tf.denoisers.clocks import on_schedule
 from ddss_tf.denoisers.gaussian import gaussian_denoiser
 from ddss_tf.distribution import make_strategy
 from ddss_tf.errors import UserError
+from ddss_tf.features.clip import load_clip
 from ddss_tf.features.load import load_features
 from ddss_tf.formats.load import load_denoiser
 from ddss_tf.reporting.published import load_published
@@ -46,9 +48,9 @@ from ddss_tf.samplers.families import make_sampler
 from ddss_tf.schedules import make_schedule
 
 # What gin may bind: the parts, and a root for each stage.
-PARTS = (gaussian_denoiser, load_dataset, load_denoiser, load_features,
-         load_published, make_sampler, make_schedule, make_strategy,
-         on_schedule)
+PARTS = (gaussian_denoiser, label_counts, load_clip, load_dataset, load_denoiser,
+         load_features, load_published, make_sampler, make_schedule,
+         make_strategy, on_schedule)
 _STAGES = {
     "run": [search.search, evaluate.evaluate, export.export, report.report],
     "compare": [compare.compare, report.report],
@@ -104,6 +106,8 @@ def build(functions: Sequence[Callable]) -> None:
           optional=True)
       dataset = dataset_lib.as_dataset(arguments["dataset"])
       network_lib.check_shapes(arguments["denoiser"], dataset, *networks)
+    if arguments.get("clip") is not None:
+      clip_lib.check(arguments["clip"], arguments["denoiser"])
     if name == "search":
       sampler = arguments["sampler"](arguments["denoiser"].schedule)
       num_steps = sampler.num_steps

@@ -1,12 +1,13 @@
 """Images in memory, with what identifies them."""
 
+import collections
 import dataclasses
 
 import numpy as np
 import tensorflow as tf
 
 from ddss_tf.runs import fingerprint
-from ddss_tf.errors import UserError
+from ddss_tf.errors import UserError, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +18,66 @@ class ImageDataset:
     name: the name it was loaded by.
     images: float32 [N, H, W, C] in [-1, 1].
     labels: int64 [N]; None if the data set has none.
-    sha256: content hash of `images`.
+    sha256: content hash of `images`, and of nothing else.
+    captions: N texts, a tuple; None if the data set has none.
+
+  Raises:
+    UserError: there are not as many captions as images.
   """
 
   name: str
   images: np.ndarray
   labels: np.ndarray | None
   sha256: str
+  captions: tuple[str, ...] | None = None
+
+  def __post_init__(self):
+    if self.captions is not None and len(self.captions) != len(self.images):
+      raise UserError(f"captions of {self.name!r} must be {len(self.images)} texts, "
+                      f"one for each image. Received: {len(self.captions)}")
+
+  def caption_counts(self) -> tuple[list[str], list[int]]:
+    """The distinct captions, and how often each occurs.
+
+    They are the `prompts` and `weights` of a `ConditionTable` whose images are
+    compared with this data set: each prompt is then drawn as often as it occurs
+    here.
+
+    Returns:
+      M texts in the order in which they first occur, and M whole numbers, whose
+      sum is N.
+
+    Raises:
+      UserError: the data set has no captions.
+    """
+    if self.captions is None:
+      raise UserError(f"data set {self.name!r} must have captions: a text file "
+                      "beside each image, or captions.jsonl. Received: none")
+    counts = collections.Counter(self.captions)
+    return list(counts), list(counts.values())
+
+  def label_counts(self, num_classes: int) -> list[int]:
+    """How often each class occurs: the `label_weights` of a denoiser.
+
+    Args:
+      num_classes: the number of classes of the network, a null class included.
+
+    Returns:
+      `num_classes` whole numbers, whose sum is N. Classes without an image, such
+      as the null class, have 0.
+
+    Raises:
+      UserError: the data set has no labels, or one that is no such class.
+    """
+    check_whole("num_classes", num_classes, 1)
+    if self.labels is None:
+      raise UserError(f"data set {self.name!r} must have labels. Received: none")
+    low, high = self.labels.min(), self.labels.max()
+    if low < 0 or high >= num_classes:
+      raise UserError(f"labels of {self.name!r} must be from 0 to "
+                      f"{num_classes - 1}, as there are {num_classes} classes. "
+                      f"Received: {low} to {high}")
+    return np.bincount(self.labels, minlength=num_classes).tolist()
 
 
 def as_dataset(images: "ImageDataset | np.ndarray") -> ImageDataset:

@@ -44,7 +44,8 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
     name: a TFDS name, e.g. "ddss_digits", "cifar10", "lsun/church_outdoor",
       "mnist:3.0.1", with a feature `image`, uint8, and optionally `label`; or
       "folder:PATH", with PNG, JPEG, BMP, WebP and GIF files, flat or in a
-      subfolder per class; or "npz:FILE", with `images` [N, H, W, C], uint8 or
+      subfolder per class, and with captions if they lie there, see
+      `captions.read`; or "npz:FILE", with `images` [N, H, W, C], uint8 or
       float in [-1, 1], and optionally `labels` [N]; or "tfrecords:FILE", the
       one of StyleGAN's files that has the wanted size.
     split: TFDS split or slice of one, e.g. "train", "test[:50%]". A path has
@@ -64,7 +65,7 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
       pass; "lanczos3", Pillow's LANCZOS, as StyleGAN prepared LSUN; or
       "area", the mean over the area of each new pixel.
     flip: whether all images follow a second time, mirrored left to right, with
-      the same labels.
+      the same labels and captions.
     max_images: number of images kept before any flip; None keeps all.
     subset_seed: seed by which `max_images` are drawn without replacement; they
       stay in reading order. None takes the first, without reading the rest.
@@ -80,9 +81,9 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
 
   Raises:
     UserError: the data set, split, folder or file is missing, damaged, empty or
-      of another kind; the processed images differ in size or in their number
-      of channels; an option does not fit the images; or the images need more
-      than `max_bytes`.
+      of another kind; captions are damaged or not one for each image; the
+      processed images differ in size or in their number of channels; an option
+      does not fit the images; or the images need more than `max_bytes`.
   """
   check_whole("channels", channels, 1, optional=True)
   if channels not in (None, 1, 3):
@@ -133,8 +134,29 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
     count = len(positions)
     images[count:] = images[:count, :, ::-1]
     labels = labels if labels is None else np.tile(labels, 2)
+  captions = source.captions
+  if captions is not None:
+    captions = tuple(captions[i] for i in positions) * (2 if flip else 1)
   return ImageDataset(
-      name, images, labels, fingerprint.arrays_sha256([images]))
+      name, images, labels, fingerprint.arrays_sha256([images]), captions)
+
+
+@gin.register
+def label_counts(dataset: ImageDataset = gin.REQUIRED,
+                 num_classes: int = gin.REQUIRED) -> list[int]:
+  """How often each class occurs in a data set, for `load_denoiser.label_weights`.
+
+  The classes are then drawn as often as they occur in the data set. FID compares
+  with that data set, so other frequencies would count as a fault of the sampler.
+
+  Args:
+    dataset: the images, with labels.
+    num_classes: the number of classes of the network, a null class included.
+
+  Returns:
+    See `ImageDataset.label_counts`, which says what is raised, too.
+  """
+  return dataset.label_counts(num_classes)
 
 
 def _chosen(count: int, max_images: int | None,

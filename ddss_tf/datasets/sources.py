@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddss_tf import storage
+from ddss_tf.datasets import captions as captions_lib
 from ddss_tf.datasets import decoding
 from ddss_tf.errors import UserError
 
@@ -39,12 +40,14 @@ class ImageSource:
     decode: maps `image` to pixels [H, W, C], uint8 or float32 in [-1, 1]; a
       function of tensors, for `tf.data.Dataset.map`.
     place: maps the position of an image to words that name it in a message.
+    captions: a text for each image, in reading order; None if there are none.
   """
 
   count: int
   examples: tf.data.Dataset
   decode: Callable[[tf.Tensor], tf.Tensor]
   place: Callable[[int], str]
+  captions: tuple[str, ...] | None = None
 
 
 def first_line(error: Exception) -> str:
@@ -207,7 +210,8 @@ def folder_source(path: str) -> ImageSource:
   A flat folder has no labels. With one subfolder per class, the label is the
   position of the subfolder in sorted order, and the images come class by class.
   Names that begin with a dot, and files with other suffixes, are passed over.
-  Links are followed. Pillow decodes the files, see `decoding.pixels`.
+  Links are followed. Pillow decodes the files, see `decoding.pixels`. Captions
+  lie beside the images, see `captions.read`.
 
   `tfds.folder_dataset.ImageFolder` does not serve here: it wants a level of
   splits above the classes, shuffles, and knows neither BMP nor WebP.
@@ -217,8 +221,8 @@ def folder_source(path: str) -> ImageSource:
 
   Raises:
     UserError: the folder is missing, cannot be read or holds no images; it
-      holds images at more than one level, or below its subfolders; or an image
-      is a link to nothing.
+      holds images at more than one level, or below its subfolders; an image
+      is a link to nothing; or captions are damaged or not one for each image.
   """
   root = pathlib.Path(path).expanduser()
   if not path or not root.is_dir():
@@ -227,10 +231,11 @@ def folder_source(path: str) -> ImageSource:
         f"{'is a file' if path and root.exists() else 'is missing'}")
   # Tuples of names sort alike whether the system separates them by \ or by /.
   try:
-    files = sorted(_image_files(root, (os.path.realpath(root),)))
+    found = sorted(_files(root, (os.path.realpath(root),)))
   except OSError as error:
     raise UserError(f"folder {path!r} must be readable. Received: "
                     f"{first_line(error)}") from error
+  files = [parts for parts in found if _suffix(parts[-1]) in IMAGE_SUFFIXES]
   if not files:
     raise UserError(
         f"folder {path!r} must hold images ({' '.join(IMAGE_SUFFIXES)}), "
@@ -251,11 +256,17 @@ def folder_source(path: str) -> ImageSource:
   return ImageSource(
       len(paths), tf.data.Dataset.from_tensor_slices(examples),
       lambda file: decoding.decode(file, decoding.of_file, (None,) * 3),
-      lambda i: paths[i])
+      lambda i: paths[i],
+      captions_lib.read(root, files, [
+          parts for parts in found if _suffix(parts[-1]) == captions_lib.SUFFIX]))
 
 
-def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
-  """Yields the image files below a folder, as tuples of names.
+def _suffix(name: str) -> str:
+  return os.path.splitext(name)[1].lower()
+
+
+def _files(folder: pathlib.Path, above: tuple[str, ...]):
+  """Yields the image and text files below a folder, as tuples of names.
 
   Args:
     folder: where to look.
@@ -269,10 +280,11 @@ def _image_files(folder: pathlib.Path, above: tuple[str, ...]):
       if entry.is_dir():
         real = os.path.realpath(entry.path)
         if real not in above:
-          for parts in _image_files(pathlib.Path(entry.path), (*above, real)):
+          for parts in _files(pathlib.Path(entry.path), (*above, real)):
             yield entry.name, *parts
-      elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-        if entry.is_symlink() and not storage.exists(entry.path):
+      elif _suffix(entry.name) in (*IMAGE_SUFFIXES, captions_lib.SUFFIX):
+        if (entry.is_symlink() and not storage.exists(entry.path)
+            and _suffix(entry.name) in IMAGE_SUFFIXES):
           raise UserError(f"image {entry.path!r} must be a file. Received: a "
                           "link to nothing")
         if entry.is_file():  # Opening a pipe would wait for its writer.

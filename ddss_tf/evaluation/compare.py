@@ -39,6 +39,7 @@ from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation.baselines import Baseline
+from ddss_tf.features.clip import Clip
 from ddss_tf.reporting.published import Published
 
 _SHOWN = 8  # Images of each row.
@@ -152,6 +153,7 @@ def compare(
     batch_size: int = 250,
     jit_compile: bool = True,
     rounding: bool = True,
+    clip: Clip | None = None,
 ) -> list[dict]:
   """Measures solvers and searched families side by side, on the same noise.
 
@@ -212,6 +214,8 @@ def compare(
     batch_size: images per call.
     jit_compile: compile the network with XLA.
     rounding: see `Evaluator`.
+    clip: the network of the rows' CLIP score; see `evaluate.evaluate`. Strides
+      are chosen without it.
 
   Returns:
     The records in the order of the table, those of several seeds one after
@@ -221,7 +225,8 @@ def compare(
     steps.
 
   Raises:
-    UserError: a name is unknown, samples are too few, or a search fails.
+    UserError: a name is unknown, samples are too few, a search fails, or there
+      is a clip and the denoiser has no prompts.
   """
   check_compare(locals())
   with run_dir_lib.RunDir(run_dir).locked() as run:
@@ -229,7 +234,7 @@ def compare(
         evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,
         features=features, heldout_features=heldout_features,
         batch_size=batch_size, jit_compile=jit_compile, rounding=rounding)
-    evaluator = make_evaluator(run, seed=seed)
+    evaluator = make_evaluator(run, seed=seed, clip=clip)
     run.keep_config()
     fixed = {steps: _baselines(baselines, denoiser.schedule, steps)
              for steps in num_steps}

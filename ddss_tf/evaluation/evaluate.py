@@ -1,4 +1,4 @@
-"""The comparison: FID, KID and IS of samplers, side by side."""
+"""The comparison: FID, KID, IS and CLIP score of samplers, side by side."""
 
 from typing import Any, Mapping, Sequence
 
@@ -21,6 +21,7 @@ from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation.baselines import Baseline
 from ddss_tf.evaluation.evaluator import Evaluator
+from ddss_tf.features.clip import Clip
 from ddss_tf.samplers.chain import check_x0_bound
 
 
@@ -62,6 +63,7 @@ def evaluate(
     force: bool = False,
     num_steps: int | None = None,
     rounding: bool = True,
+    clip: Clip | None = None,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
@@ -94,13 +96,16 @@ def evaluate(
     num_steps: K of the baselines that are given by name; that of the searched
       sampler if None.
     rounding: see `Evaluator`.
+    clip: the network of the CLIP score, for a denoiser with prompts; None: it is
+      not measured. FID alone misleads where guidance differs: see both.
 
   Returns:
     The records of this call, baselines first, the searched one last.
 
   Raises:
     UserError: the parts do not fit together, a baseline is unknown, there is no
-      sampler to evaluate, or the samples are too few for a metric.
+      sampler to evaluate, the samples are too few for a metric, or there is a
+      clip and the denoiser has no prompts.
   """
   check_evaluate(locals())
   dataset = dataset_lib.as_dataset(dataset)
@@ -116,7 +121,7 @@ def evaluate(
          x0_bound) for baseline in baselines] + searched
     evaluator = Evaluator(
         run, denoiser, dataset, features, heldout_features, seed,
-        min(batch_size, num_samples), jit_compile, rounding)
+        min(batch_size, num_samples), jit_compile, rounding, clip)
     run.keep_config()
     records = []
     for row, bound in samplers:
@@ -135,7 +140,7 @@ def _summarise(folder, records):
   with tf.summary.create_file_writer(folder).as_default():
     for record in records:
       values = {name: record.get(name)
-                for name in ("fid", "kid", "inception_score")}
+                for name in ("fid", "kid", "inception_score", "clip_score")}
       for label, value in records_lib.heldout_fids(record).items():
         network = label.removeprefix(records_lib.HELDOUT).replace(" ", "/", 1)
         values[f"fid_heldout{network}"] = value

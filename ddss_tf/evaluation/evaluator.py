@@ -10,6 +10,7 @@ from ddss_tf import distribution
 from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.features import clip as clip_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference as reference_lib
 from ddss_tf.runs import fingerprint
@@ -46,9 +47,12 @@ class Evaluator:
     jit_compile: compile the network with XLA.
     rounding: round images to bytes before the networks see them. Without it
       they are clipped to [-1, 1], and the records' protocols say so.
+    clip: for the CLIP score of each image and the prompt that it was drawn with;
+      None: there is no such score.
 
   Raises:
-    UserError: the parts do not fit together, or real images are too few.
+    UserError: the parts do not fit together, or real images are too few; or
+      there is a clip and the denoiser has no prompts.
   """
 
   def __init__(self, run: run_dir_lib.RunDir, denoiser: Denoiser,
@@ -58,7 +62,8 @@ class Evaluator:
                    network_lib.FeatureNetwork
                    | list[network_lib.FeatureNetwork] | None) = None,
                seed: int = 1234, batch_size: int = 250,
-               jit_compile: bool = True, rounding: bool = True):
+               jit_compile: bool = True, rounding: bool = True,
+               clip: clip_lib.Clip | None = None):
     self._run = run
     self._rounding = rounding
     self._denoiser = denoiser
@@ -68,6 +73,8 @@ class Evaluator:
         *network_lib.as_networks(
             "heldout_features", heldout_features, optional=True)]
     check_shapes(denoiser, dataset, *self._networks)
+    self._prompt_scores = (
+        None if clip is None else clip_lib.PromptScores(clip, denoiser))
     if len(dataset.images) < LEAST_IMAGES:
       raise UserError(f"data set {dataset.name!r} must have at least "
                       f"{LEAST_IMAGES} images, because KID needs them for its "
@@ -128,7 +135,7 @@ class Evaluator:
         _timed(generator.batches(
             coefficients, num_samples, seed, sampler.label), seconds),
         self._extract, self._reference, num_samples, sampler.label,
-        self._rounding)
+        self._rounding, self._score(generator, num_samples, seed))
     self._known.append({**conditions, **values,
                         "timing": _timing(seconds, generator.batch_size)})
     storage.write_json(self._run.path(run_dir_lib.METRICS), self._known)
@@ -164,12 +171,25 @@ class Evaluator:
     """The first images of the data set, float32 [N, H, W, C]."""
     return self._dataset.images[:num_images]
 
+  def _score(self, generator, num_samples, seed):
+    """A function from images, and the first's index, to CLIP scores; or None."""
+    if self._prompt_scores is None:
+      return None
+    labels = generator.labels(num_samples, seed)
+    return lambda images, start: self._prompt_scores(
+        images, labels[start:start + len(images)])
+
   def _conditions(self, sampler, coefficients, num_samples, x0_bound, seed):
     """All that decides a record's values."""
     features = [dict(network.identity) for network in self._networks]
     if not self._rounding:
       for identity in features:
         identity["protocol"] += ", not rounded to bytes"
+    clip = {}  # Records without it are what they were before there was one.
+    if self._prompt_scores is not None:
+      clip["clip"] = dict(self._prompt_scores.identity)
+      if not self._rounding:
+        clip["clip"]["protocol"] += ", not rounded to bytes"
     return records_lib.Record(
         sampler=sampler.label,
         num_steps=sampler.num_steps,
@@ -182,7 +202,8 @@ class Evaluator:
         features_heldout=_one_or_all(features[1:]),
         denoiser=self._denoiser.setting,
         dataset=self._dataset.name,
-        dataset_sha256=self._dataset.sha256)
+        dataset_sha256=self._dataset.sha256,
+        **clip)
 
 
 def _timed(batches, seconds):
@@ -212,16 +233,17 @@ def _one_or_all(values):
   return values if len(values) > 1 else next(iter(values), None)
 
 
-def _measure(batches, extract, reference, num_samples, label, rounding):
+def _measure(batches, extract, reference, num_samples, label, rounding,
+             score=None):
   """Metrics of one sampler's images, from one pass over them.
 
   A metric that is not finite is None. An image or a network that gives NaN
   spoils only the metrics that depend on it.
   """
-  broken = 0
+  broken, start = 0, 0
 
   def outputs():
-    nonlocal broken
+    nonlocal broken, start
     for batch in batches:
       images = np.nan_to_num(batch)
       images = tf.constant(
@@ -229,12 +251,17 @@ def _measure(batches, extract, reference, num_samples, label, rounding):
           else np.clip(images, -1, 1))
       found = [network(images) for network in extract]
       rows = [found[0]["logits"], *(output["pool"] for output in found)]
+      if score is not None:
+        rows.append(score(images, start)[:, None])
+      start += len(batch)
       bad = ~np.all(np.isfinite(batch), axis=(1, 2, 3))
       broken += np.sum(bad)
       # A byte cannot be NaN: after rounding such an image would look valid.
       yield [np.where(bad[:, None], np.nan, values) for values in rows]
 
   logits, *pools = reference_lib.collect(outputs(), num_samples)
+  scores = {} if score is None else {
+      "clip_score": float(np.mean(pools.pop(), dtype=np.float64))}
   kid, kid_std = metrics.kid(reference[0].pool, pools[0])
   splits = min(_SPLITS, num_samples)
   split_mean, split_std = metrics.inception_score(logits, splits)
@@ -248,6 +275,7 @@ def _measure(batches, extract, reference, num_samples, label, rounding):
       "fid_heldout": _one_or_all([
           metrics.fid(real.moments, pool)
           for real, pool in zip(reference[1:], pools[1:])]),
+      **scores,
   }
   known = _finite(values)
   lost = [name for name in values if known[name] != values[name]]

@@ -254,6 +254,7 @@ def _table(records):
       "fids_heldout": [records_lib.heldout_fids(r) for r in records],
       "networks_heldout": (
           networks if isinstance(networks, list) else [networks]),
+      "clip": records[0].get("clip"),
       "timed": any(r.get("timing") for r in records),
       "devices": sorted({f"{r['timing']['device']}, batches of "
                          f"{r['timing']['batch_size']}"

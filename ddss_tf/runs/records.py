@@ -41,6 +41,9 @@ class Record(TypedDict, total=False):
     fid, kid, kid_std, inception_score: figures; None if not finite.
     inception_score_splits: number of splits, mean and deviation over them.
     fid_heldout: a figure for each network of `features_heldout`.
+    clip: "name", "sha256", "protocol" and "key" of the network of the CLIP score,
+      and "token_ids", a hash of the prompts' tokens. Only where it was measured.
+    clip_score: its mean over the images; None if not finite.
     timing: "seconds_per_image", "batch_size" and "device", or None.
   """
   sampler: str
@@ -61,6 +64,8 @@ class Record(TypedDict, total=False):
   inception_score: float | None
   inception_score_splits: dict
   fid_heldout: float | list | None
+  clip: dict
+  clip_score: float | None
   timing: dict | None
 
 
@@ -93,7 +98,8 @@ def row_key(row: Mapping) -> tuple[str, ...]:
 
 def condition_key(record: Record) -> str:
   """A text that is equal for records which may be compared."""
-  return json.dumps([record[key] for key in CONDITIONS], sort_keys=True)
+  return json.dumps([*(record[key] for key in CONDITIONS), *(
+      [record["clip"]] if record.get("clip") else [])], sort_keys=True)
 
 
 def is_of(record: Record, coefficients_sha256: str, x0_bound: str | None,
@@ -125,8 +131,8 @@ def check(record: Mapping) -> None:
   """Checks that a record from a file is complete.
 
   Raises:
-    ValueError: a key is missing, a count or a figure is not a number, or the
-      held-out figures do not match their networks.
+    ValueError: a key is missing, a count or a figure is not a number, the
+      held-out figures do not match their networks, or a clip has no score.
   """
   for key in (*CONDITIONS, *_OTHERS, *_COUNTS, *FIGURES):
     value = record.get(key)
@@ -135,6 +141,11 @@ def check(record: Mapping) -> None:
         or value is None and key in FIGURES)
     if not good:
       raise ValueError(f"the {key!r} of a record is missing or no number")
+  if "clip" in record and not (
+      isinstance(record["clip"], dict) and "name" in record["clip"]
+      and isinstance(record.get("clip_score", ""), (int, float, type(None)))):
+    raise ValueError("the 'clip' of a record must have a name, and 'clip_score' be a "
+                     "number beside it")
   try:
     heldout_fids(record)
   except (KeyError, TypeError, ValueError) as error:
@@ -199,10 +210,11 @@ def table(records: list[Record]) -> str:
 
   If FIDs are of fewer than 50 000 samples, their heading says of how many
   (`fid_label`); if the numbers differ, they have a column of their own. A
-  bound on x0_hat stands beside the sampler's name. Records of one sampler with
-  several seeds are one line with their means, and for FID the standard
-  deviation of single seeds. Each of several held-out networks has a column with
-  its name. "-" stands for a value that was not finite.
+  bound on x0_hat stands beside the sampler's name. Records of one sampler
+  with several seeds are one line with their means, and for FID the standard
+  deviation of single seeds. Each of several held-out networks has a column
+  with its name; the mean CLIP score has one where it was measured. "-" stands
+  for a value that was not finite.
   """
   counts = {record["num_samples"] for record in records}
   same = len(counts) == 1
@@ -214,11 +226,13 @@ def table(records: list[Record]) -> str:
   # Tables have this column even without a held-out network, to look alike.
   columns = list(dict.fromkeys(name for group in heldout for fids in group
                                for name in fids)) or [HELDOUT]
+  scored = any(record.get("clip") for record in records)
   head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
-          "KID", "IS", "IS in 10 parts"]
+          *["CLIP"][:scored], "KID", "IS", "IS in 10 parts"]
   rows = [[
       row_name(group[0]), str(group[0]["num_steps"]), _spread(group, "fid"),
       *(_spread(fids, name) for name in columns),
+      *[_spread(group, "clip_score")][:scored],
       f"{_mean(group, 'kid', '.4f')} ± {_mean(group, 'kid_std', '.4f')}",
       _mean(group, "inception_score", ".2f"), _in_parts(group)]
           for group, fids in zip(groups, heldout)]

@@ -215,7 +215,8 @@ def _check_fields(values) -> None:
       raise ValueError(
           f"metrics.{i} must be an object. Received: {_shown(record)}")
     heldout = record.get("fid_heldout")
-    figures = [(name, record.get(name)) for name in records.FIGURES]
+    figures = [(name, record.get(name))
+               for name in (*records.FIGURES, "clip_score")]
     figures += [("fid_heldout", value) for value in (
         heldout if isinstance(heldout, list) else [heldout])]
     for name, value in figures:

@@ -97,6 +97,7 @@ class Generator:
     self._rows_outputs = {}
     self._sample = distribution.replicated(self._sample_batch)
     self._walk = distribution.replicated(self._walk_path)
+    self._draw = tf.function(denoiser.draw_labels, autograph=False)
 
   def _tensors(self, coefficients):
     return self.denoiser.for_chain(coefficients.numpy()).map(tf.constant)
@@ -194,6 +195,20 @@ class Generator:
             classes[indices % len(classes)], tf.int32)
         yield sample(coefficients, pair, indices, labels)[:count]
         bar.update(count)
+
+  def labels(self, num_images: int, seed: int) -> np.ndarray | None:
+    """The classes, or rows of a table, of the images of a seed.
+
+    Args:
+      num_images: how many.
+      seed: as in `batches`.
+
+    Returns:
+      int32 [N]: what `batches` draws where it is given no label; None for an
+      unconditional network.
+    """
+    drawn = self._draw(seed_pair(seed), tf.range(num_images))
+    return None if drawn is None else drawn.numpy()
 
   def images(self, coefficients: Coefficients, num_images: int, seed: int,
              description: str = "",
