@@ -20,6 +20,7 @@ PAGES = sorted(
 # What a page asks for in full size, and what its test does.
 SMALL = {"docs/keras_hub.md": (
     ("image_size=64", "image_size=4"), ("resize=512", "resize=32"),
+    ("image_shape=(512, 512, 3)", "image_shape=(32, 32, 3)"),
     ("https://tfhub.dev/tensorflow/tfgan/eval/inception/1", "features.keras"),
     ("num_steps=7", "num_steps=2"), ("[2, 7, ", "[2, 2, "),
     ("num_search_steps=200, batch_size=128",
@@ -29,7 +30,9 @@ SMALL = {"docs/keras_hub.md": (
     ("prompt=prompts[0]", "prompt=prompts[0], jit_compile=False"))}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=[pytest.mark.slow] * (page in SMALL))
+    for page in PAGES if blocks(page)])
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
   # The blocks of a page follow each other, as a reader would type them.
   monkeypatch.chdir(tmp_path)
