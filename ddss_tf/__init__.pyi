@@ -16,6 +16,7 @@ from .exporting.sample import sample
 from .features.clip import Clip, load_clip
 from .features.load import load_features, register_features
 from .features.network import FeatureNetwork
+from .formats.keras_hub import of_keras_hub
 from .formats.load import load_denoiser, register_format
 from .objectives.objective import register_objective
 from .reporting.inspection import inspect

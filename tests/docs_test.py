@@ -17,19 +17,57 @@ PAGES = sorted(
                           recursive=True))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+# What a page asks for in full size, and what its test does.
+SMALL = {"docs/keras_hub.md": (
+    ("image_size=64", "image_size=4"), ("resize=512", "resize=32"),
+    ("image_shape=(512, 512, 3)", "image_shape=(32, 32, 3)"),
+    ("https://tfhub.dev/tensorflow/tfgan/eval/inception/1", "features.keras"),
+    ("num_steps=7", "num_steps=2"), ("[2, 7, ", "[2, 2, "),
+    ("num_search_steps=200, batch_size=128",
+     "num_search_steps=1, batch_size=2, pool_samples=4, validation_samples=4, "
+     "jit_compile=False"),
+    ("gradient_samples=32", "gradient_samples=1"),
+    ("prompt=prompts[0]", "prompt=prompts[0], jit_compile=False")),
+         "docs/stable_diffusion.md": (
+    ("=denoiser, num_steps=8", "=denoiser, num_steps=2"),
+    ('guidance", num_steps=8', 'guidance", num_steps=2'),
+    ("resize=512", "resize=16"),
+    ("https://tfhub.dev/tensorflow/tfgan/eval/inception/1", "inception.keras"),
+    ("num_search_steps=200, batch_size=128",
+     "num_search_steps=1, batch_size=4, pool_samples=8, validation_samples=8, "
+     "jit_compile=False"),
+    ("num_images=4", "num_images=2, jit_compile=False"))}
+
+
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=[pytest.mark.slow] * (page in SMALL))
+    for page in PAGES if blocks(page)])
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
   # The blocks of a page follow each other, as a reader would type them.
   monkeypatch.chdir(tmp_path)
-  if page == "docs/models.md":
-    _bring_models()
-  names = {}
-  if page == "docs/stable_diffusion.md":
-    _bring_pipeline()
-  for block in blocks(page):
-    if page == "docs/stable_diffusion.md":
-      block = _small(block)
-    exec(compile(block, page, "exec"), names)  # pylint: disable=exec-used
+  bring = {"docs/models.md": _bring_models,
+           "docs/keras_hub.md": _bring_keras_hub,
+           "docs/stable_diffusion.md": _bring_pipeline}.get(page)
+  if bring is not None:
+    bring()
+  code = "\n# Next.\n".join(blocks(page))
+  for mine, small in SMALL.get(page, ()):
+    assert code.count(mine) == 1, mine
+    code = code.replace(mine, small)
+  exec(compile(code, page, "exec"), {})  # pylint: disable=exec-used
+
+
+def _bring_keras_hub():
+  """A tiny preset, captions, images and a classifier."""
+  pytest.importorskip("keras_hub")
+  import keras_hub_models as tiny  # pylint: disable=g-import-not-at-top
+
+  tiny.make_task(tiny.filled_backbone()).save_to_preset("path/to/preset")
+  with open("captions.txt", "w", encoding="utf-8") as f:
+    f.write("a cat\na dog\ndog\n")
+  os.mkdir("my_images")
+  _bring_images("my_images", 6)
+  _bring_features(32, "features.keras")
 
 
 def _bring_models():
@@ -74,30 +112,13 @@ def _bring_images(folder, count):
         f"{folder}/{i}.png")
 
 
-def _bring_features(side):
+def _bring_features(side, path="inception.keras"):
   import keras  # pylint: disable=g-import-not-at-top
 
   inputs = keras.Input((side, side, 3))
   pool = keras.layers.Dense(5, name="pool")(
       keras.layers.Flatten()(keras.layers.AveragePooling2D(side // 4)(inputs)))
-  keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool)).save(
-      "inception.keras")
-
-
-# What a page has for a reader's machine, and what the tests have for theirs.
-_SMALLER = {
-    "https://tfhub.dev/tensorflow/tfgan/eval/inception/1": "inception.keras",
-    "num_steps=8": "num_steps=2", "resize=512": "resize=16",
-    "num_search_steps=200, batch_size=128": "num_search_steps=1, batch_size=4, "
-    "pool_samples=8, validation_samples=8, jit_compile=False",
-    "num_images=4": "num_images=2, jit_compile=False",
-}
-
-
-def _small(block):
-  for mine, small in _SMALLER.items():
-    block = block.replace(mine, small)
-  return block
+  keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool)).save(path)
 
 
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from ddss_tf.formats import converted
 from ddss_tf.formats import ddpm
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import edm
+from ddss_tf.formats import keras_hub
 from ddss_tf.formats import keras_weights
 from ddss_tf.formats import openai
 from ddss_tf.formats import own
@@ -63,6 +64,8 @@ def load_denoiser(
     image_mean: float | list[float] | None = None,
     image_std: float | list[float] | None = None,
     conditions: str | None = None,
+    prompts: list[str] | None = None,
+    negative_prompt: str | None = None,
     label_weights: list[float] | None = None,
     preset: str | None = None,
     learned_variance: bool | None = None,
@@ -83,6 +86,9 @@ def load_denoiser(
         LDMPipeline, DiTPipeline, StableDiffusionPipeline,
         StableDiffusionXLPipeline or StableDiffusion3Pipeline. Its decoder comes
         with it, its text encoders do not: see `conditions`;
+      - a preset of KerasHub's Stable Diffusion 3, the folder that
+        `save_to_preset` writes, or a Keras file of such a model; see
+        `of_keras_hub`. Either needs KerasHub;
       - a TensorFlow checkpoint of the original DDPM (hojonathanho/diffusion),
         by its prefix ("folder/model.ckpt-790000") or its folder;
       - a state dict of improved-diffusion or guided-diffusion (`.pt`; reading
@@ -100,7 +106,8 @@ def load_denoiser(
       - the name of an embedded model: "digits16-ddpm".
     image_size: a number, or (height, width), for the files that do not say:
       `.pt`, DDPM's, and diffusers' if `sample_size` is null. Networks of texts
-      take other sizes as well, in pixels of the latents. None: the card's
+      take other sizes as well, in pixels of the latents: 64 for images of 512.
+      None: the card's
       or, for DDPM, such that attention is at 16x16.
     num_heads: the number of heads of a `.pt` network; None: the card's, as for
       the next five arguments.
@@ -137,6 +144,10 @@ def load_denoiser(
     conditions: the path of a table of conditions, `.npz`, for a network of texts
       (`table.ConditionTable.load`). A Keras file must then map [x_t, t,
       *conditions], with conditions in the table's order.
+    prompts: texts that the model itself encodes to such a table, if it is one of
+      KerasHub with its tokenizers. A text that is there twice is drawn twice as
+      often.
+    negative_prompt: the text of guidance, the table's last row; None: "".
     label_weights: how often each class is drawn, see `Denoiser`.
     preset: the architecture of a `.weights.h5` file: a name of
       `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file,
@@ -170,7 +181,11 @@ def load_denoiser(
       "signature": signature, "num_classes": num_classes, "preset": preset,
       "image_mean": image_mean, "image_std": image_std,
       "learned_variance": learned_variance or None,
+      "prompts": prompts, "negative_prompt": negative_prompt,
   }
+  if prompts is not None and conditions is not None:
+    raise UserError("conditions must not be given with prompts, which make such "
+                    f"a table. Received: {conditions!r}")
   if image_size is not None:
     arguments["image_size"] = diffusers.side_or_sides(image_size)
     if arguments["image_size"] is None:
@@ -288,7 +303,7 @@ def _unknown(path: str) -> UserError:
         f"Received: {path!r}")
   return UserError(
       f"denoiser folder must hold {own.CARD} (ours), "
-      f"{diffusers.CONFIG} (diffusers), saved_model.pb or a TensorFlow "
+      f"{diffusers.CONFIG} (diffusers, KerasHub), saved_model.pb or a TensorFlow "
       f"checkpoint (*.index). Received: {path!r} with "
       f"{sorted(storage.listdir(path))}")
 
@@ -296,6 +311,11 @@ def _unknown(path: str) -> UserError:
 def _check_given(path, given, allowed):
   """Refuses arguments that the file itself answers."""
   for key, value in given.items():
+    if key in keras_hub.PROMPTS and key not in allowed:
+      raise UserError(
+          f"{key} must be given only for a model of KerasHub, which can encode "
+          "it. tools/encode_prompts.py makes a table of prompts for "
+          f"load_denoiser.conditions. Received: {key}={value!r} for {path!r}")
     if key not in allowed:
       raise UserError(f"{key} must not be given for {path!r}, which has its "
                       f"own. Received: {key}={value!r}")
@@ -431,6 +451,8 @@ def _load_foreign(path: str, given: dict,
 # Our formats, in the order in which they are tried on a path.
 _FORMATS = (
     Format("own", _is_own, _load_own),
+    Format("keras hub", keras_hub.is_keras_hub, keras_hub.convert,
+           keras_hub.ARGUMENTS),
     Format("saved model or keras file", _is_foreign, _load_foreign,
            cards.CARD_KEYS),
     Format("edm", edm.is_edm, _convert_edm, ("schedule",), kept=True),

@@ -1,4 +1,4 @@
-"""Reads Stable Diffusion 3: diffusers' folder, or KerasHub's own object.
+"""Reads the network of Stable Diffusion 3 from diffusers' folder.
 
 The folder, `transformer/` of a pipeline, holds the `config.json` of a
 `SD3Transformer2DModel` and its weights, in one file or in several, which are
@@ -8,7 +8,6 @@ implement; everything else is refused by name.
 """
 
 import os
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -16,14 +15,11 @@ import numpy as np
 from ddss_tf import storage
 from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
-from ddss_tf.formats import flow_scheduler
 from ddss_tf.formats import tensors
 from ddss_tf.formats import weight_files
 from ddss_tf.networks import keras_hub
-from ddss_tf.denoisers.decoder import Decoder
 from ddss_tf.errors import UserError
 from ddss_tf.networks.keras_hub import MMDiTConfig
-from ddss_tf.schedules import FlowSchedule
 
 _CLASS = "SD3Transformer2DModel"
 
@@ -80,45 +76,6 @@ _FUSED = {
     ("context_block", "attention_qkv"): "attn.add_{}_proj",
 }
 _PARTS = "qkv"
-
-
-class KerasHubParts(NamedTuple):
-  """What `of_keras_hub` finds in a model of KerasHub.
-
-  Attributes:
-    network: as `keras_hub.build_mmdit` gives it.
-    config: its architecture.
-    decoder: of its latents.
-    schedule: its process.
-    convention: the arguments of `conventions.Convention` by name.
-  """
-
-  network: keras.Model
-  config: MMDiTConfig
-  decoder: Decoder
-  schedule: FlowSchedule
-  convention: dict
-
-
-def of_keras_hub(backbone) -> KerasHubParts:
-  """Takes a `StableDiffusion3Backbone` of KerasHub apart.
-
-  All but its text encoders is used. If it was loaded under
-  `frozen.frozen_variables()`, a search is cheaper by a third.
-
-  Args:
-    backbone: that object. Its network and its decoder are frozen, not copied,
-      and times are computed in float32 from now on.
-
-  Raises:
-    UserError: KerasHub is not installed, or `backbone` is something else.
-  """
-  network, config = keras_hub.of_backbone(backbone)
-  network.trainable = False
-  return KerasHubParts(
-      network, config, Decoder(*keras_hub.decoder_of_backbone(backbone)),
-      FlowSchedule(backbone.num_train_timesteps, backbone.shift),
-      flow_scheduler.convention(backbone.num_train_timesteps))
 
 
 def is_sd3(folder: str) -> bool:

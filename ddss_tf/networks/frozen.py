@@ -19,3 +19,13 @@ def frozen_variables():
 
   with tf.variable_creator_scope(creator):
     yield
+
+
+def freeze(model) -> None:
+  """Freezes a Keras model that was not made under `frozen_variables`.
+
+  There is no public way to tell a variable that exists.
+  """
+  model.trainable = False
+  for variable in model.variables:
+    variable.value._trainable = False  # pylint: disable=protected-access

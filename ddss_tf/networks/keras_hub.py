@@ -4,15 +4,22 @@ Esser et al. (2024, https://arxiv.org/abs/2403.03206) call the network MMDiT:
 tokens of the latents and of the prompt go through blocks of their own and meet
 in joint attention. KerasHub is an optional dependency. Only this module imports
 it, and only when it is used.
+
+A model is its `StableDiffusion3Backbone`, or a task with one, which has the
+tokenizers of the text encoders as well.
 """
 
 import dataclasses
+import os
+from typing import Mapping, Sequence
 
 import keras
+import numpy as np
 
 from ddss_tf import errors
 from ddss_tf.networks import layers
 from ddss_tf.errors import UserError
+from ddss_tf.networks.frozen import frozen_variables
 
 # See `layers.check_sizes`. "width" is heads times channels of a head.
 _MOST = {"image_size": 2**13, "in_channels": 2**13, "patch_size": 2**8,
@@ -69,21 +76,26 @@ def require() -> None:
   Raises:
     UserError: it cannot; the message says how to install it.
   """
-  _classes()
+  _models()
 
 
-def _classes():
-  """KerasHub's classes of the network and of the whole model."""
+def _models():
+  """KerasHub's public models."""
   # pylint: disable=g-import-not-at-top
   try:
-    from keras_hub.models import StableDiffusion3Backbone
-    # The package offers it under no public name.
-    from keras_hub.src.models.stable_diffusion_3.mmdit import MMDiT
+    from keras_hub import models
   except ImportError as error:
     raise UserError(
         "KerasHub must be installed for Stable Diffusion 3 (pip install "
         f"ddss_tf[kerashub]). Received: {errors.one_line(error)}") from error
-  return MMDiT, StableDiffusion3Backbone
+  return models
+
+
+def _mmdit_class():
+  """KerasHub's class of the network, which it offers under no public name."""
+  require()
+  from keras_hub.src.models.stable_diffusion_3.mmdit import MMDiT  # pylint: disable=g-import-not-at-top
+  return MMDiT
 
 
 def build_mmdit(config: MMDiTConfig, name: str = "mmdit") -> keras.Model:
@@ -106,7 +118,7 @@ def build_mmdit(config: MMDiTConfig, name: str = "mmdit") -> keras.Model:
       the table of positions; a block of `dual_attention` does not exist; a size
       is below 1, or larger than any network has.
   """
-  mmdit, _ = _classes()
+  mmdit = _mmdit_class()
   height, width = _checked(config)
   return of_mmdit(mmdit(
       patch_size=config.patch_size,
@@ -174,21 +186,37 @@ def of_mmdit(mmdit, name: str = "mmdit") -> keras.Model:
   return keras.Model([x, t, context, pooled], u, name=name)
 
 
-def of_backbone(backbone) -> tuple[keras.Model, MMDiTConfig]:
-  """The network of a `StableDiffusion3Backbone` of KerasHub.
+def backbone_of(model):
+  """The `StableDiffusion3Backbone` of a model of KerasHub.
 
   Args:
-    backbone: that object, with or without weights of a preset. Network and
-      backbone share layers, see `of_mmdit`.
+    model: the backbone itself, or a task with it.
+
+  Raises:
+    UserError: KerasHub is not installed, or `model` is something else.
+  """
+  models = _models()
+  backbone = model.backbone if isinstance(model, models.Task) else model
+  if not isinstance(backbone, models.StableDiffusion3Backbone):
+    raise UserError("a model of KerasHub must be a StableDiffusion3Backbone, or a "
+                    f"task with one. Received: {type(model).__name__}")
+  return backbone
+
+
+def of_backbone(model) -> tuple[keras.Model, MMDiTConfig]:
+  """The network of a model of KerasHub.
+
+  Args:
+    model: see `backbone_of`, with or without weights of a preset. Network and
+      model share layers, see `of_mmdit`.
 
   Returns:
     The network, see `build_mmdit`, and its architecture.
 
   Raises:
-    UserError: KerasHub is not installed, or `backbone` is something else.
+    UserError: see `backbone_of`.
   """
-  _check_backbone(backbone)
-  mmdit = backbone.diffuser
+  mmdit = backbone_of(model).diffuser
   height, width, channels = mmdit.latent_shape
   return of_mmdit(mmdit), MMDiTConfig(
       image_size=(height, width),
@@ -205,31 +233,139 @@ def of_backbone(backbone) -> tuple[keras.Model, MMDiTConfig]:
       mlp_ratio=float(mmdit.mlp_ratio))
 
 
-def decoder_of_backbone(backbone) -> tuple[keras.Model, float, float]:
-  """The decoder of a `StableDiffusion3Backbone` of KerasHub.
+def decoder_of_backbone(model) -> tuple[keras.Model, float, float]:
+  """The decoder of a model of KerasHub, copied and in float32.
+
+  A copy, because the model's own is tied to all the rest of the model, text
+  encoders included, which could then never be given back. In float16, in which
+  presets may be saved, small gradients would be lost.
 
   Args:
-    backbone: see `of_backbone`.
+    model: see `backbone_of`.
 
   Returns:
     A functional model from latents, float [B, h, w, c], to images, float32
-    [B, H, W, C], nominally in [-1, 1]; `scale` and `shift`: the model's input
-    is z / scale + shift for the latents z of the network.
+    [B, H, W, C], nominally in [-1, 1]; `scale` and `shift`: its input is
+    z / scale + shift for the latents z of the network.
 
   Raises:
-    UserError: see `of_backbone`.
+    UserError: see `backbone_of`.
   """
-  _check_backbone(backbone)
+  backbone = backbone_of(model)
+  source = backbone.vae.decoder
   latents = keras.Input(backbone.latent_shape[1:], name="latents")
-  images = keras.layers.Reshape(
-      backbone.image_shape, dtype="float32", name="images")(
-          backbone.vae.decoder(latents))
+  with frozen_variables():
+    decoder = type(source).from_config(
+        {**source.get_config(), "dtype": "float32"})
+    # Keras keeps arguments, and the backbone's own list of sizes knows all of it.
+    images = keras.layers.Reshape(tuple(backbone.image_shape), name="images",
+                                  dtype="float32")(decoder(latents))
+  for variable, value in zip(decoder.weights, source.weights, strict=True):
+    variable.assign(value)
   rescaling = backbone.latent_rescaling
   return (keras.Model(latents, images, name="decoder"),
           float(rescaling.scale), float(rescaling.offset))
 
 
-def _check_backbone(backbone) -> None:
-  if not isinstance(backbone, _classes()[1]):
-    raise UserError("a model of KerasHub must be a StableDiffusion3Backbone. "
-                    f"Received: {type(backbone).__name__}")
+def load_preset(folder: str, texts: bool, latent_size: tuple[int, int] | None):
+  """Reads a preset, with frozen variables.
+
+  Args:
+    folder: the folder that `save_to_preset` of a backbone or a task wrote.
+    texts: whether its tokenizers are read, too.
+    latent_size: height and width of the latents; None: those of the preset.
+
+  Returns:
+    A backbone, or a `StableDiffusion3TextToImage` with `texts`. Its network is
+    in float32, its text encoders are in what KerasHub takes for them.
+
+  Raises:
+    UserError: KerasHub is not installed.
+    Exception: of many kinds, if the folder is not a complete preset.
+  """
+  models = _models()
+  options = {} if latent_size is None else {
+      "image_shape": (*(8 * side for side in latent_size), 3)}
+  kind = (models.StableDiffusion3TextToImage if texts
+          else models.StableDiffusion3Backbone)
+  with frozen_variables():
+    # An absolute path is never taken for the name of a preset on the internet.
+    return kind.from_preset(os.path.abspath(folder), dtype="float32", **options)
+
+
+Tokens = Mapping[str, np.ndarray]
+
+
+def encode(model, prompts: Sequence[str] | Tokens,
+           negative_prompt: str | Tokens | None,
+           batch_size: int = 8) -> dict[str, np.ndarray]:
+  """What the text encoders of a model of KerasHub say of prompts.
+
+  Args:
+    model: see `backbone_of`. Texts need a task with its preprocessor.
+    prompts: N texts; or their token ids by the encoders' names, "clip_l",
+      "clip_g" and, if there is one, "t5": whole numbers [N, tokens].
+    negative_prompt: a text or token ids [1, tokens], likewise; None: none.
+    batch_size: prompts that are encoded at once.
+
+  Returns:
+    "context", float32 [M, tokens, context_width], and "pooled", float32
+    [M, pooled_width], with M = N without a negative prompt. With one M is N + 1,
+    and the last row is the negative prompt's.
+
+  Raises:
+    UserError: see `backbone_of`; the prompts are not these, or the model has no
+      tokenizers.
+  """
+  backbone = backbone_of(model)
+  tokens = _tokens("prompts", model, prompts)
+  negative = tokens if negative_prompt is None else _tokens(
+      "negative_prompt", model,
+      [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt)
+  (count,) = {len(value) for value in tokens.values()}
+  first = _tensors(negative, 0, 1)
+  context, pooled = [], []
+  for start in range(0, count, batch_size):
+    given, null, given_pooled, null_pooled = backbone.encode_text_step(
+        _tensors(tokens, start, start + batch_size), first)
+    context.append(given)
+    pooled.append(given_pooled)
+  if negative_prompt is not None:
+    context.append(null)
+    pooled.append(null_pooled)
+  return {
+      name: np.concatenate([np.asarray(value, np.float32) for value in values])
+      for name, values in (("context", context), ("pooled", pooled))}
+
+
+def _tensors(tokens, start, end):
+  """Some rows of token ids. Keras takes no arrays beside tensors."""
+  return {name: keras.ops.convert_to_tensor(value[start:end])
+          for name, value in tokens.items()}
+
+
+def _tokens(what, model, prompts) -> dict[str, np.ndarray]:
+  """Texts or token ids as int32 [N, tokens] by the names of the encoders."""
+  backbone = backbone_of(model)
+  names = ["clip_l", "clip_g"] + ["t5"] * (backbone.t5 is not None)
+  if not isinstance(prompts, Mapping):
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+      raise UserError(f"{what} must be texts, at least one. Received: {prompts!r}")
+    preprocessor = None if model is backbone else model.preprocessor
+    if preprocessor is None:
+      raise UserError(
+          f"{what} must be token ids by {', '.join(names)} for a model without "
+          f"tokenizers, a {type(model).__name__}. Received: {prompts[0]!r}")
+    prompts = preprocessor.generate_preprocess(prompts)
+  arrays = {name: np.asarray(value) for name, value in prompts.items()}
+  if sorted(arrays) != sorted(names) or any(
+      value.ndim != 2 or not value.size or value.dtype.kind not in "iu"
+      for value in arrays.values()) or (
+          len({len(value) for value in arrays.values()}) != 1):
+    raise UserError(
+        f"{what} must be texts, or token ids by {', '.join(names)}, whole numbers "
+        "[N, tokens]. Received: " + ", ".join(
+            f"{name} {value.dtype} {list(value.shape)}"
+            for name, value in arrays.items()))
+  return {name: value.astype(np.int32) for name, value in arrays.items()}

@@ -16,29 +16,22 @@ import tensorflow as tf
 import ddss_tf
 from ddss_tf.denoisers import rematerialise
 from ddss_tf.denoisers.decoder import Decoder
-from ddss_tf.formats import sd3
+from ddss_tf.formats import keras_hub as formats
 from ddss_tf.networks import autoencoder
 from ddss_tf.networks import files
 from ddss_tf.networks import keras_hub as networks
 from ddss_tf.samplers import generator
 
-keras_hub = pytest.importorskip("keras_hub")
+pytest.importorskip("keras_hub")
+
+# What imports KerasHub is imported after it was found.
+from keras_hub_models import fill, make_backbone  # pylint: disable=g-import-not-at-top,wrong-import-position
 
 CONFIG = networks.MMDiTConfig(
     image_size=(4, 6), in_channels=3, patch_size=2, num_layers=2, num_heads=2,
     head_channels=4, position_size=4, context_width=5, pooled_width=7,
     query_key_norm=True, dual_attention=(1,))
 GUIDANCE = 7.0
-
-
-def fill(model, seed, scale=0.5):
-  """Random weights without zeros: a new network's biases would hide faults."""
-  rng = np.random.default_rng(seed)
-  for v in model.weights:
-    width = np.sqrt(np.prod(v.shape[:-1])) if len(v.shape) > 1 else 1
-    value = scale * rng.standard_normal(v.shape) / width
-    # Gains of normalisations are around 1.
-    v.assign(value + (v.path.endswith(("gamma", "scale"))))
 
 
 def drawn(config, batch, seed=0):
@@ -61,26 +54,6 @@ def network():
   return model
 
 
-def make_backbone(dtype=None):
-  from keras_hub.src.models.vae.vae_backbone import VAEBackbone  # pylint: disable=g-import-not-at-top
-  # KerasHub's decoder has 32 groups, so 32 is its least width.
-  vae = VAEBackbone([32] * 4, [1] * 4, [64, 32, 32, 32], [2, 1, 1, 1],
-                    sampler_method="mode", dtype=dtype)
-
-  def clip(name, activation):
-    return keras_hub.models.CLIPTextEncoder(
-        vocabulary_size=16, embedding_dim=8, hidden_dim=8, num_layers=2,
-        num_heads=2, intermediate_dim=8, intermediate_activation=activation,
-        intermediate_output_index=-2, max_sequence_length=4, name=name)
-
-  return keras_hub.models.StableDiffusion3Backbone(
-      mmdit_patch_size=2, mmdit_hidden_dim=16, mmdit_num_layers=1,
-      mmdit_num_heads=2, mmdit_position_size=8, mmdit_qk_norm=None,
-      mmdit_dual_attention_indices=None, vae=vae,
-      clip_l=clip("clip_l", "quick_gelu"), clip_g=clip("clip_g", "gelu"),
-      image_shape=(32, 48, 3), shift=2.5, dtype=dtype)
-
-
 @pytest.fixture(scope="module")
 def backbone():
   model = make_backbone()
@@ -92,7 +65,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def parts(backbone):
-  return sd3.of_keras_hub(backbone)
+  return formats.parts(backbone)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +320,7 @@ def test_refused(changes, words):
 
 def test_other_models_are_refused(network):
   for function in (networks.of_backbone, networks.decoder_of_backbone,
-                   sd3.of_keras_hub):
+                   formats.parts):
     message = refusal(function, network)
     assert "StableDiffusion3Backbone" in message
     assert type(network).__name__ in message
