@@ -48,7 +48,8 @@ figures: $(VENV)/.installed
 published: $(VENV)/.installed
 	$(PUBLISHED)/k5
 	$(PUBLISHED)/k10 $(FEWER) --gin_param='NUM_STEPS = 10'
-	$(PUBLISHED)/k20 $(FEWER) --gin_param='NUM_STEPS = 20'
+	$(PUBLISHED)/k20 $(FEWER) --gin_param='NUM_STEPS = 20' \
+	  --gin_param='search.rate_schedule = "cosine"'
 	$(RUN) --mode=search --gin_file=gin_configs/published_ours.gin \
 	  --run_dir=results/published/k5-ours
 	$(RUN) --mode=compare --gin_file=gin_configs/published_table.gin \
