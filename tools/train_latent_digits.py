@@ -1,4 +1,4 @@
-"""Trains the latent flow model of the digits that comes with the package.
+"""Trains a latent flow model of the digits, for gin_configs/latent_digits.gin.
 
 First an autoencoder from images of 28x28 to latents of 7x7x4, then a diffusion
 transformer that is told the class, on these latents, by flow matching. Both see
