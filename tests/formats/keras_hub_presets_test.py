@@ -384,7 +384,7 @@ def test_a_search_and_its_export(task, denoiser, tmp_path):
   sampler = ddss_tf.search(
       denoiser,
       lambda schedule: ddss_tf.make_sampler(
-          schedule, "ggdm+pred+time+guidance", num_steps=2),
+          schedule, "ggdm", num_steps=2),
       features, images, run_dir=run, num_search_steps=3, batch_size=4,
       pool_samples=8, validation_samples=4, jit_compile=False)
   path = ddss_tf.export(run, denoiser)
