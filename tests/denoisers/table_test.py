@@ -92,7 +92,7 @@ def test_rows_are_drawn_at_their_frequencies():
       denoiser.draw_labels(pair, tf.constant([77, 3])), rows[[77, 3]])
 
 
-def test_classes_are_drawn_as_often_as_told():
+def test_classes_are_drawn_as_often_as_told(tmp_path):
   denoiser = conditional_parts.make(null_label=NULL, label_weights=[1, 7, 0, 3])
   rows = denoiser.draw_labels(
       generator_lib.seed_pair(3), tf.range(2000)).numpy()
@@ -104,6 +104,11 @@ def test_classes_are_drawn_as_often_as_told():
   assert denoiser.identity == plain.identity
   assert denoiser.key != plain.key and denoiser.setting != plain.setting
   assert denoiser.with_label_weights(None).key == plain.key
+  # Neither copies nor files round the weights anew.
+  for scale in (1.0, 2.5):
+    assert denoiser.guided(scale).guided(1.0).key == denoiser.guided(1.0).key
+  denoiser.save(str(tmp_path))
+  assert ddss_tf.Denoiser.load(str(tmp_path)).key == denoiser.key
 
 
 @pytest.mark.parametrize("weights", [
