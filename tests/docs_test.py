@@ -24,7 +24,7 @@ SMALL = {"docs/keras_hub.md": (
     ("https://tfhub.dev/tensorflow/tfgan/eval/inception/1", "features.keras"),
     ("num_steps=7", "num_steps=2"), ("[2, 7, ", "[2, 2, "),
     ("num_search_steps=200, batch_size=128",
-     "num_search_steps=1, batch_size=2, pool_samples=4, validation_samples=4, "
+     "num_search_steps=1, batch_size=2, optimizer='adam', validation_samples=2, "
      "jit_compile=False"),
     ("gradient_samples=32", "gradient_samples=1"),
     ("prompt=prompts[0]", "prompt=prompts[0], jit_compile=False")),

@@ -385,8 +385,8 @@ def test_a_search_and_its_export(task, denoiser, tmp_path):
       denoiser,
       lambda schedule: ddss_tf.make_sampler(
           schedule, "ggdm", num_steps=2),
-      features, images, run_dir=run, num_search_steps=3, batch_size=4,
-      pool_samples=8, validation_samples=4, jit_compile=False)
+      features, images, run_dir=run, num_search_steps=3, batch_size=2,
+      optimizer="adam", validation_samples=2, jit_compile=False)
   path = ddss_tf.export(run, denoiser)
   context, pooled = embedded(task)
   np.savez(tmp_path / "given.npz", context=context[:2], pooled=pooled[:2])
