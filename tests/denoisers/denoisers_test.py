@@ -299,7 +299,7 @@ def edit(folder, name, **changes):
     (dict(block_out_channels=[8, 12]), ["shape"]),
     (dict(layers_per_block=1), ["Unused"]),
     (dict(layers_per_block=3), ["Missing"]),
-    (dict(_class_name="UNet2DConditionModel"), ["UNet2DConditionModel"]),
+    (dict(_class_name="UNet3DConditionModel"), ["UNet3DConditionModel"]),
 ])
 def test_architectures_that_are_refused(tiny_folder, changes, words):
   edit(tiny_folder, "config.json", **changes)

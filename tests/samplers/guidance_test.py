@@ -179,7 +179,7 @@ def test_what_is_refused(denoiser, searched, tmp_path):
   learned = functools.partial(
       ddss_tf.make_sampler, family="ddim+guidance", num_steps=STEPS)
   for other, words in (
-      (conditional_parts.make(), "null_label is told. Received: 'classes'"),
+      (conditional_parts.make(), "null_label is told, or .* null_row. Received: 'classes'"),
       (conditional_parts.gaussian(0.0), "needs a class-conditional denoiser"),
       (denoiser.guided(2.0), "that has its own. Received: 2.0")):
     with pytest.raises(UserError, match=words):
