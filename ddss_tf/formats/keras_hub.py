@@ -98,9 +98,9 @@ def of_keras_hub(
   Args:
     model: a `StableDiffusion3Backbone`; or a task with one, such as
       `StableDiffusion3TextToImage`, whose preprocessor has the tokenizers.
-    prompts: N texts. The model encodes them, as long texts are cut by its
-      tokenizers, and they become the rows 0 to N - 1 of the denoiser's table; a
-      label is a row. For a backbone, which has no tokenizers, token ids by the
+    prompts: N texts. The model encodes them; its tokenizers cut long ones. They
+      become the rows 0 to N - 1 of the denoiser's table, and a label is a row.
+      For a backbone, which has no tokenizers, token ids by the
       encoders' names "clip_l", "clip_g" and, if there is one, "t5", whole
       numbers [N, tokens]. None: there is no table yet, see
       `Denoiser.with_table`.
