@@ -187,9 +187,7 @@ def _read_json(source: str) -> tuple[str, dict]:
   if kind not in list(_DEFAULTS):  # list(): the value may have no hash.
     raise UserError(f"{source}: _class_name must be one of "
                     f"{', '.join(map(repr, _DEFAULTS))}. Received: {kind!r}")
-  for key, value in config.items():
-    if not (key in _DEFAULTS[kind] or key in _IGNORED or key.startswith("_")):
-      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  cards.check_keys(source, config, {*_DEFAULTS[kind], *_IGNORED})
   return kind, {key: config.get(key, default)
                 for key, default in _DEFAULTS[kind].items()}
 
@@ -216,16 +214,8 @@ def _levels(source, config) -> tuple[int, ...]:
 
 def _latent_size(source, sample_size, levels, told) -> tuple[int, int]:
   """Height and width of the latents."""
-  size = diffusers.side_or_sides(sample_size if told is None else told)
-  if size is None and told is not None:
-    raise UserError("latent_size must be a whole number, or height and width. "
-                    f"Received: {told!r}")
-  if size is None and sample_size is None:
-    raise UserError(f"{source}: sample_size is null, for images of any size: "
-                    "latent_size must be given. Received: None")
-  if size is None:
-    raise UserError(f"{source}: sample_size must be a whole number, or height "
-                    f"and width, or null. Received: {sample_size!r}")
+  size = diffusers.latents_size(
+      source, sample_size, told, "latent_size", "images")
   sides = (size, size) if isinstance(size, int) else size
   factor = 1 if told is not None else 2 ** (levels - 1)
   if any(side % factor for side in sides):

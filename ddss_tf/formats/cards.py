@@ -169,6 +169,59 @@ def read_json_object(path: str) -> dict:
   return values
 
 
+def check_given(path: str, given: Mapping[str, object], allowed) -> None:
+  """Refuses arguments of `load_denoiser` that a path itself answers.
+
+  Args:
+    path: the path of the model.
+    given: what was given, by name.
+    allowed: names of the arguments that it takes.
+
+  Raises:
+    UserError: another argument was given.
+  """
+  for key, value in given.items():
+    if key not in allowed:
+      raise UserError(f"{key} must not be given for {path!r}, which has its "
+                      f"own. Received: {key}={value!r}")
+
+
+def check_keys(source: str, config: Mapping[str, object], known,
+               required: Mapping[str, object] | None = None) -> None:
+  """Refuses by name what a configuration has and we do not implement.
+
+  Args:
+    source: the file, for the message.
+    config: what it holds. Keys that begin with "_" are let pass.
+    known: the keys that may have any value.
+    required: keys with a single value that is implemented.
+
+  Raises:
+    UserError: a key is not known, or has another value than is required.
+  """
+  required = required or {}
+  for key, value in config.items():
+    if key in required and value != required[key]:
+      raise UserError(f"{source}: {key} must be {required[key]!r}. "
+                      f"Received: {value!r}")
+    if key not in required and key not in known and not key.startswith("_"):
+      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+
+
+def choice(source: str, config: Mapping[str, object], key: str, known,
+           default=None):
+  """The value of a key, or its default.
+
+  Raises:
+    UserError: the value is not in `known`.
+  """
+  value = config.get(key, default)
+  if value not in list(known):  # list(): the value may have no hash.
+    raise UserError(f"{source}: {key} must be one of "
+                    f"{', '.join(map(repr, known))}. Received: {value!r}")
+  return value
+
+
 def json_value(source: str, key: str, value, kind: type, least: int = 1):
   """Turns a value of a JSON file into a field of an architecture.
 

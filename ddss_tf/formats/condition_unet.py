@@ -9,7 +9,6 @@ import os
 
 import keras
 
-from ddss_tf import storage
 from ddss_tf.errors import UserError
 from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
@@ -91,9 +90,7 @@ _ADDED = {"added_1": "add_embedding.linear_1",
 
 def is_condition_unet(folder: str) -> bool:
   """Whether a folder holds the configuration of such a network."""
-  source = os.path.join(folder, diffusers.CONFIG)
-  return storage.isfile(source) and (
-      cards.read_json_object(source).get("_class_name") == _CLASS)
+  return diffusers.class_name(folder) == _CLASS
 
 
 def read_config(folder: str, image_size: int | tuple[int, int] | None = None,
@@ -137,7 +134,9 @@ def read_config(folder: str, image_size: int | tuple[int, int] | None = None,
   attends = [a or b for a, b in zip(down, reversed(up), strict=True)]
   attends[-1] = attends[-1] or middle == "attention"
   return ConditionUNetConfig(
-      image_size=_image_size(source, config, image_size),
+      image_size=diffusers.latents_size(
+          source, config.get("sample_size"), image_size, "image_size",
+          "latents"),
       channels=channels,
       blocks_per_level=blocks,
       down_transformers=of_down,
@@ -210,22 +209,12 @@ def _check_keys(source: str, config: dict) -> None:
   if name != _CLASS:
     raise UserError(f"{source}: _class_name must be {_CLASS!r}. "
                     f"Received: {name!r}")
-  known = {*_FIELDS, *_REQUIRED, *_IGNORED, *_USED}
-  for key, value in config.items():
-    if key in _REQUIRED and value != _REQUIRED[key]:
-      raise UserError(f"{source}: {key} must be {_REQUIRED[key]!r}. "
-                      f"Received: {value!r}")
-    if key not in known and not key.startswith("_"):
-      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  cards.check_keys(source, config, {*_FIELDS, *_IGNORED, *_USED}, _REQUIRED)
 
 
 def _choice(source, config, key, known, default=None):
   """What a key's value, or its default, stands for in the dictionary `known`."""
-  value = config.get(key, default)
-  if value not in list(known):  # list(): the value may have no hash.
-    raise UserError(f"{source}: {key} must be one of "
-                    f"{', '.join(map(repr, known))}. Received: {value!r}")
-  return known[value]
+  return known[cards.choice(source, config, key, known, default)]
 
 
 def _activation(source, config, key, default=None) -> str | None:
@@ -342,22 +331,6 @@ def _only_context(source, config, count) -> tuple[int, ...]:
   _check_length(source, key, value, count)
   return tuple(level for level, only in enumerate(value)
                if cards.json_value(source, key, only, bool))
-
-
-def _image_size(source, config, told) -> int | tuple[int, int]:
-  """Height and width of the latents as one number, or as a pair."""
-  value = config.get("sample_size") if told is None else told
-  size = diffusers.side_or_sides(value)
-  if size is not None:
-    return size
-  if told is not None:
-    raise UserError("image_size must be a whole number, or height and width. "
-                    f"Received: {told!r}")
-  if value is None:
-    raise UserError(f"{source}: sample_size is null, for latents of any size: "
-                    "image_size must be given. Received: None")
-  raise UserError(f"{source}: sample_size must be a whole number, or height and "
-                  f"width, or null. Received: {value!r}")
 
 
 def _sizes(source, config, num_sizes) -> dict[str, int]:

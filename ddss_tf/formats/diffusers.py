@@ -122,6 +122,13 @@ def config_files(path: str) -> tuple[str, str]:
   return os.path.join(folder, CONFIG), scheduler
 
 
+def class_name(folder: str) -> str | None:
+  """The class that a folder's configuration names; None: there is none."""
+  source = os.path.join(folder, CONFIG)
+  return (cards.read_json_object(source).get("_class_name")
+          if storage.isfile(source) else None)
+
+
 def read_json(path: str) -> dict:
   """Reads a configuration of a diffusers folder.
 
@@ -135,15 +142,6 @@ def read_json(path: str) -> dict:
     raise UserError(f"a diffusers folder must hold {name} beside the weights. "
                     f"Received: {received}")
   return cards.read_json_object(path)
-
-
-def _choice(source, config, key, known, default=None):
-  """The value of a key, or its default; refused if it is not in `known`."""
-  value = config.get(key, default)
-  if value not in known:
-    raise UserError(f"{source}: {key} must be one of "
-                    f"{', '.join(map(repr, known))}. Received: {value!r}")
-  return value
 
 
 def _list(source, config, key) -> list:
@@ -175,15 +173,10 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
   if config.get("_class_name") != "UNet2DModel":
     raise UserError(f"{source}: _class_name must be 'UNet2DModel'. "
                     f"Received: {config.get('_class_name')!r}")
-  for key, value in config.items():
-    if key in _REQUIRED and value != _REQUIRED[key]:
-      raise UserError(f"{source}: {key} must be {_REQUIRED[key]!r}. "
-                      f"Received: {value!r}")
-    if key not in _REQUIRED and key not in _USED and not key.startswith("_"):
-      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
-  downsample = _choice(
+  cards.check_keys(source, config, _USED, _REQUIRED)
+  downsample = cards.choice(
       source, config, "downsample_type", ("conv", "resnet"), "conv")
-  upsample = _choice(
+  upsample = cards.choice(
       source, config, "upsample_type", ("conv", "resnet"), "conv")
   try:
     down, up, channels = (
@@ -200,7 +193,7 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
       raise UserError(
           f"{source}: down and up blocks must have attention at the same "
           f"levels. Received: {attention} and {attention_up}")
-    scale_shift = _choice(source, config, "resnet_time_scale_shift",
+    scale_shift = cards.choice(source, config, "resnet_time_scale_shift",
                           ("default", "scale_shift"), "default")
     # DownBlock2D ignores downsample_type, UpBlock2D ignores upsample_type.
     residual_down = tuple(
@@ -231,13 +224,13 @@ def read_config(path: str, image_size: int | tuple[int, int] | None = None
         norm_epsilon=config.get("norm_eps", 1e-5),
         sin_first=not config.get("flip_sin_to_cos", True),
         frequency_shift=float(config.get("freq_shift", 0)),
-        symmetric_downsample=bool(_choice(
+        symmetric_downsample=bool(cards.choice(
             source, config, "downsample_padding", (0, 1), 1)),
         residual_down_levels=residual_down,
         residual_up_levels=residual_up,
         scale_shift=scale_shift == "scale_shift",
         activation=_ACTIVATIONS[
-            _choice(source, config, "act_fn", tuple(_ACTIVATIONS), "silu")],
+            cards.choice(source, config, "act_fn", tuple(_ACTIVATIONS), "silu")],
         time_width=config.get("time_embedding_dim"),
         num_classes=num_classes,
         label_embedding=label_embedding,
@@ -289,6 +282,33 @@ def side_or_sides(size) -> int | tuple[int, int] | None:
       type(side) is not int or side < 1 for side in sides):
     return None
   return sides[0] if sides[0] == sides[1] else sides
+
+
+def latents_size(source: str, sample_size, told, argument: str, of: str
+                 ) -> int | tuple[int, int]:
+  """Height and width of a network that fits any size, see `side_or_sides`.
+
+  Args:
+    source: the file of the configuration, for the messages.
+    sample_size: what it says.
+    told: what the caller says instead; None: nothing.
+    argument: the name of `told`, for the messages.
+    of: what has the size, for the messages.
+
+  Raises:
+    UserError: neither is a size.
+  """
+  size = side_or_sides(sample_size if told is None else told)
+  if size is not None:
+    return size
+  if told is not None:
+    raise UserError(f"{argument} must be a whole number, or height and width. "
+                    f"Received: {told!r}")
+  if sample_size is None:
+    raise UserError(f"{source}: sample_size is null, for {of} of any size: "
+                    f"{argument} must be given. Received: None")
+  raise UserError(f"{source}: sample_size must be a whole number, or height and "
+                  f"width, or null. Received: {sample_size!r}")
 
 
 def _classes(source, config) -> tuple[int | None, str]:

@@ -181,13 +181,8 @@ def _check_keys(source: str, config: dict) -> None:
                       f"Received: {sorted(config)}")
     required |= _OLD_REQUIRED
     ignored |= _OLD_IGNORED
-  known = {*required, *ignored, *_FIELDS, "out_channels"}
-  for key, value in config.items():
-    if key in required and value != required[key]:
-      raise UserError(f"{source}: {key} must be {required[key]!r}. "
-                      f"Received: {value!r}")
-    if key not in known and not key.startswith("_"):
-      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  cards.check_keys(
+      source, config, {*ignored, *_FIELDS, "out_channels"}, required)
 
 
 def _asked_for(folder: str, config: DiTConfig,

@@ -10,6 +10,7 @@ Every key is honoured, known to concern sampling alone, or refused by name.
 from absl import logging
 
 from ddss_tf import errors
+from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.samplers import flow
 from ddss_tf.errors import UserError
@@ -110,9 +111,7 @@ def read(path: str, state_shape: tuple[int, int, int],
   matching = name in _MATCHING
   shift_key = "shift" if matching else "flow_shift"
   known = (_MATCHING[name] if matching else _MULTISTEP) | {_STEPS, shift_key}
-  for key, value in config.items():
-    if key not in known and not key.startswith("_"):
-      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  cards.check_keys(source, config, known)
   if config.get("invert_sigmas"):
     raise UserError(
         f"{source}: invert_sigmas must be False: such a network's time runs "

@@ -316,9 +316,7 @@ def _check_given(path, given, allowed):
           f"{key} must be given only for a model of KerasHub, which can encode "
           "it. tools/encode_prompts.py makes a table of prompts for "
           f"load_denoiser.conditions. Received: {key}={value!r} for {path!r}")
-    if key not in allowed:
-      raise UserError(f"{key} must not be given for {path!r}, which has its "
-                      f"own. Received: {key}={value!r}")
+  cards.check_given(path, given, allowed)
 
 
 def embedded_denoisers() -> list[str]:

@@ -86,10 +86,7 @@ def convert(path: str, given: dict) -> Denoiser:
   """
   network, decoder = _folders(path)
   kind = next((known for known in NETWORKS if known.recognises(network)), None)
-  for key, value in given.items():
-    if key not in (kind.arguments if kind else _UNET_ARGUMENTS):
-      raise UserError(f"{key} must not be given for {path!r}, which has its own. "
-                      f"Received: {key}={value!r}")
+  cards.check_given(path, given, kind.arguments if kind else _UNET_ARGUMENTS)
   denoiser = (kind.convert if kind else convert_unet)(network, given)
   height, width, _ = denoiser.state_shape
   model, scale, shift = autoencoder.read(decoder, (height, width))

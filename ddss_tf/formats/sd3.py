@@ -12,7 +12,6 @@ import os
 import keras
 import numpy as np
 
-from ddss_tf import storage
 from ddss_tf.formats import cards
 from ddss_tf.formats import diffusers
 from ddss_tf.formats import tensors
@@ -80,9 +79,7 @@ _PARTS = "qkv"
 
 def is_sd3(folder: str) -> bool:
   """Whether a folder holds the configuration of such a network."""
-  source = os.path.join(folder, diffusers.CONFIG)
-  return storage.isfile(source) and (
-      cards.read_json_object(source).get("_class_name") == _CLASS)
+  return diffusers.class_name(folder) == _CLASS
 
 
 def read_config(folder: str, latent_size: int | tuple[int, int] | None = None
@@ -106,9 +103,7 @@ def read_config(folder: str, latent_size: int | tuple[int, int] | None = None
   if config.get("_class_name") != _CLASS:
     raise UserError(f"{source}: _class_name must be {_CLASS!r}. "
                     f"Received: {config.get('_class_name')!r}")
-  for key, value in config.items():
-    if key not in _KNOWN and not key.startswith("_"):
-      raise UserError(f"{source}: unknown key {key!r} (value {value!r})")
+  cards.check_keys(source, config, _KNOWN)
   values = {ours: cards.json_value(source, key, config.get(key, default), int)
             for key, (ours, default) in _FIELDS.items()}
   channels, layers = values["in_channels"], values["num_layers"]
@@ -131,12 +126,8 @@ def read_config(folder: str, latent_size: int | tuple[int, int] | None = None
   if any(i >= layers for i in dual):
     raise UserError(f"{source}: {_DUAL} must be among the {layers} layers, "
                     f"counted from 0. Received: {list(dual)}")
-  size = values.pop("image_size")
-  if latent_size is not None:
-    size = diffusers.side_or_sides(latent_size)
-    if size is None:
-      raise UserError("latent_size must be a whole number, or height and "
-                      f"width. Received: {latent_size!r}")
+  size = diffusers.latents_size(
+      source, values.pop("image_size"), latent_size, "latent_size", "latents")
   return MMDiTConfig(
       image_size=size if isinstance(size, tuple) else (size, size),
       query_key_norm=norm is not None, dual_attention=tuple(sorted(set(dual))),
