@@ -15,9 +15,12 @@ import os
 import shutil
 import tempfile
 from typing import IO, Iterator, Mapping
+import zipfile
+import zlib
 
 import numpy as np
 
+from ddss_tf import errors
 from ddss_tf.errors import UserError
 
 
@@ -186,6 +189,22 @@ def open(path: str, mode: str = "r", **options) -> IO:  # pylint: disable=redefi
 def load_arrays(path: str):
   """Opens an npy or npz file of NumPy that holds no Python objects."""
   return np.load(path, allow_pickle=False)
+
+
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+  """Reads all arrays of an npz file, by name and in its order.
+
+  Raises:
+    ValueError: there is no such file, it is damaged or of another kind, or it
+      holds Python objects.
+  """
+  try:
+    with load_arrays(path) as archive:
+      return {name: archive[name] for name in archive.files}
+  # What is no archive is one array, or raises what its first bytes suggest.
+  except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+          NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(errors.one_line(error)) from error
 
 
 def save_arrays(path: str, arrays: Mapping[str, object],

@@ -10,7 +10,6 @@ of a latent diffusion model; `decode` makes images of either.
 import json
 from typing import Callable, Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from ddss_tf.denoisers import checks

@@ -7,7 +7,6 @@ by its number.
 """
 
 import os
-import zipfile
 from typing import Mapping, Sequence
 
 import numpy as np
@@ -154,10 +153,8 @@ class ConditionTable:
       raise UserError(f"a table of conditions must be a file {SUFFIX}, as "
                       f"tools/encode_prompts.py makes it. Received: {path!r}")
     try:
-      with storage.load_arrays(path) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError,
-            zipfile.BadZipFile) as error:
+      arrays = storage.read_arrays(path)
+    except ValueError as error:
       raise UserError(f"{path} must be a file of arrays that is not damaged: "
                       f"{errors.one_line(error)}") from error
     given = {name: arrays.pop(name) for name in _OTHERS if name in arrays}

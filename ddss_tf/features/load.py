@@ -5,7 +5,6 @@ from typing import Callable
 
 from absl import logging
 import gin
-import numpy as np
 
 from ddss_tf import storage
 from ddss_tf.features import hub
@@ -188,10 +187,7 @@ def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
         "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
         f"network ({', '.join(embedded_features())}). Received: {path!r}")
   model = network_files.load_keras(path)
-  for variable in model.weights:
-    if not np.all(np.isfinite(variable)):
-      raise UserError(f"features {path} must have finite weights. Received: "
-                      f"NaN or infinity in {variable.path}")
+  network_files.check_finite(f"features {path}", model)
   name = os.path.basename(path).removesuffix(_SUFFIX)
   return keras_models.KerasNetwork(model, name), name
 

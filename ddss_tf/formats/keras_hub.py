@@ -204,18 +204,13 @@ def convert(path: str, given: dict) -> Denoiser:
                     f"{given['negative_prompt']!r} alone")
   name = os.path.basename(os.path.normpath(path))
   if saved_model.is_keras_file(path):
-    if "image_size" in given:
-      raise UserError(f"image_size must not be given for {path!r}, which has its "
-                      f"own. Received: image_size={given['image_size']!r}")
+    cards.check_given(path, given, PROMPTS)
     networks.require()
     model = network_files.load_keras(path)
     name = name.removesuffix(saved_model.KERAS_SUFFIX)
   else:
     model = _load_preset(path, given)
-  for variable in model.weights:
-    if not np.all(np.isfinite(variable)):
-      raise UserError(
-          f"{path}: {variable.path} holds NaN or infinite weights")
+  network_files.check_finite(path, model)
   denoiser = _denoiser(networks.backbone_of(model), name)
   if "prompts" not in given:
     return denoiser

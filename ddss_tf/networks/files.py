@@ -5,6 +5,7 @@ import os
 import re
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ddss_tf import errors
@@ -35,6 +36,22 @@ def load_keras(path: str) -> keras.Model:
                     f"{errors.one_line(error)}") from error
   model.trainable = False
   return model
+
+
+def check_finite(what: str, model) -> None:
+  """Checks the weights of a model that Keras has read.
+
+  Args:
+    what: what the message calls it.
+    model: a Keras model.
+
+  Raises:
+    UserError: a weight is NaN or infinite.
+  """
+  for variable in model.weights:
+    if not np.all(np.isfinite(variable)):
+      raise UserError(f"{what} must have finite weights. Received: NaN or "
+                      f"infinity in {variable.path}")
 
 
 def graph_text(model: keras.Model) -> str:

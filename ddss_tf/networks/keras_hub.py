@@ -76,19 +76,25 @@ def require() -> None:
   Raises:
     UserError: it cannot; the message says how to install it.
   """
-  _models()
+  library()
 
 
-def _models():
-  """KerasHub's public models."""
-  # pylint: disable=g-import-not-at-top
+def library(use: str = "Stable Diffusion 3"):
+  """KerasHub itself.
+
+  Args:
+    use: what it is needed for, for the message.
+
+  Raises:
+    UserError: it cannot be imported; the message says how to install it.
+  """
   try:
-    from keras_hub import models
+    import keras_hub  # pylint: disable=g-import-not-at-top
   except ImportError as error:
     raise UserError(
-        "KerasHub must be installed for Stable Diffusion 3 (pip install "
-        f"ddss_tf[kerashub]). Received: {errors.one_line(error)}") from error
-  return models
+        f"KerasHub must be installed for {use} (pip install ddss_tf[kerashub]). "
+        f"Received: {errors.one_line(error)}") from error
+  return keras_hub
 
 
 def _mmdit_class():
@@ -195,7 +201,7 @@ def backbone_of(model):
   Raises:
     UserError: KerasHub is not installed, or `model` is something else.
   """
-  models = _models()
+  models = library().models
   backbone = model.backbone if isinstance(model, models.Task) else model
   if not isinstance(backbone, models.StableDiffusion3Backbone):
     raise UserError("a model of KerasHub must be a StableDiffusion3Backbone, or a "
@@ -283,7 +289,7 @@ def load_preset(folder: str, texts: bool, latent_size: tuple[int, int] | None):
     UserError: KerasHub is not installed.
     Exception: of many kinds, if the folder is not a complete preset.
   """
-  models = _models()
+  models = library().models
   options = {} if latent_size is None else {
       "image_shape": (*(8 * side for side in latent_size), 3)}
   kind = (models.StableDiffusion3TextToImage if texts

@@ -256,6 +256,17 @@ def test_files_that_are_no_tables(tmp_path):
   path.write_bytes(b"PK\x03\x04 cut")
   with pytest.raises(UserError, match="not damaged"):
     table_lib.ConditionTable.load(str(path))
+  # One array under that name, and an archive whose compressed bytes are others.
+  with open(path, "wb") as file:
+    np.save(file, np.ones([2, 1]))
+  with pytest.raises(UserError, match="not damaged"):
+    table_lib.ConditionTable.load(str(path))
+  np.savez_compressed(path, context=np.arange(4000.0).reshape(4, -1))
+  content = bytearray(path.read_bytes())
+  content[100:400] = bytes(300)
+  path.write_bytes(content)
+  with pytest.raises(UserError, match="not damaged"):
+    table_lib.ConditionTable.load(str(path))
   np.savez(path, context=np.array([{}], object))
   with pytest.raises(UserError, match="not damaged"):
     table_lib.ConditionTable.load(str(path))
