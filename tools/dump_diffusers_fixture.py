@@ -62,11 +62,7 @@ def main(folder: str) -> None:
 def _dump_variant(path: str, options: dict, seed: int) -> None:
   """Writes configuration, outputs, and a seed in place of the weights."""
   model = diffusers.UNet2DModel(**{**_COMMON, **options}).eval()
-  tensors, index = small_fixture.seeded(
-      {key: tuple(value.shape) for key, value in model.state_dict().items()},
-      seed)
-  model.load_state_dict({
-      key: torch.from_numpy(value) for key, value in tensors.items()})
+  index = small_fixture.fill(model, seed)
   rng = np.random.default_rng(seed)
   x = np.round(8 * rng.standard_normal((4, 3, 8, 8))).astype(np.float32) / 8
   t = np.array([0, 17.25, 250.5, 999], np.float32)

@@ -78,11 +78,7 @@ def main(folder: str) -> None:
     if code is guided:
       sizes["image_size"] = 8
     model = code.UNetModel(**{**sizes, **flags, **card}).eval()
-    tensors, index = small_fixture.seeded(
-        {key: tuple(value.shape) for key, value in model.state_dict().items()},
-        seed)
-    model.load_state_dict({
-        key: torch.from_numpy(value) for key, value in tensors.items()})
+    index = small_fixture.fill(model, seed)
     rng = np.random.default_rng(seed)
     x = np.round(8 * rng.standard_normal((4, 3, 8, 8))).astype(np.float32) / 8
     t = np.array([0, 7.25, 30.5, _STEPS - 1], np.float32)

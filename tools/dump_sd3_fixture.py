@@ -71,11 +71,7 @@ def _dump_network(path: str, options: dict, size: tuple[int, int],
                   seed: int) -> None:
   """Writes configuration, outputs, and a seed in place of the weights."""
   model = diffusers.SD3Transformer2DModel(**options).eval()
-  tensors, index = small_fixture.seeded(
-      {key: tuple(value.shape) for key, value in model.state_dict().items()},
-      seed)
-  model.load_state_dict({
-      key: torch.from_numpy(value) for key, value in tensors.items()})
+  index = small_fixture.fill(model, seed)
   rng = np.random.default_rng(seed)
 
   def drawn(*shape):

@@ -73,3 +73,22 @@ def seeded(shapes: dict, seed: int) -> tuple[dict, list]:
     tensors[name] = (values * scale).astype(np.float32)
     index.append((name, tuple(shape), scale, offset))
   return tensors, index
+
+
+def fill(model, seed: int) -> list:
+  """Gives a PyTorch model the weights of `seeded`.
+
+  Args:
+    model: a `torch.nn.Module`.
+    seed: the seed of the draws.
+
+  Returns:
+    What `seeded` gives beside the weights, to store in their place.
+  """
+  import torch  # pylint: disable=g-import-not-at-top
+  tensors, index = seeded(
+      {key: tuple(value.shape) for key, value in model.state_dict().items()},
+      seed)
+  model.load_state_dict({
+      key: torch.from_numpy(value) for key, value in tensors.items()})
+  return index

@@ -8,6 +8,7 @@ import shutil
 
 from checkpoint_files import DATA, read_fixture, refusal
 import keras
+from network_folders import error
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -84,13 +85,6 @@ def matched(weights, model):
 
 def inputs(golden):
   return [tf.constant(golden[key]) for key in INPUTS if key in golden]
-
-
-def error(value, truth):
-  """The largest difference, in standard deviations of the truth."""
-  value = np.asarray(value, np.float64)
-  assert value.shape == truth.shape
-  return np.max(np.abs(value - truth)) / np.std(truth)
 
 
 @pytest.mark.parametrize("name", FIXTURES)

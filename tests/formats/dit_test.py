@@ -1,15 +1,13 @@
 """Tests of DiT; golden outputs are of diffusers, other truths of NumPy."""
 
-import json
 import math
 import os
-import shutil
 
 from checkpoint_files import DATA, refusal
 import keras
+from network_folders import NetworkFolder, error
 import numpy as np
 import pytest
-import safetensors.numpy
 import tensorflow as tf
 
 from ddss_tf.formats import diffusers
@@ -52,29 +50,9 @@ def network():
   return reader.read(FOLDER, learned_variance=True)[0]
 
 
-def config_json():
-  with open(os.path.join(FOLDER, diffusers.CONFIG), encoding="utf-8") as f:
-    return json.load(f)
-
-
-def tensors():
-  return safetensors.numpy.load_file(os.path.join(FOLDER, diffusers.WEIGHTS))
-
-
-def write(folder, config=None, weights=None):
-  """A folder with the fixture's files, or what is given instead."""
-  folder = str(folder)
-  os.makedirs(folder, exist_ok=True)
-  with open(os.path.join(folder, diffusers.CONFIG), "w",
-            encoding="utf-8") as f:
-    json.dump(config_json() if config is None else config, f)
-  target = os.path.join(folder, diffusers.WEIGHTS)
-  if weights is None:
-    shutil.copy(os.path.join(FOLDER, diffusers.WEIGHTS), target)
-  else:
-    safetensors.numpy.save_file(
-        {name: np.ascontiguousarray(v) for name, v in weights.items()}, target)
-  return folder
+_FIXTURE = NetworkFolder(FOLDER)
+config_json, tensors, write = (
+    _FIXTURE.config, _FIXTURE.tensors, _FIXTURE.write)
 
 
 def embedder(i):
@@ -154,13 +132,6 @@ def by_numpy(weights, config, x, t, labels, first=1e-6, last=1e-6):
   h = dense(norm(h, last) * (1 + scale) + shift, "proj_out_2")
   h = h.reshape(batch, rows, columns, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
   return h.reshape(batch, height, width, -1)
-
-
-def error(value, truth):
-  """The largest difference, in standard deviations of the truth."""
-  value = np.asarray(value, np.float64)
-  assert value.shape == truth.shape
-  return np.max(np.abs(value - truth)) / np.std(truth)
 
 
 def run(model, inputs):

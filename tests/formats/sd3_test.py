@@ -6,10 +6,10 @@ of other architectures, see tools/dump_sd3_fixture.py.
 
 import json
 import os
-import shutil
 import sys
 
 from checkpoint_files import DATA, read_fixture, refusal
+from network_folders import NetworkFolder, error
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -57,35 +57,9 @@ def network(hub):
   return sd3.read(FOLDER)[0]
 
 
-def config_json():
-  with open(os.path.join(FOLDER, diffusers.CONFIG), encoding="utf-8") as f:
-    return json.load(f)
-
-
-def tensors():
-  return safetensors.numpy.load_file(os.path.join(FOLDER, diffusers.WEIGHTS))
-
-
-def write(folder, config=None, weights=None):
-  """A folder with the pipeline's files, or what is given instead."""
-  folder = str(folder)
-  os.makedirs(folder, exist_ok=True)
-  with open(os.path.join(folder, diffusers.CONFIG), "w",
-            encoding="utf-8") as f:
-    json.dump(config_json() if config is None else config, f)
-  target = os.path.join(folder, diffusers.WEIGHTS)
-  if weights is None:
-    shutil.copy(os.path.join(FOLDER, diffusers.WEIGHTS), target)
-  else:
-    safetensors.numpy.save_file(weights, target)
-  return folder
-
-
-def error(value, truth):
-  """The largest difference, in standard deviations of the truth."""
-  value = np.asarray(value, np.float64)
-  assert value.shape == truth.shape
-  return np.max(np.abs(value - truth)) / np.std(truth)
+_FIXTURE = NetworkFolder(FOLDER)
+config_json, tensors, write = (
+    _FIXTURE.config, _FIXTURE.tensors, _FIXTURE.write)
 
 
 def run(model, inputs):

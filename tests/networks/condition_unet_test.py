@@ -6,6 +6,7 @@ Golden values of whole networks are in tests/formats/condition_unet_reader_test.
 import math
 
 import keras
+from network_folders import error
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -55,13 +56,6 @@ def inputs():
 
 def run(model, inputs):
   return model(inputs, training=False).numpy()
-
-
-def error(value, truth):
-  """The largest difference, in standard deviations of the truth."""
-  value, truth = np.asarray(value), np.asarray(truth)
-  assert value.shape == truth.shape
-  return np.max(np.abs(value - truth)) / np.std(truth)
 
 
 def test_inputs(network):

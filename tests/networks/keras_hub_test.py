@@ -9,6 +9,7 @@ import dataclasses
 
 from checkpoint_files import refusal
 import keras
+from network_folders import error
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -74,13 +75,6 @@ def embeddings():
   rng = np.random.default_rng(3)
   return [tf.constant(rng.standard_normal(shape), tf.float32)
           for shape in ((2, 8, 4096), (2, 8, 4096), (2, 16), (2, 16))]
-
-
-def error(value, truth):
-  """The largest difference, in standard deviations of the truth."""
-  value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
-  assert value.shape == truth.shape
-  return np.max(np.abs(value - truth)) / np.std(truth)
 
 
 def test_inputs_and_outputs(network):
