@@ -18,6 +18,9 @@ DATA = os.path.join(os.path.dirname(__file__), "..", "testdata")
 
 
 def read(name):
+  """A pipeline of the fixtures, and its golden arrays."""
+  if name == "sd3":
+    pytest.importorskip("keras_hub")
   folder = os.path.join(DATA, f"latent_{name}")
   with np.load(os.path.join(folder, "golden.npz")) as file:
     return ddss_tf.load_denoiser(folder), dict(file)
