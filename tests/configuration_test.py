@@ -80,6 +80,7 @@ def test_the_same_name_in_two_folders(small, dry_run, tmp_path):
   assert gin.query_parameter("search.seed") == 77
 
 
+@pytest.mark.slow
 def test_shipped_files_are_included_from_anywhere(dry_run, tmp_path):
   own = write(tmp_path, "mine/own.gin",
               f'include "{ROOT}/gin_configs/demo.gin"\nsearch.seed = 3\n')

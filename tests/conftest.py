@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import collections
 import os
 
 # Before TensorFlow is imported, or it has no effect.
@@ -22,7 +23,20 @@ _LONG = ("main_test", "machines_test", "chain_test", "recipes_test",
          "plugin_test", "loading_test", "foreign_test", "compare_test")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest leaves out what is slow.
 def pytest_collection_modifyitems(items):
+  cases = collections.defaultdict(set)
+  for item in items:
+    if quick := item.get_closest_marker("quick"):
+      cases[item.path, item.originalname, quick.args].add(item.callspec.id)
+      if item.callspec.id not in quick.args:
+        item.add_marker(pytest.mark.slow)
+  for (path, name, quick), found in cases.items():
+    # A single case may be all that was asked for.
+    if len(found) > 1 and not found.issuperset(quick):
+      raise pytest.UsageError(
+          f"{path}::{name}: quick must name its cases. Received: "
+          f"{', '.join(set(quick) - found)}")
   places = {name: place for place, name in enumerate(_LONG)}
   items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 

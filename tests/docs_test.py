@@ -211,6 +211,7 @@ def readers_folder(tmp_path, monkeypatch):
       "inception.keras")
 
 
+@pytest.mark.slow
 def test_commands_of_the_pages_build(
     readers_folder, main_in_process, capsys, tfds_dir, monkeypatch):
   del readers_folder

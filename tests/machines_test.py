@@ -85,6 +85,7 @@ def fixture_home(tmp_path, monkeypatch, small):
   return home
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_in_every_path(home):
   denoiser = ddss_tf.load_denoiser("~/model")
   features = ddss_tf.load_features("~/features.keras")
@@ -118,6 +119,7 @@ def fixture_evaluated(small, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", [
     "ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_output_that_is_not_utf_8(encoding, small, evaluated):
@@ -134,6 +136,7 @@ def test_output_that_is_not_utf_8(encoding, small, evaluated):
     assert f.read()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_read_enough(small, evaluated):
   process = subprocess.Popen(
       command("--mode=evaluate", f"--gin_file={small}",
@@ -144,6 +147,7 @@ def test_a_reader_that_has_read_enough(small, evaluated):
   assert process.wait() == 0 and "Traceback" not in error, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["/dev/null/home"])
 def test_no_home(home, small, tmp_path):
   done = call("--mode=search", f"--gin_file={small}",
@@ -168,6 +172,7 @@ def long_search(gin_file, run) -> subprocess.Popen:
       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
+@pytest.mark.quick("15-143")
 @pytest.mark.parametrize("number,status", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_search(number, status, small, tmp_path):
@@ -213,6 +218,7 @@ def test_a_command_that_had_not_begun_leaves_nothing(
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_numbers_of_cores_are_recorded(small, evaluated):
   """An evaluation where there is no affinity ends with all of its rows."""
   script = ("import os, sys; del os.sched_getaffinity; from ddss_tf import main;"

@@ -88,6 +88,7 @@ def killed(tmp_path_factory, tfds_dir):
   return folder
 
 
+@pytest.mark.slow
 def test_the_whole_job(run):
   folder, result, _ = run
   for name in ("config.gin", "metrics.json", "samples.png", "coefficients.png",
@@ -197,6 +198,7 @@ def test_run_dir_in_use_is_refused(run, tfds_dir):
             "in use by another process")
 
 
+@pytest.mark.slow
 def test_dry_run_prints_and_writes_nothing(tmp_path, tfds_dir):
   folder = tmp_path / "never"
   result = call(f"--gin_file={DEMO}", f"--run_dir={folder}", "--dry_run",
@@ -222,6 +224,7 @@ def test_bad_input_ends_with_one_line(arguments, words, tfds_dir):
   refused(call(*arguments, data_dir=tfds_dir), *words)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_last_stage_shows_before_the_first(
     main_in_process, tfds_dir, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)

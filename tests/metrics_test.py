@@ -391,6 +391,7 @@ def known_moments(control, real_mean):
           for v in (own.mean(0), own.T @ own / len(own))]
 
 
+@pytest.mark.quick("kid_linear", "frechet_axes")
 @pytest.mark.parametrize("name", distances.MOMENTS)
 def test_a_control_variate_sharpens_a_distance(sets, name):
   real = sets[0]

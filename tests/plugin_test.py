@@ -176,6 +176,7 @@ def test_only_what_is_named_is_imported(refused, folder):
   assert "plug_other.images" in line
 
 
+@pytest.mark.slow
 def test_the_console_command_finds_a_plugin(folder):
   """pip's script does not have the working folder on its path."""
   (folder / "plug_console.py").write_text("print('plugged')\n")

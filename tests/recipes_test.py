@@ -84,6 +84,11 @@ def stand_ins(tmp_path_factory):
   return bindings
 
 
+@pytest.mark.quick(
+    "cifar10-ddpm-linear-5-paper",
+    "cifar10-ddim-quadratic-20-paper", "cifar10-ggdm_pred_time-10-paper",
+    "cifar10-ggdm_pred_time-20-slides", "imagenet64-ddpm-linear-15-paper",
+    "imagenet64-ggdm_pred_time-5-paper")
 @pytest.mark.parametrize("cell", OF_RECIPES, ids=name_of)
 def test_every_cell_builds(cell, stand_ins, main_in_process, capsys):
   dataset, row, stride = cell["dataset"], cell["row"], cell["stride"]
@@ -143,6 +148,10 @@ def test_every_family_builds(family, extras, stand_ins, main_in_process, capsys)
   assert f"FAMILY = '{family}{extras}'" in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.quick(
+    "ddpm-cifar10", "ggdm_pred_time-lsun_church",
+    "table-imagenet64", "slides-cifar10", "families-lsun_bedroom",
+    "objectives-imagenet64")
 @pytest.mark.parametrize("dataset", SIZES)
 @pytest.mark.parametrize("row", [*ROWS, *TABLES])
 def test_a_cell_and_a_table_are_compared_with_what_is_published(

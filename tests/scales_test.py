@@ -307,6 +307,7 @@ def searched(run, parts, objective, steps=4, **options):
   return sampler.coefficients().numpy(), found.search
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [
     "kid_linear", pytest.param("frechet", marks=pytest.mark.slow)])
 def test_a_search_does_not_know_the_unit_of_features(objective, tmp_path):
@@ -328,6 +329,7 @@ def test_a_search_does_not_know_the_unit_of_features(objective, tmp_path):
           scaled.arrays()[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale,offset", [
     (1e4, 0.0), pytest.param(1e-4, 0.0, marks=pytest.mark.slow),
     pytest.param(1.0, 1e3, marks=pytest.mark.slow)])

@@ -132,6 +132,7 @@ EXPORTS = ["tflite", "diffusers"] + (
     else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [
     (8, 12, 2), (24, 16, 5),
     *(pytest.param(shape, marks=pytest.mark.slow) for shape in (
@@ -190,6 +191,7 @@ def unet_folder(folder, **changes):
   return checkpoint_files.write_folder(str(folder), "diffusers_relu", **changes)
 
 
+@pytest.mark.quick("told2-None-shape2", "told3-given3-shape3")
 @pytest.mark.parametrize("told,given,shape", [
     (8, None, (8, 8, 3)), ([8, 8], None, (8, 8, 3)),
     ([12, 8], None, (12, 8, 3)), ([8, 16], [8, 16], (8, 16, 3)),
@@ -292,6 +294,7 @@ numpy.save(sys.argv[1] + "/y.npy", y.movedim(1, -1).numpy())
 # --- Learned variances ---
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_learned_variances_in_every_export(channels, tmp_path):
   shape = (4, 6, channels)
@@ -343,6 +346,7 @@ TOLD = {"prediction": "eps", "schedule": {"name": "linear",
 FORMATS = ["float16", "mixed_float16", "bfloat16", "mixed_bfloat16"]
 
 
+@pytest.mark.quick("float32-float16")
 @pytest.mark.parametrize("dtype,inputs", [
     *(pytest.param(dtype, None, marks=() if "mixed" in dtype else
                    pytest.mark.slow) for dtype in FORMATS),

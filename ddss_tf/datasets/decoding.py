@@ -84,21 +84,21 @@ def _as_array(image: Image.Image) -> np.ndarray:
 
 
 def decode(data: tf.Tensor, read, shape) -> tf.Tensor:
-  """Decodes one image inside a `tf.data.Dataset.map`.
+  """Decodes one image, or a batch of one size, in a `tf.data.Dataset.map`.
 
   Args:
-    data: string [], what `read` takes.
+    data: string [] or [B], what `read` takes.
     read: `of_file` or `of_bytes`.
     shape: (H, W, C) of the images, None where it is not known. If C is 3, a
       grey image is repeated to 3 channels.
 
   Returns:
-    uint8 [H, W, C]. If the file cannot be read, TensorFlow raises an error with
-    the message of `pixels`.
+    uint8 [H, W, C] or [B, H, W, C]. If a file cannot be read, TensorFlow raises
+    an error with the message of `pixels`.
   """
   channels = shape[-1]
 
-  def call(data):
+  def one(data):
     image = read(data)
     if channels == 3 and image.shape[-1] == 1:
       image = np.repeat(image, 3, axis=-1)
@@ -107,5 +107,10 @@ def decode(data: tf.Tensor, read, shape) -> tf.Tensor:
                        f"Received: {image.shape}")
     return image
 
-  decoded = tf.numpy_function(call, [data], tf.uint8, stateful=False)
-  return tf.ensure_shape(decoded, [size or None for size in shape])
+  # A call into Python takes longer than the decoding of a small image.
+  many = data.shape.rank == 1
+  decoded = tf.numpy_function(
+      lambda data: np.stack([one(each) for each in data]) if many else one(data),
+      [data], tf.uint8, stateful=False)
+  return tf.ensure_shape(
+      decoded, [*data.shape, *(size or None for size in shape)])

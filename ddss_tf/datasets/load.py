@@ -253,15 +253,21 @@ def _read(source: sources.ImageSource, positions: np.ndarray, process, check,
     chosen = tf.constant(np.isin(np.arange(source.count), positions))
     examples = examples.enumerate().filter(lambda i, _: chosen[i]).map(
         lambda _, example: example).take(len(positions))
-  examples = examples.map(
-      lambda example: dict(example, image=source.decode(example["image"])),
-      num_parallel_calls=tf.data.AUTOTUNE)
+
+  def decode(example):
+    return dict(example, image=source.decode(example["image"]))
+
+  if source.size:
+    examples = examples.batch(_READ_BATCH)
+  examples = examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
   # Images of different sizes cannot be batched before they are processed.
-  size = examples.element_spec["image"].shape
-  one_size = size.is_fully_defined()
+  size = source.size or examples.element_spec["image"].shape
+  one_size = None not in tuple(size)
   if one_size:
     check(size, positions[0])
-  examples = examples.batch(_READ_BATCH if one_size else 1).map(
+  if not source.size:
+    examples = examples.batch(_READ_BATCH if one_size else 1)
+  examples = examples.map(
       process, num_parallel_calls=tf.data.AUTOTUNE).prefetch(1)
 
   images, labels, count = None, [], 0

@@ -41,6 +41,8 @@ class ImageSource:
       function of tensors, for `tf.data.Dataset.map`.
     place: maps the position of an image to words that name it in a message.
     captions: a text for each image, in reading order; None if there are none.
+    size: (H, W, C), if `decode` may also be given a batch, which is of this
+      size; else None.
   """
 
   count: int
@@ -48,6 +50,7 @@ class ImageSource:
   decode: Callable[[tf.Tensor], tf.Tensor]
   place: Callable[[int], str]
   captions: tuple[str, ...] | None = None
+  size: tuple[int, int, int] | None = None
 
 
 def first_line(error: Exception) -> str:
@@ -112,7 +115,8 @@ def tfds_source(name: str, split: str, data_dir: str | None,
       count, examples,
       lambda data: decoding.decode(data, decoding.of_bytes, shape),
       lambda i: (f"image {i} of {name!r} in {builder.data_dir} (remove that "
-                 "folder to prepare the data set again)"))
+                 "folder to prepare the data set again)"),
+      size=tuple(shape) if all(shape) else None)
 
 
 def _prepared_builder(name: str, data_dir: str | None, download: bool):

@@ -398,6 +398,7 @@ def test_many_sizes_of_a_tfds_set_without_resize(parse, tmp_path):
   assert dataset.images.shape == (2, 20, 20, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("include", [
     "digits16.gin", pytest.param("digits28.gin", marks=pytest.mark.slow)])
 def test_include_of_the_digits(parse, digits, tfds_dir, include):

@@ -192,6 +192,7 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
     load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", [
     "/proc/nobody", pytest.param(None, marks=pytest.mark.slow)])
 def test_embedded_digits_need_no_home(home, tmp_path):

@@ -173,6 +173,7 @@ def test_a_conditional_search_lowers_the_distance(parts, searched):
   del sampler
 
 
+@pytest.mark.slow
 def test_export_with_classes(parts, searched):
   run, sampler = searched
   denoiser = parts["denoiser"]

@@ -196,6 +196,7 @@ def images_in_float64(schedule, coefficients, x_T):
   return states[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOW_SNR)
 @pytest.mark.parametrize("prediction", [
     "v", pytest.param("x0", marks=pytest.mark.slow)])

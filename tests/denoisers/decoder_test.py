@@ -34,6 +34,7 @@ def states(count, seed=3):
   return tf.random.stateless_normal([count, *STATE], [seed, 0])
 
 
+@pytest.mark.quick("1-2-False", "4-2-True", "4-5-False")
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 @pytest.mark.parametrize("count", [1, 4])
@@ -172,6 +173,7 @@ def test_a_chain_gives_decoded_images(latent_parts):
       way[0], model(x_T[1:2] / 0.5 + 0.1)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_search_an_evaluation_and_an_export(latent_parts, tmp_path):
   """Killed and resumed bit for bit; exported, served by TensorFlow alone."""
   denoiser = latent_parts["denoiser"]

@@ -111,6 +111,7 @@ def test_diffusers_folder_matches_pytorch(tiny_folder):
       np.linspace(0.00085**0.5, 0.012**0.5, 500) ** 2)
 
 
+@pytest.mark.slow
 def test_saved_pipeline(tiny_folder, tmp_path):
   """As `save_pretrained` of a pipeline leaves it."""
   alone = ddss_tf.load_denoiser(tiny_folder)
@@ -324,6 +325,7 @@ def test_schedules_that_are_refused(tiny_folder, changes, words):
   refused(tiny_folder, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,abar", [
     # Of diffusers 0.42: alphas_cumprod at 0, 500, 998 of DDIMScheduler.
     ("scaled_linear", [0.9991499781608582, 0.24101854860782623,

@@ -145,6 +145,7 @@ def test_the_loop_of_the_example_is_our_ddim(ddim):
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_is_searched_at_five_steps(ddim, images, tmp_path):
   """The case that the example evaluates with KID; exported and served."""
   denoiser, _ = ddim

@@ -67,6 +67,7 @@ def test_rows_are_classes():
       atol=2e-5)
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_negative_prompt():
   denoiser = make(table(null_row=[3, 3, 1, 3]), guidance_scale=3.0)
   x = tf.random.stateless_normal([2, *SHAPE], [0, 1])
@@ -94,7 +95,8 @@ def test_rows_are_drawn_at_their_frequencies():
 
 def test_classes_are_drawn_as_often_as_told(tmp_path):
   denoiser = conditional_parts.make(null_label=NULL, label_weights=[1, 7, 0, 3])
-  rows = denoiser.draw_labels(
+  # Without a graph each draw would take 20 milliseconds.
+  rows = tf.function(denoiser.draw_labels)(
       generator_lib.seed_pair(3), tf.range(2000)).numpy()
   counts = np.bincount(rows, minlength=4)
   assert counts[NULL] == counts[2] == 0

@@ -61,6 +61,7 @@ def compared(arguments, tmp_path_factory):
     yield run, ddss_tf.compare(run, **arguments)
 
 
+@pytest.mark.slow
 def test_a_row_for_every_solver_and_family(compared):
   run, records = compared
   labels = [record["sampler"].split()[0] for record in records]
@@ -437,6 +438,7 @@ def ddim_of_three_steps(schedule):
   return ddss_tf.SolverSampler(schedule, 3, "ddim")
 
 
+@pytest.mark.slow
 def test_families_in_the_papers_form_start_at_ddim(
     arguments, tmp_path):
   with searches_of(num_search_steps=2, batch_size=16,

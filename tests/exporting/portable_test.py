@@ -136,6 +136,7 @@ def inputs_of(name, content):
           for key, value in runner.get_input_details().items()}
 
 
+@pytest.mark.slow
 @each_format
 @pytest.mark.parametrize("scale,scales", [
     pytest.param(None, None, marks=pytest.mark.slow),

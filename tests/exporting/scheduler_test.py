@@ -36,6 +36,7 @@ def golden():
     return dict(arrays)
 
 
+@pytest.mark.slow
 def test_the_fixture_is_of_these_cases(cases, golden):
   assert {key.split("/")[0] for key in golden} - {"template_sha256"} == set(
       cases)

@@ -123,6 +123,7 @@ def test_grey_is_colour_and_values_are_clipped(clip):
       clip.preprocessed(np.zeros(shape, np.float32))
 
 
+@pytest.mark.slow
 def test_gradient_under_xla_is_the_slope(clip):
   images = tf.constant(0.9 * drawn(3, 12, 10))
   # Each for the direction at 45 degrees to its own, where the slope is large.

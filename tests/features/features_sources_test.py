@@ -600,6 +600,7 @@ def test_application_from_a_file(tmp_path):
   assert np.any(tape.gradient(y, images).numpy())
 
 
+@pytest.mark.slow
 def test_applications_that_cannot_be_built(tmp_path, monkeypatch):
   load = features_lib.load_features
   refused(lambda: load("keras:Inception"), "InceptionV3", "'Inception'")
@@ -622,6 +623,7 @@ def test_applications_that_cannot_be_built(tmp_path, monkeypatch):
   refused(lambda: load("keras:Novel"), "value_range", "None")
 
 
+@pytest.mark.slow
 def test_search_and_evaluate(folder, tmp_path):
   shape = (8, 8, 3)
   images = rgb(40, mean=0.3, std=0.25)

@@ -37,6 +37,7 @@ def test_features_from_outside(parts, tmp_path, bind):
     assert "pixels-2" in page.read()
 
 
+@pytest.mark.slow
 def test_they_compare(parts, tmp_path):
   records = ddss_tf.compare(
       str(tmp_path), **{**parts, "features": ddss_tf.load_features("pixels")},

@@ -96,6 +96,7 @@ def decoded(model, z, r, jit_compile=False):
 # --- Beside diffusers ---
 
 
+@pytest.mark.quick("ldm-False", "dit-False", "sd-False", "sd3-False")
 @pytest.mark.parametrize("name,jit_compile", [
     *((name, False) for name in FOLDERS), ("ldm", True),
     *(pytest.param(name, True, marks=pytest.mark.slow)

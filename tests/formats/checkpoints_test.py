@@ -68,6 +68,7 @@ def test_ddpm_checkpoint_matches_the_original(ddpm, tmp_path, warnings):
   assert "model.ckpt-7900001.index" in message and "one checkpoint" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network,size,widths,attention", [
     ("cifar10", 32, (32, 64, 64, 64), 1),
     ("lsun", 256, (32, 32, 64, 64, 128, 128), 4),
@@ -197,6 +198,7 @@ def test_openai_network_matches_the_original(openai, name):
   assert not any(v.value.trainable for v in model.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network,widths,attention,blocks", [
     ("cifar10", (32, 64, 64, 64), (1, 2), 3),
     ("lsun", (32, 32, 64, 64, 128, 128), (4,), 2),
@@ -459,6 +461,7 @@ def distance(fixture, **changes):
   return np.abs(output - golden["output"][..., :3]).max()
 
 
+@pytest.mark.quick("guided_half_width", "guided_old_order")
 @pytest.mark.parametrize("name", GUIDED)
 def test_guided_network_matches_the_original(guided, name):
   _, golden, card = guided[name]
@@ -572,6 +575,7 @@ def predict(denoiser, golden):
       golden["x"], golden["t"], golden.get("labels")).numpy()
 
 
+@pytest.mark.quick("diffusers_learned_variance", "diffusers_classes")
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_diffusers_network_matches_the_original(tmp_path, name):
   folder = str(tmp_path / name)
@@ -595,6 +599,9 @@ def test_learned_variances_that_are_not_there(tmp_path):
       ddss_tf.load_denoiser, str(tmp_path))
 
 
+@pytest.mark.quick(
+    "diffusers_classes-changes1", "diffusers_timestep-changes4",
+    "diffusers_relu-changes6")
 # Of those that weights do not tell; a reader that ignored one would pass above
 # if the golden output did not depend on it.
 @pytest.mark.parametrize("name,changes", [

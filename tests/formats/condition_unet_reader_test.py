@@ -87,6 +87,7 @@ def inputs(golden):
   return [tf.constant(golden[key]) for key in INPUTS if key in golden]
 
 
+@pytest.mark.quick("refiner", "odd", "no_middle")
 @pytest.mark.parametrize("name", FIXTURES)
 def test_matches_diffusers(network, name):
   model = network(name)
@@ -102,6 +103,7 @@ def test_matches_diffusers(network, name):
   assert not model.trainable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "text_time", "odd", pytest.param("linear", marks=pytest.mark.slow),
     pytest.param("refiner", marks=pytest.mark.slow),
@@ -220,6 +222,7 @@ def test_sizes_of_images(tmp_path):
   assert model.output.shape == (None, 11, 1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "sd1", "sdxl", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_published_networks(tmp_path, name):

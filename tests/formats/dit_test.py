@@ -281,6 +281,7 @@ def gradients(model, inputs, weight, **options):
   return [g.numpy() for g in compute(*map(tf.constant, inputs))]
 
 
+@pytest.mark.slow
 def test_gradients(network, inputs):
   rng = np.random.default_rng(0)
   weight = rng.normal(size=(4, 8, 8, 8)).astype(np.float32)
@@ -306,6 +307,7 @@ def test_gradients(network, inputs):
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_xla_equals_eager(network, inputs):
   compiled = tf.function(lambda *a: network(a, training=False),
                          jit_compile=True)
@@ -355,6 +357,7 @@ def test_global_policy():
   assert model.get_layer("block_1").mlp_1.compute_dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_published_depth(tmp_path):
   # The names of XL/2: 28 blocks. Tensor i holds i, so that each is found once.
   shapes = {name: v.shape for name, v in tensors().items()}

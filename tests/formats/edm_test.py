@@ -30,6 +30,7 @@ def network(folder, name):
   return model, inputs + [golden["labels"]] * bool(config.label_dim), golden
 
 
+@pytest.mark.quick("edm_dhariwal", "edm_dhariwal_ve", "edm_ncsnpp")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_match_the_original(name, tmp_path):
   model, inputs, golden = network(tmp_path, name)
@@ -126,6 +127,7 @@ def test_preconditioning_in_float64(kind):
       atol=2e-6)
 
 
+@pytest.mark.quick("edm_dhariwal_ve-.npz")
 @pytest.mark.parametrize("suffix", [
     edm.SUFFIXES[0], *(pytest.param(suffix, marks=pytest.mark.slow)
                        for suffix in edm.SUFFIXES[1:])])
@@ -202,6 +204,7 @@ def test_classes_and_guidance(tmp_path, name):
   assert np.max(np.abs(plain[1] - plain[0])) > 1e-2
 
 
+@pytest.mark.quick("dropout0")
 @pytest.mark.parametrize("dropout", [{}, {"label_dropout": 0}])
 def test_no_guidance_by_what_was_never_trained(tmp_path, dropout):
   path, golden = write(tmp_path, "edm_dhariwal", **dropout)
@@ -217,6 +220,7 @@ def test_no_guidance_by_what_was_never_trained(tmp_path, dropout):
   assert (dropped.num_classes, dropped.null_label) == (classes + 1, classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_ve", "imagenet64"])
 def test_published_networks(name, tmp_path):
   # All tensors of the published depth find their place.

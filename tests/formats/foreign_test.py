@@ -52,6 +52,7 @@ def refused(path, *words, **keywords):
 # --- SavedModels ---
 
 
+@pytest.mark.quick("True-names0")
 @pytest.mark.parametrize("as_call,names", [
     (True, ("x", "t")), (False, ("x", "t")), (False, ("noisy", "clock"))])
 def test_saved_model_is_the_network(exact, tmp_path, as_call, names):
@@ -270,6 +271,7 @@ def test_keras_file(exact, tmp_path):
   refused(str(tmp_path / "none.keras"), ".keras")
 
 
+@pytest.mark.slow
 def test_layers_are_part_of_what_a_keras_file_is(tmp_path):
   hashes = []
   weights = small_network().get_weights()
@@ -338,6 +340,7 @@ def test_subclassed_model(exact):
 # --- Mode inspect ---
 
 
+@pytest.mark.slow
 def test_inspecting_a_saved_model(tmp_path):
   schedule = {"name": "linear", "num_train_steps": 100}
   model = small_network()

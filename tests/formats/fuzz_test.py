@@ -267,6 +267,7 @@ def run(originals, tmp_path, cases):
   assert 0 < sum(read) < len(read) / 2
 
 
+@pytest.mark.slow
 def test_damaged_files(originals, tmp_path):
   # Two of each format; some of these are read.
   run(originals, tmp_path, range(2 * len(FORMATS), 4 * len(FORMATS)))

@@ -120,6 +120,7 @@ def test_weights_of_prompts(task):
   np.testing.assert_array_equal(table.frequencies, [0.75, 0, 0.25, 0])
 
 
+@pytest.mark.slow
 def test_images_of_prompts_are_those_of_generate(task, preset):
   """From texts to bytes: KerasHub's own call, and a preset that we read."""
   task.compile(run_eagerly=True)
@@ -174,6 +175,7 @@ def test_no_gradient_reaches_a_weight(name, request):
   assert np.all(np.isfinite(tape.gradient(value, z)))
 
 
+@pytest.mark.slow
 def test_text_encoders_are_let_go():
   task = tiny.make_task(tiny.make_backbone())
   parts = [task.backbone, task.backbone.clip_l, task.backbone.clip_g.weights[0],

@@ -71,6 +71,7 @@ def test_other_content_is_converted(folder, cache, conversions):
   assert len(entries(cache)) == 2
 
 
+@pytest.mark.slow
 def test_damaged_cache_is_mended(folder, cache, conversions, warnings):
   first = ddss_tf.load_denoiser(folder, cache_dir=cache)
   [entry] = entries(cache)

@@ -65,6 +65,7 @@ def relative(value, golden):
   return np.abs(np.asarray(value) - golden).max() / golden.std()
 
 
+@pytest.mark.quick("dit-shapes1", "sd-shapes2")
 @pytest.mark.parametrize("name,shapes", [
     ("ldm", ((8, 8, 3), (16, 16, 3))), ("dit", ((8, 8, 4), (16, 16, 3))),
     ("sd", ((8, 8, 4), (16, 16, 3))), ("sd3", ((8, 8, 16), (16, 16, 3)))])
@@ -99,6 +100,7 @@ def test_a_whole_run_of_the_pipeline(name, shapes):
   assert relative(denoiser.decode(latents), golden["run_image"]) < 5e-4
 
 
+@pytest.mark.slow
 def test_sdxl_from_prompts_to_images(tmp_path):
   """What tools/encode_prompts.py made of two prompts; weights in float16."""
   folder = os.path.join(DATA, "latent_xl")
@@ -164,6 +166,7 @@ def test_networks_of_prompts(name):
   assert relative(denoiser.decode(z), golden["dec_image"]) < 1e-4
 
 
+@pytest.mark.quick("dit")
 @pytest.mark.parametrize("name", ["ldm", "dit", "sd", "sd3"])
 def test_a_round_trip_and_the_cache_are_bit_equal(name, tmp_path):
   denoiser, golden = read(name)
@@ -184,6 +187,7 @@ def test_a_round_trip_and_the_cache_are_bit_equal(name, tmp_path):
         again.network(*inputs), denoiser.network(*inputs))
 
 
+@pytest.mark.slow
 def test_another_decoder_is_another_key_of_the_cache(tmp_path):
   folder = str(tmp_path / "pipeline")
   shutil.copytree(os.path.join(DATA, "latent_ldm"), folder)

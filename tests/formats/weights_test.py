@@ -139,6 +139,7 @@ def test_round_trip(original, saved):
   assert relu.sha256 != denoiser.sha256
 
 
+@pytest.mark.slow
 def test_embedded_model_by_its_preset(tmp_path):
   embedded = ddss_tf.load_denoiser("digits16-ddpm")
   path = str(tmp_path / "digits.weights.h5")

@@ -122,6 +122,7 @@ def one_level():
       up_transformers=((),), num_heads=(2,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xla", [
     False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_recomputed(one_level, inputs, xla):
@@ -137,6 +138,7 @@ def test_gradients_recomputed(one_level, inputs, xla):
     assert error(one, other) < 1e-4
 
 
+@pytest.mark.slow
 def test_transformer_with_xla():
   layer = condition_layers.ContextTransformer(1, 2, 2)
   rng = np.random.default_rng(6)
@@ -163,6 +165,7 @@ def test_gradient_of_resize():
     np.testing.assert_allclose(gradient, truth, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_keras_file(tmp_path, network, inputs):
   path = str(tmp_path / "net.keras")
   network.save(path)
@@ -172,6 +175,7 @@ def test_keras_file(tmp_path, network, inputs):
   assert not any(v.value.trainable for v in files.load_keras(path).weights)
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path, network, inputs):
   model = precision.with_policy(network, precision.BFLOAT16)
   assert precision.policy(model) == precision.BFLOAT16

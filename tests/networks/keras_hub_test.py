@@ -212,6 +212,7 @@ def pulled(call, inputs, weight):
   return tape.gradient(total, inputs)
 
 
+@pytest.mark.slow
 def test_gradients():
   """In all four inputs, in every way in which a search takes them."""
   # A single plain block, because XLA takes seconds for each.

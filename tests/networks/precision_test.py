@@ -24,6 +24,7 @@ def both():
           ddss_tf.load_denoiser(NAME, dtype_policy="mixed_bfloat16"))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_at_every_time(both):
   """Times beyond 256 that bfloat16 would merge stay apart."""
   exact, rough = both

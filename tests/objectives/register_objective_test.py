@@ -40,6 +40,7 @@ def test_an_objective_from_outside(parts, tmp_path, bind):
     assert "GGDM" in page.read()
 
 
+@pytest.mark.slow
 def test_it_is_compared(parts, tmp_path, bind):
   bind("search.num_search_steps = 2\nsearch.batch_size = 8\n"
        "search.pool_samples = 16\nsearch.validation_samples = 16")

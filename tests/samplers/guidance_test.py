@@ -119,6 +119,7 @@ def searched(denoiser, gaussian_parts, tmp_path_factory):
   return run, parts, sampler
 
 
+@pytest.mark.slow
 def test_search_finds_the_scale(searched):
   run, parts, sampler = searched
   start, end = ddss_tf.evaluate(

@@ -42,6 +42,7 @@ def test_a_family_from_outside(parts, tmp_path, bind):
     assert "ONE-ETA+PRED" in page.read()
 
 
+@pytest.mark.slow
 def test_it_is_compared(parts, tmp_path, bind):
   bind("search.num_search_steps = 2\nsearch.batch_size = 8\n"
        "search.pool_samples = 16\nsearch.validation_samples = 16\n"

@@ -34,6 +34,7 @@ def test_two_passes_give_the_gradient_of_one(parts, objective, control):
     assert error < 1e-5 * np.linalg.norm(gradient), (size, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", [
     True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_part_in_one_chain_gives_the_gradient_of_two_passes(parts, control):

@@ -131,6 +131,7 @@ def test_it_is_adam_by_the_equations(parts, linear_features):
   assert moved > 0.5
 
 
+@pytest.mark.quick("ggdm+pred+time-ddim")
 @pytest.mark.parametrize("family,init", [
     ("ggdm+pred+time", "ddim"), ("vars", "ddpm"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
@@ -159,6 +160,7 @@ def test_every_family_improves_in_the_papers_form(
     assert np.all(weights[np.tril_indices(4)] > 0)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(parts, tmp_path, monkeypatch):
   """With Adam's moments, fresh real images, and the last step kept."""
   changes = dict(
@@ -179,6 +181,7 @@ def test_killed_and_resumed_is_uninterrupted(parts, tmp_path, monkeypatch):
       run_dir=killed, **parts, **options(**changes)))
 
 
+@pytest.mark.quick("kid_linear", "kid_cubic")
 @pytest.mark.parametrize("name", list(distances.KERNELS))
 def test_fresh_real_images_give_the_same_on_average(name):
   rng = np.random.default_rng(0)

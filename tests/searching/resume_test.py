@@ -73,6 +73,7 @@ def test_a_damaged_checkpoint_falls_back(
   assert ("ckpt-8 is damaged" in caplog.text) == (damage != "list")
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_all_damaged(parts, tmp_path, monkeypatch):
   interrupted(str(tmp_path), parts, monkeypatch, 10, die, KeyboardInterrupt)
   indices = sorted((tmp_path / "checkpoints").glob("*.index"))
@@ -138,6 +139,7 @@ def test_a_sampler_that_was_searched_starts_anew(
     same_sampler(ddss_tf.search(run_dir=folder, **parts, **searched), expected)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):
   """Of commit 263e1da, before the modules were moved: 8 of 12 steps are done.
 

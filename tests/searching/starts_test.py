@@ -77,6 +77,7 @@ def test_automatic_start_takes_the_best_and_says_why(parts, tmp_path):
   assert {key: config[key] for key in ("init", "stride")} == few[0]
 
 
+@pytest.mark.slow
 def test_nothing_is_ranked_for_a_search_that_is_refused(
     parts, finished, tmp_path, monkeypatch):
   run = str(tmp_path / "run")

@@ -189,6 +189,7 @@ def test_the_average_of_two_steps(tmp_path):
       training.averages[0], 2 / 12 + last * 10 / 12, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_transformer_is_trained(tiny, tmp_path):
   moments, labels = some_moments()
   network, training = tool.train_transformer(
@@ -201,6 +202,7 @@ def test_the_transformer_is_trained(tiny, tmp_path):
   assert np.any(network.get_layer("output").projection.kernel.numpy())
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_what_was_trained(tiny, tmp_path):
   del tiny
   rng = np.random.default_rng(3)

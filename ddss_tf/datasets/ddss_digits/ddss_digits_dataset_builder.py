@@ -1,8 +1,10 @@
 """MNIST digits as a TFDS data set that needs no download."""
 
+import io
 import os
 
 import numpy as np
+from PIL import Image
 import tensorflow_datasets as tfds
 
 from ddss_tf import storage
@@ -57,4 +59,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     with np.load(os.path.join(_HERE, "mnist10k.npz")) as digits:
       images, labels = digits["image"], digits["label"]
     for i, (image, label) in enumerate(zip(images, labels)):
-      yield i, {"image": image[..., None], "label": int(label)}
+      # TFDS would encode each of them by a call of TensorFlow.
+      png = io.BytesIO()
+      Image.fromarray(image).save(png, "PNG")
+      png.seek(0)
+      yield i, {"image": png, "label": int(label)}
