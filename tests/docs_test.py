@@ -121,6 +121,7 @@ def _bring_features(side, path="inception.keras"):
   keras.Model(inputs, keras.layers.Dense(3, name="logits")(pool)).save(path)
 
 
+@pytest.mark.slow
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
   """With small things where the reader's own and Inception would be."""
   import numpy as np  # pylint: disable=g-import-not-at-top

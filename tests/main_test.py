@@ -163,6 +163,7 @@ def test_stages_one_by_one(run, tfds_dir):
   assert os.stat(os.path.join(folder, "sampler.json")).st_mtime == before
 
 
+@pytest.mark.slow
 def test_report_of_a_run(run, main_in_process, capsys):
   folder = run[0]
   with open(os.path.join(folder, "config.gin")) as f:
@@ -215,6 +216,7 @@ def test_help_is_quick_to_import():
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments,words", [
     (["--gin_file=nowhere.gin", "--run_dir=x"], ["nowhere.gin"]),
     pytest.param([f"--gin_file={DEMO}", "--run_dir=/proc/nothing"],

@@ -248,6 +248,7 @@ def test_the_commands_of_the_readme_build(stand_ins, main_in_process, capsys):
   assert not os.path.exists("runs/cifar10-k5")
 
 
+@pytest.mark.slow
 def test_published_checkpoints_are_read(
     stand_ins, tmp_path, main_in_process, capsys, fake_torch):
   """Small ones of their formats, with nothing but what the recipes say."""

@@ -294,7 +294,7 @@ numpy.save(sys.argv[1] + "/y.npy", y.movedim(1, -1).numpy())
 # --- Learned variances ---
 
 
-@pytest.mark.quick("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_learned_variances_in_every_export(channels, tmp_path):
   shape = (4, 6, channels)

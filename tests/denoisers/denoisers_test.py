@@ -261,6 +261,7 @@ def test_classes_must_fit_the_model(conditional, digits_model):
       denoiser_lib.Denoiser(model, conditional.schedule, num_classes=num_classes)
 
 
+@pytest.mark.slow
 def test_save_and_load_with_classes(conditional, noise, tmp_path):
   conditional.save(str(tmp_path))
   again = ddss_tf.load_denoiser(str(tmp_path))

@@ -491,6 +491,7 @@ def test_incomplete_saved_models(small, tmp_path):
           "saved_model.pb")
 
 
+@pytest.mark.slow
 def test_saved_models_of_another_interface(tmp_path):
   load = features_lib.load_features
   any_size = save(tmp_path / "any", size=None)

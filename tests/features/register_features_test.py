@@ -19,6 +19,7 @@ def pooled_pixels(argument):
       keras.Model(inputs, [pool, logits]), f"pixels-{argument}")
 
 
+@pytest.mark.slow
 def test_features_from_outside(parts, tmp_path, bind):
   run = str(tmp_path / "run")
   bind("search.features = @load_features()\n"

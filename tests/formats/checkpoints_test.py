@@ -253,6 +253,7 @@ def test_openai_times_are_differentiable(openai):
   np.testing.assert_allclose(slope[0], difference, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_openai_file(state_dict, openai, tmp_path):
   weights, golden, card = openai["openai_plain"]
   denoiser = ddss_tf.load_denoiser(state_dict)
@@ -277,6 +278,7 @@ def test_openai_file(state_dict, openai, tmp_path):
   assert ddss_tf.load_denoiser(state_dict).prediction == "x0"
 
 
+@pytest.mark.slow
 def test_rescaled_times_survive_saving(openai, tmp_path):
   weights, golden, card = openai["openai_learned_sigma"]
   denoiser = denoiser_lib.Denoiser(
@@ -549,6 +551,7 @@ def test_heads_by_number_or_by_width(state_dict):
   assert read({}, num_head_channels=8) == (None, 8)
 
 
+@pytest.mark.slow
 def test_guided_weights_that_do_not_match(guided):
   weights, _, card = guided["guided_new_order"]
 
@@ -689,6 +692,7 @@ def test_diffusers_values_that_are_refused(tmp_path, changes, words):
     assert word in message, message
 
 
+@pytest.mark.slow
 def test_pickled_diffusers_weights(tmp_path, fake_torch):
   weights, golden = write_folder(str(tmp_path), "diffusers_classes", ".bin")
   fake_torch.state = {

@@ -144,6 +144,7 @@ def test_images_of_prompts_are_those_of_generate(task, preset):
   assert np.abs(images([2, 1]) - truth)[0].max() > 10
 
 
+@pytest.mark.slow
 def test_a_preset_is_the_same_denoiser(denoiser, preset):
   assert preset.name == "preset" and preset.key == denoiser.key
   assert preset.decoder.sha256 == denoiser.decoder.sha256

@@ -154,6 +154,7 @@ def test_embedded_model_by_its_preset(tmp_path):
   np.testing.assert_array_equal(denoiser.eps(x, t), embedded.eps(x, t))
 
 
+@pytest.mark.slow
 def test_classes_and_guidance(tmp_path):
   model = tiny(num_classes=3)
   path = str(tmp_path / "net.weights.h5")
@@ -422,6 +423,7 @@ def test_cache(saved, cache, conversions):
   assert len(conversions) == len(model_cache.entries(cache)) == 3
 
 
+@pytest.mark.slow
 def test_inspect(saved, main_in_process, capsys):
   path, preset = saved
   file = os.path.join(ROOT, "gin_configs", "inspect.gin")

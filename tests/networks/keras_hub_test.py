@@ -175,6 +175,7 @@ class Guided:
     return free + GUIDANCE * (given - free)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 28])
 def test_the_chain_is_the_loop_of_keras_hub(backbone, parts, embeddings,
                                             steps):

@@ -66,6 +66,7 @@ def test_gradients_in_bfloat16_reach_float32_coefficients(both):
   assert np.linalg.norm(got - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_the_format_decides_who_it_is(both, tmp_path):
   exact, rough = both
   assert exact.sha256 == rough.sha256 and exact.key != rough.key

@@ -23,6 +23,7 @@ def mean_l1(real):
       tf.abs(tf.reduce_mean(features, axis=0) - mean))
 
 
+@pytest.mark.slow
 def test_an_objective_from_outside(parts, tmp_path, bind):
   run = str(tmp_path)
   bind("search.objective = {'mean_l1': 2.0, 'kid_linear': 1.0}")

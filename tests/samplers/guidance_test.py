@@ -148,6 +148,7 @@ def test_search_finds_the_scale(searched):
     assert abs(MEANS[label] - guided_mean(best, label)) > 0.15
 
 
+@pytest.mark.slow
 def test_found_scales_are_kept(searched):
   run, parts, sampler = searched
   found = card.read(os.path.join(run, run_dir_lib.SAMPLER)).coefficients

@@ -101,7 +101,7 @@ def _walk(parts, optimizer, options, gradients, seed, rate, spread):
   return len(gradients)
 
 
-@pytest.mark.quick("12-20-adam")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["metric", "adam"])
 @pytest.mark.parametrize("walks,steps", [
     (12, 20), pytest.param(100, 100, marks=pytest.mark.slow)])

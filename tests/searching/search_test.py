@@ -78,7 +78,7 @@ def test_run_directory(finished):
   assert found.search["steps"] == 12
 
 
-@pytest.mark.quick("ggdm+pred+time")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["ggdm+pred+time", "rddim+pred"])
 def test_a_single_step_is_searched(parts, tmp_path, family):
   """K = 1 has no noise to learn, but the rest."""
