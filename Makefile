@@ -19,7 +19,7 @@ PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 test test-all test-lowest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-full table table-cosine objectives figures published bench docs test test-all test-lowest clean
+.PHONY: demo demo-full table table-cosine objectives figures published latent bench docs test test-all test-lowest clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -56,6 +56,14 @@ published: $(VENV)/.installed
 	  --run_dir=results/published
 	$(RUN) --mode=compare --gin_file=gin_configs/published_families.gin \
 	  --run_dir=results/published/families
+
+latent: $(VENV)/.installed
+	$(RUN) --mode=compare --gin_file=gin_configs/latent_table.gin \
+	  --run_dir=results/latent_digits
+	$(RUN) --gin_file=gin_configs/latent_guidance.gin \
+	  --run_dir=results/latent_digits/k4-guidance
+	$(RUN) --gin_file=gin_configs/latent_guidance.gin \
+	  --run_dir=results/latent_digits/k8-guidance --gin_param='NUM_STEPS = 8'
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.start_up

@@ -103,7 +103,8 @@ def load_denoiser(
       - weights of one of our networks as Keras saves them (`.weights.h5`), with
         `preset` and, unless that is one of EDM's, `prediction` and `schedule`,
         as arguments or in such a card;
-      - the name of an embedded model: "digits16-ddpm".
+      - the name of an embedded model: "digits16-ddpm", or "digits28-latent",
+        a latent flow model with classes.
     image_size: a number, or (height, width), for the files that do not say:
       `.pt`, DDPM's, and diffusers' if `sample_size` is null. Networks of texts
       take other sizes as well, in pixels of the latents: 64 for images of 512.
