@@ -146,8 +146,9 @@ def label_counts(dataset: ImageDataset = gin.REQUIRED,
                  num_classes: int = gin.REQUIRED) -> list[int]:
   """How often each class occurs in a data set, for `load_denoiser.label_weights`.
 
-  The classes are then drawn as often as they occur in the data set. FID compares
-  with that data set, so other frequencies would count as a fault of the sampler.
+  It is for classes that are drawn as often as in another data set than the one
+  that images are compared with. Of that one they are taken without it, see
+  `Conditional.for_dataset`.
 
   Args:
     dataset: the images, with labels.

@@ -229,6 +229,7 @@ def compare(
       is a clip and the denoiser has no prompts.
   """
   check_compare(locals())
+  denoiser = denoiser.for_dataset(dataset)  # Once: it compiles its network once.
   with run_dir_lib.RunDir(run_dir).locked() as run:
     make_evaluator = functools.partial(
         evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,

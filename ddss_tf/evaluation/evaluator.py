@@ -37,7 +37,8 @@ class Evaluator:
 
   Args:
     run: the run directory.
-    denoiser: the frozen model.
+    denoiser: the frozen model; its classes are drawn as the data set has them,
+      see `Conditional.for_dataset`.
     dataset: the real images; all of them are the reference.
     features: the network of FID, KID and IS.
     heldout_features: an unrelated network for `fid_heldout`, a list of them, or
@@ -66,7 +67,7 @@ class Evaluator:
                clip: clip_lib.Clip | None = None):
     self._run = run
     self._rounding = rounding
-    self._denoiser = denoiser
+    self._denoiser = denoiser.for_dataset(dataset)
     self._dataset = dataset
     self._networks = [
         *network_lib.as_networks("features", features, several=False),

@@ -73,6 +73,9 @@ FIGURES = ("fid", "kid", "kid_std", "inception_score")
 # Records may be compared if they agree in all of these.
 CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
               "denoiser", "features", "features_heldout")
+# What `Denoiser.setting` has beside the identity: it decides the images, but a
+# sampler suits a network whichever it has.
+OF_IMAGES = ("decoder", "conditions", "label_weights")
 _COUNTS = ("num_samples", "num_steps", "seed")
 _OTHERS = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
 
@@ -110,11 +113,12 @@ def is_of(record: Record, coefficients_sha256: str, x0_bound: str | None,
     record: the record.
     coefficients_sha256: see `Record`.
     x0_bound: see `Record`.
-    denoiser: see `Denoiser.identity`, which says nothing of a decoder.
+    denoiser: see `Denoiser.identity`, which says nothing of `OF_IMAGES`.
   """
   known = record.get("denoiser")
   if isinstance(known, dict):
-    known = {key: value for key, value in known.items() if key != "decoder"}
+    known = {key: value for key, value in known.items()
+             if key not in OF_IMAGES}
   return (record.get("coefficients_sha256") == coefficients_sha256
           and record.get("x0_bound") == x0_bound
           and known == denoiser)
