@@ -42,7 +42,8 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
 
   Args:
     name: a TFDS name, e.g. "ddss_digits", "ddss_emoji", "cifar10",
-      "lsun/church_outdoor", "mnist:3.0.1", with a feature `image`, uint8, and optionally `label`; or
+      "lsun/church_outdoor", "mnist:3.0.1", with a feature `image`, uint8, and
+      optionally `label`; or
       "folder:PATH", with PNG, JPEG, BMP, WebP and GIF files, flat or in a
       subfolder per class, and with captions if they lie there, see
       `captions.read`; or "npz:FILE", with `images` [N, H, W, C], uint8 or

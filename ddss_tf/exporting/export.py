@@ -114,7 +114,8 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
       float32 [B, H, W, C] in [-1, 1]. The noise has the shape of the states,
       which is that of the images unless there is a decoder.
   With a class-conditional network, serving_default draws a class for each
-  image, as often as in the search (`zoo.drawn_as_searched`), from_noise also takes labels int32 [B], and there is
+  image, as often as in the search (`zoo.drawn_as_searched`), from_noise also takes
+  labels int32 [B], and there is
     of_classes(seed int32 [2], labels int32 [B]) -> images, as serving_default.
   A network with a table of conditions has rows for classes, and beside these
     of_conditions(seed int32 [2], one float32 [B, ...] for each input by its

@@ -22,6 +22,7 @@ from ddss_tf.features.preprocessing import Preprocessing
 _registered = {}
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _SUFFIX = ".keras"
+_NO_LOGITS = "none"
 
 
 def embedded_features() -> list[str]:
@@ -100,7 +101,7 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
     pool_layer: see `FeatureNetwork`. None: "pool" of a file, "pool_3" of a
       SavedModel, "avg_pool" of an application.
     logits_layer: None: "logits", or "predictions" of an application, which is
-      built without a softmax.
+      built without a softmax; "none": there are no logits, and no Inception score.
     resize: one of `preprocessing.RESIZES`. None: "bilinear", but "none" for a
       file without `image_size`.
     image_size: number or (height, width) to resize to; None for what the
@@ -156,7 +157,8 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
     network = saved_models.SavedModelFeatures(folder)
     name = os.path.basename(os.path.normpath(path))
     layers = ("pool_3", "logits")
-    tfgan = (pool_layer or layers[0], logits_layer or layers[1]) == layers
+    tfgan = (pool_layer or layers[0]) == layers[0] and (
+        logits_layer in (None, _NO_LOGITS, layers[1]))
     source = "tfgan" if tfgan else "saved model"
     if path == hub.INCEPTION_HANDLE:
       name = "tfgan_inception"
@@ -179,7 +181,8 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
       resize, size, value_range or "[-1, 1]",
       grey_to_rgb=network.input_shape[2] == 3)
   features = FeatureNetwork(
-      network, name, pool_layer or layers[0], logits_layer or layers[1],
+      network, name, pool_layer or layers[0],
+      None if logits_layer == _NO_LOGITS else logits_layer or layers[1],
       preprocessing, source)
   features.embedded = embedded
   if source == "keras file":
