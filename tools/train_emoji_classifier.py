@@ -158,7 +158,7 @@ def train(images: np.ndarray, concepts: np.ndarray, epochs: int, state: str,
         metrics=["accuracy"])
   for epoch in range(done, epochs):
     model.fit(examples(images, concepts, epoch), initial_epoch=epoch,
-              epochs=epoch + 1, verbose=2)
+              epochs=epoch + 1, verbose=2, shuffle=False)
     with storage.replacing(os.path.join(state, f"pass_{epoch + 1}.keras")) as temporary:
       model.save(temporary)
     if path:
