@@ -1,25 +1,20 @@
 """Tests of the figures on held-out features, and of features without logits."""
 
-import json
-import os
-
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import ddss_tf
 from ddss_tf import metrics
 from ddss_tf import neighbours
 from ddss_tf.datasets import dataset as dataset_lib
-from ddss_tf.evaluation import evaluate as evaluate_lib
 from ddss_tf.evaluation import heldout as heldout_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference as reference_lib
 from ddss_tf.reporting import report
 from ddss_tf.runs import records as records_lib
 from ddss_tf.samplers import generator as generator_lib
-from ddss_tf.samplers import sampler as sampler_lib
 from ddss_tf.errors import UserError
-import small_searches
 
 COUNT = 60
 
@@ -91,6 +86,24 @@ def test_a_file_is_read_without_logits(gaussian_parts, tmp_path):
   gaussian_parts["features"].model.save(tmp_path / "some.keras")
   features = ddss_tf.load_features(str(tmp_path / "some.keras"), logits_layer="none")
   assert list(features(gaussian_parts["dataset"].images[:3])) == ["pool"]
+
+
+def test_a_saved_model_is_read_without_logits(tmp_path):
+
+  class Pools(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec([None, 4, 4, 1])])
+    def __call__(self, images):
+      return {"means": tf.reduce_mean(images, [1, 2])}
+
+  tf.saved_model.save(Pools(), str(tmp_path))
+  features = ddss_tf.load_features(
+      str(tmp_path), pool_layer="means", logits_layer="none", resize="none")
+  images = np.linspace(-1, 1, 48, dtype=np.float32).reshape(3, 4, 4, 1)
+  assert list(features(images)) == ["pool"]
+  np.testing.assert_allclose(
+      features(images)["pool"], images.mean((1, 2)), atol=1e-6)
+  with pytest.raises(UserError, match="one of its outputs means. Received: 'logits'"):
+    ddss_tf.load_features(str(tmp_path), pool_layer="means", resize="none")
 
 
 def test_few_samples_and_bad_names():
