@@ -138,6 +138,7 @@ def _distances(one: np.ndarray, other: np.ndarray, centre: np.ndarray):
   step = max(1, _BLOCK_ENTRIES // len(other))
   for start in range(0, len(one), step):
     rows = slice(start, min(start + step, len(one)))
-    squares = np.array(tf.matmul(
-        extended(one[rows], -2, 1), columns, transpose_b=True))
+    with tf.device("CPU"):  # A GPU may multiply with 10 bits of the 23 (TF32).
+      squares = np.array(tf.matmul(
+          extended(one[rows], -2, 1), columns, transpose_b=True))
     yield rows, np.maximum(squares, 0.0, out=squares)
