@@ -1,7 +1,8 @@
 # On a fresh machine with Python 3.11, git and make:
 #   make demo   searches, evaluates and exports a sampler for the embedded digits
+#   make emoji  does the same for the emoji in worlds/, with a report
 #   make test   runs the tests
-# Both install the pinned dependencies into .venv first.
+# All install the pinned dependencies into .venv first.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # A Python with benchmarks/requirements-pytorch.txt, for `make bench`.
@@ -19,7 +20,7 @@ PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 test test-all test-lowest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-full table table-cosine objectives figures published latent bench docs test test-all test-lowest clean
+.PHONY: demo demo-full emoji table table-cosine objectives figures published latent bench docs test test-all test-lowest clean
 
 demo: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo.gin --run_dir=runs/demo
@@ -28,6 +29,9 @@ demo-full: $(VENV)/.installed
 	$(RUN) --gin_file=gin_configs/demo_full.gin --run_dir=runs/demo-full-k5
 	$(RUN) --gin_file=gin_configs/demo_full.gin --run_dir=runs/demo-full-k10 \
 	  --gin_param='NUM_STEPS = 10'
+
+emoji: $(VENV)/.installed
+	$(RUN) --gin_file=gin_configs/emoji.gin --run_dir=runs/emoji
 
 table: $(VENV)/.installed
 	$(RUN) --mode=compare --gin_file=gin_configs/table.gin \

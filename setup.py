@@ -28,6 +28,8 @@ setuptools.setup(
         "ddss_tf.reporting": ["assets/*", "assets/*/*"],
         "ddss_tf.exporting": ["assets/*", "assets/*/*"],
         "ddss_tf.datasets.ddss_digits": ["*.npz", "*.md"],
+        # The emoji themselves are in worlds/, which is in no wheel.
+        "ddss_tf.datasets.ddss_emoji": ["*.md"],
         "ddss_tf.gin_configs": [
             "*.gin", "*/*.gin", "*/*/*.gin", "*/*/*.csv", "*/*/*.md"],
     },

@@ -1,4 +1,4 @@
-"""FID, KID and Inception Score from activations of any scale.
+"""FID, KID, sliced distance and Inception Score from activations of any scale.
 
 KID and the Inception Score are TF-GAN's, called where its arithmetic is right:
 in float64, and with logits whose probabilities do not underflow. FID has its
@@ -24,6 +24,7 @@ import tensorflow as tf
 
 
 _BLOCK_ROWS = 4096
+_DIRECTIONS_AT_A_TIME = 100
 # Differences of logits beyond this are cut: exp(-600) adds nothing to a score,
 # but it is not yet 0, as exp(-800) is.
 _LOGIT_RANGE = 600.0
@@ -195,6 +196,50 @@ def kid(real: np.ndarray, generated: np.ndarray,
     found.append(float(_tfgan().kernel_classifier_distance_from_activations(
         *block, max_block_size=max(map(len, rows)))))
   return float(np.mean(found)), float(np.std(found, ddof=1) / blocks**0.5)
+
+
+def sliced_wasserstein(real: np.ndarray, generated: np.ndarray,
+                       directions: int = 1000, seed: int = 0) -> float:
+  """Squared sliced Wasserstein-2 distance of two sets of activations.
+
+  It is the mean over random directions of the squared Wasserstein-2 distance of the
+  projections, which is exact: that of sorted numbers. Unlike FID it sees more than
+  two moments, and needs fewer samples. The Monge Inception Distance (Berthet et al.
+  2026, "MIND", https://arxiv.org/abs/2605.06797) is such a distance on Inception's
+  features; the number of directions and the scale here are our choice, so figures do
+  not compare with theirs. Of two sets that differ by a shift alone it is the square
+  of the shift's length over D.
+
+  Args:
+    real: float [N, D].
+    generated: float [M, D].
+    directions: how many directions, uniform on the sphere.
+    seed: their seed.
+
+  Returns:
+    The distance, at least 0; NaN of activations that are not finite.
+  """
+  if not (np.all(np.isfinite(real)) and np.all(np.isfinite(generated))):
+    return float("nan")
+  count, other = len(real), len(generated)
+  # The quantile functions are constant between the shares i / N and j / M. In units
+  # of 1 / (N M) these are whole numbers.
+  ends = np.union1d(np.arange(1, count + 1) * other, np.arange(1, other + 1) * count)
+  starts = np.concatenate([[0], ends[:-1]])
+  weights = (ends - starts) / (count * other)
+  rows, other_rows = starts // other, starts // count
+  centre = np.mean(real, axis=0, dtype=np.float64)
+  vectors = np.random.default_rng(seed).normal(size=(directions, len(centre)))
+  vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+  vectors = vectors.astype(np.float32)
+  both = [(values - centre).astype(np.float32) for values in (real, generated)]
+  total = 0.0
+  for block in np.array_split(vectors, -(-directions // _DIRECTIONS_AT_A_TIME)):
+    with tf.device("CPU"):  # A GPU may multiply with 10 bits of the 23 (TF32).
+      a, b = (np.sort(tf.matmul(
+          block, values, transpose_b=True).numpy(), axis=1) for values in both)
+    total += np.sum((a[:, rows] - b[:, other_rows]) ** 2 @ weights)
+  return float(total / directions)
 
 
 def inception_score(logits: np.ndarray, splits: int = 1

@@ -23,6 +23,9 @@ import numpy as np
 from ddss_tf import errors
 from ddss_tf.errors import UserError
 
+WORLDS_VARIABLE = "DDSS_TF_WORLDS"
+_WORLDS = "worlds:"
+
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
@@ -148,11 +151,26 @@ def found(path: str) -> str:
   return path if isfile(path) else next(filter(isfile, ours), path)
 
 
+def _of_world(path: str) -> str:
+  """The path of what "worlds:NAME" names; see `expanded`."""
+  folder = os.getenv(WORLDS_VARIABLE) or os.path.join(
+      os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "worlds")
+  found = os.path.join(os.path.expanduser(folder), path.removeprefix(_WORLDS))
+  if not os.path.exists(found):
+    raise UserError(
+        f"{path} must be in the folder worlds, which a checkout of ddss_tf has and "
+        f"its wheel has not: set {WORLDS_VARIABLE} to it. Received: nothing at "
+        f"{found}")
+  return found
+
+
 def expanded(path):
   """A path in which a `~` or `~user` at the start is the home folder.
 
   Shells replace it in some places only, not after the "=" of a flag nor inside
-  a gin binding.
+  a gin binding. A path that starts with "worlds:" leads into the folder of data
+  and models that stands beside the package in a checkout, or into the folder
+  that the variable DDSS_TF_WORLDS names.
 
   Args:
     path: as it was given. A value that is not a path is given back, for the
@@ -162,10 +180,13 @@ def expanded(path):
     The path, as text.
 
   Raises:
-    UserError: the home folder is not known, and there is no file of that name.
+    UserError: the home folder is not known, and there is no file of that name;
+      or nothing is at a path into the worlds.
   """
   if isinstance(path, os.PathLike):
     path = os.fspath(path)
+  if isinstance(path, str) and path.startswith(_WORLDS):
+    return _of_world(path)
   if not isinstance(path, str) or not path.startswith("~"):
     return path
   found = os.path.expanduser(path)

@@ -139,6 +139,38 @@ def table(folder: str | None = None) -> str:
   return "\n".join(line.rstrip() for line in text.splitlines())
 
 
+def drawn_as_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
+                      sampler: str | None = None) -> Denoiser:
+  """A denoiser whose classes are drawn as often as in a sampler's search.
+
+  It is for commands that have no data set to tell how often (`sample`, `export`).
+
+  Args:
+    run, denoiser, sampler: see `load_searched`.
+
+  Returns:
+    This denoiser if it was told frequencies itself, has no classes, or the card
+    says nothing.
+
+  Raises:
+    UserError: there is no sampler, or its frequencies are not those of the
+      network's classes.
+  """
+  path = _path(run, sampler)
+  weights = card_lib.read(path).search.get("label_weights")
+  if (weights is None or denoiser.num_classes is None or denoiser.conditions
+      or denoiser.told_weights is not None):
+    return denoiser
+  try:
+    return denoiser.with_label_weights(weights)
+  except ValueError as error:
+    raise UserError(f"{path}: search.label_weights: {error}") from error
+
+
+def _path(run, sampler):
+  return run.path(run_dir_lib.SAMPLER) if sampler is None else find(sampler)
+
+
 def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
                   sampler: str | None = None, force: bool = False
                   ) -> tuple[FixedSampler, str | None]:
@@ -158,7 +190,7 @@ def load_searched(run: run_dir_lib.RunDir, denoiser: Denoiser,
     UserError: there is no sampler, it was found for another model, or its times
       are out of this model's range.
   """
-  path = run.path(run_dir_lib.SAMPLER) if sampler is None else find(sampler)
+  path = _path(run, sampler)
   found = card_lib.read(path)
   mine = denoiser.identity
   for name in sorted({*found.denoiser, *mine} - {"name"}):

@@ -102,8 +102,9 @@ def test_a_held_out_network_costs_its_own_distance(gaussian_parts, tmp_path):
   first, second, third = record["fid_heldout"]
   assert second is None and first == third == pytest.approx(record["fid"])
   lines = records_lib.table([record]).splitlines()
-  assert re.findall(r"\| - ", lines[2]) == ["| - "]
-  assert reporting_text(tmp_path / "two").count("&ndash;") == 2
+  # Its FID, coverage, recall and sliced distance.
+  assert re.findall(r"\| - ", lines[2]) == ["| - "] * 4
+  assert reporting_text(tmp_path / "two").count("&ndash;") == 2 * 4
 
 
 def reporting_text(folder):

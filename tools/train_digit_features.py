@@ -18,6 +18,7 @@ from keras import layers
 import numpy as np
 import tensorflow as tf
 
+import augmentation as augmentation_lib
 from ddss_tf.datasets import load as data
 from ddss_tf.features import load as features_lib
 from ddss_tf.features import network as network_lib
@@ -81,35 +82,6 @@ _RECIPES = {
 }
 
 
-def augment(images: tf.Tensor, seed: tf.Tensor, shift: float, rotation: float,
-            scale: float) -> tf.Tensor:
-  """Applies random similarity transforms about the centre.
-
-  Args:
-    images: float32 [B, H, H, 1], background -1.
-    seed: integer [2].
-    shift: the largest shift along each axis, pixels.
-    rotation: the largest rotation, radians.
-    scale: the largest relative change of scale.
-
-  Returns:
-    float32 [B, H, H, 1].
-  """
-  batch, size = tf.shape(images)[0], images.shape[1]
-  dx, dy, angle, zoom = tf.unstack(
-      tf.random.stateless_uniform([4, batch], seed, -1.0, 1.0))
-  a = tf.cos(rotation * angle) * (1 + scale * zoom)
-  b = tf.sin(rotation * angle) * (1 + scale * zoom)
-  centre = (size - 1) / 2
-  transforms = tf.stack([
-      a, -b, centre - a * centre + b * centre + shift * dx,
-      b, a, centre - b * centre - a * centre + shift * dy,
-      tf.zeros_like(a), tf.zeros_like(a)], axis=1)
-  return tf.raw_ops.ImageProjectiveTransformV3(
-      images=images, transforms=transforms, output_shape=[size, size],
-      interpolation="BILINEAR", fill_mode="CONSTANT", fill_value=-1.0)
-
-
 def halve(images: tf.Tensor) -> tf.Tensor:
   """Averages blocks of 2x2 pixels."""
   return tf.nn.avg_pool2d(images, 2, 2, "VALID")
@@ -136,7 +108,8 @@ def train(name: str, images: np.ndarray, labels: np.ndarray) -> keras.Model:
   examples = tf.data.Dataset.zip(
       tf.data.Dataset.counter(), examples.batch(_BATCH_SIZE))
   examples = examples.map(lambda step, batch: (
-      halve(augment(batch[0], tf.stack([seed, step]), **augmentation)),
+      halve(augmentation_lib.augment(
+          batch[0], tf.stack([seed, step]), **augmentation)),
       batch[1])).prefetch(2)
   model.compile(
       keras.optimizers.AdamW(

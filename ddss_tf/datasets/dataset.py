@@ -59,6 +59,8 @@ class ImageDataset:
   def label_counts(self, num_classes: int) -> list[int]:
     """How often each class occurs: the `label_weights` of a denoiser.
 
+    A denoiser takes them by itself, see `Conditional.for_dataset`.
+
     Args:
       num_classes: the number of classes of the network, a null class included.
 

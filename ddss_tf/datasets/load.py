@@ -41,8 +41,9 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
   become one size with `crop="center", resize=64`.
 
   Args:
-    name: a TFDS name, e.g. "ddss_digits", "cifar10", "lsun/church_outdoor",
-      "mnist:3.0.1", with a feature `image`, uint8, and optionally `label`; or
+    name: a TFDS name, e.g. "ddss_digits", "ddss_emoji", "cifar10",
+      "lsun/church_outdoor", "mnist:3.0.1", with a feature `image`, uint8, and
+      optionally `label`; or
       "folder:PATH", with PNG, JPEG, BMP, WebP and GIF files, flat or in a
       subfolder per class, and with captions if they lie there, see
       `captions.read`; or "npz:FILE", with `images` [N, H, W, C], uint8 or
@@ -146,8 +147,9 @@ def label_counts(dataset: ImageDataset = gin.REQUIRED,
                  num_classes: int = gin.REQUIRED) -> list[int]:
   """How often each class occurs in a data set, for `load_denoiser.label_weights`.
 
-  The classes are then drawn as often as they occur in the data set. FID compares
-  with that data set, so other frequencies would count as a fault of the sampler.
+  It is for classes that are drawn as often as in another data set than the one
+  that images are compared with. Of that one they are taken without it, see
+  `Conditional.for_dataset`.
 
   Args:
     dataset: the images, with labels.

@@ -24,8 +24,8 @@ from ddss_tf.datasets import captions as captions_lib
 from ddss_tf.datasets import decoding
 from ddss_tf.errors import UserError
 
-# Data sets that come with the package and so need no download.
-EMBEDDED = ("ddss_digits",)
+# Data sets that come with the package, or beside it, and so need no download.
+EMBEDDED = ("ddss_digits", "ddss_emoji")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
@@ -125,6 +125,7 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
   # pylint: disable=g-import-not-at-top,unused-import
   import tensorflow_datasets as tfds
   import ddss_tf.datasets.ddss_digits
+  import ddss_tf.datasets.ddss_emoji
   # pylint: enable=g-import-not-at-top,unused-import
 
   def find(data_dir=data_dir):
@@ -161,6 +162,8 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool):
 
   try:
     prepare(builder)
+  except UserError:  # The file of a world is missing.
+    raise
   except Exception as error:  # A fault of the disk, the network or the data set.
     # Another process may have prepared it meanwhile, which serves as well.
     if builder.data_path.exists():

@@ -80,7 +80,7 @@ def on_schedule(denoiser: Denoiser = gin.REQUIRED,
     scale, offset = 1.0, 0.0
   classes = {} if denoiser.conditions else dict(
       num_classes=denoiser.num_classes, null_label=denoiser.null_label,
-      label_weights=denoiser.label_weights)
+      label_weights=denoiser.told_weights)
   return Denoiser(
       model, schedule, denoiser.prediction, denoiser.name,
       guidance_scale=denoiser.guidance_scale, **classes,

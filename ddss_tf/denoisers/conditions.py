@@ -1,9 +1,13 @@
 """What a conditional network is told, a class or a row of a table, and its draw."""
 
+from absl import logging
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf.datasets.dataset import ImageDataset
 from ddss_tf.errors import UserError
+
+UNIFORM = "uniform"
 
 
 def label_input(name: str, num_classes: int | None, labels,
@@ -113,13 +117,40 @@ def frequencies(weights, num_classes: int, never=()) -> np.ndarray:
   return result if abs(total - 1.0) < 1e-12 else result / total
 
 
+def told_weights(weights, num_classes: int | None, null_label: int | None):
+  """What a network of classes is told of their frequencies, checked.
+
+  Args:
+    weights: a number for each class, in any unit; "uniform", or None.
+    num_classes: the number of classes; None: unconditional.
+    null_label: the class that is never drawn, or None.
+
+  Returns:
+    What `frequencies` gives, "uniform" or None.
+
+  Raises:
+    ValueError: the network has no classes, or see `frequencies`.
+  """
+  if weights is None:
+    return None
+  if num_classes is None:
+    raise ValueError("label_weights must be of a class-conditional network. "
+                     f"Received: {weights!r}")
+  if isinstance(weights, str):
+    if weights != UNIFORM:
+      raise ValueError(f"label_weights must be {num_classes} numbers, 'uniform' or "
+                       f"None. Received: {weights!r}")
+    return weights
+  return frequencies(
+      weights, num_classes, () if null_label is None else [null_label])
+
+
 def draw_labels(num_classes: int | None, null_label: int | None,
                 seed: tf.Tensor, indices: tf.Tensor,
                 weights: np.ndarray | None = None):
   """Draws a class for every sample, from its own seed.
 
-  Without weights, all classes but the null one are equally frequent. That is our
-  choice, and right for a data set with as many images of each.
+  Without weights, all classes but the null one are equally frequent.
 
   Args:
     num_classes: the number of classes; None: unconditional.
@@ -165,6 +196,50 @@ def _cumulative(weights: np.ndarray) -> np.ndarray:
 
 class Conditional:
   """What a `Denoiser`, which inherits this, is told beside state and time."""
+
+  def for_dataset(self, dataset: ImageDataset):
+    """The same network, its classes drawn as often as a data set has them.
+
+    FID compares with that data set, so other frequencies would count as a fault of
+    the sampler. This method alone decides how often classes are drawn where a
+    network and a data set meet: in `search`, `evaluate` and `compare`.
+
+    The classes are drawn as told if `label_weights` were given. They are drawn
+    uniformly, as without a data set, if it has no labels or equally many images of
+    each class, or if a label of it is no class of the network: a warning says so.
+
+    Args:
+      dataset: the images that the network's are compared with.
+
+    Returns:
+      A denoiser with `label_weights`; this one where nothing changes.
+    """
+    if (self.num_classes is None or self.conditions
+        or self.told_weights is not None or dataset.labels is None):
+      return self
+    kept = [label for label in range(self.num_classes) if label != self.null_label]
+    if not np.all(np.isin(dataset.labels, kept)):
+      logging.warning(
+          "labels of %r are from %d to %d and do not fit the classes of %r, which "
+          "has %d%s: its classes are drawn uniformly, unless label_weights say "
+          "how often", dataset.name, dataset.labels.min(), dataset.labels.max(),
+          self.name, self.num_classes, "" if self.null_label is None else
+          f" with the null label {self.null_label}")
+      return self
+    counts = np.array(dataset.label_counts(self.num_classes))
+    if len(set(counts[kept])) == 1:
+      return self  # As without weights, whose draws are others than these weights'.
+    if missing := int(np.sum(counts[kept] == 0)):
+      logging.warning("%d of the %d classes of %r have no image in %r and are never "
+                      "drawn", missing, len(kept), self.name, dataset.name)
+    return self.with_label_weights(counts)
+
+  @property
+  def card_weights(self) -> dict:
+    """`told_weights` of classes as cards in JSON have them; {} if not told."""
+    if self.conditions or self.told_weights is None:
+      return {}
+    return {"label_weights": np.asarray(self.told_weights).tolist()}
 
   def null_labels(self, labels, batch_size):
     """The label that stands for none, for each of these, int32 [B]."""

@@ -66,7 +66,8 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
     table: the rows of these inputs, see `table.ConditionTable`. A label is a
       row. Without it the network can be looked at and saved, but not sampled.
     label_weights: how often each class is drawn, `num_classes` numbers in any
-      unit; None: all but the null class as often. A table has its own.
+      unit; "uniform": all but the null class as often; None: not told, so as a
+      data set has them, see `for_dataset`. A table has its own.
     **convention: the other arguments of `conventions.Convention`, for networks
       of another process or another clock: process, time_input, time_scale,
       time_offset.
@@ -83,6 +84,10 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
       the network from another format than ours, the hash also covers its
       architecture, prediction and schedule, which weights do not tell.
     dtype_policy: what the network computes in, see `precision`.
+    label_weights: how often each class is drawn, float64 [num_classes] of sum 1;
+      None: all but the null class as often.
+    told_weights: the argument `label_weights`: an array like that, "uniform" or
+      None.
     key: `sha256`, or a hash that also covers what else decides the images, if
       any of it is not the default: convention, null label, guidance scale,
       `dtype_policy`, decoder, table and the classes' weights.
@@ -104,7 +109,7 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
                decoder: Decoder | Standardised | None = None,
                conditions: Sequence[str] | None = None,
                table: ConditionTable | None = None,
-               label_weights: Sequence[float] | None = None, **convention):
+               label_weights: Sequence[float] | str | None = None, **convention):
     self.convention = conventions.Convention(prediction, **convention)
     told_classes = dict(num_classes=num_classes, null_label=null_label)
     self.table = table
@@ -125,13 +130,10 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
     self.num_classes = num_classes
     self.guidance_scale = guidance_scale
     self.null_label = null_label
-    self.label_weights = label_weights
-    if label_weights is not None and num_classes is None:
-      raise ValueError("label_weights must be of a class-conditional network. "
-                       f"Received: {label_weights!r}")
-    if label_weights is not None and not self.conditions:
-      self.label_weights = conditions_lib.frequencies(
-          label_weights, num_classes, () if null_label is None else [null_label])
+    self.told_weights = (label_weights if self.conditions else
+                         conditions_lib.told_weights(label_weights, num_classes, null_label))
+    self.label_weights = (
+        None if isinstance(self.told_weights, str) else self.told_weights)
     self.schedule = schedule
     self.prediction = prediction
     self.name = name
@@ -161,7 +163,7 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
         image_shape=self.state_shape, sha256=self.sha256, decoder=decoder,
         continuous_time=self.continuous_time, architecture=self.architecture,
         conditions=self.conditions or None, table=table,
-        label_weights=None if self.conditions else self.label_weights,
+        label_weights=None if self.conditions else self.told_weights,
         **told_classes, **convention)
 
   def guided(self, guidance_scale: float | None = None,
@@ -201,7 +203,7 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
                        f"Received: a table of {', '.join(table.names)}")
     return self._again(self.model, self.guidance_scale, table=table)
 
-  def with_label_weights(self, weights: Sequence[float] | None) -> "Denoiser":
+  def with_label_weights(self, weights: Sequence[float] | str | None) -> "Denoiser":
     """The same network, whose classes are drawn as often as told.
 
     Args:

@@ -20,6 +20,7 @@ from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.evaluation import baselines as baselines_lib
 from ddss_tf.evaluation import evaluator as evaluator_lib
+from ddss_tf.evaluation import heldout as heldout_lib
 from ddss_tf.evaluation import lineage
 from ddss_tf.features import network as network_lib
 from ddss_tf.objectives import objective as objective_lib
@@ -68,6 +69,7 @@ def check_compare(arguments: Mapping[str, Any]) -> None:
     raise UserError("compare.strides must be some, for the solvers. Received: "
                     f"{arguments['strides']!r}")
   baselines_lib.check("compare", arguments["baselines"])
+  heldout_lib.check("compare", arguments["heldout_measures"])
   for what, known in (("starts", ("best", "default")),
                       ("parameterisation", tuple(parameterisations.FORMS))):
     if arguments[what] not in known:
@@ -154,6 +156,7 @@ def compare(
     jit_compile: bool = True,
     rounding: bool = True,
     clip: Clip | None = None,
+    heldout_measures: Sequence[str] = heldout_lib.DEFAULT,
 ) -> list[dict]:
   """Measures solvers and searched families side by side, on the same noise.
 
@@ -216,6 +219,7 @@ def compare(
     rounding: see `Evaluator`.
     clip: the network of the rows' CLIP score; see `evaluate.evaluate`. Strides
       are chosen without it.
+    heldout_measures: further figures of the rows, see `evaluate.evaluate`.
 
   Returns:
     The records in the order of the table, those of several seeds one after
@@ -229,12 +233,14 @@ def compare(
       is a clip and the denoiser has no prompts.
   """
   check_compare(locals())
+  denoiser = denoiser.for_dataset(dataset)  # Once: it compiles its network once.
   with run_dir_lib.RunDir(run_dir).locked() as run:
     make_evaluator = functools.partial(
         evaluator_lib.Evaluator, denoiser=denoiser, dataset=dataset,
         features=features, heldout_features=heldout_features,
         batch_size=batch_size, jit_compile=jit_compile, rounding=rounding)
-    evaluator = make_evaluator(run, seed=seed, clip=clip)
+    evaluator = make_evaluator(
+        run, seed=seed, clip=clip, heldout_measures=heldout_measures)
     run.keep_config()
     fixed = {steps: _baselines(baselines, denoiser.schedule, steps)
              for steps in num_steps}
@@ -249,7 +255,8 @@ def compare(
           table, denoiser, dataset, features,
           lineage.Ranking(
               make_evaluator(run_dir_lib.RunDir(run.path("strides"), run.cache),
-                             seed=max([seed, *more_seeds]) + 1),
+                             seed=max([seed, *more_seeds]) + 1,
+                             heldout_measures=()),
               stride_samples, strides),
           default_starts=starts == "default", jit_compile=jit_compile,
           parameterisation=parameterisation)

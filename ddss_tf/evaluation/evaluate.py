@@ -1,4 +1,4 @@
-"""The comparison: FID, KID, IS and CLIP score of samplers, side by side."""
+"""The comparison: FID and further figures of samplers, side by side."""
 
 from typing import Any, Mapping, Sequence
 
@@ -13,6 +13,7 @@ from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.evaluation import baselines as baselines_lib
 from ddss_tf.evaluation import evaluator as evaluator_lib
+from ddss_tf.evaluation import heldout as heldout_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.reporting import grids
 from ddss_tf.runs import records as records_lib
@@ -42,6 +43,7 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
   check_whole("evaluate.batch_size", arguments["batch_size"], 1)
   check_whole("evaluate.seed", arguments["seed"], 0, most=MAX_SEED)
   check_x0_bound("evaluate", arguments["x0_bound"])
+  heldout_lib.check("evaluate", arguments["heldout_measures"])
 
 
 @gin.configurable(denylist=["run_dir"])
@@ -64,6 +66,7 @@ def evaluate(
     num_steps: int | None = None,
     rounding: bool = True,
     clip: Clip | None = None,
+    heldout_measures: Sequence[str] = heldout_lib.DEFAULT,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
@@ -75,7 +78,7 @@ def evaluate(
     denoiser: the frozen model.
     dataset: the real images, all of them the reference; a data set, or float32
       [N, H, W, C] in [-1, 1].
-    features: the network of FID, KID and IS.
+    features: the network of FID, KID and IS; without logits there is no IS.
     heldout_features: an unrelated network for `fid_heldout`, which reveals
       gains on the first network alone; or a list of networks, all measured in
       one pass over the samples. Given a list, `features_heldout` and
@@ -98,6 +101,9 @@ def evaluate(
     rounding: see `Evaluator`.
     clip: the network of the CLIP score, for a denoiser with prompts; None: it is
       not measured. FID alone misleads where guidance differs: see both.
+    heldout_measures: further figures on the held-out features, names out of
+      "coverage", "recall", "density", "precision" (`neighbours.figures`) and
+      "sliced_wasserstein" (`metrics.sliced_wasserstein`).
 
   Returns:
     The records of this call, baselines first, the searched one last.
@@ -121,7 +127,8 @@ def evaluate(
          x0_bound) for baseline in baselines] + searched
     evaluator = Evaluator(
         run, denoiser, dataset, features, heldout_features, seed,
-        min(batch_size, num_samples), jit_compile, rounding, clip)
+        min(batch_size, num_samples), jit_compile, rounding, clip,
+        heldout_measures)
     run.keep_config()
     records = []
     for row, bound in samplers:
@@ -141,9 +148,11 @@ def _summarise(folder, records):
     for record in records:
       values = {name: record.get(name)
                 for name in ("fid", "kid", "inception_score", "clip_score")}
-      for label, value in records_lib.heldout_fids(record).items():
-        network = label.removeprefix(records_lib.HELDOUT).replace(" ", "/", 1)
-        values[f"fid_heldout{network}"] = value
+      for key in ("fid_heldout", *(
+          measure.key for measure in records_lib.HELDOUT_MEASURES.values())):
+        for label, value in records_lib.heldout_figures(record, key).items():
+          network = label.removeprefix(records_lib.HELDOUT).replace(" ", "/", 1)
+          values[f"{key}{network}"] = value
       for name, value in values.items():
         if value is not None:
           tf.summary.scalar(f"{name}/{record['sampler']}", value,

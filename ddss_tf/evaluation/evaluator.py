@@ -10,6 +10,7 @@ from ddss_tf import distribution
 from ddss_tf import metrics
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.evaluation import heldout as heldout_lib
 from ddss_tf.features import clip as clip_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference as reference_lib
@@ -37,9 +38,10 @@ class Evaluator:
 
   Args:
     run: the run directory.
-    denoiser: the frozen model.
+    denoiser: the frozen model; its classes are drawn as the data set has them,
+      see `Conditional.for_dataset`.
     dataset: the real images; all of them are the reference.
-    features: the network of FID, KID and IS.
+    features: the network of FID, KID and IS. One without logits has no IS.
     heldout_features: an unrelated network for `fid_heldout`, a list of them, or
       None. All see the same images, which are made once.
     seed: the seed of the noise.
@@ -49,6 +51,8 @@ class Evaluator:
       they are clipped to [-1, 1], and the records' protocols say so.
     clip: for the CLIP score of each image and the prompt that it was drawn with;
       None: there is no such score.
+    heldout_measures: further figures on held-out features, names out of
+      `records.HELDOUT_MEASURES`. A record that is known without them stays so.
 
   Raises:
     UserError: the parts do not fit together, or real images are too few; or
@@ -63,10 +67,11 @@ class Evaluator:
                    | list[network_lib.FeatureNetwork] | None) = None,
                seed: int = 1234, batch_size: int = 250,
                jit_compile: bool = True, rounding: bool = True,
-               clip: clip_lib.Clip | None = None):
+               clip: clip_lib.Clip | None = None,
+               heldout_measures=heldout_lib.DEFAULT):
     self._run = run
     self._rounding = rounding
-    self._denoiser = denoiser
+    self._denoiser = denoiser.for_dataset(dataset)
     self._dataset = dataset
     self._networks = [
         *network_lib.as_networks("features", features, several=False),
@@ -86,6 +91,7 @@ class Evaluator:
     self._reference = [reference_lib.reference(
         network, dataset, quantise=rounding, cache_dir=run.cache)
                        for network in self._networks]
+    self._heldout = heldout_lib.HeldoutMeasures(heldout_measures, self._reference[1:])
     self._extract = [distribution.row_wise(network)
                      for network in self._networks]
     self._generators = {}
@@ -134,7 +140,7 @@ class Evaluator:
     values = _measure(
         _timed(generator.batches(
             coefficients, num_samples, seed, sampler.label), seconds),
-        self._extract, self._reference, num_samples, sampler.label,
+        self._extract, self._reference, self._heldout, num_samples, sampler.label,
         self._rounding, self._score(generator, num_samples, seed))
     self._known.append({**conditions, **values,
                         "timing": _timing(seconds, generator.batch_size)})
@@ -233,7 +239,7 @@ def _one_or_all(values):
   return values if len(values) > 1 else next(iter(values), None)
 
 
-def _measure(batches, extract, reference, num_samples, label, rounding,
+def _measure(batches, extract, reference, heldout, num_samples, label, rounding,
              score=None):
   """Metrics of one sampler's images, from one pass over them.
 
@@ -250,7 +256,9 @@ def _measure(batches, extract, reference, num_samples, label, rounding,
           dataset_lib.to_float(dataset_lib.to_uint8(images)) if rounding
           else np.clip(images, -1, 1))
       found = [network(images) for network in extract]
-      rows = [found[0]["logits"], *(output["pool"] for output in found)]
+      # Without logits, an array without columns.
+      rows = [found[0].get("logits", np.zeros([len(batch), 0])),
+              *(output["pool"] for output in found)]
       if score is not None:
         rows.append(score(images, start)[:, None])
       start += len(batch)
@@ -263,18 +271,17 @@ def _measure(batches, extract, reference, num_samples, label, rounding,
   scores = {} if score is None else {
       "clip_score": float(np.mean(pools.pop(), dtype=np.float64))}
   kid, kid_std = metrics.kid(reference[0].pool, pools[0])
-  splits = min(_SPLITS, num_samples)
-  split_mean, split_std = metrics.inception_score(logits, splits)
+  inception, inception_splits = _inception_score(logits)
   values = {
       "fid": metrics.fid(reference[0].moments, pools[0]),
       "kid": kid,
       "kid_std": kid_std,
-      "inception_score": metrics.inception_score(logits)[0],
-      "inception_score_splits": {
-          "splits": splits, "mean": split_mean, "std": split_std},
+      "inception_score": inception,
+      "inception_score_splits": inception_splits,
       "fid_heldout": _one_or_all([
           metrics.fid(real.moments, pool)
           for real, pool in zip(reference[1:], pools[1:])]),
+      **{name: _one_or_all(found) for name, found in heldout(pools[1:]).items()},
       **scores,
   }
   known = _finite(values)
@@ -286,6 +293,16 @@ def _measure(batches, extract, reference, num_samples, label, rounding,
         f"{broken} of {num_samples} images have NaN or infinity" if broken else
         "a feature network gives NaN or infinity")
   return known
+
+
+def _inception_score(logits):
+  """The score of all and that of parts; None and None without logits."""
+  if not logits.shape[1]:
+    return None, None
+  splits = min(_SPLITS, len(logits))
+  mean, std = metrics.inception_score(logits, splits)
+  return (metrics.inception_score(logits)[0],
+          {"splits": splits, "mean": mean, "std": std})
 
 
 def _finite(value):

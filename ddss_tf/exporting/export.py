@@ -19,7 +19,7 @@ from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.coefficients import Coefficients
-from ddss_tf.zoo import load_searched
+from ddss_tf.zoo import drawn_as_searched, load_searched
 
 _PARITY_TOLERANCE = 1e-3
 
@@ -114,7 +114,8 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
       float32 [B, H, W, C] in [-1, 1]. The noise has the shape of the states,
       which is that of the images unless there is a decoder.
   With a class-conditional network, serving_default draws a class for each
-  image, from_noise also takes labels int32 [B], and there is
+  image, as often as in the search (`zoo.drawn_as_searched`), from_noise also takes
+  labels int32 [B], and there is
     of_classes(seed int32 [2], labels int32 [B]) -> images, as serving_default.
   A network with a table of conditions has rows for classes, and beside these
     of_conditions(seed int32 [2], one float32 [B, ...] for each input by its
@@ -156,6 +157,7 @@ def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
       portable.check_installed(name)
   with run_dir_lib.RunDir(run_dir).locked() as run:
     found, x0_bound = load_searched(run, denoiser, sampler, force)
+    denoiser = drawn_as_searched(run, denoiser, sampler)
     run.keep_config()
     if not distribution.is_chief():
       return run.path(run_dir_lib.EXPORT)

@@ -13,7 +13,7 @@ from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
-from ddss_tf.zoo import load_searched
+from ddss_tf.zoo import drawn_as_searched, load_searched
 
 
 def check_sample(arguments: Mapping[str, Any]) -> None:
@@ -48,7 +48,8 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
     batch_size: images per call.
     jit_compile: compile the network with XLA.
     label: the class of all images, for a class-conditional denoiser, or the row
-      of a table of conditions; None: a class is drawn for each image.
+      of a table of conditions; None: a class is drawn for each image, as often as
+      in the search (`zoo.drawn_as_searched`).
     prompt: a text of the table of conditions, instead of a label; or a list of
       texts, of which image i has the text i modulo their number.
     sampler: path of a card, or its name in the zoo, instead of the sampler in
@@ -69,6 +70,7 @@ def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
   labels = label if prompt is None else _rows(denoiser, prompt, label)
   with run_dir_lib.RunDir(run_dir).locked() as run:
     found, x0_bound = load_searched(run, denoiser, sampler, force)
+    denoiser = drawn_as_searched(run, denoiser, sampler)
     run.keep_config()
     generator = generator_lib.Generator(
         denoiser, min(batch_size, num_images), jit_compile, x0_bound)

@@ -51,25 +51,27 @@ class KerasNetwork:
         model.get_weights())
     self.graph = graph or network_files.graph_text(model)
 
-  def select(self, pool_layer: str, logits_layer: str, size=None):
-    """Reads two layers.
+  def select(self, pool_layer: str, logits_layer: str | None, size=None):
+    """Reads two layers, or one.
 
     Args:
       pool_layer: the one that gives the features.
-      logits_layer: the one that gives the logits.
+      logits_layer: the one that gives the logits; None: there are none.
       size: unused, because symbolic shapes tell all; SavedModels need it.
 
     Returns:
-      A function from float32 [B, H, W, C] to the pair ([B, D], [B, classes]);
-      the Keras model of that pair; D.
+      A function from float32 [B, H, W, C] to the pair ([B, D], [B, classes]), or
+      to ([B, D],) without logits; the Keras model of the same; D.
 
     Raises:
       UserError: there is no such layer, or its output has another rank.
     """
-    outputs = [self._output(layer) for layer in (pool_layer, logits_layer)]
+    outputs = [self._output(layer) for layer in (pool_layer, logits_layer)
+               if layer is not None]
     model = keras.Model(self._model.inputs, outputs, name=self._model.name)
-    # training=False turns dropout and the statistics of the batch off.
-    return (lambda images: model(images, training=False), model,
+    # training=False turns dropout and the statistics of the batch off. Keras gives a
+    # single output without a list.
+    return (lambda images: tf.nest.flatten(model(images, training=False)), model,
             outputs[0].shape[-1])
 
   def _output(self, name: str):

@@ -7,6 +7,7 @@ from absl import logging
 import gin
 
 from ddss_tf import storage
+from ddss_tf.features import efficientnet
 from ddss_tf.features import hub
 from ddss_tf.features import keras_models
 from ddss_tf.features import network as network_lib
@@ -21,6 +22,7 @@ from ddss_tf.features.preprocessing import Preprocessing
 _registered = {}
 _ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 _SUFFIX = ".keras"
+_NO_LOGITS = "none"
 
 
 def embedded_features() -> list[str]:
@@ -48,7 +50,7 @@ def register_features(name: str) -> Callable:
   """
   def register(make):
     known = _registered.get(name)
-    if (f"{name}:" == keras_models.APPLICATION_PREFIX
+    if (f"{name}:" in (keras_models.APPLICATION_PREFIX, efficientnet.PREFIX)
         or name in embedded_features() or known is not None
         and fingerprint.definition(known) != fingerprint.definition(make)):
       raise ValueError("a name of feature networks must be new. "
@@ -93,17 +95,21 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
         which TF-Hub fetches once (`hub.hub_folder`), or another one;
       the folder of a SavedModel, TF-GAN's Inception or any other;
       "keras:NAME" for `keras.applications.NAME`;
+      "efficientnet-lite0:PATH", PATH the safetensors file of its weights or the
+        folder of `model.safetensors` (`efficientnet.load`);
       a name of `register_features`, or such a name, ":" and its argument.
     pool_layer: see `FeatureNetwork`. None: "pool" of a file, "pool_3" of a
       SavedModel, "avg_pool" of an application.
     logits_layer: None: "logits", or "predictions" of an application, which is
-      built without a softmax.
+      built without a softmax; "none": there are no logits, and no Inception score.
     resize: one of `preprocessing.RESIZES`. None: "bilinear", but "none" for a
       file without `image_size`.
     image_size: number or (height, width) to resize to; None for what the
-      network itself says, or else 299 for TF-GAN's outputs.
+      network itself says, or else 299 for TF-GAN's outputs and 128 for
+      EfficientNet-Lite0.
     value_range: what the network expects, one of `preprocessing.VALUE_RANGES`.
-      None: what an application was trained with, or "[-1, 1]".
+      None: what an application or EfficientNet-Lite0 was trained with, or
+      "[-1, 1]".
     weights: the weights of an application: a file, "imagenet" (downloaded by
       Keras), or None for random ones.
     seed: the seed of random weights.
@@ -140,12 +146,19 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
         application, weights, seed, size, value_range)
     name = path if weights is not None else f"{path}-random"
     layers = ("avg_pool", "predictions")
+  elif path.startswith(efficientnet.PREFIX):
+    network = efficientnet.load(path.removeprefix(efficientnet.PREFIX))
+    name, layers = efficientnet.PREFIX[:-1], network_lib.KEYS
+    source, value_range = "efficientnet-lite0", value_range or efficientnet.VALUE_RANGE
+    if size is None and resize != "none":
+      size = (efficientnet.IMAGE_SIZE,) * 2
   elif is_handle or storage.isdir(path):
     folder = hub.hub_folder(path) if is_handle else path
     network = saved_models.SavedModelFeatures(folder)
     name = os.path.basename(os.path.normpath(path))
     layers = ("pool_3", "logits")
-    tfgan = (pool_layer or layers[0], logits_layer or layers[1]) == layers
+    tfgan = (pool_layer or layers[0]) == layers[0] and (
+        logits_layer in (None, _NO_LOGITS, layers[1]))
     source = "tfgan" if tfgan else "saved model"
     if path == hub.INCEPTION_HANDLE:
       name = "tfgan_inception"
@@ -168,7 +181,8 @@ def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
       resize, size, value_range or "[-1, 1]",
       grey_to_rgb=network.input_shape[2] == 3)
   features = FeatureNetwork(
-      network, name, pool_layer or layers[0], logits_layer or layers[1],
+      network, name, pool_layer or layers[0],
+      None if logits_layer == _NO_LOGITS else logits_layer or layers[1],
       preprocessing, source)
   features.embedded = embedded
   if source == "keras file":
@@ -184,7 +198,8 @@ def _load_file(path: str) -> tuple[keras_models.KerasNetwork, str]:
   if not path.endswith(_SUFFIX) or not storage.isfile(path):
     raise UserError(
         f"features must be the path of a {_SUFFIX} file or of a SavedModel's "
-        "folder, a TF-Hub handle, keras:NAME, or the name of an embedded "
+        "folder, a TF-Hub handle, keras:NAME, efficientnet-lite0:PATH, or the "
+        "name of an embedded "
         f"network ({', '.join(embedded_features())}). Received: {path!r}")
   model = network_files.load_keras(path)
   network_files.check_finite(f"features {path}", model)

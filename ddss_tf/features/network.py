@@ -28,7 +28,8 @@ class FeatureNetwork:
     name: what results call it.
     pool_layer: the layer, or a SavedModel's output, whose values [B, D] are the
       features.
-    logits_layer: the layer or output whose values [B, classes] are the logits.
+    logits_layer: the layer or output whose values [B, classes] are the logits; None:
+      it has none, and there is no Inception score.
     preprocessing: from images in [-1, 1] to what the model takes.
     source: the protocol's first words.
 
@@ -49,7 +50,7 @@ class FeatureNetwork:
   """
 
   def __init__(self, model, name: str = "features", pool_layer: str = "pool",
-               logits_layer: str = "logits",
+               logits_layer: str | None = "logits",
                preprocessing: Preprocessing = Preprocessing(),
                source: str = "keras model"):
     if isinstance(model, keras.Model):
@@ -57,7 +58,7 @@ class FeatureNetwork:
     self.name = name
     self.protocol = (
         f"{source}: images clipped to [-1, 1], {preprocessing}; features "
-        f"{pool_layer}, logits {logits_layer}")
+        f"{pool_layer}, {f'logits {logits_layer}' if logits_layer else 'no logits'}")
     self._preprocessing = preprocessing
     self._input_shape = model.input_shape
     if preprocessing.size is not None and not _fits(
@@ -112,7 +113,8 @@ class FeatureNetwork:
         range, as samplers overshoot it and image files cannot.
 
     Returns:
-      {"pool": float32 [B, num_features], "logits": float32 [B, classes]}.
+      {"pool": float32 [B, num_features], "logits": float32 [B, classes]}; "pool"
+      alone without logits.
 
     Raises:
       UserError: images of another shape.

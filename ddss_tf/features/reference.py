@@ -26,7 +26,7 @@ class Reference(NamedTuple):
 
   Attributes:
     pool: float32 [N, D], in the order of the data set.
-    logits: float32 [N, classes].
+    logits: float32 [N, classes]; [N, 0] of a network without logits.
     moments: mean and covariance of `pool`.
   """
   pool: np.ndarray
@@ -71,7 +71,7 @@ def reference(features: FeatureNetwork, dataset: dataset_lib.ImageDataset, *,
       yield dataset_lib.to_float(dataset_lib.to_uint8(images)) if quantise else images
 
   pool, logits = collect(
-      ((network["pool"], network["logits"])
+      ((network["pool"], network.get("logits", network["pool"][:, :0]))
        for network in map(features, batches())), count)
   result = Reference(pool, logits, metrics.moments(pool))
   for name, values in (("features", pool), ("logits", logits)):

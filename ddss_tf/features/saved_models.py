@@ -49,8 +49,10 @@ class SavedModelFeatures:
     height, width, channels = shape[1:] if shape.rank else (None, None, None)
     self.input_shape = (height, width, channels or 3)
 
-  def select(self, pool_key: str, logits_key: str, size=None):
+  def select(self, pool_key: str, logits_key: str | None, size=None):
     """Reads two outputs, after a trial on two images of (height, width) `size`.
+
+    Without logits, `logits_key` None, it reads one.
 
     Returns:
       The same as `KerasNetwork.select`; an output [B, 1, 1, D] is flattened to
@@ -60,6 +62,7 @@ class SavedModelFeatures:
       UserError: no way to call it works, an output is missing, or it is of
         another shape or not finite.
     """
+    keys = [pool_key] if logits_key is None else [pool_key, logits_key]
     # A network that takes any size is tried at one large enough for any depth.
     height, width = size or (n or hub.INCEPTION_SIZE for n in self.input_shape[:2])
     images = tf.stack([tf.fill([height, width, self.input_shape[2]], value)
@@ -77,10 +80,10 @@ class SavedModelFeatures:
     if not isinstance(outputs, dict):
       raise UserError(
           f"{self._folder} must give a dictionary with the outputs "
-          f"{pool_key!r} and {logits_key!r}. "
+          f"{' and '.join(map(repr, keys))}. "
           f"Received: {type(outputs).__name__}")
     sizes = []
-    for key in (pool_key, logits_key):
+    for key in keys:
       if key not in outputs:
         raise UserError(f"features {self._folder} must be read from one of its "
                         f"outputs {', '.join(sorted(outputs))}. "
@@ -97,7 +100,7 @@ class SavedModelFeatures:
     def call(images):
       outputs = function(tf.cast(images, spec.dtype))
       return tuple(tf.reshape(outputs[key], [-1, size])
-                   for key, size in zip((pool_key, logits_key), sizes))
+                   for key, size in zip(keys, sizes))
 
     return call, self._loaded, sizes[0]
 

@@ -66,7 +66,7 @@ def load_denoiser(
     conditions: str | None = None,
     prompts: list[str] | None = None,
     negative_prompt: str | None = None,
-    label_weights: list[float] | None = None,
+    label_weights: list[float] | str | None = None,
     preset: str | None = None,
     learned_variance: bool | None = None,
     dtype_policy: str | None = None,
@@ -149,7 +149,8 @@ def load_denoiser(
       KerasHub with its tokenizers. A text that is there twice is drawn twice as
       often.
     negative_prompt: the text of guidance, the table's last row; None: "".
-    label_weights: how often each class is drawn, see `Denoiser`.
+    label_weights: how often each class is drawn: numbers, "uniform", or None: as
+      the data set has them; see `Denoiser`.
     preset: the architecture of a `.weights.h5` file: a name of
       `presets.PRESETS`, such as "ddpm-cifar10-32", or the path of a JSON file,
       which has the fields of `unet.UNetConfig` or is a card of EDM.

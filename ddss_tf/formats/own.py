@@ -76,10 +76,8 @@ def _classes(denoiser: Denoiser) -> dict:
   """What the card says of classes, or of conditions and their table."""
   told = {"guidance_scale": denoiser.guidance_scale}
   if not denoiser.conditions:
-    weights = denoiser.label_weights
     return {"num_classes": denoiser.num_classes, **told,
-            "null_label": denoiser.null_label,
-            **({} if weights is None else {"label_weights": weights.tolist()})}
+            "null_label": denoiser.null_label, **denoiser.card_weights}
   table = denoiser.table
   return {**told, "conditions": list(denoiser.conditions),
           **({} if table is None else {"table": table.sha256})}

@@ -22,6 +22,7 @@ _NOT_KEPT = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN",
 # holds at once. Measured with XLA on a CPU: 0.33 for 32 to 256 images of the
 # digits model, 0.38 for 2 to 12 images of a CIFAR-10 model.
 HELD_SHARE = 0.4
+_SHOWN_CLASSES = 20  # The most classes whose frequencies are told one by one.
 COMPILER_BYTES = 0.7 * 2**30  # What the compiler itself takes.
 
 
@@ -158,8 +159,17 @@ def _classes(denoiser):
               f", guidance {denoiser.guidance_scale:g}: 2 calls a step")
   classes = (denoiser.num_classes if denoiser.table is None
              else denoiser.table.description)
-  weights = "" if denoiser.label_weights is None else ", drawn as often as told"
-  return f"{classes}{null}{weights}{guidance}"
+  weights = ""
+  if not denoiser.conditions:
+    weights = ", drawn as often as the data set has them, uniformly without one"
+  if isinstance(denoiser.told_weights, str):
+    weights = ", drawn uniformly, as told"
+  elif denoiser.label_weights is not None:
+    weights = ", drawn as often as told"
+    if not denoiser.conditions and denoiser.num_classes <= _SHOWN_CLASSES:
+      weights += " (" + ", ".join(
+          f"{100 * share:.1f}" for share in denoiser.label_weights) + " %)"
+  return f"{classes}{null}{guidance}{weights}"
 
 
 def _architecture(denoiser: Denoiser) -> str:

@@ -244,6 +244,7 @@ def _table(records):
   # The best sampler of each K is shaded in its rows of all seeds.
   shaded = [(r["coefficients_sha256"], r["x0_bound"]) for r in best.values()]
   networks = records[0]["features_heldout"]
+  measured = records_lib.measured_heldout(records)
   return {
       "records": records,
       "label": records_lib.fid_label(records[0]["num_samples"]),
@@ -254,6 +255,11 @@ def _table(records):
       "fids_heldout": [records_lib.heldout_fids(r) for r in records],
       "networks_heldout": (
           networks if isinstance(networks, list) else [networks]),
+      "measured": measured,
+      "figures_measured": [
+          [records_lib.heldout_figures(r, measure.key).get(label)
+           for measure, label in measured] for r in records],
+      "scored": any(map(records_lib.has_inception_score, records)),
       "clip": records[0].get("clip"),
       "timed": any(r.get("timing") for r in records),
       "devices": sorted({f"{r['timing']['device']}, batches of "

@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import json
-from typing import Mapping, TypedDict
+from typing import Mapping, NamedTuple, TypedDict
 
 import numpy as np
 import tabulate
@@ -38,9 +38,13 @@ class Record(TypedDict, total=False):
     denoiser: what decides the model's images, see `Denoiser.setting`.
     dataset: the data set's name.
     dataset_sha256: its hash.
-    fid, kid, kid_std, inception_score: figures; None if not finite.
-    inception_score_splits: number of splits, mean and deviation over them.
+    fid, kid, kid_std, inception_score: figures; None if not finite. The Inception
+      score is None, too, of a feature network without logits.
+    inception_score_splits: number of splits, mean and deviation over them; None
+      without logits.
     fid_heldout: a figure for each network of `features_heldout`.
+    coverage_heldout, recall_heldout, density_heldout, precision_heldout,
+    sliced_wasserstein_heldout: the same, only where it was measured.
     clip: "name", "sha256", "protocol" and "key" of the network of the CLIP score,
       and "token_ids", a hash of the prompts' tokens. Only where it was measured.
     clip_score: its mean over the images; None if not finite.
@@ -62,17 +66,46 @@ class Record(TypedDict, total=False):
   kid: float | None
   kid_std: float | None
   inception_score: float | None
-  inception_score_splits: dict
+  inception_score_splits: dict | None
   fid_heldout: float | list | None
+  coverage_heldout: float | list | None
+  recall_heldout: float | list | None
+  density_heldout: float | list | None
+  precision_heldout: float | list | None
+  sliced_wasserstein_heldout: float | list | None
   clip: dict
   clip_score: float | None
   timing: dict | None
 
 
+class Measure(NamedTuple):
+  """A figure on held-out features.
+
+  Attributes:
+    key: the key of records.
+    heading: what tables call it.
+    form: how they show it, a format of numbers.
+  """
+  key: str
+  heading: str
+  form: str
+
+
+# By the names of `heldout_measures`.
+HELDOUT_MEASURES = {
+    "coverage": Measure("coverage_heldout", "coverage", ".3f"),
+    "recall": Measure("recall_heldout", "recall", ".3f"),
+    "density": Measure("density_heldout", "density", ".3f"),
+    "precision": Measure("precision_heldout", "precision", ".3f"),
+    "sliced_wasserstein": Measure(
+        "sliced_wasserstein_heldout", "sliced W2²", ".4f")}
 FIGURES = ("fid", "kid", "kid_std", "inception_score")
 # Records may be compared if they agree in all of these.
 CONDITIONS = ("num_samples", "num_real", "dataset", "dataset_sha256",
               "denoiser", "features", "features_heldout")
+# What `Denoiser.setting` has beside the identity: it decides the images, but a
+# sampler suits a network whichever it has.
+OF_IMAGES = ("decoder", "conditions", "label_weights")
 _COUNTS = ("num_samples", "num_steps", "seed")
 _OTHERS = ("sampler", "coefficients_sha256", "x0_bound", "fid_heldout")
 
@@ -110,11 +143,12 @@ def is_of(record: Record, coefficients_sha256: str, x0_bound: str | None,
     record: the record.
     coefficients_sha256: see `Record`.
     x0_bound: see `Record`.
-    denoiser: see `Denoiser.identity`, which says nothing of a decoder.
+    denoiser: see `Denoiser.identity`, which says nothing of `OF_IMAGES`.
   """
   known = record.get("denoiser")
   if isinstance(known, dict):
-    known = {key: value for key, value in known.items() if key != "decoder"}
+    known = {key: value for key, value in known.items()
+             if key not in OF_IMAGES}
   return (record.get("coefficients_sha256") == coefficients_sha256
           and record.get("x0_bound") == x0_bound
           and known == denoiser)
@@ -148,9 +182,11 @@ def check(record: Mapping) -> None:
                      "number beside it")
   try:
     heldout_fids(record)
+    measured_heldout([record])
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError("the 'fid_heldout' of a record must be one for each of its "
-                     f"'features_heldout': {error}") from error
+    raise ValueError("the 'fid_heldout' of a record, and other figures on held-out "
+                     "features, must be one for each of its 'features_heldout': "
+                     f"{error}") from error
 
 
 def write_table(path: str, records: list[Record]) -> None:
@@ -213,8 +249,9 @@ def table(records: list[Record]) -> str:
   bound on x0_hat stands beside the sampler's name. Records of one sampler
   with several seeds are one line with their means, and for FID the standard
   deviation of single seeds. Each of several held-out networks has a column
-  with its name; the mean CLIP score has one where it was measured. "-" stands
-  for a value that was not finite.
+  with its name, and so has each further figure on its features that was measured;
+  the mean CLIP score has one where it was measured. The Inception score has none
+  where the features have no logits. "-" stands for a value that was not finite.
   """
   counts = {record["num_samples"] for record in records}
   same = len(counts) == 1
@@ -227,14 +264,19 @@ def table(records: list[Record]) -> str:
   columns = list(dict.fromkeys(name for group in heldout for fids in group
                                for name in fids)) or [HELDOUT]
   scored = any(record.get("clip") for record in records)
+  measured = measured_heldout(records)
+  of_logits = 2 * any(has_inception_score(record) for record in records)
   head = ["sampler", "K", label, *(f"{label} {name}" for name in columns),
-          *["CLIP"][:scored], "KID", "IS", "IS in 10 parts"]
+          *(f"{measure.heading} {name}" for measure, name in measured),
+          *["CLIP"][:scored], "KID", *["IS", "IS in 10 parts"][:of_logits]]
   rows = [[
       row_name(group[0]), str(group[0]["num_steps"]), _spread(group, "fid"),
       *(_spread(fids, name) for name in columns),
+      *(_mean([heldout_figures(record, measure.key) for record in group], name,
+              measure.form) for measure, name in measured),
       *[_spread(group, "clip_score")][:scored],
       f"{_mean(group, 'kid', '.4f')} ± {_mean(group, 'kid_std', '.4f')}",
-      _mean(group, "inception_score", ".2f"), _in_parts(group)]
+      *[_mean(group, "inception_score", ".2f"), _in_parts(group)][:of_logits]]
           for group, fids in zip(groups, heldout)]
   if not same:
     head.append("samples")
@@ -318,8 +360,22 @@ def heldout_fids(record: Record) -> dict[str, float | None]:
   Raises:
     ValueError: the numbers of values and of networks differ.
   """
-  values = record.get("fid_heldout")
-  if values is None and not record.get("features_heldout"):
+  return heldout_figures(record, "fid_heldout")
+
+
+def heldout_figures(record: Record, key: str) -> dict[str, float | None]:
+  """Figures on held-out features by labels for people, as `heldout_fids`.
+
+  Args:
+    record: a record of `metrics.json`.
+    key: "fid_heldout", or a key of `HELDOUT_MEASURES`; {} if it was not measured.
+
+  Raises:
+    ValueError: the numbers of values and of networks differ.
+  """
+  values = record.get(key)
+  if values is None and (not record.get("features_heldout") or key not in record
+                         and key != "fid_heldout"):
     return {}
   if not isinstance(values, list):
     return {HELDOUT: values}
@@ -330,6 +386,27 @@ def heldout_fids(record: Record) -> dict[str, float | None]:
     number = f" ({before + 1})" if before else ""
     fids[f"{HELDOUT} {name}{number}"] = value
   return fids
+
+
+def measured_heldout(records: list[Record]) -> list[tuple[Measure, str]]:
+  """The further figures on held-out features that any record has.
+
+  Returns:
+    Pairs of a measure and a network's label, in the order of tables.
+  """
+  return [(measure, label) for measure in HELDOUT_MEASURES.values()
+          for label in dict.fromkeys(
+              label for record in records
+              for label in heldout_figures(record, measure.key))]
+
+
+def has_inception_score(record: Record) -> bool:
+  """Whether the features of a record have logits, of which the score is made.
+
+  One that was not finite was measured, and older records have no scores of parts.
+  """
+  return (record.get("inception_score") is not None
+          or record.get("inception_score_splits", {}) is not None)
 
 
 def read_records(path: str) -> list[Record]:

@@ -214,11 +214,13 @@ def _check_fields(values) -> None:
     if not isinstance(record, dict):
       raise ValueError(
           f"metrics.{i} must be an object. Received: {_shown(record)}")
-    heldout = record.get("fid_heldout")
     figures = [(name, record.get(name))
                for name in (*records.FIGURES, "clip_score")]
-    figures += [("fid_heldout", value) for value in (
-        heldout if isinstance(heldout, list) else [heldout])]
+    for name in ("fid_heldout", *(
+        measure.key for measure in records.HELDOUT_MEASURES.values())):
+      heldout = record.get(name)
+      figures += [(name, value) for value in (
+          heldout if isinstance(heldout, list) else [heldout])]
     for name, value in figures:
       if value is not None and not _is_number(value):
         raise ValueError(f"metrics.{i}.{name} must be a number or null. "

@@ -26,7 +26,8 @@ class SearchParts:
     UserError: they do not fit together.
 
   Attributes:
-    denoiser, dataset, networks: what the user gave.
+    denoiser, dataset, networks: what the user gave; the denoiser's classes are
+      drawn as the data set has them.
     make_sampler: what the user gave as the sampler.
     sampler: the sampler; at its default start if the start is chosen later.
     options: `SearchOptions`.
@@ -37,8 +38,8 @@ class SearchParts:
 
   def __init__(self, denoiser: Denoiser, sampler, features, dataset,
                options: SearchOptions):
-    self.denoiser, self.options = denoiser, options
-    self.dataset = dataset_lib.as_dataset(dataset)
+    self.options, self.dataset = options, dataset_lib.as_dataset(dataset)
+    self.denoiser = denoiser.for_dataset(self.dataset)
     self.networks = as_networks("search.features", features)
     network_lib.check_shapes(denoiser, self.dataset, *self.networks)
     self._check_dataset()

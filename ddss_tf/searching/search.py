@@ -377,7 +377,8 @@ def _publish(run, state: loop.Search, parts: SearchParts, rate: float,
           "validation_samples": options.validation_samples,
           "features": [{"name": network.name, "sha256": network.sha256}
                        for network in parts.networks],
-          "dataset": parts.dataset.name}, x0_bound=options.x0_bound))
+          "dataset": parts.dataset.name, **parts.denoiser.card_weights},
+      x0_bound=options.x0_bound))
 
 
 def _finish(run, state: loop.Search, first, generator, seed: int) -> Sampler:

@@ -282,6 +282,7 @@ SHAPES = {
     "lsun_bedroom.gin": (128, 128, 3),
     "lsun_church.gin": (128, 128, 3), "celeb_a.gin": (64, 64, 3),
     "digits16.gin": (16, 16, 1), "digits28.gin": (28, 28, 1),
+    "emoji32.gin": (32, 32, 3),  # emoji_test.py loads them.
 }
 
 

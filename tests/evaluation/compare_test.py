@@ -84,7 +84,9 @@ def test_every_held_out_network_has_its_columns(compared, tmp_path):
   _, records = compared
   networks = [{**records[0]["features"], "name": name} for name in "aba"]
   several = [{**record, "features_heldout": networks,
-              "fid_heldout": [1.5 + i, 2.5 + i, 3.5 + i]}
+              "fid_heldout": [1.5 + i, 2.5 + i, 3.5 + i],
+              "coverage_heldout": [0.1, None, 0.3], "recall_heldout": [0.4, 0.5, 0.6],
+              "sliced_wasserstein_heldout": [0.7, 0.8, 0.9]}
              for i, record in enumerate(records)]
   records_lib.write_table(str(tmp_path / "table"), several)
   with open(tmp_path / "table.csv", newline="") as f:
@@ -95,12 +97,14 @@ def test_every_held_out_network_has_its_columns(compared, tmp_path):
       for key, value in network.items():
         assert row[f"features_heldout.{i}.{key}"] == value
   head, _, *lines = (tmp_path / "table.md").read_text().splitlines()
-  assert [cell.strip() for cell in head.split("|")][3:8] == [
-      "FID-200", "FID-200 held-out a", "FID-200 held-out b",
-      "FID-200 held-out a (2)", "KID"]
+  names = ("held-out a", "held-out b", "held-out a (2)")
+  assert [cell.strip() for cell in head.split("|")][3:17] == [
+      "FID-200", *(f"{figure} {name}" for figure in (
+          "FID-200", "coverage", "recall", "sliced W2²") for name in names), "KID"]
   for line, record in zip(lines, several, strict=True):
-    assert [cell.strip() for cell in line.split("|")][4:7] == [
-        f"{fid:.2f}" for fid in record["fid_heldout"]]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[4:7] == [f"{fid:.2f}" for fid in record["fid_heldout"]]
+    assert cells[7:13] == ["0.100", "-", "0.300", "0.400", "0.500", "0.600"]
   evaluate_lib._summarise(str(tmp_path / "events"), [*several, *records])
   (path,) = (tmp_path / "events").iterdir()
   scalars = {
@@ -108,6 +112,8 @@ def test_every_held_out_network_has_its_columns(compared, tmp_path):
       for event in tf.compat.v1.train.summary_iterator(str(path))
       for value in event.summary.value}
   for record, one in zip(several, records):
+    assert scalars[f"recall_heldout/b/{record['sampler']}"] == pytest.approx(0.5)
+    assert f"coverage_heldout/b/{record['sampler']}" not in scalars
     for name, fid in zip(("a", "b", "a (2)"), record["fid_heldout"]):
       assert scalars[f"fid_heldout/{name}/{record['sampler']}"] == fid
     assert scalars[f"fid_heldout/{one['sampler']}"] == pytest.approx(

@@ -122,11 +122,14 @@ def test_several_held_out_networks_are_measured_in_one_pass(
 
   together = measure("all", networks)
   alone = [measure(f"only{i}", network) for i, network in enumerate(networks)]
+  of_heldout = [f"{name}_heldout" for name in (
+      "fid", "coverage", "recall", "sliced_wasserstein")]
   same = lambda record: {key: value for key, value in record.items() if key
-                         not in ("features_heldout", "fid_heldout", "timing")}
+                         not in ("features_heldout", "timing", *of_heldout)}
   for i, record in enumerate(alone):
     assert record["features_heldout"] == together["features_heldout"][i]
-    assert record["fid_heldout"] == together["fid_heldout"][i]
+    for key in of_heldout:
+      assert record[key] == together[key][i]
     assert same(record) == same(together)
   assert alone[0]["fid_heldout"] != alone[1]["fid_heldout"] > 0
   # A list of one is that network: what is known of it is not measured again.
