@@ -166,10 +166,7 @@ class GGDM(LearnedSampler):
   def default_start(self):
     if self.markov or self._form.starts:
       return super().default_start()
-    if self.schedule.in_v:
-      return learned.BEST_FLOW_START
-    return next(start for most, *start in learned.BEST_STARTS
-                if self.num_steps <= most)
+    return learned.best_start(self.schedule, self.num_steps)
 
   def get_config(self):
     return {**super().get_config(), "markov": self.markov,
