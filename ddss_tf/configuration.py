@@ -133,8 +133,11 @@ def _build_baselines(arguments: dict[str, Any], num_steps: int | None) -> None:
   """
   if arguments["num_steps"] is not None:
     num_steps = arguments["num_steps"]
+  if arguments["baselines"] is baselines.DEFAULT:
+    return  # Those of it that cannot be made are left out.
   for baseline in arguments["baselines"]:
-    if num_steps is not None or not isinstance(baseline, str):
+    if not isinstance(baseline, str) or (
+        num_steps is not None and baselines.is_solver(baseline)):
       baselines.make_baseline(
           baseline, arguments["denoiser"].schedule, num_steps)
 

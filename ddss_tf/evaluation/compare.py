@@ -342,7 +342,7 @@ class _Table:
     sampler, bound = zoo.load_searched(self.run, denoiser, path)
     if any((row["sampler"], row["num_steps"])
            == (sampler.label, sampler.num_steps) for row in self.records):
-      sampler.label += f" ({_card_name(path)})"
+      sampler.label += f" ({zoo.short_name(path)})"
     self.add(sampler, bound)
 
 
@@ -454,16 +454,6 @@ def _row_of(sampler):
   if not isinstance(sampler, sampler_lib.SolverSampler):
     return None
   return sampler.solver, str(sampler.stride)
-
-
-def _card_name(path):
-  """What tells a card from others of its family.
-
-  A `sampler.json` is named by its folder, any other card by its file.
-  """
-  folder, name = os.path.split(path)
-  return os.path.basename(folder) if name == run_dir_lib.SAMPLER and folder else (
-      os.path.splitext(name)[0])
 
 
 def _search_of(folder):
