@@ -10,12 +10,31 @@ import dataclasses
 import difflib
 import itertools
 import re
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 import gin
 from gin import config_parser
 
 MACRO = "gin.macro"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def configurable(denylist: list[str] | None = None
+                 ) -> Callable[[_Function], _Function]:
+  """`gin.configurable`, which leaves a function its type.
+
+  Type checkers take what gin's own decorator gives for `Any`, so a misspelt
+  argument would pass.
+
+  Args:
+    denylist: arguments that must not be bound.
+  """
+  return gin.configurable(denylist=denylist)
+
+
+def register(function: _Function) -> _Function:
+  """`gin.register`, which leaves a function its type."""
+  return gin.register(function)
 
 
 @dataclasses.dataclass(frozen=True)

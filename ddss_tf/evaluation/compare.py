@@ -15,6 +15,7 @@ from typing import Any, Mapping, Sequence
 from absl import logging
 import gin
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -126,7 +127,7 @@ def _variances(full_chain):
   return ("posterior",) if full_chain else ()
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def compare(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,

@@ -7,6 +7,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf import zoo
@@ -47,7 +48,7 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
   check_x0_bound("evaluate", arguments["x0_bound"])
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,

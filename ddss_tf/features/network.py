@@ -104,6 +104,9 @@ class FeatureNetwork:
         self._preprocessing.output_shape(image_shape), self._input_shape
         ) and self._preprocessing.takes_channels(image_shape[2])
 
+  def __repr__(self):
+    return f"FeatureNetwork({self.name!r}, {self.protocol!r})"
+
   def __call__(self, images) -> dict[str, tf.Tensor]:
     """Features of a batch; differentiable with respect to the images.
 

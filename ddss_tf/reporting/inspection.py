@@ -8,6 +8,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf.datasets.dataset import ImageDataset, as_dataset
 from ddss_tf.denoisers import wiring
 from ddss_tf.denoisers.decoder import Decoder
@@ -176,7 +177,7 @@ def _architecture(denoiser: Denoiser) -> str:
       for name, value in known.items())
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
             features: FeatureNetwork | list[FeatureNetwork] | None = None,
             num_steps: int = 10, micro_batch_size: int = 64,

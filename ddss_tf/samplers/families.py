@@ -31,6 +31,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf.runs import fingerprint
 from ddss_tf.samplers import labels
 from ddss_tf.samplers import learned
@@ -378,7 +379,7 @@ COMPARED = tuple(
     for extra in (_EXTRAS[:4] if LEARNED[name].multistep else ("",)))
 
 
-@gin.configurable
+@bindings.configurable()
 def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
                  num_steps: int = gin.REQUIRED, **options) -> Sampler:
   """Makes a sampler from its name.

@@ -17,6 +17,7 @@ from absl import logging
 import gin
 import numpy as np
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import metrics
 from ddss_tf import storage
@@ -95,7 +96,7 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
                      options.num_search_steps, options.keep)
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def search(
     denoiser: Denoiser = gin.REQUIRED,
     sampler: Sampler | Callable[[NoiseSchedule], Sampler] = gin.REQUIRED,
