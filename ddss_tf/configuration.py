@@ -95,9 +95,10 @@ def build(functions: Sequence[Callable]) -> None:
       _CHECKS[name](arguments)
     if name == "compare":
       _check_searches_of(arguments)
-    if "dataset" in arguments:
+    if arguments.get("dataset") is not None:
       networks = network_lib.as_networks(
-          f"{name}.features", arguments["features"], several=name == "search")
+          f"{name}.features", arguments["features"],
+          several=name in ("search", "inspect"), optional=name == "inspect")
       networks += network_lib.as_networks(
           f"{name}.heldout_features", arguments.get("heldout_features"),
           optional=True)

@@ -168,7 +168,7 @@ def test_publishing_a_run(tmp_path):
   assert " 1.25 / 3.50 " in zoo.table(folder)
   storage.write_json(metrics, [{**several, "fid_heldout": [1.25]}])
   with pytest.raises(ddss_tf.UserError, match="damaged"):
-    zoo.load(os.path.basename(zoo.add(run, folder)), folder)
+    zoo.load(os.path.basename(zoo.add(run, folder)).removesuffix(".json"), folder)
   storage.write_json(metrics, [several])
   zoo.add(run, folder)
   assert list(zoo.list_cards(folder)) == [NAME]
