@@ -46,9 +46,11 @@ class _Required:
 
 @functools.cache
 def _without_gin(function):
-  """A function whose signature shows REQUIRED instead of gin's mark.
+  """A function as Python has it: a signature, and errors of one kind.
 
-  `help` would show the mark, gin.REQUIRED, as an unnamed object.
+  `help` would show gin's mark of what is required as an unnamed object. A
+  required argument that is missing is a `UserError`, and errors are one line,
+  without the names of the calls that gin appends.
   """
   import gin  # pylint: disable=g-import-not-at-top
   signature = _inspect.signature(function)
@@ -59,7 +61,23 @@ def _without_gin(function):
 
   @functools.wraps(function)
   def public(*args, **kwargs):
-    return function(*args, **kwargs)
+    from ddss_tf import errors  # pylint: disable=g-import-not-at-top
+    name = function.__name__
+    given = {*kwargs, *list(signature.parameters)[:len(args)]}
+    missing = [each for each in marked if each not in {
+        *given, *(gin.get_bindings(name, resolve_references=False)
+                  if set(marked) - given else ())}]
+    if missing:
+      raise errors.UserError(
+          f"{name}: {', '.join(missing)} must be given. Received: "
+          f"{', '.join(sorted(given)) or 'no arguments'}")
+    try:
+      return function(*args, **kwargs)
+    except errors.UserError as error:
+      line, *calls = str(error).split("\n  In call to configurable")
+      if not calls:
+        raise
+      raise errors.UserError(line).with_traceback(error.__traceback__) from None
 
   public.__signature__ = signature.replace(parameters=[
       parameter.replace(default=_Required()) if parameter.name in marked

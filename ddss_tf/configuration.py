@@ -8,19 +8,17 @@ statements, and hands their text to gin.
 Importing this module imports every function that gin may bind.
 """
 
-import collections
-import dataclasses
-import difflib
 import inspect
 import io
 import os
 import re
 import tokenize
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import gin
 from gin import config_parser
 
+from ddss_tf import bindings as bindings_lib
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -62,7 +60,6 @@ _CHECKS = {
     "sample": sample.check_sample, "search": options_lib.check_search}
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _COMMAND_LINE = "the command line"
-_MACRO = "gin.macro"
 # The most includes inside of each other, and the most files in all. A
 # configuration with more has a mistake in it.
 _DEEPEST, _MOST = 100, 10_000
@@ -98,9 +95,10 @@ def build(functions: Sequence[Callable]) -> None:
       _CHECKS[name](arguments)
     if name == "compare":
       _check_searches_of(arguments)
-    if "dataset" in arguments:
+    if arguments.get("dataset") is not None:
       networks = network_lib.as_networks(
-          f"{name}.features", arguments["features"], several=name == "search")
+          f"{name}.features", arguments["features"],
+          several=name in ("search", "inspect"), optional=name == "inspect")
       networks += network_lib.as_networks(
           f"{name}.heldout_features", arguments.get("heldout_features"),
           optional=True)
@@ -136,8 +134,11 @@ def _build_baselines(arguments: dict[str, Any], num_steps: int | None) -> None:
   """
   if arguments["num_steps"] is not None:
     num_steps = arguments["num_steps"]
+  if arguments["baselines"] is baselines.DEFAULT:
+    return  # Those of it that cannot be made are left out.
   for baseline in arguments["baselines"]:
-    if num_steps is not None or not isinstance(baseline, str):
+    if not isinstance(baseline, str) or (
+        num_steps is not None and baselines.is_solver(baseline)):
       baselines.make_baseline(
           baseline, arguments["denoiser"].schedule, num_steps)
 
@@ -176,8 +177,9 @@ def parse(files: list[str], params: list[str]) -> None:
 
   Raises:
     UserError: a file or an include is missing or not UTF-8; files include each
-      other in a circle; a statement imports or is faulty; or a macro or a scope
-      is used by no text, and so is misspelt.
+      other in a circle; a statement imports or is faulty; a macro or a scope is
+      used by no text, and so is misspelt; or a binding comes last and loses to
+      an earlier one in a scope.
   """
   try:
     reader = _Reader(files)
@@ -186,8 +188,9 @@ def parse(files: list[str], params: list[str]) -> None:
     reader.take("\n".join(params), None, chain=())
     for piece in reader.pieces:
       gin.parse_config(piece, skip_unknown=False)
-    _check_effects([_Binding.of(each) for each in reader.bindings])
-    _leave_out_dead()
+    bindings = [bindings_lib.Binding.of(each) for each in reader.bindings]
+    bindings_lib.check_effects(bindings)
+    bindings_lib.check_winning(bindings, bindings_lib.leave_out_dead())
     gin.finalize()
   except UserError:
     raise
@@ -225,24 +228,6 @@ def _read_text(path: str) -> str:
   return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-  """`@scope/selector`. `%scope` is one with the selector `gin.macro`."""
-  scope: str
-  selector: str
-
-
-class _Unread(config_parser.ParserDelegate):
-  """Makes a `_Reference` of every name in a value, whatever it stands for."""
-
-  def configurable_reference(self, scoped_configurable_name, evaluate):
-    scope, _, selector = scoped_configurable_name.rpartition("/")
-    return _Reference(scope, selector)
-
-  def macro(self, macro_name):
-    return _Reference(macro_name, _MACRO)
-
-
 class _Named(io.StringIO):
   """Text with the name of its file, which gin puts into messages."""
 
@@ -260,7 +245,7 @@ class _Reader:
   Attributes:
     files: the paths where the files are.
     pieces: texts without includes, for gin.
-    bindings: gin's `BindingStatement`s, with `_Reference`s in their values.
+    bindings: gin's `BindingStatement`s, with `bindings.Reference`s in their values.
 
   Raises:
     UserError: one of the files is missing.
@@ -303,7 +288,7 @@ class _Reader:
       ValueError: the text imports, or an include is missing.
     """
     statements = list(config_parser.ConfigParser(
-        _Named(text, path), _Unread()))
+        _Named(text, path), bindings_lib.Unread()))
     lines = text.split("\n")
     first_lines = [each.location.line_num - 1 for each in statements]
     begin = 0
@@ -343,156 +328,3 @@ class _Reader:
         return os.path.join(folder, expanded)
     raise ValueError("an included file must be there. Received: "
                      f"{name!r}, which {path or _COMMAND_LINE} includes")
-
-
-def _references(value) -> Iterator[_Reference]:
-  """All references in a value."""
-  if isinstance(value, _Reference):
-    yield value
-  elif isinstance(value, dict):
-    for item in value.items():
-      yield from _references(item)
-  elif isinstance(value, (list, tuple)):
-    for item in value:
-      yield from _references(item)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Binding:
-  """A binding. A macro is a binding of `gin.macro.value` in a scope.
-
-  Attributes:
-    scope: the scope, which for a macro is its name.
-    selector: the function's name, as the text has it.
-    argument: the parameter's name.
-    references: all references in the value.
-  """
-  scope: str
-  selector: str
-  argument: str
-  references: tuple[_Reference, ...]
-
-  @classmethod
-  def of(cls, statement: config_parser.BindingStatement) -> "_Binding":
-    scope, selector, argument = statement[:3]
-    if not argument:
-      scope = f"{scope}/{selector}" if scope else selector
-      selector, argument = _MACRO, "value"
-    return cls(scope, selector, argument, tuple(_references(statement.value)))
-
-  @property
-  def function(self):
-    """The function that is bound, whichever of its names the text has."""
-    return gin.get_configurable(self.selector)
-
-
-def _holds(scope: str, called: str) -> bool:
-  """Whether a binding in `scope` counts for a call in the scope `called`."""
-  return not scope or f"{called}/".startswith(f"{scope}/")
-
-
-def _calls(bindings: Iterable[_Binding]) -> dict:
-  """The scopes in which gin may call each function, by the function.
-
-  gin calls a reference with a scope in that scope, and one without in the scope
-  of the function whose argument it is.
-  """
-  scopes = collections.defaultdict(set)
-  by_function = collections.defaultdict(list)
-  for binding in bindings:
-    by_function[binding.function].append(binding)
-  todo = [(reference.scope, gin.get_configurable(reference.selector))
-          for binding in bindings for reference in binding.references
-          if reference.scope]
-  while todo:
-    scope, function = todo.pop()
-    if scope in scopes[function]:
-      continue
-    scopes[function].add(scope)
-    todo += [(scope, gin.get_configurable(reference.selector))
-             for binding in by_function[function]
-             if _holds(binding.scope, scope)
-             for reference in binding.references if not reference.scope]
-  return scopes
-
-
-def _counts(binding: _Binding, calls: dict) -> bool:
-  """Whether gin may ever use a binding. One without a scope always counts."""
-  return not binding.scope or any(
-      _holds(binding.scope, scope) for scope in calls[binding.function])
-
-
-def _check_effects(bindings: list[_Binding]) -> None:
-  """Refuses bindings without a use: gin takes a misspelt name for a new one.
-
-  Args:
-    bindings: all bindings of the files and the command line, replaced ones too.
-      So a binding whose last use was replaced is accepted.
-
-  Raises:
-    ValueError: nothing uses a macro, or nothing is called in a scope.
-  """
-  calls = _calls(bindings)
-  for binding in bindings:
-    if _counts(binding, calls):
-      continue
-    known = sorted(calls[binding.function])
-    near = difflib.get_close_matches(binding.scope, known, 1)
-    if binding.function is gin.get_configurable(_MACRO):
-      raise ValueError(
-          f"macro {binding.scope!r} is not used by any binding; is it misspelt?"
-          + (f" The nearest that is used: {near[0]!r}" if near else ""))
-    called = [f"{scope}/{binding.selector}.{binding.argument}"
-              for scope in near or known]
-    if not called:
-      called = [f"{binding.selector}.{binding.argument}"]
-    raise ValueError(
-        f"binding {binding.scope}/{binding.selector}.{binding.argument} has no "
-        f"effect, because nothing refers to @{binding.scope}/{binding.selector}; "
-        f"is it misspelt? With an effect: {', '.join(called)}")
-
-
-def _leave_out_dead() -> None:
-  """Takes back the bindings whose every use a later binding has replaced.
-
-  Raises:
-    ValueError: macros are made of each other.
-  """
-  bindings = list(map(_Binding.of, (
-      statement for statement in config_parser.ConfigParser(
-          gin.config_str(max_line_length=10**6), _Unread())
-      if isinstance(statement, config_parser.BindingStatement))))
-  _check_macros(bindings)
-  while True:
-    calls = _calls(bindings)
-    dead = [each for each in bindings if not _counts(each, calls)]
-    if not dead:
-      break
-    bindings = [each for each in bindings if each not in dead]
-    for each in dead:
-      key = gin.config.ParsedBindingKey.parse(
-          (each.scope, each.selector, each.argument)).config_key
-      # gin has no function that takes a binding back.
-      gin.config._CONFIG.pop(key, None)  # pylint: disable=protected-access
-
-
-def _check_macros(bindings: list[_Binding]) -> None:
-  """Refuses macros that are made of each other: gin would expand them for ever.
-
-  Raises:
-    ValueError: names the macros.
-  """
-  inside = {binding.scope: [reference.scope for reference in binding.references
-                            if reference.selector == _MACRO]
-            for binding in bindings if binding.selector == _MACRO}
-
-  def follow(name, chain):
-    if name in chain:
-      raise ValueError("macros must not be made of each other. Received: "
-                       f"{' -> '.join([*chain[chain.index(name):], name])}")
-    for other in inside.get(name, ()):
-      follow(other, [*chain, name])
-    inside[name] = ()  # Nothing that follows from here leads back.
-
-  for name in list(inside):
-    follow(name, [])

@@ -83,9 +83,11 @@ def _main(argv):
   except (UserError, OSError) as error:
     _fail(error)
   except RuntimeError as error:
-    if "Required bindings" not in str(error):
+    from ddss_tf import bindings
+    missing = bindings.missing(error)
+    if missing is None:
       raise
-    _fail(f"gin: {error}")
+    _fail(f"gin: {missing}")
 
 
 def _fail(error, status=2):

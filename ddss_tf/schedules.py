@@ -14,10 +14,11 @@ Tables are float64 NumPy. Only what a gradient must pass through is TensorFlow.
 import functools
 from typing import Mapping
 
-import gin
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+
+from ddss_tf import bindings
 
 # The least log(alpha / sigma) at which a named stride begins. There 1 / alpha
 # is 164: an error of 1 % in eps is one of 1.6 in x0_hat. The linear schedule of
@@ -133,6 +134,11 @@ class NoiseSchedule:
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = np.concatenate([[1.0], root**2])
     return NoiseSchedule(1 - abar[1:] / abar[:-1])
+
+  def __repr__(self):
+    last = self.num_train_steps - 1
+    return (f"{type(self).__name__}(T={last + 1}, alpha_bar from "
+            f"{float(self.abar(0)):.4g} to {float(self.abar(last)):.4g})")
 
   @property
   def num_train_steps(self) -> int:
@@ -394,7 +400,7 @@ def interpolated(table: np.ndarray, t,
   return lower + fraction * (tf.gather(table, right) - lower)
 
 
-@gin.register
+@bindings.register
 def make_schedule(name: str = "linear", num_train_steps: int = 1000,
                   beta_start: float = 1e-4, beta_end: float = 0.02,
                   betas: npt.ArrayLike | None = None, sigma_min: float = 0.01,

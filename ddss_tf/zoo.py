@@ -22,8 +22,8 @@ from ddss_tf.errors import UserError
 from ddss_tf.samplers.card import SamplerCard
 from ddss_tf.samplers.sampler import FixedSampler
 
-FOLDER = os.path.join(os.path.dirname(__file__), "assets", "samplers")
-_SUFFIX = ".json"
+FOLDER, find = card_lib.FOLDER, card_lib.find
+SAMPLER = run_dir_lib.SAMPLER
 
 
 def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
@@ -41,33 +41,21 @@ def list_cards(folder: str | None = None) -> dict[str, SamplerCard]:
   folder = storage.expanded(folder) or FOLDER
   if not storage.isdir(folder):
     raise UserError(f"zoo must be a folder of cards. Received: {folder!r}")
-  names = sorted(name.removesuffix(_SUFFIX) for name in storage.listdir(folder)
-                 if name.endswith(_SUFFIX))
-  return {name: card_lib.read(os.path.join(folder, name + _SUFFIX))
-          for name in names}
+  return {name: card_lib.read(os.path.join(folder, name + card_lib.SUFFIX))
+          for name in card_lib.names(folder)}
 
 
-def find(sampler: str, folder: str | None = None) -> str:
-  """Path of a card.
+def short_name(sampler: str) -> str:
+  """What tells a card from others of its family, a word for tables.
+
+  A `sampler.json` is named by its folder, any other card by its file.
 
   Args:
     sampler: its path, or its name in the zoo.
-    folder: the folder of the zoo; None: the one that comes with the package.
-
-  Raises:
-    UserError: there is neither such a file nor such a name.
   """
-  sampler = storage.expanded(sampler)
-  if isinstance(sampler, str) and storage.isfile(sampler):
-    return sampler
-  folder = storage.expanded(folder) or FOLDER
-  path = os.path.join(folder, f"{sampler}{_SUFFIX}")
-  if os.path.basename(path) != f"{sampler}{_SUFFIX}" or (
-      not storage.isfile(path)):
-    raise UserError("sampler must be the path of a card, or one of "
-                    f"{', '.join(list_cards(folder)) or 'an empty zoo'}. "
-                    f"Received: {sampler!r}")
-  return path
+  folder, name = os.path.split(sampler)
+  return os.path.basename(folder) if name == SAMPLER and folder else (
+      name.removesuffix(card_lib.SUFFIX))
 
 
 def load(sampler: str, folder: str | None = None) -> SamplerCard:
@@ -111,7 +99,7 @@ def add(run_dir: str, folder: str, name: str | None = None,
                      card.family or "sampler"])
   if os.path.basename(name) != name or name.startswith("."):
     raise UserError(f"name of a card must be a file name. Received: {name!r}")
-  path = os.path.join(folder, name + _SUFFIX)
+  path = os.path.join(folder, name + card_lib.SUFFIX)
   card_lib.write(path, SamplerCard(
       label=card.label, coefficients=card.coefficients, denoiser=card.denoiser,
       search=card.search, x0_bound=card.x0_bound, metrics=records,

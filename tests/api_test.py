@@ -40,7 +40,7 @@ def test_names_for_editors_are_the_public_ones():
   with open(ddss_tf.__file__ + "i") as f:
     text = f.read()
   checked = re.findall(r"^from \.[\w.]* import (.+)$", text, re.M)
-  names = {name for line in checked for name in line.split(", ")}
+  names = {name.split(" as ")[0] for line in checked for name in line.split(", ")}
   assert names == set(ddss_tf.__all__)
 
 
@@ -121,3 +121,54 @@ def test_one_version():
   with open(os.path.join(ROOT, "CHANGELOG.md")) as f:
     newest = re.search(r"^## ([\d.]+)", f.read(), re.M).group(1)
   assert newest == ddss_tf.__version__
+
+
+def test_what_is_missing_is_told_in_one_line(gaussian_parts):
+  schedule = gaussian_parts["denoiser"].schedule
+  for call, words in (
+      (lambda: ddss_tf.make_sampler(schedule, "ggdm"),
+       "make_sampler: num_steps must be given. Received: family, schedule"),
+      (ddss_tf.load_features,
+       "load_features: path must be given. Received: no arguments"),
+      (lambda: ddss_tf.search(run_dir="x", num_search_steps=3),
+       "search: denoiser, sampler, features, dataset, batch_size must be given"),
+      # gin would append the calls that led here.
+      (lambda: ddss_tf.make_sampler(schedule, "ggdm", 2, init="nobody"),
+       "Received: 'nobody'")):
+    with pytest.raises(ddss_tf.UserError) as caught:
+      call()
+    assert str(caught.value).endswith(words) or words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_say_what_they_are(gaussian_parts):
+  schedule = ddss_tf.NoiseSchedule.linear()
+  assert repr(schedule) == (
+      "NoiseSchedule(T=1000, alpha_bar from 0.9999 to 4.036e-05)")
+  assert repr(gaussian_parts["denoiser"]) == (
+      f"Denoiser('gaussian', [4, 4, 1], prediction='eps', {schedule!r})")
+  assert repr(gaussian_parts["dataset"]).startswith(
+      "ImageDataset('gaussian', 400 images of 4 x 4 x 1, sha256=")
+  assert repr(gaussian_parts["features"]).startswith("FeatureNetwork('random', ")
+  assert repr(ddss_tf.make_sampler(schedule, "ddim", 5)) == (
+      "SolverSampler('DDIM linear', num_steps=5)")
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_arguments(tmp_path):
+  pytest.importorskip("mypy")
+  script = tmp_path / "user.py"
+  script.write_text(
+      "import ddss_tf\n"
+      "reveal_type(ddss_tf.search)\n"
+      "ddss_tf.make_sampler(ddss_tf.make_schedule(), 'ggdm', num_steps=3)\n"
+      "ddss_tf.evaluate('runs/mine', num_sample=3)\n"
+      "ddss_tf.evaluate('runs/mine', num_samples=3)\n", encoding="utf-8")
+  found = subprocess.run(
+      [sys.executable, "-m", "mypy", "--ignore-missing-imports",
+       "--follow-imports=silent", str(script)], cwd=ROOT, capture_output=True,
+      text=True, check=False).stdout.splitlines()
+  revealed = next(line for line in found if "Revealed type" in line)
+  assert "num_search_steps: int" in revealed and "run_dir: str" in revealed
+  (error,) = [line for line in found if ": error:" in line]
+  assert ":4: error" in error and '"num_sample" for "evaluate"' in error, error

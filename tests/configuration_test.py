@@ -6,7 +6,9 @@ from absl import flags
 import gin
 import pytest
 
+from ddss_tf import configuration
 from ddss_tf import main
+from ddss_tf.errors import UserError
 import gaussian_parts
 from project import ROOT
 
@@ -144,3 +146,82 @@ def test_a_scope_that_nothing_references_is_told(
 
 def test_a_scope_whose_reference_is_overridden(small, dry_run):
   assert dry_run(small, params=["evaluate.baselines = []"]) == (0, "")
+
+
+@pytest.mark.parametrize("later,words", [
+    (["make_sampler.family = 'vars'"],
+     ["make_sampler.family has no effect",
+      "With an effect: ", "searched/make_sampler.family"]),
+    (["searched/make_sampler.init = None", "make_sampler.init = 'ddim'"],
+     ["With an effect: searched/make_sampler.init"]),
+    (["denoiser/gaussian_denoiser.mean = 0.1", "gaussian_denoiser.mean = 0.2"],
+     ["With an effect: denoiser/gaussian_denoiser.mean"]),
+])
+def test_a_binding_that_a_scope_overrides_is_told(later, words, small, dry_run):
+  status, line = dry_run(small, params=later)
+  assert status == 2 and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("later", [
+    # A later binding in the scope replaces an earlier one without.
+    ["features/load_features.path = 'digits_cnn'", "load_dataset.max_images = 9"],
+    # One of the scopes has no binding of this argument, the other none at all.
+    ["make_sampler.stride = 'quadratic'"],
+    # Nothing is called in the scope any more.
+    ["search.sampler = @make_sampler", "evaluate.baselines = []",
+     "make_sampler.family = 'vars'", "make_sampler.num_steps = 2"],
+])
+def test_a_binding_that_wins_is_taken(later, small, dry_run, tmp_path):
+  del tmp_path
+  if "digits_cnn" in later[0]:
+    later = [*later, "gaussian_denoiser.image_shape = (16, 16, 1)"]
+    status, line = dry_run(small, params=later)
+    # The features are the digits' now, whose size the images lack.
+    assert status == 2 and "has no effect" not in line, line
+  else:
+    assert dry_run(small, params=later) == (0, "")
+
+
+def test_what_must_be_bound_is_told_by_the_name_that_works(small, dry_run):
+  text = read(small).replace("searched/make_sampler.num_steps = %NUM_STEPS\n", "")
+  with open(small + ".without", "w", encoding="utf-8") as f:
+    f.write(text)
+  assert dry_run(small + ".without") == (
+      2, "error: gin: searched/make_sampler.num_steps must be bound")
+
+
+def test_errors_name_the_binding_that_works(dry_run, monkeypatch, tmp_path):
+  """Following the advice of a message must help."""
+  monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
+  (tmp_path / ("0" * 40)).mkdir()
+  monkeypatch.setattr("ddss_tf.features.hub._fetched", refuse)
+  path = write(tmp_path, "own.gin", f"""
+include "{ROOT}/gin_configs/digits.gin"
+include "{ROOT}/gin_configs/features/inception.gin"
+NUM_STEPS = 2
+NUM_SAMPLES = 8
+searched/make_sampler.family = "vars"
+search.num_search_steps = 2
+search.batch_size = 4
+""")
+  status, line = dry_run(path)
+  assert status == 2 and "set loss/load_features.path to" in line, line
+
+
+def refuse(handle):
+  raise OSError(f"no network for {handle}")
+
+
+def test_every_shipped_file_is_free_of_lost_bindings():
+  """All that can be parsed alone, whatever macros it leaves to bind."""
+  folder = os.path.join(ROOT, "gin_configs")
+  paths = [os.path.join(top, name) for top, _, names in os.walk(folder)
+           for name in names if name.endswith(".gin")]
+  assert len(paths) > 30
+  for path in paths:
+    gin.clear_config()
+    try:
+      configuration.parse([path], [])
+    except UserError as error:
+      assert "binding in the scope" not in str(error), (path, error)
+  gin.clear_config()

@@ -99,7 +99,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(home):
                                init="~/run/sampler.json")
   found, = ddss_tf.evaluate(
       "~/other", denoiser, images, features, num_samples=20,
-      sampler="~/run/sampler.json", jit_compile=False)
+      sampler="~/run/sampler.json", jit_compile=False, baselines=[])
   assert found["num_steps"] == again.num_steps == 2
   ddss_tf.export("~/run", denoiser)
   assert (home / "run" / "export").is_dir() and (home / "cache").is_dir()

@@ -168,7 +168,18 @@ def test_publishing_a_run(tmp_path):
   assert " 1.25 / 3.50 " in zoo.table(folder)
   storage.write_json(metrics, [{**several, "fid_heldout": [1.25]}])
   with pytest.raises(ddss_tf.UserError, match="damaged"):
-    zoo.load(os.path.basename(zoo.add(run, folder)), folder)
+    zoo.load(os.path.basename(zoo.add(run, folder)).removesuffix(".json"), folder)
   storage.write_json(metrics, [several])
   zoo.add(run, folder)
   assert list(zoo.list_cards(folder)) == [NAME]
+
+
+def test_a_search_may_start_at_a_name():
+  found = zoo.load(NAME)
+  schedule = ddss_tf.NoiseSchedule.linear()
+  sampler = ddss_tf.make_sampler(
+      schedule, "ggdm+pred+time", found.coefficients.num_steps, init=NAME)
+  for name, a, b in zip(found.coefficients._fields, found.coefficients,
+                        sampler.coefficients()):
+    if a is not None:
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7, err_msg=name)

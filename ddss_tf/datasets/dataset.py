@@ -36,6 +36,14 @@ class ImageDataset:
       raise UserError(f"captions of {self.name!r} must be {len(self.images)} texts, "
                       f"one for each image. Received: {len(self.captions)}")
 
+  def __repr__(self):
+    size = " x ".join(map(str, self.images.shape[1:]))
+    more = [name for name in ("labels", "captions")
+            if getattr(self, name) is not None]
+    return (f"ImageDataset({self.name!r}, {len(self.images)} images of {size}"
+            f"{''.join(f', {name}' for name in more)}, "
+            f"sha256={self.sha256[:8]})")
+
   def caption_counts(self) -> tuple[list[str], list[int]]:
     """The distinct captions, and how often each occurs.
 

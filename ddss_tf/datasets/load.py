@@ -8,6 +8,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.datasets import sources
 from ddss_tf.runs import fingerprint
@@ -24,7 +25,7 @@ _RESIZE_METHODS = ("bicubic", "lanczos3", "area")
 _READ_BATCH = 100
 
 
-@gin.register
+@bindings.register
 def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
                  channels: int | None = None,
                  crop: str | int | None = None, pad: int = 0,
@@ -142,7 +143,7 @@ def load_dataset(name: str = gin.REQUIRED, split: str = "train", *,
       name, images, labels, fingerprint.arrays_sha256([images]), captions)
 
 
-@gin.register
+@bindings.register
 def label_counts(dataset: ImageDataset = gin.REQUIRED,
                  num_classes: int = gin.REQUIRED) -> list[int]:
   """How often each class occurs in a data set, for `load_denoiser.label_weights`.

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf import schedules
 from ddss_tf.networks import frozen
 from ddss_tf.runs import fingerprint
@@ -41,7 +42,7 @@ class Clock(keras.layers.Layer):
     return {**super().get_config(), "table": self.table.tolist()}
 
 
-@gin.register
+@bindings.register
 def on_schedule(denoiser: Denoiser = gin.REQUIRED,
                 schedule: NoiseSchedule = gin.REQUIRED) -> Denoiser:
   """The same network behind another schedule, asked at equal log-SNR.

@@ -166,6 +166,15 @@ class Denoiser(checks.Checks, compiling.Compiled, conditions_lib.Conditional):
         label_weights=None if self.conditions else self.told_weights,
         **told_classes, **convention)
 
+  def __repr__(self):
+    parts = [repr(self.name), shape_text(self.state_shape),
+             f"prediction={self.prediction!r}", repr(self.schedule)]
+    if self.num_classes is not None:
+      parts.append(f"num_classes={self.num_classes}")
+    if self.sha256:
+      parts.append(f"sha256={self.sha256[:8]}")
+    return f"{type(self).__name__}({', '.join(parts)})"
+
   def guided(self, guidance_scale: float | None = None,
              null_label: int | None = None) -> "Denoiser":
     """The same network with other guidance.

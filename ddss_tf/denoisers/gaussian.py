@@ -1,8 +1,8 @@
 """The exact denoiser of Gaussian images, for tests and first steps."""
 
-import gin
 import keras
 
+from ddss_tf import bindings
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.schedules import FlowSchedule, NoiseSchedule
 
@@ -48,7 +48,7 @@ class _GaussianFlow(keras.layers.Layer):
     return {**super().get_config(), "mean": self.mean, "std": self.std}
 
 
-@gin.register
+@bindings.register
 def gaussian_denoiser(image_shape: tuple[int, int, int] = (8, 8, 1),
                       mean: float = 0.0, std: float = 0.5,
                       schedule: NoiseSchedule | None = None) -> Denoiser:

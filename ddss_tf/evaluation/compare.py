@@ -15,6 +15,7 @@ from typing import Any, Mapping, Sequence
 from absl import logging
 import gin
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf import zoo
 from ddss_tf.datasets import dataset as dataset_lib
@@ -128,7 +129,7 @@ def _variances(full_chain):
   return ("posterior",) if full_chain else ()
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def compare(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -349,7 +350,7 @@ class _Table:
     sampler, bound = zoo.load_searched(self.run, denoiser, path)
     if any((row["sampler"], row["num_steps"])
            == (sampler.label, sampler.num_steps) for row in self.records):
-      sampler.label += f" ({_card_name(path)})"
+      sampler.label += f" ({zoo.short_name(path)})"
     self.add(sampler, bound)
 
 
@@ -461,16 +462,6 @@ def _row_of(sampler):
   if not isinstance(sampler, sampler_lib.SolverSampler):
     return None
   return sampler.solver, str(sampler.stride)
-
-
-def _card_name(path):
-  """What tells a card from others of its family.
-
-  A `sampler.json` is named by its folder, any other card by its file.
-  """
-  folder, name = os.path.split(path)
-  return os.path.basename(folder) if name == run_dir_lib.SAMPLER and folder else (
-      os.path.splitext(name)[0])
 
 
 def _search_of(folder):

@@ -7,6 +7,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf import zoo
@@ -16,8 +17,11 @@ from ddss_tf.evaluation import evaluator as evaluator_lib
 from ddss_tf.evaluation import heldout as heldout_lib
 from ddss_tf.features import network as network_lib
 from ddss_tf.reporting import grids
+from ddss_tf.reporting import report
+from ddss_tf.runs import fingerprint
 from ddss_tf.runs import records as records_lib
 from ddss_tf.runs import run_dir as run_dir_lib
+from ddss_tf.samplers import card
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import MAX_SEED, UserError, check_whole
 from ddss_tf.evaluation.baselines import Baseline
@@ -46,7 +50,7 @@ def check_evaluate(arguments: Mapping[str, Any]) -> None:
   heldout_lib.check("evaluate", arguments["heldout_measures"])
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def evaluate(
     run_dir: str,
     denoiser: Denoiser = gin.REQUIRED,
@@ -54,7 +58,7 @@ def evaluate(
     features: network_lib.FeatureNetwork = gin.REQUIRED,
     heldout_features: (network_lib.FeatureNetwork
                        | list[network_lib.FeatureNetwork] | None) = None,
-    baselines: Sequence[Baseline] = (),
+    baselines: Sequence[Baseline] = baselines_lib.DEFAULT,
     num_samples: int = gin.REQUIRED,
     seed: int = 1234,
     batch_size: int = 250,
@@ -67,11 +71,14 @@ def evaluate(
     rounding: bool = True,
     clip: Clip | None = None,
     heldout_measures: Sequence[str] = heldout_lib.DEFAULT,
+    page: bool = True,
 ) -> list[dict]:
   """Evaluates the searched sampler beside baselines, on the same noise.
 
-  Writes `metrics.json` after each row (see `Evaluator`), `samples.png`, and
-  TensorBoard scalars.
+  Writes `metrics.json` after each row (see `Evaluator`), `samples.png`,
+  TensorBoard scalars and `report.html`. A card that is not of the run leaves the
+  run's `samples.png` as it is and is drawn into `samples_<name>.png`; its row
+  has its name.
 
   Args:
     run_dir: folder of the run, with `sampler.json` if there was a search.
@@ -84,8 +91,11 @@ def evaluate(
       one pass over the samples. Given a list, `features_heldout` and
       `fid_heldout` of a record are lists of that length.
     baselines: training-free solvers by name, such as "ddim quadratic", the
-      solver "ddim" on the stride "quadratic"; functions from a noise schedule
-      to a sampler; or samplers.
+      solver "ddim" on the stride "quadratic"; "best", the best solver known for
+      K (`learned.best_start`); "start", where the search began; paths of cards or
+      names of the zoo; functions from a noise schedule to a sampler; or samplers.
+      Of the default, DDIM, "best" and "start", those that cannot be made are left
+      out. Rows with the same coefficients are measured once.
     num_samples: generated images of each sampler.
     seed: the seed of their noise.
     batch_size: images per call.
@@ -104,6 +114,7 @@ def evaluate(
     heldout_measures: further figures on the held-out features, names out of
       "coverage", "recall", "density", "precision" (`neighbours.figures`) and
       "sliced_wasserstein" (`metrics.sliced_wasserstein`).
+    page: write the report, see `report.report`.
 
   Returns:
     The records of this call, baselines first, the searched one last.
@@ -116,15 +127,19 @@ def evaluate(
   check_evaluate(locals())
   dataset = dataset_lib.as_dataset(dataset)
   with run_dir_lib.RunDir(run_dir, cache_dir).locked() as run:
-    searched = []
-    if sampler or storage.exists(run.path(run_dir_lib.SAMPLER)) or not baselines:
+    searched, picture = [], run_dir_lib.SAMPLES_PNG
+    own = storage.exists(run.path(run_dir_lib.SAMPLER))
+    if sampler or own or not baselines or baselines is baselines_lib.DEFAULT:
       searched.append(zoo.load_searched(run, denoiser, sampler, force))
       if num_steps is None:
         num_steps = searched[0][0].num_steps
+    if sampler and own and not _is_of(run, searched[0][0]):
+      name = zoo.short_name(sampler)
+      searched[0][0].label += f" ({name})"
+      picture = picture.replace(".", f"_{name}.")
     # Every sampler has its bound on x0_hat beside it.
-    samplers = [
-        (baselines_lib.make_baseline(baseline, denoiser.schedule, num_steps),
-         x0_bound) for baseline in baselines] + searched
+    samplers = _unlike(baselines_lib.rows(
+        baselines, run, denoiser, num_steps, x0_bound, force) + searched)
     evaluator = Evaluator(
         run, denoiser, dataset, features, heldout_features, seed,
         min(batch_size, num_samples), jit_compile, rounding, clip,
@@ -137,8 +152,29 @@ def evaluate(
 
     if distribution.is_chief():
       _summarise(run.path(run_dir_lib.TENSORBOARD, "evaluate"), evaluator.known)
-    _draw(run, evaluator, samplers, records, seed)
+    _draw(run.path(picture), evaluator, samplers, records, seed)
+    if page:
+      report.report(run.root)
     return records
+
+
+def _is_of(run, sampler) -> bool:
+  """Whether a sampler is the one that the run's search has found."""
+  found = card.read(run.path(run_dir_lib.SAMPLER)).coefficients
+  return fingerprint.coefficients_sha256(found) == (
+      fingerprint.coefficients_sha256(sampler.coefficients().numpy()))
+
+
+def _unlike(samplers):
+  """Samplers with their bounds, without the earlier of two that are the same.
+
+  So the searched one, which is the last, always stays.
+  """
+  kept = {}
+  for sampler, bound in reversed(samplers):
+    key = fingerprint.coefficients_sha256(sampler.coefficients().numpy()), bound
+    kept.setdefault((key, sampler.label), (sampler, bound))
+  return list(reversed(kept.values()))
 
 
 def _summarise(folder, records):
@@ -159,8 +195,8 @@ def _summarise(folder, records):
                             step=record["num_samples"])
 
 
-def _draw(run, evaluator, samplers, records, seed):
-  """Draws `samples.png`: best baseline and searched sampler, same noise."""
+def _draw(path, evaluator, samplers, records, seed):
+  """Draws best baseline and searched sampler, on the same noise."""
   chosen = [len(samplers) - 1]
   if len(samplers) > 1:
     chosen.insert(0, min(range(len(samplers) - 1),
@@ -173,4 +209,4 @@ def _draw(run, evaluator, samplers, records, seed):
         f"{records_lib.fid_label(records[i]['num_samples'])} "
         + records_lib.text(records[i]["fid"]),
         evaluator.generator(bound).images(sampler.coefficients(), 64, seed)))
-  grids.samples_png(run.path(run_dir_lib.SAMPLES_PNG), titled)
+  grids.samples_png(path, titled)

@@ -6,6 +6,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
@@ -100,7 +101,7 @@ class SamplerModule(tf.Module):
       self.endpoints["of_conditions"] = of_conditions
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def export(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            also: Sequence[str] = (),
            integer_timesteps: bool = False, sampler: str | None = None,

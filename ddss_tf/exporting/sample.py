@@ -6,6 +6,7 @@ from absl import logging
 import gin
 import numpy as np
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.reporting import grids
@@ -32,7 +33,7 @@ def check_sample(arguments: Mapping[str, Any]) -> None:
   check_whole("sample.label", arguments["label"], 0, optional=True)
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def sample(run_dir: str, denoiser: Denoiser = gin.REQUIRED,
            num_images: int = 64, seed: int = 0, batch_size: int = 250,
            jit_compile: bool = True, label: int | None = None,

@@ -18,6 +18,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import errors
 from ddss_tf import storage
@@ -258,7 +259,7 @@ def check(clip: Clip, denoiser: Denoiser) -> tuple[str, ...]:
   return table.prompts
 
 
-@gin.register
+@bindings.register
 def load_clip(path: str = gin.REQUIRED, token_ids: str | None = None) -> Clip:
   """Loads a CLIP for the column "CLIP" of `evaluate` and `compare`.
 

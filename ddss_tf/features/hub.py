@@ -7,6 +7,7 @@ import warnings
 
 from absl import logging
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf.networks import files as network_files
 from ddss_tf.errors import UserError
@@ -55,5 +56,6 @@ def hub_folder(handle: str) -> str:
         f"{handle} must be in TF-Hub's cache, in the folder {folder} (cache: "
         f"TFHUB_CACHE_DIR). Received: {state}. Download "
         f"{handle}?tf-hub-format=compressed and unpack it there with tar -xzf, "
-        "or anywhere and set load_features.path to that folder")
+        f"or anywhere and set {bindings.working('load_features.path')} to that "
+        "folder")
   return folder

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf.features import preprocessing
 from ddss_tf.networks import files as network_files
@@ -141,7 +142,7 @@ def keras_application(name: str, weights: str | None, seed: int,
   except Exception as error:  # No network, another architecture, no file.
     reason = " ".join(str(error).split())[:200]
     hint = ("; Keras downloads it once: copy it into ~/.keras/models, or give "
-            "load_features.weights a file" if weights == "imagenet" else "")
+            f"{bindings.working('load_features.weights')} a file" if weights == "imagenet" else "")
     raise UserError(
         f"{APPLICATION_PREFIX}{name} cannot be built with the weights "
         f"{weights!r}: {reason}{hint}") from error

@@ -6,6 +6,7 @@ from typing import Callable
 from absl import logging
 import gin
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf.features import efficientnet
 from ddss_tf.features import hub
@@ -76,7 +77,7 @@ def _from_outside(path: str, rules: dict) -> FeatureNetwork:
   return features
 
 
-@gin.register
+@bindings.register
 def load_features(path: str = gin.REQUIRED, pool_layer: str | None = None,
                   logits_layer: str | None = None, resize: str | None = None,
                   image_size: int | tuple[int, int] | None = None,

@@ -105,6 +105,9 @@ class FeatureNetwork:
         self._preprocessing.output_shape(image_shape), self._input_shape
         ) and self._preprocessing.takes_channels(image_shape[2])
 
+  def __repr__(self):
+    return f"FeatureNetwork({self.name!r}, {self.protocol!r})"
+
   def __call__(self, images) -> dict[str, tf.Tensor]:
     """Features of a batch; differentiable with respect to the images.
 
@@ -179,6 +182,13 @@ def check_shapes(denoiser: Denoiser, dataset: ImageDataset, *networks) -> None:
     UserError: names the part that differs.
   """
   shape = denoiser.image_shape
+  images = tuple(dataset.images.shape[1:])
+  if images != shape == (*images[2:], *images[:2]):
+    raise UserError(
+        f"denoiser {denoiser.name!r} must take images [B, H, W, C], {images} of "
+        f"the data set {dataset.name!r}. Received: {shape}, which seems to be "
+        "[C, H, W]: put it between two layers keras.layers.Permute, (3, 1, 2) "
+        "before it and (2, 3, 1) after it")
   others = [("data set", dataset.name, dataset.images.shape[1:])]
   others += [("feature network", network.name, network.image_shape)
              for network in networks if not network.accepts(shape)]

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 
 import gin
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf.denoisers import denoiser as denoiser_lib
 from ddss_tf.formats import cache as cache_lib
@@ -40,7 +41,7 @@ _OPENAI_KEYS = ("image_size", "num_heads", "num_head_channels",
                 "rescale_timesteps", "learned_variance")
 
 
-@gin.register
+@bindings.register
 def load_denoiser(
     path: str = gin.REQUIRED,
     image_size: int | tuple[int, int] | None = None,

@@ -8,10 +8,13 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
+from ddss_tf.datasets.dataset import ImageDataset, as_dataset
+from ddss_tf.denoisers import wiring
 from ddss_tf.denoisers.decoder import Decoder
 from ddss_tf.denoisers.denoiser import Denoiser
 from ddss_tf.errors import UserError
-from ddss_tf.features.network import FeatureNetwork, as_networks
+from ddss_tf.features.network import FeatureNetwork, as_networks, check_shapes
 from ddss_tf.formats.saved_model import SavedModelNetwork
 from ddss_tf.schedules import ExplodingSchedule, FlowSchedule
 
@@ -184,10 +187,11 @@ def _architecture(denoiser: Denoiser) -> str:
       for name, value in known.items())
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
             features: FeatureNetwork | list[FeatureNetwork] | None = None,
-            num_steps: int = 10, micro_batch_size: int = 64) -> str:
+            num_steps: int = 10, micro_batch_size: int = 64,
+            dataset: ImageDataset | np.ndarray | None = None) -> str:
   """Says what a denoiser is and what a search of it would need.
 
   Args:
@@ -196,6 +200,9 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
     features: the network or networks of the search's loss, whose memory counts.
     num_steps: K of the search.
     micro_batch_size: images per chain of the search.
+    dataset: images that the network was trained on, or like these; with them it
+      is checked whether it is called and read as it was trained to be, see
+      `wiring`.
 
   Returns:
     Lines of text: architecture, prediction, image shape, times, parameters,
@@ -245,4 +252,9 @@ def inspect(run_dir: str | None = None, denoiser: Denoiser = gin.REQUIRED,
                   + (f", {seen / 2**20:.1f} MiB of the features'" if networks
                      else "; its feature network is not told") + ")",
   }
+  if dataset is not None:
+    dataset = as_dataset(dataset)
+    check_shapes(denoiser, dataset)
+    rows["wiring"] = wiring.check(
+        denoiser, dataset.images, dataset.labels, micro_batch_size).text
   return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

@@ -7,6 +7,7 @@ from typing import Mapping
 
 import gin
 
+from ddss_tf import bindings
 from ddss_tf import storage
 from ddss_tf.errors import UserError
 
@@ -43,7 +44,7 @@ class Published:
         (row, "", num_steps))
 
 
-@gin.register
+@bindings.register
 def load_published(dataset: str = gin.REQUIRED, source: str = gin.REQUIRED,
                    path: str = _TABLES) -> Published:
   """Reads published figures from a CSV file.

@@ -13,10 +13,10 @@ import os
 import shlex
 import struct
 
-import gin
 import jinja2
 import markupsafe
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import storage
 from ddss_tf import version as version_lib
@@ -35,7 +35,7 @@ _NO_SAMPLERS = (run_dir_lib.CACHE, run_dir_lib.CHECKPOINTS,
 _NONE = {"fid": None}  # Every record with an FID is better than this one.
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def report(run_dir: str, shown: list[str] | None = None) -> str:
   """Writes `report.html` from what a run or a comparison left.
 

@@ -243,27 +243,40 @@ class RunDir:
     identity, open_to = (
         json.loads(json.dumps(values, default=storage.plain))
         for values in (identity, open_to or {}))
+    before = self.claimed(stage)
+    differences = [
+        _difference(key, before.get(key), [identity[key]])
+        for key in sorted(identity) if before.get(key) != identity[key]]
+    differences += [
+        _difference(key, before.get(key), values)
+        for key, values in open_to.items() if before.get(key) not in values]
+    if differences and not restart:
+      sampler = self.path(SAMPLER)
+      advice = (f", with init = {sampler!r} to begin at the sampler that was "
+                "found" if storage.exists(sampler) else "")
+      raise UserError(
+          f"run_dir {self.root!r} holds a {stage} with "
+          f"{'; '.join(differences)}. Use another run_dir{advice}, delete this "
+          f"one, or bind {stage}.restart = True")
+    return bool(differences)
+
+  def claimed(self, stage: str) -> dict:
+    """The configuration of a stage that the directory is tied to; {} if none.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = self._claim_path(stage)
+    if not storage.exists(path):
+      return {}
     try:
-      before = dict(storage.read_json(path))
+      return dict(storage.read_json(path))
     except (ValueError, TypeError) as error:
       raise UserError(f"{path} is damaged: {error}. Use another run_dir, or "
                       "delete this one") from error
-    differences = [
-        f"another {key}: {before.get(key)}. Received: {identity[key]}"
-        for key in sorted(identity) if before.get(key) != identity[key]]
-    differences += [
-        f"another {key}: {before.get(key)}. Received: {values[0]}"
-        + (f", or one of {len(values) - 1} others" if values[1:] else "")
-        for key, values in open_to.items() if before.get(key) not in values]
-    if differences and not restart:
-      raise UserError(
-          f"run_dir {self.root!r} holds a {stage} with "
-          f"{'; '.join(differences)}. Use another run_dir, delete this one, "
-          f"or bind {stage}.restart = True")
-    return bool(differences)
 
   def claim(self, stage: str, identity: dict, restart: bool = False,
-            results: tuple[str, ...] = ()) -> None:
+            results: tuple[str, ...] = (), earlier: dict | None = None) -> None:
     """Ties the directory to one configuration of a stage.
 
     Args:
@@ -272,13 +285,16 @@ class RunDir:
       restart: delete the checkpoints and results of another configuration,
         instead of refusing.
       results: paths, inside the directory, of what the stage leaves.
+      earlier: the configuration that the directory may have instead, because
+        this one goes on from it.
 
     Raises:
       UserError: the directory belongs to another configuration, and `restart`
         is not set. The message names the differences.
     """
     claim = self._claim_path(stage)
-    if self.check(stage, identity, restart) and distribution.is_chief():
+    if self.check(stage, earlier or identity, restart) and (
+        distribution.is_chief()):
       # The other claim stays till the last. If the process is killed in
       # between, what is left must not pass for the new configuration's.
       folder, kept = os.path.split(claim)
@@ -289,3 +305,31 @@ class RunDir:
 
   def _claim_path(self, stage):
     return self.path(CHECKPOINTS, f"{stage}.json")
+
+
+def _difference(name: str, before, values: list) -> str:
+  """What two configurations have different, of dicts only what differs in them.
+
+  Args:
+    name: the name of the value.
+    before: what the directory has.
+    values: what was given, one or several that are possible; the one that is
+      nearest is shown.
+  """
+  others = f", or one of {len(values) - 1} others" if values[1:] else ""
+  if isinstance(before, dict) and all(isinstance(v, dict) for v in values):
+    value = min(values, key=lambda value: len(_unlike(value, before)))
+    names = sorted(_unlike(value, before))
+    # Hashes tell people nothing where names differ as well.
+    names = [key for key in names if not key.endswith("sha256")] or names
+    before, value = ({key: each[key] for key in names if key in each}
+                     for each in (before, value))
+  else:
+    value = values[0]
+  return f"another {name}: {before}. Received: {value}{others}"
+
+
+def _unlike(one: dict, other: dict) -> set:
+  """The names whose values differ."""
+  return {key for key in {*one, *other} if key not in one or key not in other
+          or one[key] != other[key]}

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 
 import numpy as np
@@ -16,6 +17,10 @@ from ddss_tf.samplers import chain
 from ddss_tf.errors import UserError
 from ddss_tf.samplers.coefficients import Coefficients
 
+# The zoo that comes with the package: cards by name.
+FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
+    __file__))), "assets", "samplers")
+SUFFIX = ".json"
 _FORMAT = "ddss_tf.sampler"
 _VERSION = 1
 _LARGEST = float(np.finfo(np.float32).max)
@@ -149,6 +154,39 @@ def read(path: str) -> SamplerCard:
   except (OSError, RecursionError, ValueError, TypeError, AttributeError
           ) as error:
     raise UserError(f"{path} is damaged: {error}") from error
+
+
+def names(folder: str | None = None) -> list[str]:
+  """The names of a zoo's cards, sorted.
+
+  Args:
+    folder: the folder of the cards; None: those that come with the package.
+  """
+  return sorted(name.removesuffix(SUFFIX) for name in storage.listdir(
+      storage.expanded(folder) or FOLDER) if name.endswith(SUFFIX))
+
+
+def find(sampler: str, folder: str | None = None) -> str:
+  """Path of a card.
+
+  Args:
+    sampler: its path, or its name in the zoo.
+    folder: the folder of the zoo; None: the one that comes with the package.
+
+  Raises:
+    UserError: there is neither such a file nor such a name.
+  """
+  sampler = storage.expanded(sampler)
+  if isinstance(sampler, str) and storage.isfile(sampler):
+    return sampler
+  folder = storage.expanded(folder) or FOLDER
+  path = os.path.join(folder, f"{sampler}{SUFFIX}")
+  if os.path.basename(path) != f"{sampler}{SUFFIX}" or (
+      not storage.isfile(path)):
+    raise UserError("sampler must be the path of a card, or one of "
+                    f"{', '.join(names(folder)) or 'an empty zoo'}. "
+                    f"Received: {sampler!r}")
+  return path
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

@@ -31,6 +31,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from ddss_tf import bindings
 from ddss_tf.runs import fingerprint
 from ddss_tf.samplers import labels
 from ddss_tf.samplers import learned
@@ -166,10 +167,7 @@ class GGDM(LearnedSampler):
   def default_start(self):
     if self.markov or self._form.starts:
       return super().default_start()
-    if self.schedule.in_v:
-      return learned.BEST_FLOW_START
-    return next(start for most, *start in learned.BEST_STARTS
-                if self.num_steps <= most)
+    return learned.best_start(self.schedule, self.num_steps)
 
   def get_config(self):
     return {**super().get_config(), "markov": self.markov,
@@ -381,7 +379,7 @@ COMPARED = tuple(
     for extra in (_EXTRAS[:4] if LEARNED[name].multistep else ("",)))
 
 
-@gin.configurable
+@bindings.configurable()
 def make_sampler(schedule: NoiseSchedule, family: str = gin.REQUIRED,
                  num_steps: int = gin.REQUIRED, **options) -> Sampler:
   """Makes a sampler from its name.

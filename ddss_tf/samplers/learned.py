@@ -36,6 +36,14 @@ BEST_FLOW_START = "unipc2-bh2", "trailing"
 _BEST_DDIM = "ddim", "matched_trailing"
 
 
+def best_start(schedule: NoiseSchedule, num_steps: int) -> tuple[str, str]:
+  """The best solver known for K, and its stride; see `BEST_STARTS`."""
+  if schedule.in_v:
+    return BEST_FLOW_START
+  return next((solver, stride) for most, solver, stride in BEST_STARTS
+              if num_steps <= most)
+
+
 class LearnedSampler(Sampler):
   """Base of the learned families: a start, and the variables that change it.
 
@@ -55,7 +63,7 @@ class LearnedSampler(Sampler):
       `sampler.json` or of `Coefficients`, or else at 1, which is no guidance.
     parameterisation: "real" or "paper".
     init: where it starts: the name of a solver (`solvers.SOLVERS`); the path of
-      a `sampler.json`; `Coefficients`; "auto", with which `search` tries all
+      a `sampler.json`, or the name of one in the zoo; `Coefficients`; "auto", with which `search` tries all
       solvers on all strides and takes the best; or None, the family's default.
     stride: the stride of that solver; None is the default of `init=None`, and
       "linear" otherwise.
@@ -213,8 +221,10 @@ def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
     UserError: a `sampler.json` that is missing or damaged.
   """
   source = "init"
-  if isinstance(init, str) and init.endswith(".json"):
-    source, init = f"init, {init},", card.read(init).coefficients
+  if isinstance(init, str) and (
+      init.endswith(".json") or init in card.names()):
+    path = init if init.endswith(".json") else card.find(init)
+    source, init = f"init, {init},", card.read(path).coefficients
   if not isinstance(init, Coefficients):
     return solvers.solver_coefficients(schedule, init, num_steps, stride, eta)
   if init.num_steps != num_steps:

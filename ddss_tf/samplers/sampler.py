@@ -39,6 +39,9 @@ class Sampler(keras.layers.Layer):
     ValueError: K is out of range.
   """
 
+  def __repr__(self):
+    return f"{type(self).__name__}({self.label!r}, num_steps={self.num_steps})"
+
   def __init__(self, schedule: NoiseSchedule, num_steps: int, label: str,
                **kwargs):
     # Without a name Keras numbers the instances, and configurations differ.

@@ -132,7 +132,7 @@ class Hook:
 
 
 def run(state: Search, validate: Callable[[], float], hooks: Iterable[Hook],
-        validate_every: int) -> None:
+        validate_every: int, was_over: bool = False) -> None:
   """Searches until no step is left.
 
   If the optimiser goes back, a validation that is not better than the best one
@@ -143,6 +143,8 @@ def run(state: Search, validate: Callable[[], float], hooks: Iterable[Hook],
     validate: gives the value of the sampler as it is.
     hooks: called in their order.
     validate_every: steps between validations; the last step always has one.
+    was_over: whether the state is that of the end of a search that has got more
+      steps since.
   """
   def tell(event: str, *arguments) -> None:
     for hook in hooks:
@@ -162,6 +164,9 @@ def run(state: Search, validate: Callable[[], float], hooks: Iterable[Hook],
     tell("begin")
     judged()
     state.optimizer.begin(0)
+  elif was_over and state.optimizer.goes_back and (
+      state.best.step != state.step):
+    state.optimizer.begin(state.step)  # The last validation took it back.
   while not state.is_over:
     began = time.monotonic()
     result = state.advance()

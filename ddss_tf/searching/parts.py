@@ -6,6 +6,7 @@ import math
 from absl import logging
 
 from ddss_tf.datasets import dataset as dataset_lib
+from ddss_tf.denoisers import wiring
 from ddss_tf.features import network as network_lib
 from ddss_tf.features import reference
 from ddss_tf.networks import precision
@@ -104,6 +105,12 @@ class SearchParts:
           self.denoiser.schedule, **self.options.teacher)
     except (TypeError, ValueError) as error:
       raise UserError(f"search.teacher: {error}") from error
+
+  def check_wiring(self) -> None:
+    """Warns if the network seems to be fed or read in a way it was not trained for."""
+    wiring.warn(
+        self.denoiser, self.dataset.images, self.dataset.labels,
+        self.options.sampling_batch_size, self.dataset.sha256)
 
   def candidates(self) -> list[tuple[dict, Sampler]]:
     """The options and samplers that the search may start at."""

@@ -17,6 +17,7 @@ from absl import logging
 import gin
 import numpy as np
 
+from ddss_tf import bindings
 from ddss_tf import distribution
 from ddss_tf import metrics
 from ddss_tf import storage
@@ -95,7 +96,7 @@ def assemble(denoiser: Denoiser, sampler: Sampler,
                      options.num_search_steps, options.keep)
 
 
-@gin.configurable(denylist=["run_dir"])
+@bindings.configurable(denylist=["run_dir"])
 def search(
     denoiser: Denoiser = gin.REQUIRED,
     sampler: Sampler | Callable[[NoiseSchedule], Sampler] = gin.REQUIRED,
@@ -135,6 +136,11 @@ def search(
     jit_compile: bool = True,
 ) -> Sampler:
   """Searches a sampler, or goes on where an earlier call stopped.
+
+  A call that differs in a larger `num_search_steps` alone goes on, too: after
+  the steps that were made, at the rates of the longer search. With a constant
+  rate and no warm-up it then ends with the coefficients of a search that had as
+  many steps from the beginning, if the first one ended at a validation.
 
   Writes checkpoints, TensorBoard events, `sampler.json` and pictures of the
   sampler (`PICTURES`) into the run directory; with `init="auto"` also
@@ -225,20 +231,29 @@ def search(
       It is a KeyboardInterrupt, as Ctrl-C before or after the steps raises.
     Terminated: SIGTERM during the steps, which ends them in the same way.
   """
-  options = SearchOptions.of(locals())
+  given = dict(locals())
+  options = SearchOptions.of(given)
   parts = SearchParts(denoiser, sampler, features, dataset, options)
   identity = options.identity(parts.setting())
   with run_dir_lib.RunDir(run_dir, cache_dir).locked() as run:
     # A search that is refused must not have taken long. Before the starts are
     # ranked the sampler is not known, but all that it may become is.
     candidates = parts.candidates()
-    run.check("search", identity, restart, open_to={
+    earlier = None if restart else _earlier(run, given, parts)
+    run.check("search", earlier or identity, restart, open_to={
         "sampler": [candidate.get_config() for _, candidate in candidates]})
+    if not run.claimed("search"):
+      parts.check_wiring()
     goal = parts.objective(run.cache)
     pools = pools_lib.Pools(parts, goal, run.cache)
     sampler = _chosen(parts, candidates, goal, pools, run)
-    run.claim("search", {**identity, "sampler": sampler.get_config()}, restart, (
-        run_dir_lib.SAMPLER, *run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS))
+    config = {"sampler": sampler.get_config()}
+    gone_on = _gone_on(run, earlier)
+    run.claim(
+        "search", {**identity, **config, **(
+            {"went_on_from": gone_on} if gone_on else {})}, restart,
+        (run_dir_lib.SAMPLER, *run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS),
+        earlier and {**earlier, **config})
     run.keep_config()
     first = sampler.coefficients().numpy()
     build = functools.partial(
@@ -254,14 +269,44 @@ def search(
             parts, goal, options.validation_samples).generator, seed + 1)
     prepared, validation = _prepare(parts, goal, pools, first)
     state = build(**prepared)
-    seconds = _work(state, validation, _resume(state, run), parts, run)
+    seconds = _work(state, validation, _resume(state, run), parts, run, gone_on)
     if not np.isfinite(state.best.value):
       raise UserError("no step of the search had a finite validation value: the "
                       "denoiser or the feature network gives NaN or infinity")
     state.settle()
     _publish(run, state, parts, prepared.get("learning_rate", options.learning_rate),
-             seconds)
+             seconds, gone_on)
     return _finish(run, state, first, validation.generator, seed + 1)
+
+
+def _earlier(run, arguments: dict, parts: SearchParts) -> dict | None:
+  """The identity of the same search with as many steps as the run has so far.
+
+  None if the run has none, or as many as are wanted, or more.
+  """
+  steps = run.claimed("search").get("num_search_steps")
+  if not isinstance(steps, int) or not (
+      0 < steps < parts.options.num_search_steps):
+    return None
+  try:
+    options = SearchOptions.of({**arguments, "num_search_steps": steps})
+  except UserError:  # A warm-up that is longer than the earlier search.
+    return None
+  return options.identity(parts.setting())
+
+
+def _gone_on(run, earlier: dict | None) -> list[dict]:
+  """The searches that this one goes on from: their steps, and if they were over.
+
+  Args:
+    run: the run directory.
+    earlier: see `_earlier`.
+  """
+  before = run.claimed("search").get("went_on_from", [])
+  if earlier is None:
+    return before
+  return [*before, {"steps": earlier["num_search_steps"],
+                    "over": storage.exists(run.path(run_dir_lib.SAMPLER))}]
 
 
 def _first_rate(parts: SearchParts, goal, other: np.ndarray) -> float:
@@ -330,8 +375,8 @@ def _prepare(parts: SearchParts, goal, pools, first
 
 
 def _work(state: loop.Search, validation: Validation,
-          checkpoints: checkpoints_lib.Checkpoints, parts: SearchParts, run
-          ) -> float:
+          checkpoints: checkpoints_lib.Checkpoints, parts: SearchParts, run,
+          gone_on: list[dict]) -> float:
   """Runs the steps that are left; returns the seconds of all steps."""
   options, sampler = parts.options, state.sampler
   saved = hooks_lib.SaveCheckpoints(checkpoints, options.checkpoint_every)
@@ -350,12 +395,13 @@ def _work(state: loop.Search, validation: Validation,
         hooks_lib.StopAfterSkipped(options.max_skipped, saved),
         summaries.WriteTensorBoard(
             run, options, parts.dataset.name, validation.generator),
-        hooks_lib.StopOnSignal(termination, saved)], options.validate_every)
+        hooks_lib.StopOnSignal(termination, saved)], options.validate_every,
+             was_over={"steps": state.step, "over": True} in gone_on)
   return saved.seconds
 
 
 def _publish(run, state: loop.Search, parts: SearchParts, rate: float,
-             seconds: float) -> None:
+             seconds: float, gone_on: list[dict]) -> None:
   """Writes the sampler's card."""
   options, sampler = parts.options, state.sampler
   run.remove(*run_dir_lib.PICTURES, run_dir_lib.PICTURE_EVENTS)
@@ -364,7 +410,10 @@ def _publish(run, state: loop.Search, parts: SearchParts, rate: float,
       denoiser=parts.denoiser.identity,
       search={
           "config": sampler.get_config(),
-          "steps": options.num_search_steps, "best_step": state.kept_step,
+          "steps": options.num_search_steps,
+          **({"went_on_from": [each["steps"] for each in gone_on]}
+             if gone_on else {}),
+          "best_step": state.kept_step,
           "optimizer": options.optimizer, "keep": options.keep,
           "skipped_steps": state.skipped, "batch_size": options.batch_size,
           "gradient_samples": options.gradient_samples,

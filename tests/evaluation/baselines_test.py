@@ -1,12 +1,15 @@
 """Tests of the baselines of an evaluation, which may be given by name."""
 
 import functools
+import os
+import shutil
 
 import numpy as np
 import pytest
 
 import ddss_tf
 from ddss_tf.evaluation import baselines as baselines_lib
+from ddss_tf.runs import run_dir as run_dir_lib
 from ddss_tf.samplers import card
 from ddss_tf.samplers import families
 from ddss_tf.samplers import solvers
@@ -67,3 +70,43 @@ def test_k_is_that_of_the_searched_sampler(gaussian_parts, tmp_path):
     assert [(record["sampler"], record["num_steps"]) for record in records] == [
         ("DDIM linear", expected), ("DPM-Solver++(2M) trailing", expected),
         ("GGDM", 3)]
+
+
+def test_rows_by_default(parts, finished, tmp_path):
+  """DDIM, the best solver known, and where the search began, which is DDPM."""
+  run = str(tmp_path / "run")
+  shutil.copytree(finished[0], run)
+  options = dict(num_samples=16, jit_compile=False)
+  records = ddss_tf.evaluate(run, **parts, **options)
+  assert [record["sampler"] for record in records] == [
+      "DDIM linear", "DPM-Solver++(3M) matched_linear", "DDPM linear",
+      "GGDM+PRED+TIME"]
+  assert {record["num_steps"] for record in records} == {3}
+  with open(os.path.join(run, "report.html"), encoding="utf-8") as page:
+    text = page.read()
+  assert all(record["sampler"] in text for record in records)
+  # The start is that of the card: of another one nothing can be told.
+  start = baselines_lib.rows(
+      ["start"], run_dir_lib.RunDir(run), parts["denoiser"], 3, None)
+  np.testing.assert_array_equal(
+      start[0][0].coefficients().times, ddss_tf.make_sampler(
+          parts["denoiser"].schedule, "ddpm", 3).coefficients().times)
+
+  before = {name: (tmp_path / "run" / name).read_bytes()
+            for name in ("samples.png", "sampler.json")}
+  other = tmp_path / "mine.json"
+  card.write(str(other), card.SamplerCard(
+      "GGDM+PRED+TIME", ddss_tf.solver_coefficients(
+          parts["denoiser"].schedule, "ddim", 3).numpy(),
+      parts["denoiser"].identity, {}))
+  records = ddss_tf.evaluate(
+      run, **parts, **options, sampler=str(other), baselines=[str(other), "best"])
+  assert [record["sampler"] for record in records] == [
+      "DPM-Solver++(3M) matched_linear", "GGDM+PRED+TIME (mine)"]
+  assert before == {name: (tmp_path / "run" / name).read_bytes()
+                    for name in before}
+  assert (tmp_path / "run" / "samples_mine.png").exists()
+  with open(os.path.join(run, "report.html"), encoding="utf-8") as page:
+    text = page.read()
+  # The run's own row is still there, and the other has its name.
+  assert "GGDM+PRED+TIME (mine)" in text and "replaced since" not in text

@@ -646,7 +646,8 @@ def test_search_and_evaluate(folder, tmp_path):
            for name, value in start.arrays().items()]
   assert 0 < max(moved) < np.inf
   [record] = ddss_tf.evaluate(
-      run, **parts, num_samples=12, batch_size=4, jit_compile=False)
+      run, **parts, num_samples=12, batch_size=4, jit_compile=False,
+      baselines=[])
   assert record["features"] == {"name": os.path.basename(folder),
                                 "sha256": parts["features"].sha256,
                                 "protocol": parts["features"].protocol,

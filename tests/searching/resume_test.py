@@ -17,6 +17,7 @@ from ddss_tf.samplers import generator as generator_lib
 from ddss_tf.searching import loop
 from ddss_tf.searching import optimizer as optimizer_lib
 from ddss_tf.searching import pools
+from ddss_tf.searching import summaries
 from ddss_tf.errors import Terminated, UserError
 import gaussian_parts
 from project import TESTDATA
@@ -167,3 +168,81 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
       os.path.join(run, "sampler.json")).search["config"]
   # The pools and the real images' features were taken from its cache.
   assert set(os.listdir(os.path.join(run, "cache"))) == before
+
+
+def longer(parts, run, steps, **changes):
+  """A search with a constant rate, which does not depend on its length."""
+  return ddss_tf.search(run_dir=run, **parts, **options(**{**dict(
+      num_search_steps=steps, rate_schedule="constant", warmup_steps=0),
+      **changes}))
+
+
+@pytest.mark.parametrize("changes", [
+    pytest.param({}, marks=pytest.mark.slow),
+    # So high that validations take the search back, that at step 4 too.
+    dict(learning_rate=30.0, rate_of_distance=1e9),
+    pytest.param(dict(optimizer="adam", objective="kid_linear"),
+                 marks=pytest.mark.slow),
+])
+def test_more_steps_go_on_bit_for_bit(parts, tmp_path, changes, monkeypatch):
+  monkeypatch.setattr(summaries, "draw", lambda *args: None)
+  changes = dict(validate_every=2, **changes)
+  whole, run = str(tmp_path / "whole"), str(tmp_path / "parts")
+  longer(parts, run, 4, **changes)
+  went_on = longer(parts, run, 6, **changes)
+  same_sampler(longer(parts, whole, 6, **changes), went_on)
+  found = card.read(os.path.join(run, "sampler.json"))
+  assert found.search["steps"] == 6 and found.search["went_on_from"] == [4]
+  assert "went_on_from" not in card.read(
+      os.path.join(whole, "sampler.json")).search
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_with_more_steps(parts, tmp_path, monkeypatch):
+  run = str(tmp_path / "run")
+  constant = dict(rate_schedule="constant", warmup_steps=0)
+  interrupted(run, parts, monkeypatch, 6, die, KeyboardInterrupt, **constant)
+  interrupted(run, parts, monkeypatch, 10, die, KeyboardInterrupt,
+              num_search_steps=16, **constant)
+  same_sampler(longer(parts, run, 16),
+               longer(parts, str(tmp_path / "whole"), 16))
+
+
+@pytest.mark.slow
+def test_more_steps_go_on_with_a_cosine_too(parts, finished, tmp_path):
+  """At the rates of the longer search, from where the shorter one ended."""
+  run = str(tmp_path / "run")
+  shutil.copytree(finished[0], run)
+  ddss_tf.search(run_dir=run, **parts, **options(num_search_steps=16))
+  found = card.read(os.path.join(run, "sampler.json"))
+  assert found.search["steps"] == 16 and found.search["went_on_from"] == [12]
+  steps = {step for step, tag, _ in events(run) if tag == "search/loss"}
+  assert max(steps) == 16 and len(steps) == len({*steps})
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(num_search_steps=8), ["another num_search_steps: 12. Received: 8"]),
+    # More steps and something else: only the other thing is told.
+    (dict(num_search_steps=16, seed=1), ["another seed: 0. Received: 1"]),
+    (dict(num_search_steps=16, warmup_steps=3), [
+        "another warmup_steps: None. Received: 3"]),
+    (dict(sampler=functools.partial(
+        ddss_tf.make_sampler, family="ggdm+pred+time", num_steps=3,
+        init="ddim")),
+     ["another sampler: {'init': 'ddpm'}. Received: {'init': 'ddim'}"]),
+])
+def test_what_does_not_go_on_is_told_in_short(parts, finished, changes, words):
+  run = finished[0]
+  with pytest.raises(UserError) as caught:
+    ddss_tf.search(run_dir=run, **parts, **options(**changes))
+  line = str(caught.value)
+  assert all(word in line for word in words) and len(line) < 500, line
+  assert line.count("another") == len(words) + 1  # "Use another run_dir".
+  assert f"init = {os.path.join(run, 'sampler.json')!r}" in line
+
+
+def test_the_advice_of_a_refusal_helps(parts, finished, tmp_path):
+  start = os.path.join(finished[0], "sampler.json")
+  sampler = ddss_tf.make_sampler(
+      parts["denoiser"].schedule, "ggdm+pred+time", 3, init=start)
+  same_sampler(finished[1], sampler)

@@ -106,7 +106,7 @@ def evaluate(parts, run, **changes):
                for family in ("ddpm", "ddim")]
   return ddss_tf.evaluate(run, **parts, **{**dict(
       heldout_features=parts["features"], baselines=baselines, num_samples=300,
-      batch_size=128, jit_compile=False), **changes})
+      batch_size=128, jit_compile=False, page=False), **changes})
 
 
 def check_picture(path):
