@@ -53,6 +53,8 @@ def results(request, tmp_path_factory):
 counts = pytest.mark.parametrize("results", [
     ("quick", 2), *(pytest.param(("all", count), marks=pytest.mark.slow)
                     for count in (2, 4))], indirect=True)
+all_counts = pytest.mark.parametrize(
+    "results", [("all", 2), ("all", 4)], indirect=True)
 
 
 @counts
@@ -75,7 +77,7 @@ def test_coefficients_do_not_depend_on_the_replicas(results, search):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("results", [("all", 2), ("all", 4)], indirect=True)
+@all_counts
 def test_replicas_share_the_images_of_the_bound(results):
   count, found = results
   # Of steps, 8 and 3 images; of validation, 4 times 8, and 17.
@@ -110,7 +112,8 @@ def test_metrics_and_images_do_not_depend_on_the_replicas(results):
   assert difference.max() <= 1 and np.mean(difference > 0) < 0.05
 
 
-@counts
+@pytest.mark.slow
+@all_counts
 def test_a_long_chain_does_not_depend_on_the_replicas(results):
   count, found = results
   images = found["long/images/1"]
@@ -119,7 +122,8 @@ def test_a_long_chain_does_not_depend_on_the_replicas(results):
       found[f"long/images/{count}"], images, rtol=1e-4, atol=1e-4)
 
 
-@counts
+@pytest.mark.slow
+@all_counts
 def test_an_export_does_not_depend_on_the_replicas(results):
   count, found = results
   images = found[f"export/images/{count}"]

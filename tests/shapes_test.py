@@ -346,7 +346,7 @@ TOLD = {"prediction": "eps", "schedule": {"name": "linear",
 FORMATS = ["float16", "mixed_float16", "bfloat16", "mixed_bfloat16"]
 
 
-@pytest.mark.quick("float32-float16")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,inputs", [
     *(pytest.param(dtype, None, marks=() if "mixed" in dtype else
                    pytest.mark.slow) for dtype in FORMATS),

@@ -204,6 +204,7 @@ def test_export_with_classes(parts, searched):
         generator.images(sampler.coefficients(), 7, 3, label=2)))
 
 
+@pytest.mark.slow
 def test_bad_requests(parts, searched, tmp_path):
   run, _ = searched
   with pytest.raises(UserError, match="one of the 4 classes.*'classes'.*: 4"):

@@ -35,7 +35,7 @@ def images(denoiser, sampler, **options):
       sampler.coefficients(), 4, seed=7)
 
 
-@pytest.mark.quick("8-v")
+@pytest.mark.slow
 @pytest.mark.parametrize("steps,prediction", [
     (8, "eps"), (8, "x0"), (8, "v"), (101, "eps")])
 def test_the_ends_of_the_range_are_the_fixed_variances(steps, prediction):
@@ -54,7 +54,7 @@ def test_the_ends_of_the_range_are_the_fixed_variances(steps, prediction):
                        - expected)) > 1e-3
 
 
-@pytest.mark.quick("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_each_pixel_has_its_own_variance(jit_compile):
   """The left half between both, the right half beyond the larger one."""

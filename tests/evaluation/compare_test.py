@@ -80,6 +80,7 @@ def test_a_row_for_every_solver_and_family(compared):
     assert f.read() == records_lib.table(records) + "\n"
 
 
+@pytest.mark.slow
 def test_every_held_out_network_has_its_columns(compared, tmp_path):
   _, records = compared
   networks = [{**records[0]["features"], "name": name} for name in "aba"]
@@ -120,6 +121,7 @@ def test_every_held_out_network_has_its_columns(compared, tmp_path):
         one["fid_heldout"])
 
 
+@pytest.mark.slow
 def test_a_solver_is_shown_on_its_best_stride(arguments, compared):
   run, records = compared
   with open(os.path.join(run, "strides", "metrics.json")) as f:
@@ -154,6 +156,7 @@ def end_of(folder):
     return json.load(f)["search"]["validation"]
 
 
+@pytest.mark.slow
 def test_a_larger_family_never_starts_worse(compared):
   run, _ = compared
   k3 = functools.partial(os.path.join, run, "k3")
@@ -176,6 +179,7 @@ def test_a_larger_family_never_starts_worse(compared):
     assert end_of(k3(family)) <= ranking[0][-1] + 1e-4
 
 
+@pytest.mark.slow
 def test_the_first_multistep_family_is_searched_on_two_strides(compared):
   run, records = compared
   with open(os.path.join(run, "strides", "metrics.json")) as f:
@@ -200,6 +204,7 @@ def test_the_first_multistep_family_is_searched_on_two_strides(compared):
   assert records[4]["coefficients_sha256"] == better
 
 
+@pytest.mark.slow
 def test_samples_are_the_first_of_their_records(arguments, compared):
   run, records = compared
   with np.load(os.path.join(run, "samples.npz")) as arrays:
@@ -219,6 +224,7 @@ def test_samples_are_the_first_of_their_records(arguments, compared):
     assert np.abs(found - expected).max() <= 1  # Rounded, another batch.
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_again_from_the_files(
     compared, tmp_path, monkeypatch):
   run, records = compared
@@ -249,6 +255,7 @@ def test_pictures_are_drawn_again_from_the_files(
       comparison.draw(str(tmp_path), again, shown)
 
 
+@pytest.mark.slow
 def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
                                         monkeypatch):
   run, records = compared
@@ -270,6 +277,7 @@ def test_a_record_without_time_is_timed(arguments, compared, tmp_path,
     assert timed in json.load(f)
 
 
+@pytest.mark.slow
 def test_called_again_it_measures_nothing(
     arguments, compared, monkeypatch, capsys):
   run, records = compared
@@ -282,6 +290,7 @@ def test_called_again_it_measures_nothing(
                    capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_cards_seeds_and_the_full_chain(arguments, compared, tmp_path):
   run, records = compared
   found = os.path.join(run, "k3", "rddim", "sampler.json")

@@ -211,6 +211,7 @@ def test_the_digits_in_another_runtime(name, tmp_path):
   assert 4e6 < size < 8e6
 
 
+@pytest.mark.slow
 def test_images_that_differ_leave_no_file(run, gaussian_parts, monkeypatch):
   monkeypatch.setattr(portable, "_run_tflite",
                       lambda content, inputs: inputs["x_T"])

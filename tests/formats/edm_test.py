@@ -282,6 +282,7 @@ def test_cards_that_are_refused(tmp_path, name, changes, words):
     assert word in message, message
 
 
+@pytest.mark.slow
 def test_files_that_are_refused(tmp_path):
   path, _ = write(tmp_path, "edm_song")
   with open(path + ".json") as f:

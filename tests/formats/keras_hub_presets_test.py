@@ -165,6 +165,7 @@ def test_files_are_the_same_denoiser(task, denoiser, folder, name):
   assert read.name == name and read.key == denoiser.key
 
 
+@pytest.mark.quick("denoiser")
 @pytest.mark.parametrize("name", ["denoiser", "preset"])
 def test_no_gradient_reaches_a_weight(name, request):
   each = request.getfixturevalue(name)

@@ -52,6 +52,7 @@ def test_second_load_converts_nothing(folder, cache, conversions, tmp_path):
   assert conversions == [folder] and guided.key != first.key
 
 
+@pytest.mark.slow
 def test_other_content_is_converted(folder, cache, conversions):
   ddss_tf.load_denoiser(folder, cache_dir=cache)
   path = os.path.join(folder, diffusers.SCHEDULER)

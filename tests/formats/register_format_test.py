@@ -22,6 +22,7 @@ def path(tmp_path):
   return str(tmp_path / "model.gauss")
 
 
+@pytest.mark.slow
 def test_a_format_from_outside(parts, path, tmp_path, bind):
   run = str(tmp_path / "run")
   own = {name: parts[name] for name in ("dataset", "features")}

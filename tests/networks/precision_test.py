@@ -131,6 +131,7 @@ def test_what_xla_cannot_compile_is_not_compiled(caplog):
   assert np.any(tape.gradient(out, x))
 
 
+@pytest.mark.slow
 def test_what_xla_compiles_is_compiled(both, caplog):
   assert compiling.obstacle(upsampled("bilinear")) is None
   assert compiling.obstacle(both[0]) is None

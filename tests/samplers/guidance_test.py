@@ -72,6 +72,7 @@ def test_start(denoiser, scale):
       atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient(denoiser):
   x_T, noise = chain.draw_noise([0, 1], tf.range(3), SHAPE, STEPS)
   labels = tf.constant([0, 2, 3])
@@ -176,6 +177,7 @@ def test_found_scales_are_kept(searched):
       np.clip(expected, -1, 1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_refused(denoiser, searched, tmp_path):
   run, parts, _ = searched
   learned = functools.partial(

@@ -93,7 +93,7 @@ def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
         run_dir=str(tmp_path / "strict"), **parts, **options(max_skipped=1))
 
 
-@pytest.mark.quick("coefficients-None")
+@pytest.mark.slow
 @pytest.mark.parametrize("where,value", [
     ("network", np.nan), ("coefficients", None), ("gradient", np.nan),
     pytest.param("network", np.inf, marks=pytest.mark.slow),

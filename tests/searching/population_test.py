@@ -87,6 +87,7 @@ def test_nothing_is_computed_twice(parts, monkeypatch, changes, calls, embedded)
   assert seen.numpy().tolist() == [calls, embedded]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_population_estimates_its_gradient(parts):
   _, whole = make_search(parts).gradient(0)
   # The parts of one population average to the whole: unbiased over which part.

@@ -131,7 +131,7 @@ def test_it_is_adam_by_the_equations(parts, linear_features):
   assert moved > 0.5
 
 
-@pytest.mark.quick("ggdm+pred+time-ddim")
+@pytest.mark.slow
 @pytest.mark.parametrize("family,init", [
     ("ggdm+pred+time", "ddim"), ("vars", "ddpm"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (

@@ -50,6 +50,7 @@ def test_terminated_and_resumed_is_uninterrupted(
   assert events(run) == events(finished[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [
     "truncated", *(pytest.param(damage, marks=pytest.mark.slow)
                    for damage in ("flipped", "list"))])

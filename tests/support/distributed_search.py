@@ -84,7 +84,8 @@ def main(output, extent, *replicas):
 
   Args:
     output: the npz file.
-    extent: "all"; or "quick": the first search only, not compiled by XLA.
+    extent: "all"; or "quick": the first search only, not compiled by XLA, no
+      long chain and no export.
     *replicas: the numbers of replicas.
   """
   results = {}
@@ -120,6 +121,8 @@ def main(output, extent, *replicas):
                 run, parts["denoiser"], num_images=7,
                 jit_compile=not quick)) as images:
               results[f"{name}/images/{count}"] = images["images"]
+      if quick:
+        continue
       denoiser = parts["denoiser"]  # This chain is too long for one graph.
       results[f"long/images/{count}"] = generator_lib.Generator(
           denoiser, 4, False).images(ddss_tf.SolverSampler(
