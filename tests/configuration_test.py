@@ -190,6 +190,7 @@ def test_what_must_be_bound_is_told_by_the_name_that_works(small, dry_run):
       2, "error: gin: searched/make_sampler.num_steps must be bound")
 
 
+@pytest.mark.slow
 def test_errors_name_the_binding_that_works(dry_run, monkeypatch, tmp_path):
   """Following the advice of a message must help."""
   monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))

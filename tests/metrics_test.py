@@ -198,6 +198,7 @@ def test_fids_of_held_out_networks_by_name():
       records.heldout_fids(record(*values))
 
 
+@pytest.mark.slow
 def test_metrics_tell_shifted_and_collapsed_from_equal():
   rng = np.random.default_rng(3)
   real = rng.normal(size=(400, 4))

@@ -69,7 +69,7 @@ def lost(record):
   return {name for name in FIGURES if record[name] is None}
 
 
-@pytest.mark.quick("pool-expected0--inf", "logits-expected1-nan")
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where,expected", [
     ("pool", {"fid", "kid", "kid_std"}), ("logits", {"inception_score"})])
@@ -91,6 +91,7 @@ def test_a_fault_of_the_network_costs_what_depends_on_it(
         figure in message for message in told for figure in expected)
 
 
+@pytest.mark.slow
 def test_a_held_out_network_costs_its_own_distance(gaussian_parts, tmp_path):
   good = gaussian_parts["features"]
   (record, _) = evaluate(tmp_path / "one", gaussian_parts,
@@ -219,6 +220,7 @@ def test_curves_leave_them_out(tmp_path):
     comparison.quality_by_time_png(str(tmp_path / "b.png"), records)
 
 
+@pytest.mark.slow
 def test_a_comparison_with_strides_that_fail(gaussian_parts, tmp_path):
   """Those that have no figures are not chosen, and stand in the table."""
   exact = gaussian_parts["denoiser"]

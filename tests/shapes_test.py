@@ -191,7 +191,7 @@ def unet_folder(folder, **changes):
   return checkpoint_files.write_folder(str(folder), "diffusers_relu", **changes)
 
 
-@pytest.mark.quick("told2-None-shape2", "told3-given3-shape3")
+@pytest.mark.slow
 @pytest.mark.parametrize("told,given,shape", [
     (8, None, (8, 8, 3)), ([8, 8], None, (8, 8, 3)),
     ([12, 8], None, (12, 8, 3)), ([8, 16], [8, 16], (8, 16, 3)),

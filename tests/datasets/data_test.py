@@ -95,6 +95,7 @@ def test_digits_are_those_of_published_results(digits, tfds_dir):
       "75bd397dd475c28d56ca6c16b9c7f6c16e94904b11970e394e885a31a4f2a910")
 
 
+@pytest.mark.slow
 def test_hash_is_of_the_images(digits, tfds_dir):
   assert digits.sha256 == fingerprint.arrays_sha256([digits.images])
   again = data.load_dataset("ddss_digits", "train[:100%]", pad=2, downsample=2,

@@ -38,6 +38,7 @@ def test_images_of_a_class(label):
       images(make(), label=label), images(gaussian(MEANS[label])), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_image_has_a_class_of_its_own():
   denoiser = make(null_label=NULL)
   pair = generator_lib.seed_pair(5)

@@ -119,6 +119,7 @@ def latent_parts(tmp_path_factory):
           path, pool_layer="pool", logits_layer="logits"))
 
 
+@pytest.mark.slow
 def test_shapes_and_identity(latent_parts):
   denoiser = latent_parts["denoiser"]
   plain = denoiser.with_decoder(None)
@@ -153,6 +154,7 @@ def test_own_format_round_trip(latent_parts, tmp_path):
     ddss_tf.load_denoiser(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_chain_gives_decoded_images(latent_parts):
   denoiser = latent_parts["denoiser"]
   sampler = ddss_tf.SolverSampler(denoiser.schedule, 4, "ddim")

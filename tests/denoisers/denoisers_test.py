@@ -387,6 +387,7 @@ def test_damaged_files(tiny_folder, tmp_path):
   refused(tiny_folder, "not JSON")
 
 
+@pytest.mark.slow
 def test_damaged_own_format(tmp_path):
   folder = str(tmp_path / "own")
   ddss_tf.load_denoiser("digits16-ddpm").save(folder)

@@ -58,6 +58,7 @@ def make(given=None, **options):
       conditions=("context", "shift"), table=given or table(), **options)
 
 
+@pytest.mark.slow
 def test_rows_are_classes():
   np.testing.assert_allclose(
       images(make()), images(conditional_parts.make()), atol=1e-5)
@@ -196,6 +197,7 @@ def test_a_network_without_its_table(tmp_path):
   assert "4 rows of" in inspection.inspect(denoiser=make())
 
 
+@pytest.mark.slow
 def test_exported_prompts(tmp_path):
   run = run_dir_lib.RunDir(str(tmp_path))
   denoiser = make(table(null_row=NULL), guidance_scale=2.0)

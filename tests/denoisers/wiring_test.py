@@ -175,6 +175,7 @@ def test_a_network_that_gives_nan_does_not_stop_the_check():
   assert "does not denoise these images" in found.text
 
 
+@pytest.mark.slow
 def test_the_check_is_deterministic_and_kept():
   calls = []
 
@@ -194,6 +195,7 @@ def test_the_check_is_deterministic_and_kept():
       first, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_classes_are_those_of_the_images_or_drawn():
   given = []
 

@@ -51,6 +51,7 @@ def test_other_names_are_refused(gaussian_parts, tmp_path, baselines, words):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_k_is_that_of_the_searched_sampler(gaussian_parts, tmp_path):
   denoiser = gaussian_parts["denoiser"]
   options = dict(baselines=["ddim linear", "dpm++2m trailing"], num_samples=8,
@@ -72,6 +73,7 @@ def test_k_is_that_of_the_searched_sampler(gaussian_parts, tmp_path):
         ("GGDM", 3)]
 
 
+@pytest.mark.slow
 def test_rows_by_default(parts, finished, tmp_path):
   """DDIM, the best solver known, and where the search began, which is DDPM."""
   run = str(tmp_path / "run")

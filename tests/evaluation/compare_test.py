@@ -396,6 +396,7 @@ def test_bad_arguments(arguments, tmp_path, changes, message):
     ddss_tf.compare(str(tmp_path), **{**arguments, **changes})
 
 
+@pytest.mark.slow
 def test_published_figures_stand_beside_what_was_measured(
     arguments, tmp_path):
   """Baselines on their own strides, DDPM at many steps, and what is published."""

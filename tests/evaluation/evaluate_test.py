@@ -89,6 +89,7 @@ def test_a_record_is_what_tf_gan_says_of_the_same_images(parts, tmp_path):
   assert record["inception_score"] > 1.01
 
 
+@pytest.mark.slow
 def test_several_held_out_networks_are_measured_in_one_pass(
     parts, tmp_path, monkeypatch):
   denoiser = parts["denoiser"]

@@ -45,6 +45,7 @@ def relative(value, expected):
   return np.abs(np.asarray(value) - expected).max() / expected.std()
 
 
+@pytest.mark.slow
 def test_the_fixture_is_of_these_cases_and_files(cases, golden):
   """Of others: write the fixture anew, by its tool."""
   assert {key.split("/")[0] for key in golden if "/" in key} == set(cases)

@@ -65,6 +65,7 @@ def test_the_fixture_is_of_this_class(golden):
         golden["template_sha256"])
 
 
+@pytest.mark.slow
 def test_the_coefficients_are_kept_exactly(cases, golden):
   for name, (sampler, denoiser, _) in cases.items():
     config = json.loads(str(golden[f"{name}/config"]))

@@ -195,6 +195,7 @@ def record(parts, *args, **options):
   return evaluator(parts, *args, **options).record(sampler(parts), 32)
 
 
+@pytest.mark.slow
 def test_an_image_is_scored_for_the_prompt_it_was_drawn_with(parts, clip, tmp_path):
   measures = evaluator(parts, tmp_path / "a", clip, seed=5)
   found = measures.record(sampler(parts), 32)
@@ -227,6 +228,7 @@ def test_an_image_is_scored_for_the_prompt_it_was_drawn_with(parts, clip, tmp_pa
   assert changed["clip"]["token_ids"] != found["clip"]["token_ids"]
 
 
+@pytest.mark.slow
 def test_record_says_what_was_measured(parts, clip, tmp_path):
   plain = record(parts, tmp_path, None)
   assert not {"clip", "clip_score"} & set(plain)

@@ -450,6 +450,7 @@ def test_embedded_networks_keep_what_results_recorded():
         json.dumps([weights, "pool", "logits", model.to_json()]))
 
 
+@pytest.mark.slow
 def test_keras_file_with_a_resize(digits):
   own = features_lib.load_features("digits_cnn")
   resized = features_lib.load_features("digits_cnn", resize="bilinear")

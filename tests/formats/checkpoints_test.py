@@ -234,6 +234,7 @@ def test_published_openai_architectures(network, widths, attention, blocks):
     assert source(place) == name
 
 
+@pytest.mark.slow
 def test_openai_times_are_differentiable(openai):
   weights, golden, card = openai["openai_learned_sigma"]
   assert card["rescale_timesteps"]
@@ -720,6 +721,7 @@ def test_real_pickled_diffusers_weights(tmp_path):
       atol=1e-4)
 
 
+@pytest.mark.slow
 def test_single_diffusers_file(tmp_path):
   _, golden = write_folder(str(tmp_path), "diffusers_relu")
   path = str(tmp_path / "averaged.safetensors")

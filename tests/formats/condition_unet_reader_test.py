@@ -250,6 +250,7 @@ def test_published_networks(tmp_path, name):
             ("time_ids", (6,))))[name]
 
 
+@pytest.mark.slow
 def test_each_tensor_is_found_once(network):
   # Tensor i holds i.
   weights = {key: np.full(value.shape, i, np.float32) for i, (key, value)

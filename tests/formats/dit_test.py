@@ -169,6 +169,7 @@ def test_variance_is_dropped(network, inputs):
   np.testing.assert_allclose(output, run(network, inputs)[..., :4], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_network_without_variance(tmp_path, inputs):
   weights = tensors()
   for leaf in ("weight", "bias"):

@@ -204,7 +204,7 @@ def test_classes_and_guidance(tmp_path, name):
   assert np.max(np.abs(plain[1] - plain[0])) > 1e-2
 
 
-@pytest.mark.quick("dropout0")
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [{}, {"label_dropout": 0}])
 def test_no_guidance_by_what_was_never_trained(tmp_path, dropout):
   path, golden = write(tmp_path, "edm_dhariwal", **dropout)
@@ -241,6 +241,7 @@ def test_published_networks(name, tmp_path):
   assert model.inputs[2].name == "labels"
 
 
+@pytest.mark.slow
 def test_preconditioning_is_part_of_what_a_network_is(tmp_path):
   plain, other = (ddss_tf.load_denoiser(write(tmp_path, "edm_song", **words)[0])
                   for words in ({}, {"sigma_data": 0.4}))

@@ -404,6 +404,7 @@ def of_labels(x, t, label):
   return x * (1.0 + pixel(label)) + 0.001 * pixel(t)
 
 
+@pytest.mark.slow
 def test_labels_of_a_saved_model(tmp_path):
   """Found by dtype, by name, or by being one-hot; all give the same images."""
   ways = [

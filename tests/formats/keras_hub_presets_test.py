@@ -79,6 +79,7 @@ def close(value, truth, tolerance=1e-4):
   assert np.max(np.abs(value - truth)) < tolerance * np.std(truth)
 
 
+@pytest.mark.slow
 def test_prompts_become_a_table(task, denoiser):
   table = denoiser.table
   assert table.prompts == (*PROMPTS, NEGATIVE) and table.null_row == 3

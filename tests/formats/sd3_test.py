@@ -302,6 +302,7 @@ def test_keras_file(network, tmp_path, inputs):
   assert not any(v.value.trainable for v in loaded.weights)
 
 
+@pytest.mark.slow
 def test_bfloat16(network, golden, inputs, tmp_path):
   model = precision.with_policy(network, precision.BFLOAT16)
   output = model(inputs, training=False)

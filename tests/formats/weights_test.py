@@ -375,6 +375,7 @@ def test_arrays_that_do_not_match(saved, changes, words):
     assert word in message, message
 
 
+@pytest.mark.slow
 def test_files_that_are_not_whole(saved):
   path, preset = saved
   size = os.path.getsize(path)

@@ -94,6 +94,7 @@ def test_inputs_and_outputs(network):
     assert error(network(changed), full) > 1e-3
 
 
+@pytest.mark.slow
 def test_backbone(backbone, parts, embeddings):
   assert parts.config == networks.MMDiTConfig(
       image_size=(4, 6), in_channels=16, patch_size=2, num_layers=1,

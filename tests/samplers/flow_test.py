@@ -112,6 +112,7 @@ def test_heun(oracle, calls, stride):
       run_tf(oracle, c.numpy(), x_T), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heun_on_every_process():
   """It is of second order: a quarter of the error in steps of half the size."""
   for schedule in (ddss_tf.make_schedule(), SCHEDULE):

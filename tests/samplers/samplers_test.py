@@ -86,6 +86,7 @@ def test_ddim_has_the_closed_form_on_gaussian_data(stride, steps, eta):
   np.testing.assert_allclose([mean, variance], expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_ddim_monte_carlo():
   # The same moments from samples, through `draw_noise`: 65 536 pixels.
   sampler = ddim(5, "linear", 1.0)

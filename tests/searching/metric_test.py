@@ -48,7 +48,7 @@ def test_the_preconditioner_of_held_bounded_and_idle_variables():
   np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.quick("ggdm-dpm++3m")
+@pytest.mark.slow
 @pytest.mark.parametrize("family,init", [
     ("ggdm+pred+time", "ddpm"), ("ggdm", "dpm++3m"), ("vars", "ddpm")])
 def test_the_metric_is_that_of_the_features(parts, family, init):

@@ -68,6 +68,7 @@ def test_a_step_has_the_effect_of_the_rate(parts):
         np.sqrt(move @ metric @ move), rate, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_too_many_non_finite_steps_end_a_search(parts, tmp_path, monkeypatch):
   init = loop.Search.__init__
 

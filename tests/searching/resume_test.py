@@ -178,6 +178,7 @@ def longer(parts, run, steps, **changes):
       **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     pytest.param({}, marks=pytest.mark.slow),
     # So high that validations take the search back, that at step 4 too.

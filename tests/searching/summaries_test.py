@@ -139,6 +139,7 @@ def test_pictures_are_of_the_sampler_and_its_start(
   assert os.path.exists(os.path.join(run, run_dir.PATH))
 
 
+@pytest.mark.slow
 def test_pictures_come_into_tensorboard_though_it_was_killed(
     parts, finished, tmp_path, monkeypatch):
   """Between the files and the events."""
