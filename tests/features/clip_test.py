@@ -299,7 +299,8 @@ def test_an_image_that_is_not_finite_has_no_score(parts, clip):
       return batch
 
   values = evaluator_lib._measure(  # pylint: disable=protected-access
-      [batch], [parts["features"]], [reference], 4, "some", True,
+      [batch], [parts["features"]], [reference],
+      evaluator_lib.heldout_lib.HeldoutMeasures((), []), 4, "some", True,
       lambda images, start: score(images, rows[start:start + len(images)]))
   assert values["clip_score"] is None and values["fid"] is None
 

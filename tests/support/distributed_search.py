@@ -115,7 +115,7 @@ def main(output, extent, *replicas):
           if name == "one_pass":
             (record,) = ddss_tf.evaluate(
                 run, **parts, num_samples=101, batch_size=50,
-                jit_compile=not quick)
+                baselines=[], page=False, jit_compile=not quick)
             results[f"{name}/record/{count}"] = json.dumps(record)
             with np.load(ddss_tf.sample(
                 run, parts["denoiser"], num_images=7,

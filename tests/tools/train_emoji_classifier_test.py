@@ -1,28 +1,17 @@
 """Tests of the tool that trains the classifier of the emoji."""
 
-import importlib.util
 import os
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from project import ROOT
+from project import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-  tools = os.path.join(ROOT, "tools")
-  sys.path.insert(0, tools)  # It imports another file there.
-  try:
-    spec = importlib.util.spec_from_file_location(
-        "train_emoji_classifier", os.path.join(tools, "train_emoji_classifier.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-  finally:
-    sys.path.remove(tools)
+  return load_tool("train_emoji_classifier")
 
 
 def test_what_is_held_out_has_others(tool):

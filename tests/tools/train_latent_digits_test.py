@@ -1,28 +1,17 @@
 """Tests of the tool that trains the latent model of the digits."""
 
 import dataclasses
-import importlib.util
 import itertools
-import os
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import ddss_tf
-from project import ROOT
+from project import load_tool
 
 
-def load_tool():
-  spec = importlib.util.spec_from_file_location(
-      "train_latent_digits",
-      os.path.join(ROOT, "tools", "train_latent_digits.py"))
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-tool = load_tool()
+tool = load_tool("train_latent_digits")
 
 
 @pytest.fixture
