@@ -411,10 +411,7 @@ def test_the_trap_is_one(tmp_path):
   assert (tmp_path / "trapped").exists()
 
 
-@pytest.mark.quick(
-    "run-params1-words1", "search-params3-words3",
-    "search-params5-words5", "search-params6-words6", "search-params7-words7",
-    "sample-params8-words8", "sample-params9-words9", "dance-params10-words10")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode,params,words", [
     ("search", ["search.seed = 9"], ["another seed: 0. Received: 9"]),
     ("run", ["search.num_search_steps = 9"], ["another num_search_steps"]),
@@ -509,6 +506,7 @@ def test_full_disk(refused, finished, mode):
   assert "too large" in line.lower(), line
 
 
+@pytest.mark.slow
 def test_full_disk_in_the_middle_of_a_search(
     refused, main_in_process, gaussian_config, finished, tmp_path,
     monkeypatch):

@@ -276,6 +276,7 @@ def test_every_shipped_config_builds(config, tfds_dir):
   assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_inspect(main_in_process, capsys):
   file = os.path.join(ROOT, "gin_configs", "inspect.gin")
   main_in_process(["--mode=inspect", f"--gin_file={file}", "--gin_param="

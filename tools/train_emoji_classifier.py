@@ -183,6 +183,8 @@ def main(argv):
                 int(concepts.max()) + 1)
   path = os.path.join(_OUTPUT_DIR.value, NAME)
   storage.makedirs(_OUTPUT_DIR.value, exist_ok=True)
+  if storage.exists(f"{path}.json"):
+    storage.remove(f"{path}.json")  # It is of earlier weights.
   model.save(f"{path}.keras")
   features = features_lib.load_features(f"{path}.keras")
   found = np.concatenate([np.argmax(features(images[held[i:i + 120]])["logits"], axis=1)

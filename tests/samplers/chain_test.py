@@ -204,6 +204,7 @@ print(len(glob.glob(sys.argv[1] + "/*before_optimizations.txt")))
 """
 
 
+@pytest.mark.slow
 def test_xla_compiles_once_for_all_steps_and_values(tmp_path):
   dump = str(tmp_path / "dump")
   root = ROOT

@@ -115,6 +115,7 @@ def test_nothing_is_ranked_for_a_search_that_is_refused(
     search(family="ggdm", restart=True)
 
 
+@pytest.mark.quick("rddim-4")
 @pytest.mark.parametrize("family,steps", [
     ("ggdm+pred", 4), ("ggdm+pred", 1), ("rddim", 4)])
 def test_a_flow_tries_what_suits_it(
