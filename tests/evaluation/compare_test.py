@@ -364,7 +364,7 @@ def test_a_row_for_every_objective(arguments, tmp_path):
   # Three searches, three samplers.
   assert len({r["coefficients_sha256"] for r in records[1:]}) == 3
   with open(tmp_path / "table.md") as f:
-    assert "search, s |" in f.read()
+    assert "| search, s " in f.read()
 
 
 @pytest.mark.parametrize("changes,message", [
