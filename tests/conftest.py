@@ -14,7 +14,7 @@ from ddss_tf.datasets import dataset as dataset_lib
 from ddss_tf.datasets import load as data
 
 
-# Files that take a minute or more: first, for a worker that begins one last
+# Files that take long: first, for a worker that begins one last
 # would be waited for.
 _LONG = ("main_test", "machines_test", "chain_test", "recipes_test",
          "weights_test", "not_finite_test", "shapes_test", "checkpoints_test",

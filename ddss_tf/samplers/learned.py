@@ -221,7 +221,8 @@ def start_coefficients(schedule: NoiseSchedule, num_steps: int, init, stride,
     UserError: a `sampler.json` that is missing or damaged.
   """
   source = "init"
-  if isinstance(init, str) and (
+  # Solvers first: to list the zoo is to read a folder.
+  if isinstance(init, str) and init not in solvers.ALL_SOLVERS and (
       init.endswith(".json") or init in card.names()):
     path = init if init.endswith(".json") else card.find(init)
     source, init = f"init, {init},", card.read(path).coefficients

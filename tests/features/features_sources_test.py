@@ -30,19 +30,10 @@ from ddss_tf.samplers import families
 from ddss_tf.samplers import generator as generator_lib
 from ddss_tf import configuration  # pylint: disable=unused-import
 from ddss_tf.errors import UserError
-from project import ROOT
+from project import ROOT, load_tool
 
 HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 WIDTH, CLASSES = 12, 7
-
-
-@functools.cache  # A second time its flags would be defined twice.
-def load_tool(name):
-  spec = importlib.util.spec_from_file_location(
-      name, os.path.join(ROOT, "tools", f"{name}.py"))
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 def small_network(images, kernels):

@@ -3,24 +3,20 @@
 What it makes of prompts is beside diffusers in `pipelines_test`.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-from project import ROOT
+from project import ROOT, load_tool
 
 TOOL = os.path.join(ROOT, "tools", "encode_prompts.py")
 
 
-@pytest.fixture(scope="module", name="tool")
-def load_tool():
-  spec = importlib.util.spec_from_file_location("encode_prompts", TOOL)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+@pytest.fixture(scope="module")
+def tool():
+  return load_tool("encode_prompts")
 
 
 def test_prompts_are_counted(tool, tmp_path):
